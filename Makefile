@@ -1,0 +1,60 @@
+# What a newcomer runs. Each target makes .venv first when it is missing or out of date; a second run installs nothing.
+#   make demo    the whole service at work: a server, a trainer and an evaluation worker on real data
+#   make test    all tests (ARGS="-k name" is passed on to pytest)
+#   make check   format, lint, types, import contracts       make fix   format and repair what can be repaired
+#   make bench   the benchmarks
+# PYTHON: the interpreter to build .venv from (3.11 or newer).  TORCH: the torch release to install.
+
+PYTHON ?= python3
+TORCH  ?= 2.13.0
+ARGS   ?=
+
+BIN   := .venv/bin
+STAMP := .venv/.installed-torch-$(TORCH)
+INDEX := https://download.pytorch.org/whl/cpu
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check fix bench clean
+
+demo: $(STAMP)
+	$(BIN)/ema demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, '$(PYTHON)' is not: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+	  || { echo "'$(PYTHON)' has no venv module. Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# The CPU build comes from PyTorch's own index. Where that does not answer within 5 s, the plain index serves.
+$(STAMP): pyproject.toml | $(BIN)/python
+	@rm -f .venv/.installed-*
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	@echo "installing torch $(TORCH) (a few hundred MB the first time)"
+	@$(BIN)/python -c 'import urllib.request as u; u.urlopen("$(INDEX)/torch/", timeout=5)' 2>/dev/null \
+	  && $(BIN)/pip install --quiet --index-url $(INDEX) 'torch==$(TORCH)' \
+	  || { echo "PyTorch's CPU index did not serve torch $(TORCH); taking it from the plain index"; \
+	       $(BIN)/pip install --quiet 'torch==$(TORCH)'; }
+	@echo "installing this project and its tools"
+	$(BIN)/pip install --quiet --editable '.[demo]' --group dev
+	@touch $@
