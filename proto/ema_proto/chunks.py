@@ -1,0 +1,59 @@
+"""Cutting a flat buffer into chunks, and knowing which of them have arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ema_proto.errors import RejectCode, RemoteProtocolError
+
+
+def count_chunks(nbytes: int, chunk_bytes: int) -> int:
+    """How many chunks a snapshot of `nbytes` has."""
+    return -(-nbytes // chunk_bytes)
+
+
+def cut(nbytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) of each chunk in order; only the last may be short."""
+    for offset in range(0, nbytes, chunk_bytes):
+        yield offset, min(chunk_bytes, nbytes - offset)
+
+
+class Coverage:
+    """Which chunks of one snapshot are there. One byte per chunk; order of arrival does not matter."""
+
+    def __init__(self, nbytes: int, chunk_bytes: int) -> None:
+        self._nbytes = nbytes
+        self._chunk_bytes = chunk_bytes
+        self._seen = bytearray(count_chunks(nbytes, chunk_bytes))
+        self.missing = len(self._seen)
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of the whole snapshot."""
+        return len(self._seen)
+
+    def holds(self, offset: int, length: int) -> bool:
+        """Whether this chunk is there already.
+
+        Raises:
+            RemoteProtocolError: `bad_chunk`; the range is no chunk of this snapshot.
+        """
+        index, rest = divmod(offset, self._chunk_bytes)
+        if rest or index >= len(self._seen) or length != min(self._chunk_bytes, self._nbytes - offset):
+            raise RemoteProtocolError(
+                RejectCode.BAD_CHUNK,
+                f"bytes {offset} to {offset + length} are no chunk of {self._nbytes} bytes cut by {self._chunk_bytes}",
+            )
+        return bool(self._seen[index])
+
+    def add(self, offset: int) -> None:
+        """Record the chunk at `offset`, checked by `holds` before."""
+        index = offset // self._chunk_bytes
+        if not self._seen[index]:
+            self._seen[index] = 1
+            self.missing -= 1
+
+    def first_missing(self) -> int | None:
+        """Offset of the first chunk that is not there."""
+        index = self._seen.find(0)
+        return None if index < 0 else index * self._chunk_bytes

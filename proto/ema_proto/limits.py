@@ -1,0 +1,42 @@
+"""Version and bounds of the wire. Every number here stands in SPEC.md with the same reason."""
+
+from __future__ import annotations
+
+MAGIC = b"EMAS"
+VERSION_MAJOR = 1  # a peer of another major cannot be read
+VERSION_MINOR = 0  # unknown keys and capabilities are ignored, so minors only add
+
+HEADER_BYTES = 64  # one cache line, fixed for every major: version and type can always be read
+
+# 4 MiB measured fastest over tcp and ipc: below it calls cost more than copying, above 32 MiB glibc maps and faults
+# every frame anew. The receiver chooses within these bounds and tells the sender in WELCOME.
+CHUNK_BYTES_DEFAULT = 4 << 20
+CHUNK_BYTES_MIN = 64 << 10  # smaller frames lose libzmq's zero-copy path
+CHUNK_BYTES_MAX = 16 << 20
+
+JOIN_BODY_BYTES_MAX = 16 << 20  # a manifest of 100,000 tensors; no larger than a chunk, so one frame limit serves both
+CONTROL_BODY_BYTES_MAX = 64 << 10  # every other JSON body
+CONFIG_BYTES_MAX = 1 << 20  # config.json is a model's description, not a data channel
+
+FRAME_BYTES_MAX = CHUNK_BYTES_MAX + (4 << 10)  # what the socket accepts; the slack covers transport security
+
+TENSORS_MAX = 100_000  # bounds the work of checking one manifest
+TENSOR_NAME_CHARS_MAX = 1024
+DIMENSIONS_MAX = 64  # torch's own limit
+AVERAGES_MAX = 64  # bounds the memory one JOIN can ask for: 64 models
+NAME_CHARS_MAX = 96  # the Hugging Face Hub's limit for one part of a repository id
+
+STEP_MAX = (1 << 53) - 1  # exact in every JSON reader
+
+CREDIT_WINDOW_CHUNKS = 8  # 2 to 4 already saturate loopback; twice that covers scheduling
+SLOTS = 2  # one is averaged while the other fills
+ATTEMPTS_MAX = 3  # a snapshot that fails three times in a row is not the network's fault
+
+HEARTBEAT_S = 2.0
+SERVER_SILENT_S = 10.0  # five heartbeats unanswered: the sender opens a fresh connection
+SESSION_LOST_S = 60.0  # compilation and checkpoint pauses of a trainer are long
+PROBE_S = 2.0  # a live trainer answers a probe from its socket thread at once
+RECONNECT_PAUSE_S = 1.0  # upper bound of the jittered pause between attempts
+HANDSHAKE_S = 5.0  # a HELLO unanswered on a fresh connection; a JOIN may take longer, heartbeats go on meanwhile
+STALL_S = 30.0  # heartbeats answered but no chunk credited and no snapshot committed: longer than a publishing pass
+RECENT_STEPS = 8  # applied steps a JOINED names; more than the sender can have in flight
