@@ -1,0 +1,209 @@
+"""Everything that a client can be told, validated before anything is opened.
+
+Comes in: the constructor's arguments and an environment. Goes out: one frozen `Settings`. Knows no model and no socket.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex, cast, get_args
+
+from ema_proto.errors import LocalProtocolError
+from ema_proto.limits import CONFIG_BYTES_MAX, STEP_MAX
+from ema_proto.messages import Resume
+from ema_proto.names import check_name
+from ema_proto.specs import AverageSpec, parse_averages
+from trainer_client.errors import SettingsError
+
+_ADDRESS = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:/*\[\]]+):(?P<port>\d{1,5})|ipc://\S+")
+_EXAMPLE = "for example tcp://127.0.0.1:5555"
+_INCARNATION_MAX = (1 << 63) - 1
+_STEM_CHARS = 40
+
+
+class WhenBehind(StrEnum):
+    """What to do when a snapshot is due and every slot is still on its way."""
+
+    SKIP = "skip"
+    WAIT = "wait"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One client's settings; build with `Settings.of`."""
+
+    endpoint: str
+    run: str
+    run_generated: bool
+    averages: tuple[AverageSpec, ...]
+    step: int | None
+    every: int
+    when_behind: WhenBehind
+    resume: Resume
+    token: str | None = field(repr=False)
+    config: str | None = field(repr=False)
+    checksum: bool
+    connect_timeout_s: float
+    wait_timeout_s: float
+    incarnation: int
+
+    @classmethod
+    def of(
+        cls,
+        environ: Mapping[str, str],
+        *,
+        endpoint: str | None,
+        run: str | None,
+        averages: Iterable[AverageSpec | str],
+        step: int | None,
+        every: int,
+        when_behind: Literal["skip", "wait"],
+        resume: Resume,
+        token: str | None,
+        config: Mapping[str, Any] | str | PathLike[str] | None,
+        checksum: bool,
+        connect_timeout_s: float,
+        wait_timeout_s: float,
+        incarnation: int | None,
+    ) -> Settings:
+        """Validate the arguments; `EMA_ENDPOINT`, `EMA_RUN`, `EMA_TOKEN` stand in for those that are None.
+
+        Raises:
+            SettingsError: one of them has a value that cannot be used; the text names it and what to do.
+        """
+        named = _given(run, environ, "EMA_RUN")
+        return cls(
+            endpoint=_endpoint(_given(endpoint, environ, "EMA_ENDPOINT")),
+            run=_generated_run() if named is None else _run(named),
+            run_generated=named is None,
+            averages=_averages(averages),
+            step=None if step is None else check_step("step", step, 0),
+            every=check_step("every", every, 1),
+            when_behind=WhenBehind(_choice("when_behind", when_behind, tuple(WhenBehind))),
+            resume=cast(Resume, _choice("resume", resume, get_args(Resume))),
+            token=_given(token, environ, "EMA_TOKEN"),
+            config=None if config is None else _config(config),
+            checksum=bool(checksum),
+            connect_timeout_s=check_timeout("connect_timeout_s", connect_timeout_s),
+            wait_timeout_s=check_timeout("wait_timeout_s", wait_timeout_s),
+            incarnation=_incarnation(incarnation, environ),
+        )
+
+
+def check_step(name: str, value: SupportsIndex, low: int) -> int:
+    """Return `value` as an int in [low, the protocol's highest step).
+
+    Raises:
+        SettingsError: it is not a whole number, or out of range.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise SettingsError(f"{name}={value!r} is not a whole number") from None
+    if not low <= number < STEP_MAX:
+        raise SettingsError(f"{name}={number} is not between {low} and {STEP_MAX - 1}")
+    return number
+
+
+def check_timeout(name: str, value: float) -> float:
+    """Return `value` as seconds, finite and not negative.
+
+    Raises:
+        SettingsError: it is neither.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise SettingsError(f"{name}={value!r} is not a number of seconds, 0 or more")
+    return float(value)
+
+
+def _given(value: str | None, environ: Mapping[str, str], variable: str) -> str | None:
+    if value is not None:
+        return value
+    # Set but empty is how compose files and shell scripts say "not set".
+    return environ.get(variable) or None
+
+
+def _endpoint(endpoint: str | None) -> str:
+    if endpoint is None:
+        raise SettingsError(f"no server address: pass endpoint, {_EXAMPLE}, or set EMA_ENDPOINT")
+    match = _ADDRESS.fullmatch(endpoint) if isinstance(endpoint, str) else None
+    if match is None:
+        hint = "; http is the readers' address" if str(endpoint).startswith("http") else ""
+        raise SettingsError(f"endpoint {endpoint!r} is not the address of a server: use tcp://HOST:PORT, {_EXAMPLE}{hint}")
+    if match["port"] is not None and not 0 < int(match["port"]) < 1 << 16:
+        raise SettingsError(f"endpoint {endpoint!r} has port {match['port']}: use the one that the server printed")
+    return endpoint
+
+
+def _run(run: str) -> str:
+    if not isinstance(run, str):
+        raise SettingsError(f"run={run!r} is not a name")
+    try:
+        return check_name("run", run)
+    except LocalProtocolError as error:
+        raise SettingsError(str(error)) from None
+
+
+def _generated_run() -> str:
+    script = re.sub(r"[^A-Za-z0-9]+", "-", Path(sys.argv[0]).stem if sys.argv else "").strip("-")
+    started = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    return f"{script[:_STEM_CHARS].strip('-') or 'run'}-{started}-{secrets.token_hex(2)}"
+
+
+def _averages(given: Iterable[AverageSpec | str]) -> tuple[AverageSpec, ...]:
+    items = (given,) if isinstance(given, AverageSpec) else given
+    if not isinstance(items, Iterable):
+        raise SettingsError(f"averages={given!r} is not a list of averages: use for example ['ema:0.9999', 'raw']")
+    listed = items if isinstance(items, str) else tuple(items)
+    for item in listed:
+        if not isinstance(item, AverageSpec | str):
+            raise SettingsError(f"{item!r} is not an average: use for example 'ema:0.9999', Ema(0.9999) or 'raw'")
+    try:
+        return parse_averages(listed)
+    except LocalProtocolError as error:
+        raise SettingsError(str(error)) from None
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise SettingsError(f"{name}={value!r} is unknown: use one of {', '.join(allowed)}")
+    return value
+
+
+def _config(config: Mapping[str, Any] | str | PathLike[str]) -> str:
+    try:
+        if isinstance(config, Mapping):
+            text = json.dumps(dict(config), indent=2, allow_nan=False) + "\n"
+        else:
+            text = Path(config).read_bytes().decode()  # byte for byte: read_text would change line ends
+        value = json.loads(text)
+    except OSError as error:
+        raise SettingsError(f"config file {str(config)!r} cannot be read: {error.strerror}") from None
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"config is not JSON: {error}; pass a dict of plain values or the path of a JSON file") from None
+    if not isinstance(value, dict):
+        raise SettingsError("config is not a JSON object: pass a dict, or the path of a file that holds one")
+    if len(text.encode()) > CONFIG_BYTES_MAX:
+        raise SettingsError(f"config has {len(text.encode())} bytes, over the limit of {CONFIG_BYTES_MAX}")
+    return text
+
+
+def _incarnation(given: int | None, environ: Mapping[str, str]) -> int:
+    restarts = environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
+    if given is None and not restarts.isdecimal():
+        raise SettingsError(f"TORCHELASTIC_RESTART_COUNT={restarts!r} is not a count: pass incarnation= instead")
+    value = int(restarts) if given is None else given
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _INCARNATION_MAX:
+        raise SettingsError(f"incarnation={value!r} is not a whole number from 0 to 2**63 - 1")
+    return value
