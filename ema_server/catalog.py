@@ -1,0 +1,177 @@
+"""Which generations and versions are on disk. Comes in: whole generations, from the publisher. Goes out: values.
+
+Safe from any thread. It knows nothing of how files are written or deleted, but it decides which may go: a generation
+that a reader holds, or has held a moment ago, stays.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+HOLD_GRACE_S = 60.0  # a download in parts comes back within seconds; a stuck one may start anew
+
+_ID = re.compile(r"[0-9a-f]{40}")
+_STEP = re.compile(r"step-([0-9]{1,16})")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a version: its name, its size in bytes, its sha256 in 64 hex digits."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One average at one step, immutable. `id` is 40 hex digits of its content, `folder` holds `files`."""
+
+    id: str
+    run: str
+    average: str
+    spec: str
+    step: int
+    updates: int
+    gap_steps: int
+    created: str
+    files: tuple[FileEntry, ...]
+    folder: Path
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """All averages of a run at one step, whole on disk. `seq` grows by one with each generation of the run."""
+
+    run: str
+    seq: int
+    step: int
+    pinned: bool
+    finished: bool
+    folder: Path
+    versions: tuple[Version, ...]
+
+
+class VersionGone(LookupError):
+    """The version was removed between being found and being held."""
+
+
+class Catalog:
+    """The generations of every run. Readers ask, the publisher adds and removes."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._generations: dict[str, tuple[Generation, ...]] = {}  # newest (highest seq) first
+        self._holds: dict[Path, int] = {}
+        self._released_at: dict[Path, float] = {}
+
+    def runs(self) -> tuple[str, ...]:
+        """Names of the runs that have a generation, sorted."""
+        with self._lock:
+            return tuple(sorted(run for run, generations in self._generations.items() if generations))
+
+    def generations(self, run: str) -> tuple[Generation, ...]:
+        """Generations of `run`, newest (highest seq) first."""
+        with self._lock:
+            return self._generations.get(run, ())
+
+    def averages(self, run: str) -> tuple[str, ...]:
+        """Names of the averages in the newest generation, in the run's order."""
+        generations = self.generations(run)
+        return tuple(version.average for version in generations[0].versions) if generations else ()
+
+    def versions(self, run: str, average: str) -> tuple[Version, ...]:
+        """Versions of one average, newest (highest seq) first, the same id once."""
+        found: dict[str, Version] = {}
+        for generation in self.generations(run):
+            for version in generation.versions:
+                if version.average == average:
+                    found.setdefault(version.id, version)
+        return tuple(found.values())
+
+    def find(self, run: str, average: str, rev: str) -> Version | None:
+        """The version that `rev` names: 40 hex digits, `step-N` (the newest of that step) or `latest`."""
+        versions = self.versions(run, average)
+        if rev == "latest":
+            return versions[0] if versions else None
+        step = _STEP.fullmatch(rev)
+        if step:
+            return next((version for version in versions if version.step == int(step[1])), None)
+        if _ID.fullmatch(rev):
+            return next((version for version in versions if version.id == rev), None)
+        return None
+
+    @contextmanager
+    def hold(self, version: Version) -> Iterator[Version]:
+        """Keep the files of `version` on disk inside the `with` block and for a minute after it.
+
+        Raises:
+            VersionGone: its generation has been removed already.
+        """
+        key = version.folder
+        with self._lock:
+            if not any(version in generation.versions for generation in self._generations.get(version.run, ())):
+                raise VersionGone(f"version {version.id} of {version.run}/{version.average} is gone: list again")
+            self._holds[key] = self._holds.get(key, 0) + 1
+        try:
+            yield version
+        finally:
+            with self._lock:
+                self._holds[key] -= 1
+                if not self._holds[key]:
+                    del self._holds[key]
+                    self._released_at[key] = self._clock()
+
+    def add(self, generation: Generation) -> None:
+        """Make a generation visible (publisher only)."""
+        with self._lock:
+            others = [known for known in self._generations.get(generation.run, ()) if known.seq != generation.seq]
+            ordered = sorted([generation, *others], key=lambda known: known.seq, reverse=True)
+            self._generations[generation.run] = tuple(ordered)
+
+    def remove(self, generation: Generation, *, force: bool = False) -> bool:
+        """Make a generation invisible unless a reader holds it (publisher only).
+
+        Args:
+            generation: what to remove.
+            force: remove it even so; for one whose files turned out to be broken.
+
+        Returns:
+            Whether it is gone from the catalog, so that its files may be deleted.
+        """
+        with self._lock:
+            if not force and any(self._is_held(version.folder) for version in generation.versions):
+                return False
+            known = self._generations.get(generation.run, ())
+            self._generations[generation.run] = tuple(other for other in known if other.seq != generation.seq)
+            for version in generation.versions:
+                self._released_at.pop(version.folder, None)
+            return True
+
+    def move(self, run: str, new_run: str, new_folder: Path) -> None:
+        """Show the generations of `run` under `new_run`, whose generations now lie in `new_folder` (publisher only)."""
+        with self._lock:
+            moved = self._generations.pop(run, ())
+            self._generations[new_run] = tuple(_moved(generation, new_run, new_folder) for generation in moved)
+
+    def _is_held(self, folder: Path) -> bool:
+        released_at = self._released_at.get(folder)
+        recent = released_at is not None and self._clock() - released_at < HOLD_GRACE_S
+        return recent or folder in self._holds
+
+
+def _moved(generation: Generation, run: str, parent: Path) -> Generation:
+    folder = parent / generation.folder.name
+    versions = tuple(
+        replace(version, run=run, folder=folder / version.folder.relative_to(generation.folder))
+        for version in generation.versions
+    )
+    return replace(generation, run=run, folder=folder, versions=versions)
