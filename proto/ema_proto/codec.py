@@ -113,9 +113,7 @@ def encode(message: m.Message, *, session: bytes, epoch: int) -> tuple[bytes, by
     """Header and body of a message. A chunk's body is its payload, which the caller appends: it comes back empty."""
     step, attempt = getattr(message, "step", None) or 0, getattr(message, "attempt", 0)
     if isinstance(message, m.Chunk):
-        header = Header(
-            message.type, session, epoch, message.length, step, attempt, message.offset, message.crc32
-        )
+        header = Header(message.type, session, epoch, message.length, step, attempt, message.offset, message.crc32)
         return encode_header(header), b""
     body = json.dumps(message.body(), separators=(",", ":")).encode()
     in_header = isinstance(message, m.Begin | m.Commit | m.Committed | m.Reject)
@@ -159,11 +157,11 @@ def decode(header: Header, body: bytes) -> m.Message:
 
 
 def _optional_step(fields: Fields, key: str) -> int | None:
-    return fields.optional_int(key, 0, STEP_MAX)
+    return fields.optional_integer(key, 0, STEP_MAX)
 
 
 def _request(fields: Fields) -> int:
-    return fields.int("request", 0, STEP_MAX)
+    return fields.integer("request", 0, STEP_MAX)
 
 
 def _read_begin(header: Header, fields: Fields) -> m.Begin:
@@ -171,11 +169,11 @@ def _read_begin(header: Header, fields: Fields) -> m.Begin:
 
 
 def _read_commit(header: Header, fields: Fields) -> m.Commit:
-    return m.Commit(header.step, header.attempt, fields.int("chunks", 0, _U64), fields.int("bytes", 0, _U64))
+    return m.Commit(header.step, header.attempt, fields.integer("chunks", 0, _U64), fields.integer("bytes", 0, _U64))
 
 
 def _read_joined(_: Header, fields: Fields) -> m.Joined:
-    recent = fields.list("recent", RECENT_STEPS)
+    recent = fields.items("recent", RECENT_STEPS)
     if not all(type(step) is int for step in recent):
         raise fields.bad("recent")
     return m.Joined(
@@ -183,7 +181,7 @@ def _read_joined(_: Header, fields: Fields) -> m.Joined:
         published_step=_optional_step(fields, "published_step"),
         recent=tuple(recent),
         continuation=fields.choice("continuation", ("new", "continued", "rewound")),
-        credit=fields.int("credit", 0, _U64),
+        credit=fields.integer("credit", 0, _U64),
         lane=fields.text("lane", 16),
     )
 
@@ -191,7 +189,7 @@ def _read_joined(_: Header, fields: Fields) -> m.Joined:
 def _read_published(_: Header, fields: Fields) -> m.Published:
     return m.Published(
         step=_optional_step(fields, "step"),
-        request=fields.optional_int("request", 0, STEP_MAX),
+        request=fields.optional_integer("request", 0, STEP_MAX),
         error=fields.optional_text("error", _TEXT_CHARS_MAX),
     )
 
@@ -213,9 +211,9 @@ def _read_welcome(header: Header, fields: Fields) -> m.Welcome:
     return m.Welcome(
         epoch=header.epoch,
         chunk_bytes=m.read_chunk_bytes(fields),
-        major=fields.int("major", 0, 255),
-        minor=fields.int("minor", 0, 255),
-        capabilities=tuple(str(item)[:64] for item in fields.list("capabilities", 64)),
+        major=fields.integer("major", 0, 255),
+        minor=fields.integer("minor", 0, 255),
+        capabilities=tuple(str(item)[:64] for item in fields.items("capabilities", 64)),
     )
 
 
@@ -224,15 +222,15 @@ _READERS: dict[int, tuple[str, Callable[[Header, Fields], m.Message]]] = {
     m.Join.type: ("JOIN", lambda _, fields: m.Join.read(fields)),
     m.Begin.type: ("BEGIN", _read_begin),
     m.Commit.type: ("COMMIT", _read_commit),
-    m.Heartbeat.type: ("HEARTBEAT", lambda _, fields: m.Heartbeat(fields.bool("reply"))),
-    m.Publish.type: ("PUBLISH", lambda _, fields: m.Publish(_request(fields), fields.bool("pin"))),
-    m.Rewind.type: ("REWIND", lambda _, fields: m.Rewind(_request(fields), fields.int("step", 0, STEP_MAX))),
+    m.Heartbeat.type: ("HEARTBEAT", lambda _, fields: m.Heartbeat(fields.flag("reply"))),
+    m.Publish.type: ("PUBLISH", lambda _, fields: m.Publish(_request(fields), fields.flag("pin"))),
+    m.Rewind.type: ("REWIND", lambda _, fields: m.Rewind(_request(fields), fields.integer("step", 0, STEP_MAX))),
     m.Finish.type: ("FINISH", lambda _, fields: m.Finish(_request(fields))),
     m.Bye.type: ("BYE", lambda _, fields: m.Bye()),
     m.Challenge.type: ("CHALLENGE", lambda _, fields: m.Challenge(fields.text("nonce", 128))),
     m.Welcome.type: ("WELCOME", _read_welcome),
     m.Joined.type: ("JOINED", _read_joined),
-    m.Credit.type: ("CREDIT", lambda _, fields: m.Credit(fields.int("limit", 0, _U64))),
+    m.Credit.type: ("CREDIT", lambda _, fields: m.Credit(fields.integer("limit", 0, _U64))),
     m.Committed.type: ("COMMITTED", lambda header, fields: m.Committed(header.step, header.attempt)),
     m.Published.type: ("PUBLISHED", _read_published),
     m.Rewound.type: ("REWOUND", _read_rewound),

@@ -1,4 +1,4 @@
-"""Wire dtypes: safetensors' names and item sizes. The only such table; torch's dtypes are mapped at each side's edge."""
+"""Wire dtypes: safetensors' names and item sizes. The only such table; each side maps torch's dtypes at its edge."""
 
 from __future__ import annotations
 

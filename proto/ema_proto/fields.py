@@ -46,18 +46,18 @@ class Fields:
         """Whatever is there, None when missing."""
         return self.values.get(key)
 
-    def int(self, key: str, low: int, high: int) -> int:
+    def integer(self, key: str, low: int, high: int) -> int:
         """An integer in [low, high]; booleans are no integers."""
         value = self.values.get(key)
         if type(value) is not int or not low <= value <= high:
             raise self.bad(key)
         return value
 
-    def optional_int(self, key: str, low: int, high: int) -> int | None:
+    def optional_integer(self, key: str, low: int, high: int) -> int | None:
         """An integer in [low, high], or None when null or missing."""
-        return None if self.values.get(key) is None else self.int(key, low, high)
+        return None if self.values.get(key) is None else self.integer(key, low, high)
 
-    def bool(self, key: str) -> bool:
+    def flag(self, key: str) -> bool:
         """A boolean."""
         value = self.values.get(key)
         if type(value) is not bool:
@@ -83,7 +83,7 @@ class Fields:
                 return option
         raise self.bad(key)
 
-    def list(self, key: str, length_max: int) -> list[Any]:
+    def items(self, key: str, length_max: int) -> list[Any]:
         """A list of at most `length_max` items."""
         value = self.values.get(key)
         if not isinstance(value, list) or len(value) > length_max:

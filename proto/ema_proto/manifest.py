@@ -139,9 +139,7 @@ def layout(tensors: Iterable[TensorSpec]) -> Manifest:
         for tensor in sorted(given, key=_layout_key):
             offsets[tensor.name] = position
             position += tensor.nbytes
-        placed = tuple(
-            TensorSpec(t.name, t.dtype, t.shape, t.role, offsets[t.name], t.aliases) for t in given
-        )
+        placed = tuple(TensorSpec(t.name, t.dtype, t.shape, t.role, offsets[t.name], t.aliases) for t in given)
         return _checked(Manifest(placed))
     except RemoteProtocolError as error:
         raise LocalProtocolError(error.text) from None
@@ -182,7 +180,9 @@ def _tensor_from_json(item: object) -> TensorSpec:
 def _check_tensor(tensor: TensorSpec) -> None:
     for name in (tensor.name, *tensor.aliases):
         if not 0 < len(name) <= TENSOR_NAME_CHARS_MAX or not name.isprintable():
-            raise _invalid(f"tensor name {name[:80]!r} is empty, unprintable or over {TENSOR_NAME_CHARS_MAX} characters")
+            raise _invalid(
+                f"tensor name {name[:80]!r} is empty, unprintable or over {TENSOR_NAME_CHARS_MAX} characters"
+            )
         if name == "__metadata__":
             raise _invalid("the tensor name '__metadata__' is reserved by the safetensors format")
     if tensor.dtype not in ITEM_BYTES:

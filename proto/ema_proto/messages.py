@@ -56,13 +56,13 @@ class Hello:
     @classmethod
     def read(cls, fields: Fields) -> Hello:
         """Validate a JSON body."""
-        majors = fields.list("majors", 16)
+        majors = fields.items("majors", 16)
         if not all(type(major) is int for major in majors):
             raise fields.bad("majors")
         return cls(
             majors=tuple(majors),
-            minor=fields.int("minor", 0, _U32),
-            capabilities=tuple(str(item)[:64] for item in fields.list("capabilities", 64)),
+            minor=fields.integer("minor", 0, _U32),
+            capabilities=tuple(str(item)[:64] for item in fields.items("capabilities", 64)),
             proof=fields.optional_text("proof", 128),
         )
 
@@ -114,16 +114,16 @@ class Join:
             raise fields.bad("checksum")
         return cls(
             run=fields.text("run", 1024),
-            first_step=fields.int("first_step", 1, STEP_MAX),
-            every=fields.int("every", 1, STEP_MAX),
+            first_step=fields.integer("first_step", 1, STEP_MAX),
+            every=fields.integer("every", 1, STEP_MAX),
             resume=fields.choice("resume", ("auto", "never", "must")),
-            reconnect=fields.bool("reconnect"),
-            incarnation=fields.int("incarnation", 0, _U63),
+            reconnect=fields.flag("reconnect"),
+            incarnation=fields.integer("incarnation", 0, _U63),
             checksum=checksum is not None,
             config=fields.optional_text("config", CONFIG_BYTES_MAX),
-            rank=fields.int("rank", 0, _U32),
-            world=fields.int("world", 1, _U32),
-            averages=tuple(_average(item) for item in fields.list("averages", AVERAGES_MAX)),
+            rank=fields.integer("rank", 0, _U32),
+            world=fields.integer("world", 1, _U32),
+            averages=tuple(_average(item) for item in fields.items("averages", AVERAGES_MAX)),
             manifest=manifests.from_json(fields.value("manifest")),
         )
 
@@ -414,4 +414,4 @@ def _average(item: object) -> AverageSpec:
 
 def read_chunk_bytes(fields: Fields) -> int:
     """The chunk size of a WELCOME, within the limits that both sides keep."""
-    return fields.int("chunk_bytes", CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
+    return fields.integer("chunk_bytes", CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
