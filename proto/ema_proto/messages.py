@@ -71,8 +71,9 @@ class Hello:
 class Join:
     """Ask to stream a run: everything the server must know to create, continue or rewind it.
 
-    `first_step` is the steps already taken + 1 in a session's first JOIN (`reconnect` false) and the next step to be sent
-    in its later ones. `config` is the text of the versions' `config.json`. `rank`, `world` are reserved for sharded trainers.
+    `first_step` is the steps already taken + 1 in a session's first JOIN (`reconnect` false) and the next step to be
+    sent in its later ones. `config` is the text of the versions' `config.json`. `rank` and `world` are reserved for
+    sharded trainers.
     """
 
     type: ClassVar[int] = 2
@@ -120,7 +121,7 @@ class Join:
             reconnect=fields.flag("reconnect"),
             incarnation=fields.integer("incarnation", 0, _U63),
             checksum=checksum is not None,
-            config=fields.optional_text("config", CONFIG_BYTES_MAX),
+            config=_config(fields),
             rank=fields.integer("rank", 0, _U32),
             world=fields.integer("world", 1, _U32),
             averages=tuple(_average(item) for item in fields.items("averages", AVERAGES_MAX)),
@@ -183,7 +184,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Make what has been committed durable now; answered by PUBLISHED with the same `request`. `pin` keeps it longer."""
+    """Make what has been committed durable now; a PUBLISHED with the same `request` answers. `pin` keeps it longer."""
 
     type: ClassVar[int] = 7
     request: int
@@ -267,7 +268,8 @@ class Welcome:
 class Joined:
     """The session owns the run. Steps are those last applied and last durable, None when there is none.
 
-    `recent` names the newest applied steps: a sender whose COMMITTED was lost finds its snapshot there, or knows it was not.
+    `recent` names the newest applied steps: a sender whose COMMITTED was lost finds its snapshot there, or knows that
+    it was not applied.
     """
 
     type: ClassVar[int] = 66
@@ -410,6 +412,16 @@ def _average(item: object) -> AverageSpec:
         return parse_average(item["spec"], name=item["name"])
     except LocalProtocolError as error:
         raise RemoteProtocolError(RejectCode.BAD_AVERAGE, str(error)) from None
+
+
+def _config(fields: Fields) -> str | None:
+    text = fields.optional_text("config", CONFIG_BYTES_MAX)
+    try:
+        if text is not None and not isinstance(json.loads(text.encode()), dict):
+            raise fields.bad("config")
+    except (ValueError, RecursionError):
+        raise fields.bad("config") from None
+    return text
 
 
 def read_chunk_bytes(fields: Fields) -> int:

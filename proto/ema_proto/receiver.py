@@ -1,10 +1,11 @@
 """The server's end of the protocol as a machine: headers, bodies and the time go in, messages and events come out.
 
 It knows neither sockets, memory nor averages. For each message the caller passes the header frame and learns where the
-body belongs: into a slot (`Payload`), into a buffer (`Control`), or nowhere (`Discard`). It asks the keeper of the runs by
-`events` and is told the outcome by `accept_join`, `applied`, …
+body belongs: into a slot (`Payload`), into a buffer (`Control`), or nowhere (`Discard`). It asks the keeper of the runs
+by `events` and is told the outcome by `accept_join`, `applied`, …
 
-A connection is greeted before it may speak; a session owns at most one run; frames count only from its current connection.
+A connection is greeted before it may speak; a session owns at most one run; frames count only from its current
+connection.
 """
 
 from __future__ import annotations
@@ -330,7 +331,8 @@ class Receiver:
         if owner is None or owner.session == connection.session or join.incarnation > owner.join.incarnation:
             self._take_over(claim)
         elif join.incarnation < owner.join.incarnation:
-            text = f"run {join.run!r} has a trainer of incarnation {owner.join.incarnation}, this one is {join.incarnation}"
+            newer = owner.join.incarnation
+            text = f"run {join.run!r} has a trainer of incarnation {newer}, this one is {join.incarnation}"
             self._end(claim, RejectCode.EVICTED, text)
         elif self._claims.rival(join.run) is not None:
             self._end(claim, RejectCode.RUN_IN_USE, f"another trainer is asking for run {join.run!r} at this moment")
@@ -342,9 +344,7 @@ class Receiver:
         if connection.run is not None:
             raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"this connection has joined run {connection.run!r}")
         if join.world != 1 or join.rank != 0:
-            text = (
-                f"rank {join.rank} of {join.world}: sharded trainers are not served; stream the whole model from rank 0"
-            )
+            text = f"rank {join.rank} of {join.world}: sharded models are not served; stream the whole one from rank 0"
             raise RemoteProtocolError(RejectCode.WORLD_UNSUPPORTED, text)
         try:
             check_name("run", join.run)
