@@ -25,7 +25,8 @@ Reason: TypeAlias = Literal["schedule", "request", "checkpoint", "finish", "lost
 class Joined:
     """The session may stream. Steps are None before the first snapshot or generation.
 
-    `manifest` is the run's own (its roles win over those of a later session), `exempt` the tensors that need no check.
+    `manifest` is the run's own (its roles win over those of a later session), `exempt` the tensors that need no check,
+    `recent` the newest applied steps, growing, at most `limits.RECENT_STEPS` of them (the ledger's tail).
     """
 
     last_step: int | None
@@ -33,6 +34,7 @@ class Joined:
     continuation: Continuation
     manifest: Manifest
     exempt: frozenset[str]
+    recent: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,14 @@ class Durable:
     step: int | None
     versions: tuple[Version, ...]
     new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rewound:
+    """The run is back at `step`, durably; `recent` as in `Joined`."""
+
+    step: int
+    recent: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +126,7 @@ class Rewind:
 
     run: str
     step: int
-    reply: Callable[[Durable | Failed], None]
+    reply: Callable[[Rewound | Failed], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ class StreamQueue:
         self.credit_limit = self._chunks_sent = 0
 
     def settle(self, joined: m.Joined, chunk_bytes: int) -> list[Snapshot]:
-        """Take the credit of a JOINED; remove and return the snapshots that it answers, `dropped` where one was passed."""
+        """Take the credit of a JOINED; remove and return what it answers, `dropped` where it was passed."""
         self.credit_limit, self._chunks_sent, self._chunk_bytes = joined.credit, 0, chunk_bytes
         last = joined.last_step
         if last is None or joined.continuation == "new":

@@ -40,6 +40,7 @@ class Payload:
 
     ticket: int
     slot: int
+    attempt: int
     offset: int
     length: int
 
@@ -131,7 +132,7 @@ class Receiver:
         if slot is None:
             return Discard()
         self._pending = connection, header
-        return Payload(claim.ticket, slot, header.offset, header.length)
+        return Payload(claim.ticket, slot, header.attempt, header.offset, header.length)
 
     def payload(self, received: memoryview | bytes | None) -> None:
         """A `Payload` body is in its slot; `received` is that part of the slot, None when its length was another."""

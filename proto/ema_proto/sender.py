@@ -190,7 +190,7 @@ class Sender:
 
     def bye(self) -> None:
         """Say goodbye: nothing is accepted any more; BYE is the last frame."""
-        if self.state in (SenderState.JOINING, SenderState.STREAMING):
+        if self.state is SenderState.STREAMING:
             self._control.append(m.Bye())
         self.state = SenderState.CLOSED
         self._drop_if_over()
@@ -256,8 +256,12 @@ class Sender:
                 if message.error is None and message.step is not None:
                     self.events.append(PublishedAt(message.step))
                 self._answer(message.request, message.step, message.error)
-            case m.Rewound() | m.Finished():
+            case m.Rewound():
                 self._answer(message.request, message.step, message.error)
+            case m.Finished():
+                self._answer(message.request, message.step, message.error)
+                if message.error is None:
+                    self.bye()
             case m.Heartbeat():
                 if message.reply:
                     self._control.append(m.Heartbeat())

@@ -1,0 +1,111 @@
+"""The ROUTER socket: the only file of the server that knows ZeroMQ. One thread may use it.
+
+Comes in: an endpoint to listen at, replies to write. Goes out: the frames of one message after the other, payloads
+received straight into the memory that the caller names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+import zmq
+
+from ema_proto.limits import CREDIT_WINDOW_CHUNKS, FRAME_BYTES_MAX
+
+_RECEIVE_QUEUE = CREDIT_WINDOW_CHUNKS + 4  # a sanity check only: credit keeps the sender from needing more
+_KEEPALIVE_IDLE_S = 30  # finds half-open connections of hosts that vanished
+
+
+class RouterLink:
+    """A listening socket; `wake` ends a wait from any thread."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._wake_reader, zmq.POLLIN)
+
+    def bind(self, endpoint: str) -> str:
+        """Listen at `endpoint`; returns it with the port that was taken.
+
+        Raises:
+            OSError: the address is in use, or not one of this machine.
+        """
+        self._router.setsockopt(zmq.LINGER, 0)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply to nobody is an error here, not a silent loss
+        self._router.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
+        self._router.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
+        self._router.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._router.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_IDLE_S)
+        self._router.setsockopt(zmq.IPV6, "[" in endpoint)
+        try:
+            self._router.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"cannot listen at {endpoint}: {error.strerror}") from None
+        return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._router.close(linger=0)
+        self._context.term()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for a message or for `wake`."""
+        self._poller.poll(round(timeout_s * 1000))
+        with contextlib.suppress(BlockingIOError):
+            self._wake_reader.recv(4096)
+
+    def wake(self) -> None:
+        """End a `wait`, now or the next one. Any thread may call it."""
+        # A full pipe means that a wake is pending already; a closed one that nobody waits any more.
+        with contextlib.suppress(BlockingIOError, OSError):
+            self._wake_writer.send(b"\0")
+
+    def next_header(self) -> tuple[bytes, bytes] | None:
+        """Peer and header frame of the next message, None when none has arrived. Its body must be taken or dropped."""
+        try:
+            peer = self._router.recv(flags=zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        if not self._has_more():
+            return peer, b""
+        frame = self._router.recv(copy=False)
+        # A header has 64 bytes; what is larger is none, and is not worth copying.
+        return peer, frame.bytes if len(frame) <= 1024 else b""
+
+    def read_into(self, view: memoryview) -> bool:
+        """Receive the body into `view`; False when it is not exactly that long, or not the last frame."""
+        if not self._has_more():
+            return False
+        received = self._router.recv_into(view)  # reports the frame's full size even where it did not fit
+        return not self.drop() and received == len(view)
+
+    def read(self, length: int) -> bytes:
+        """Receive the body; empty when it is not exactly `length` bytes, or not the last frame."""
+        if not self._has_more():
+            return b""
+        frame = self._router.recv(copy=False)
+        return frame.bytes if not self.drop() and len(frame) == length else b""
+
+    def drop(self) -> bool:
+        """Drop the rest of the message; whether there was any."""
+        dropped = False
+        while self._has_more():
+            self._router.recv(copy=False)
+            dropped = True
+        return dropped
+
+    def send(self, peer: bytes, frames: tuple[bytes, bytes]) -> None:
+        """Write a reply. One to a peer that is gone, or that has stopped reading, is dropped: it will ask again."""
+        with contextlib.suppress(zmq.Again, zmq.ZMQError):
+            self._router.send_multipart((peer, *frames), flags=zmq.NOBLOCK)
+
+    def _has_more(self) -> bool:
+        return bool(self._router.getsockopt(zmq.RCVMORE))
