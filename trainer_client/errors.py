@@ -1,12 +1,12 @@
 """What a trainer can catch. All of it is raised at construction, at joining, or for a programmer's error.
 
-    EmaClientError
-    ├── SettingsError   an argument or an EMA_* variable is wrong
-    ├── ConnectError    the server cannot be reached, or refuses this client
-    ├── JoinError       the server refuses the run; `code` says why
-    ├── PlanError       the model holds something that cannot be streamed, or has changed since it was joined
-    ├── RewindError     the run could not be taken back to a step
-    └── ClientClosed    the client was used after close() or finish()
+EmaClientError
+├── SettingsError   an argument or an EMA_* variable is wrong
+├── ConnectError    the server cannot be reached, or refuses this client
+├── JoinError       the server refuses the run; `code` says why
+├── PlanError       the model holds something that cannot be streamed, or has changed since it was joined
+├── RewindError     the run could not be taken back to a step
+└── ClientClosed    the client was used after close() or finish()
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def check_step(name: str, value: SupportsIndex, low: int) -> int:
     return number
 
 
-def check_timeout(name: str, value: float) -> float:
+def check_timeout(name: str, value: object) -> float:
     """Return `value` as seconds, finite and not negative.
 
     Raises:
@@ -127,6 +127,17 @@ def check_timeout(name: str, value: float) -> float:
     return float(value)
 
 
+def check_state(state: object) -> tuple[str, int]:
+    """Return run and step of what `EmaClient.state_dict()` gave.
+
+    Raises:
+        SettingsError: it is something else.
+    """
+    if not isinstance(state, Mapping) or "run" not in state or "step" not in state:
+        raise SettingsError(f"{str(state)[:80]!r} is not what state_dict() returns: a dict with 'run' and 'step'")
+    return _run(state["run"]), check_step("step", state["step"], 0)
+
+
 def _given(value: str | None, environ: Mapping[str, str], variable: str) -> str | None:
     if value is not None:
         return value
@@ -134,19 +145,21 @@ def _given(value: str | None, environ: Mapping[str, str], variable: str) -> str 
     return environ.get(variable) or None
 
 
-def _endpoint(endpoint: str | None) -> str:
+def _endpoint(endpoint: object) -> str:
     if endpoint is None:
         raise SettingsError(f"no server address: pass endpoint, {_EXAMPLE}, or set EMA_ENDPOINT")
-    match = _ADDRESS.fullmatch(endpoint) if isinstance(endpoint, str) else None
+    match = _ADDRESS.fullmatch(str(endpoint))
     if match is None:
         hint = "; http is the readers' address" if str(endpoint).startswith("http") else ""
-        raise SettingsError(f"endpoint {endpoint!r} is not the address of a server: use tcp://HOST:PORT, {_EXAMPLE}{hint}")
+        raise SettingsError(
+            f"endpoint {endpoint!r} is not the address of a server: use tcp://HOST:PORT, {_EXAMPLE}{hint}"
+        )
     if match["port"] is not None and not 0 < int(match["port"]) < 1 << 16:
         raise SettingsError(f"endpoint {endpoint!r} has port {match['port']}: use the one that the server printed")
-    return endpoint
+    return match[0]
 
 
-def _run(run: str) -> str:
+def _run(run: object) -> str:
     if not isinstance(run, str):
         raise SettingsError(f"run={run!r} is not a name")
     try:
@@ -161,16 +174,18 @@ def _generated_run() -> str:
     return f"{script[:_STEM_CHARS].strip('-') or 'run'}-{started}-{secrets.token_hex(2)}"
 
 
-def _averages(given: Iterable[AverageSpec | str]) -> tuple[AverageSpec, ...]:
-    items = (given,) if isinstance(given, AverageSpec) else given
-    if not isinstance(items, Iterable):
+def _averages(given: object) -> tuple[AverageSpec, ...]:
+    # One string may hold several, as environment variables and command lines do.
+    items = given.split(",") if isinstance(given, str) else given
+    if not isinstance(items, Iterable) or isinstance(items, Mapping):
         raise SettingsError(f"averages={given!r} is not a list of averages: use for example ['ema:0.9999', 'raw']")
-    listed = items if isinstance(items, str) else tuple(items)
-    for item in listed:
+    averages: list[AverageSpec | str] = []
+    for item in items:
         if not isinstance(item, AverageSpec | str):
             raise SettingsError(f"{item!r} is not an average: use for example 'ema:0.9999', Ema(0.9999) or 'raw'")
+        averages.append(item)
     try:
-        return parse_averages(listed)
+        return parse_averages(averages)
     except LocalProtocolError as error:
         raise SettingsError(str(error)) from None
 
@@ -191,7 +206,9 @@ def _config(config: Mapping[str, Any] | str | PathLike[str]) -> str:
     except OSError as error:
         raise SettingsError(f"config file {str(config)!r} cannot be read: {error.strerror}") from None
     except (TypeError, ValueError) as error:
-        raise SettingsError(f"config is not JSON: {error}; pass a dict of plain values or the path of a JSON file") from None
+        raise SettingsError(
+            f"config is not JSON: {error}; pass a dict of plain values or the path of a JSON file"
+        ) from None
     if not isinstance(value, dict):
         raise SettingsError("config is not a JSON object: pass a dict, or the path of a file that holds one")
     if len(text.encode()) > CONFIG_BYTES_MAX:
@@ -199,7 +216,7 @@ def _config(config: Mapping[str, Any] | str | PathLike[str]) -> str:
     return text
 
 
-def _incarnation(given: int | None, environ: Mapping[str, str]) -> int:
+def _incarnation(given: object, environ: Mapping[str, str]) -> int:
     restarts = environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
     if given is None and not restarts.isdecimal():
         raise SettingsError(f"TORCHELASTIC_RESTART_COUNT={restarts!r} is not a count: pass incarnation= instead")

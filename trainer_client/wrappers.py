@@ -1,8 +1,8 @@
 """Wrappers put around modules for speed or distribution, whose names must not reach a checkpoint.
 
-Comes in: a module. Goes out: the attribute under which it hides the real one, or a refusal. Recognised by type and only
-when the type is loaded already (a module that was never imported has no instances, and importing torch.compile's costs a
-second); never by name, so a user's own submodule called `module` keeps its name.
+Comes in: a module. Goes out: the attribute under which it hides the real one, or a refusal. Recognised by type, never
+by name, so a user's own submodule called `module` keeps its name; and only by types that are loaded already: what was
+never imported has no instances, and importing torch.compile's costs a second.
 """
 
 from __future__ import annotations

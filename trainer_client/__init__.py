@@ -1,0 +1,32 @@
+"""The trainer's side: streams a model's weights to an EMA server while it trains.
+
+The way of a snapshot, file by file: `hooks` (a step has ended) → `client` → `stream` → `plan` (which tensors) →
+`staging` (into a slot) → `worker` (its thread) → `link` (the socket).
+"""
+
+from __future__ import annotations
+
+from ema_proto.specs import Ema, Raw
+from trainer_client.client import EmaClient
+from trainer_client.errors import (
+    ClientClosed,
+    ConnectError,
+    EmaClientError,
+    JoinError,
+    PlanError,
+    RewindError,
+    SettingsError,
+)
+
+__all__ = [
+    "EmaClient",
+    "Ema",
+    "Raw",
+    "EmaClientError",
+    "SettingsError",
+    "ConnectError",
+    "JoinError",
+    "PlanError",
+    "RewindError",
+    "ClientClosed",
+]

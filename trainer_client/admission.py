@@ -1,0 +1,80 @@
+"""Which tensors can be streamed, and under which wire dtype.
+
+Comes in: one tensor and its name. Goes out: the wire's dtype name, or a refusal that says what to do instead. The table
+of torch dtypes is the trainer's only one.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from trainer_client.errors import PlanError
+
+WIRE_DTYPES: Final[dict[torch.dtype, str]] = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def wire_dtype(name: str, tensor: Tensor) -> str:
+    """The dtype under which `tensor` travels.
+
+    Raises:
+        PlanError: it is of a kind that a snapshot cannot hold; the text says which and what to do.
+    """
+    problem = _kind_problem(tensor) or _dtype_problem(tensor)
+    if problem is not None:
+        raise PlanError(f"tensor {name!r} {problem}")
+    return WIRE_DTYPES[tensor.dtype]
+
+
+def _kind_problem(tensor: Tensor) -> str | None:
+    if is_lazy(tensor):
+        return "has no shape yet (a lazy module): run one forward pass first"
+    if type(tensor).__name__ == "DTensor":
+        return "is sharded (DTensor): send a full copy of the model with update() from rank 0"
+    if _is_wrapper(tensor):
+        return f"is a {type(tensor).__name__}, not a plain tensor: average the model before it is converted"
+    if tensor.is_meta:
+        return "is on the meta device and has no values: give the model real weights first, for example with to_empty()"
+    if tensor.is_quantized:
+        return f"is quantized ({_short(tensor.dtype)}): average the float model and quantize the average"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else f"sparse ({_short(tensor.layout)})"
+        return f"is {kind}: keep it dense, or register it with persistent=False if it is a buffer"
+    return None
+
+
+def _dtype_problem(tensor: Tensor) -> str | None:
+    if tensor.dtype in WIRE_DTYPES:
+        return None
+    dtype = _short(tensor.dtype)
+    if tensor.is_complex():
+        return f"is complex ({dtype}): hold it as real numbers, torch.view_as_real(x)"
+    if dtype.startswith("float8"):
+        return f"is {dtype}, too coarse to average: stream the weights that the optimizer keeps in bfloat16 or float32"
+    return f"is {dtype}; known are {', '.join(_short(known) for known in WIRE_DTYPES)}"
+
+
+def _is_wrapper(tensor: object) -> bool:
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def _short(value: torch.dtype | torch.layout) -> str:
+    return str(value).removeprefix("torch.")

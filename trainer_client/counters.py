@@ -1,0 +1,52 @@
+"""What the trainer's side did, in numbers; written by the training thread only.
+
+Comes in: durations and outcomes. Goes out: plain values for `stats()`. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import TracebackType
+from typing import Any
+
+
+class Skip(StrEnum):
+    """Why a snapshot that was due did not leave."""
+
+    BUSY = "busy"  # every slot was still on its way
+    OFFLINE = "offline"  # no connection to the server
+    STOPPED = "stopped"  # the server has refused the run for good
+    REPEATED = "repeated"  # its step is not above the last one
+    ERROR = "error"  # something failed on this side
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the client was made. As a context manager it times the training loop's stay in our code."""
+
+    offered: int = 0
+    skipped: Counter[Skip] = field(default_factory=Counter)
+    blocked_s_total: float = 0.0
+    blocked_s_max: float = 0.0
+    _entered: float = 0.0
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        blocked_s = time.perf_counter() - self._entered
+        self.blocked_s_total += blocked_s
+        self.blocked_s_max = max(self.blocked_s_max, blocked_s)
+
+    def to_json(self) -> dict[str, Any]:
+        """The totals as plain values."""
+        return {
+            "offered": self.offered,
+            "skipped": {reason.value: self.skipped[reason] for reason in Skip},
+            "torn": 0,  # a synchronous copy cannot be torn
+            "blocked_s_total": self.blocked_s_total,
+            "blocked_s_max": self.blocked_s_max,
+        }
