@@ -1,0 +1,32 @@
+"""Reads averaged weights over HTTP: wait for versions, download them, evaluate them, report metrics.
+
+Start at `Reader`. Nothing here knows the server's code, ZeroMQ, or how an average is made.
+"""
+
+from ema_reader.errors import (
+    NotFound,
+    ReaderError,
+    RequestRefused,
+    Unauthorized,
+    Unreachable,
+    VerificationFailed,
+    WaitTimeout,
+)
+from ema_reader.reader import Reader
+from ema_reader.values import Average, File, MetricsRow, Run, Version
+
+__all__ = [
+    "Reader",
+    "Run",
+    "Average",
+    "Version",
+    "File",
+    "MetricsRow",
+    "ReaderError",
+    "NotFound",
+    "RequestRefused",
+    "Unauthorized",
+    "Unreachable",
+    "VerificationFailed",
+    "WaitTimeout",
+]

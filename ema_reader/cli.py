@@ -1,0 +1,138 @@
+"""Commands that read: status, versions, download, evaluate, healthcheck.
+
+Data goes to stdout, logs and progress to stderr. Exit codes: 0 done, 1 failure, 2 usage, 3 not found, 4 token, 5 server
+unreachable, 6 verification failed, 130 interrupted. What the commands do is elsewhere; here are options and exits.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ema_reader import render
+from ema_reader.errors import ReaderError, UsageError
+from ema_reader.evaluate import EvaluationWorker
+from ema_reader.functions import import_function
+from ema_reader.reader import DEFAULT_URL, Reader
+
+Url = Annotated[str, typer.Option("--url", envvar="EMA_URL", help="Address of the server.")]
+Token = Annotated[str | None, typer.Option("--token", envvar="EMA_TOKEN", help="Token of the server, if it has one.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    for command in (status, versions, download, evaluate, healthcheck):
+        app.command()(command)
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(help="One run; all without it.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Show the runs: state, steps, rates, gaps."""
+    with _exits(), Reader(url, token) as reader:
+        runs = reader.runs() if run is None else (reader.run(run),)
+        typer.echo(render.as_json({"runs": runs}) if json else render.status_text(runs))
+
+
+def versions(
+    target: Annotated[str, typer.Argument(metavar="RUN[/AVERAGE]", help="A run, or one of its averages.")],
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """List the versions that can be downloaded, newest first."""
+    with _exits(), Reader(url, token) as reader:
+        run, _, average = target.partition("/")
+        averages = [average] if average else [item.name for item in reader.run(run).averages]
+        found = [version for name in averages for version in reader.versions(run, name)]
+        typer.echo(render.as_json({"versions": found}) if json else render.versions_text(found))
+
+
+def download(
+    target: Annotated[str, typer.Argument(metavar="RUN/AVERAGE[@REV]", help="REV: 40 hex, step-N or latest.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder; default RUN-AVERAGE-step-N.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Download a version, verified; goes on where an earlier download stopped. Prints the folder."""
+    with _exits(), Reader(url, token) as reader:
+        version = reader.version(*parse_target(target))
+        folder = output or Path(f"{version.run}-{version.average}-step-{version.step}")
+        path = reader.download(version, folder)
+        typer.echo(render.as_json({"path": str(path), "version": version}) if json else str(path))
+
+
+def evaluate(
+    function: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Takes a state dict, returns metrics.")],
+    run: Annotated[str, typer.Option("--run", envvar="EMA_RUN", help="The run; it need not have begun.")],
+    averages: Annotated[str, typer.Option("--averages", help="Names, separated by commas.")] = "all",
+    task: Annotated[str, typer.Option("--task", help="Name under which the metrics are reported.")] = "default",
+    worker: Annotated[str | None, typer.Option("--worker", help="Name of this worker; default: the host's.")] = None,
+    poll_s: Annotated[float, typer.Option("--poll-s", min=0.05, help="Seconds between two looks.")] = 1.0,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Evaluate each new version of a run and report the metrics; ends when the run is finished.
+
+    Exit code 1 when the last version of an average could not be evaluated.
+    """
+    _log_to_stderr()
+    with _exits(), Reader(url, token) as reader:
+        names = () if averages == "all" else tuple(name.strip() for name in averages.split(","))
+        evaluator = import_function(function)
+        name = worker or socket.gethostname()
+        evaluation = EvaluationWorker(reader, evaluator, run, names, task=task, worker=name, poll_s=poll_s)
+        for outcome in evaluation.outcomes():
+            typer.echo(render.as_json(outcome) if json else render.outcome_text(outcome))
+        if evaluation.failures:
+            last = ", ".join(str(outcome.version) for outcome in evaluation.failures)
+            raise ReaderError(f"the run is finished, but these last versions could not be evaluated: {last}")
+
+
+def healthcheck(url: Url = DEFAULT_URL, json: Json = False) -> None:
+    """Exit 0 when the server is ready, 1 when it is not or does not answer. Needs no token."""
+    with _exits(code=1), Reader(url) as reader:
+        ready, checks = reader.ready()
+        typer.echo(render.as_json({"ready": ready, "checks": checks}) if json else render.health_text(ready, checks))
+        raise typer.Exit(0 if ready else 1)
+
+
+def parse_target(text: str) -> tuple[str, str, str]:
+    """Split `RUN/AVERAGE[@REV]`; without REV it is `latest`.
+
+    Raises:
+        UsageError: a part is missing.
+    """
+    name, at, rev = text.partition("@")
+    run, _, average = name.partition("/")
+    if not run or not average or "/" in average or (at and not rev):
+        raise UsageError(f"{text!r} is not RUN/AVERAGE[@REV], for example resnet34/ema-0.999@step-2000")
+    return run, average, rev or "latest"
+
+
+@contextmanager
+def _exits(code: int | None = None) -> Iterator[None]:
+    """One line on stderr and the error's exit code (or `code`) in place of a traceback."""
+    try:
+        yield
+    except ReaderError as error:
+        typer.echo(f"ema: {error}", err=True)
+        raise typer.Exit(error.exit_code if code is None else code) from None
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs each poll

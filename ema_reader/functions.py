@@ -1,0 +1,62 @@
+"""The user's evaluation function. Comes in: `module:function`; goes out: a callable, and its result as plain floats."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ema_reader.errors import UsageError
+
+Evaluate = Callable[[dict[str, Any]], Mapping[str, Any]]
+
+
+def import_function(target: str) -> Evaluate:
+    """Import `module:function`; modules in the current directory are found too.
+
+    Raises:
+        UsageError: it is not written so, the module cannot be imported, or has no such function.
+    """
+    module_name, colon, name = target.partition(":")
+    if not colon or not module_name or not name:
+        raise UsageError(f"{target!r} is not module:function, for example my_evaluation:evaluate")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"cannot import {module_name!r} (also not from {here}): {error}") from error
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise UsageError(f"module {module_name!r} has no function {name!r}")
+    function: Evaluate = found
+    return function
+
+
+def plain_metrics(result: object) -> dict[str, float]:
+    """What the function returned as names and finite floats; numbers of numpy and torch are taken as well.
+
+    Raises:
+        ValueError: it is not a mapping of names to finite numbers; the text says what was found.
+    """
+    if not isinstance(result, Mapping) or not result:
+        raise ValueError(f"the function returned {_shown(result)}, not a dict of metrics such as {{'accuracy': 0.9}}")
+    metrics = {}
+    for name, value in result.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"metric {name!r} is {_shown(value)}, not a number") from None
+        if not isinstance(name, str) or not math.isfinite(number):
+            raise ValueError(f"metric {name!r} is {number}: names are strings, values finite numbers")
+        metrics[name] = number
+    return metrics
+
+
+def _shown(value: object) -> str:
+    return f"{type(value).__name__} {str(value)[:60]!r}"

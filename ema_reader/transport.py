@@ -1,0 +1,129 @@
+"""The only file that speaks HTTP. Comes in: paths and bodies; goes out: decoded JSON, responses, or one of our errors.
+
+Foreign exceptions end here, and so does the token: it is sent, and never shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+
+from ema_reader.errors import NotFound, ReaderError, RequestRefused, Unauthorized, Unreachable, UsageError
+
+CONNECT_S = 5.0
+READ_S = 30.0  # between two pieces of a response, not for all of it
+_TRY_LATER = frozenset({429, 502, 503, 504})
+
+
+def path_of(*parts: str) -> str:
+    """`/v1/` and the parts, each quoted."""
+    return "/v1/" + "/".join(quote(part, safe="") for part in parts)
+
+
+class Transport:
+    """A connection pool to one server. Safe from several threads.
+
+    Args:
+        url: `http://HOST:PORT` or https, a path in front is kept.
+        token: sent as a bearer token; None sends none.
+
+    Raises:
+        UsageError: the URL is not one.
+    """
+
+    def __init__(self, url: str, token: str | None) -> None:
+        self.url = url.rstrip("/")
+        headers = {"User-Agent": "ema-reader"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        try:
+            address = httpx2.URL(self.url)
+        except httpx2.InvalidURL as error:
+            raise UsageError(f"{url!r} is not a URL ({error}): use for example http://127.0.0.1:8080") from None
+        if address.scheme not in ("http", "https") or not address.host:
+            raise UsageError(f"{url!r} is not an http or https URL: use for example http://127.0.0.1:8080")
+        timeout = httpx2.Timeout(READ_S, connect=CONNECT_S)
+        self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=timeout, follow_redirects=True)
+
+    def get(self, path: str) -> Any:
+        """The decoded JSON at `path`.
+
+        Raises:
+            ReaderError: by what went wrong: NotFound, Unauthorized, Unreachable, RequestRefused.
+        """
+        return self._json("GET", path, None)
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The decoded JSON that answers a POST; raises as `get` does."""
+        return self._json("POST", path, body)
+
+    def status_and_json(self, path: str) -> tuple[int, Any]:
+        """Status and decoded JSON of a GET whatever the status is; raises Unreachable only."""
+        with self._mapped():
+            response = self._client.get(path)
+            return response.status_code, _decode(response, self.url)
+
+    @contextmanager
+    def stream(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+        """A successful response whose body is read piece by piece; raises as `get` does."""
+        with self._mapped(), self._client.stream("GET", path, headers=dict(headers)) as response:
+            if not response.is_success:
+                response.read()
+                self._check(response)
+            yield response
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _json(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+        with self._mapped():
+            response = self._client.request(method, path, json=body)
+        self._check(response)
+        return _decode(response, self.url)
+
+    def _check(self, response: httpx2.Response) -> None:
+        if response.is_success:
+            return
+        problem = _problem(response)
+        text = f"{problem['title']}: {problem['detail']}"
+        if response.status_code == 401:
+            raise Unauthorized(f"{self.url} wants a token: set EMA_TOKEN or use --token")
+        if response.status_code == 404:
+            raise NotFound(text)
+        if response.status_code in _TRY_LATER:
+            raise Unreachable(f"{self.url} answers {response.status_code}: {text}")
+        raise RequestRefused(text, code=problem["code"], status=response.status_code)
+
+    @contextmanager
+    def _mapped(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx2.ConnectError as error:
+            raise Unreachable(
+                f"nobody answers at {self.url} ({error}): is the server up, is the address right?"
+            ) from error
+        except httpx2.HTTPError as error:
+            what = str(error) or type(error).__name__
+            raise Unreachable(f"the connection to {self.url} broke: {what}") from error
+
+
+def _problem(response: httpx2.Response) -> dict[str, str]:
+    """The problem in the body; for an answer that is not the server's (a proxy's), what can be said of it."""
+    known: dict[str, str] = {"title": response.reason_phrase, "detail": response.text[:200], "code": "unknown"}
+    try:
+        body = response.json()
+    except ValueError:
+        return known
+    if isinstance(body, dict):
+        known.update({key: str(body[key]) for key in known if key in body})
+    return known
+
+
+def _decode(response: httpx2.Response, url: str) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        raise ReaderError(f"{url} does not answer in JSON: is it an ema server?") from error

@@ -1,0 +1,143 @@
+"""What the server says, as frozen values. Comes in: decoded JSON; goes out: dataclasses. Unknown keys are ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_UNSAFE = ("", ".", "..")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of a version: name, size in bytes, sha256 in hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One average at one step, immutable; `id` has 40 hex digits."""
+
+    id: str
+    run: str
+    average: str
+    spec: str
+    step: int
+    updates: int
+    gap_steps: int
+    created: str
+    files: tuple[File, ...]
+
+    def __str__(self) -> str:
+        return f"{self.run}/{self.average} at step {self.step} ({self.id[:12]})"
+
+    def file(self, name: str) -> File | None:
+        """The file of that name, None when the version has none."""
+        return next((item for item in self.files if item.name == name), None)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Version:
+        """Read a version.
+
+        Raises:
+            ValueError: a file's name is not a plain one, and could lead outside the folder it is saved in.
+        """
+        files = tuple(File(item["name"], item["size"], item["sha256"]) for item in value["files"])
+        for item in files:
+            if item.name in _UNSAFE or "/" in item.name or "\\" in item.name or "\0" in item.name:
+                raise ValueError(f"the server names a file {item.name[:100]!r}, which is not a plain file name")
+        return cls(
+            id=value["id"],
+            run=value["run"],
+            average=value["average"],
+            spec=value["spec"],
+            step=value["step"],
+            updates=value["updates"],
+            gap_steps=value["gap_steps"],
+            created=value["created"],
+            files=files,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """One average of a run; `step` is None before the first snapshot."""
+
+    name: str
+    spec: str
+    updates: int
+    gap_steps: int
+    step: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run; `state` is `active`, `waiting` (no trainer), `lost` (silent) or `finished`."""
+
+    run: str
+    state: str
+    step: int | None
+    published_step: int | None
+    steps_per_second: float | None
+    applied: int
+    gap_steps: int
+    quarantined: int
+    publish_error: str | None
+    averages: tuple[Average, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether its trainer said that it is complete."""
+        return self.state == "finished"
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Run:
+        """Read a run."""
+        averages = tuple(
+            Average(item["name"], item["spec"], item["updates"], item["gap_steps"], item["step"])
+            for item in value["averages"]
+        )
+        return cls(
+            run=value["run"],
+            state=value["state"],
+            step=value["step"],
+            published_step=value["published_step"],
+            steps_per_second=value["steps_per_second"],
+            applied=value["applied"],
+            gap_steps=value["gap_steps"],
+            quarantined=value["quarantined"],
+            publish_error=value["publish_error"],
+            averages=averages,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsRow:
+    """What a worker reported about a version for a task: `metrics`, or the `error` that kept it from having any."""
+
+    version: str
+    average: str
+    step: int
+    task: str
+    worker: str | None
+    metrics: dict[str, float]
+    error: str | None
+    at: str
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> MetricsRow:
+        """Read a row."""
+        return cls(
+            version=value["version"],
+            average=value["average"],
+            step=value["step"],
+            task=value["task"],
+            worker=value["worker"],
+            metrics=dict(value["metrics"]),
+            error=value["error"],
+            at=value["at"],
+        )

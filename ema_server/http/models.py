@@ -1,0 +1,170 @@
+"""The JSON of the API as types: what goes out, and the one body that comes in. Holds no behaviour but validation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class Out(BaseModel):
+    """A part of a response, read from a value of the server by attribute."""
+
+    model_config = ConfigDict(from_attributes=True, frozen=True)
+
+
+class FileOut(Out):
+    """One file of a version; `sha256` is also its strong ETag."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class VersionOut(Out):
+    """One average at one step, immutable."""
+
+    id: str
+    run: str
+    average: str
+    spec: str
+    step: int
+    updates: int
+    gap_steps: int
+    created: str
+    files: tuple[FileOut, ...]
+
+
+class VersionsOut(Out):
+    """Versions, newest first."""
+
+    versions: tuple[VersionOut, ...]
+
+
+class PublishedOut(Out):
+    """What a request to publish led to: the durable step and its versions, one for each average."""
+
+    step: int | None
+    versions: tuple[VersionOut, ...]
+
+
+class AverageOut(Out):
+    """One average of a run as it is in memory (or, without a trainer, as it was last written)."""
+
+    name: str
+    spec: str
+    updates: int
+    gap_steps: int
+    step: int | None
+
+
+class QuarantineOut(Out):
+    """The last snapshot that was refused because values in it were not finite."""
+
+    step: int
+    tensors: tuple[str, ...]
+    text: str
+    at: str
+
+
+class RunOut(Out):
+    """State, steps, rates and gaps of a run."""
+
+    run: str
+    state: Literal["active", "waiting", "lost", "finished"]
+    created: str
+    step: int | None
+    published_step: int | None
+    first_step: int | None
+    every: int
+    steps_per_second: float | None
+    applied: int
+    gap_steps: int
+    quarantined: int
+    quarantine: QuarantineOut | None
+    exempt: tuple[str, ...]
+    tensors: int
+    snapshot_bytes: int
+    memory_bytes: int
+    publish_error: str | None
+    averages: tuple[AverageOut, ...]
+
+
+class RunsOut(Out):
+    """All runs the server knows."""
+
+    runs: tuple[RunOut, ...]
+
+
+class ReportIn(BaseModel):
+    """What a worker found out about a version: metrics, or why there are none."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    metrics: dict[Name, Finite] = Field(default_factory=dict, max_length=1000)
+    task: Name = "default"
+    worker: Annotated[str, StringConstraints(max_length=200)] | None = None
+    error: Annotated[str, StringConstraints(min_length=1, max_length=10_000)] | None = None
+    samples: int | None = Field(default=None, ge=0, le=2**53)
+    seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _metrics_or_error(self) -> ReportIn:
+        if bool(self.metrics) == (self.error is not None):
+            raise ValueError("give either metrics (at least one) or error")
+        return self
+
+
+class MetricsRowOut(Out):
+    """One report: a version, a task, a worker, and the metrics or the error."""
+
+    version: str
+    average: str
+    step: int
+    task: str
+    worker: str | None
+    metrics: dict[str, float]
+    error: str | None
+    samples: int | None
+    seconds: float | None
+    at: str
+
+
+class MetricsOut(Out):
+    """Reports of a run, ordered by step, average, task and worker."""
+
+    metrics: tuple[MetricsRowOut, ...]
+
+
+class HealthOut(Out):
+    """The event loop answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class CheckOut(Out):
+    """One condition for being ready, and what was found."""
+
+    ok: bool
+    detail: str
+
+
+class ReadyOut(Out):
+    """The server does its work."""
+
+    ready: bool
+    checks: dict[str, CheckOut]
+
+
+class ProblemOut(Out):
+    """An error, RFC 9457. `code` is the word to branch on; `detail` says what is wrong and what to do."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str

@@ -1,0 +1,45 @@
+"""Writes the description of the HTTP API: `python -m ema_server.http.openapi proto/openapi.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from ema_server.board import Board
+from ema_server.catalog import Catalog
+from ema_server.http.app import create_app
+from ema_server.http.services import Services
+from ema_server.jobs import Job
+from ema_server.metric_store import MetricStore
+from ema_server.telemetry import Telemetry
+
+
+def document() -> str:
+    """The OpenAPI document of the server as it is, as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = MetricStore(Path(folder) / "metrics.sqlite")
+        try:
+            services = Services(
+                catalog=Catalog(),
+                board=Board(),
+                telemetry=Telemetry(),
+                metrics=metrics,
+                submit=_nobody,
+                data=Path(folder),
+                token=None,
+                stopping=threading.Event(),
+            )
+            return json.dumps(create_app(services).openapi(), indent=2) + "\n"
+        finally:
+            metrics.close()
+
+
+def _nobody(job: Job) -> None:
+    raise RuntimeError(f"{job!r}: no averager runs while the API is described")
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(document())

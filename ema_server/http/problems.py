@@ -1,0 +1,141 @@
+"""Errors as RFC 9457 problems. Comes in: a `Problem`, or any other error of the framework; goes out: problem+json.
+
+Every code a client can meet is in `Code`, with its status and title. Nothing here knows what the routes do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Scope
+
+MEDIA_TYPE = "application/problem+json"
+_DETAIL_CHARS_MAX = 2000
+
+
+class Code(Enum):
+    """What went wrong: the word in the JSON, the status, the title."""
+
+    BAD_REQUEST = ("bad_request", 400, "The request could not be understood")
+    BAD_RANGE = ("bad_range", 400, "The Range header could not be understood")
+    UNAUTHORIZED = ("unauthorized", 401, "A token is needed")
+    NOT_FOUND = ("not_found", 404, "There is nothing at this address")
+    RUN_NOT_FOUND = ("run_not_found", 404, "There is no such run")
+    AVERAGE_NOT_FOUND = ("average_not_found", 404, "The run has no such average")
+    VERSION_NOT_FOUND = ("version_not_found", 404, "The average has no such version")
+    NO_VERSION_YET = ("no_version_yet", 404, "The average has no version yet")
+    FILE_NOT_FOUND = ("file_not_found", 404, "The version has no such file")
+    METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "The method is not allowed at this address")
+    ALIAS_RANGE = ("alias_range", 409, "A download through an alias cannot be resumed")
+    BODY_TOO_LARGE = ("body_too_large", 413, "The body is too large")
+    RANGE_NOT_SATISFIABLE = ("range_not_satisfiable", 416, "The range lies outside the file")
+    INVALID = ("invalid", 422, "The request has a wrong value")
+    ALIAS_NOT_ALLOWED = ("alias_not_allowed", 422, "Metrics belong to an immutable version")
+    INTERNAL = ("internal", 500, "The server failed")
+    DAMAGED = ("damaged", 500, "The file is damaged on the server's disk")
+    NOT_READY = ("not_ready", 503, "The server is not ready")
+    PUBLISH_FAILED = ("publish_failed", 503, "The run could not be published")
+    METRICS_UNAVAILABLE = ("metrics_unavailable", 503, "The metrics could not be read or written")
+
+    def __init__(self, word: str, status: int, title: str) -> None:
+        self.word = word
+        self.status = status
+        self.title = title
+
+
+class Problem(HTTPException):
+    """An error to be answered as it is. An HTTPException, because FastAPI lets only those pass while it reads a body.
+
+    Args:
+        code: which one.
+        detail: what is wrong, with which value, and what to do.
+        headers: headers of the response.
+        extra: extension members of the body.
+    """
+
+    def __init__(
+        self,
+        code: Code,
+        detail: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(code.status, detail, headers)
+        self.code = code
+        self.extra = extra
+
+
+def problem_response(problem: Problem, scope: Scope) -> JSONResponse:
+    """The response that answers `problem` for the request of `scope`."""
+    code = problem.code
+    return _response(code.word, code.status, code.title, problem.detail, scope, problem.headers, problem.extra)
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of `app` a problem: ours, the framework's, and the unforeseen."""
+
+    async def on_problem(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, Problem)
+        return problem_response(error, request.scope)
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return _from_http(error, request.scope)
+
+    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return problem_response(Problem(Code.INVALID, _describe(error)), request.scope)
+
+    async def on_failure(request: Request, error: Exception) -> JSONResponse:
+        return problem_response(Problem(Code.INTERNAL, f"{type(error).__name__}: see the server's log"), request.scope)
+
+    app.add_exception_handler(Problem, on_problem)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(Exception, on_failure)
+
+
+def _from_http(error: HTTPException, scope: Scope) -> JSONResponse:
+    known = {Code.NOT_FOUND.status: Code.NOT_FOUND, Code.METHOD_NOT_ALLOWED.status: Code.METHOD_NOT_ALLOWED}
+    code = known.get(error.status_code)
+    if code is None:
+        status = HTTPStatus(error.status_code)
+        return _response(status.name.lower(), status, status.phrase, str(error.detail), scope, error.headers, None)
+    detail = f"{scope['method']} {scope['path']}: see /openapi.json for what there is"
+    return problem_response(Problem(code, detail, headers=error.headers), scope)
+
+
+def _describe(error: RequestValidationError) -> str:
+    """Where and what, without the input: it may be long, secret or (NaN) not JSON."""
+    lines = (f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors())
+    return "; ".join(lines)
+
+
+def _response(
+    word: str,
+    status: int,
+    title: str,
+    detail: str,
+    scope: Scope,
+    headers: Mapping[str, str] | None,
+    extra: Mapping[str, Any] | None,
+) -> JSONResponse:
+    body = {
+        "type": f"urn:ema-sidecar:problem:{word}",
+        "title": title,
+        "status": int(status),
+        "detail": detail[:_DETAIL_CHARS_MAX],
+        "instance": scope["path"][:_DETAIL_CHARS_MAX],
+        "code": word,
+        **(extra or {}),
+    }
+    return JSONResponse(body, status_code=status, headers=dict(headers or {}), media_type=MEDIA_TYPE)

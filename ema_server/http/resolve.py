@@ -1,0 +1,88 @@
+"""From the names in an address to a version, or to the problem that says which of them is wrong.
+
+`rev` is 40 hex digits (the version's id, immutable), `step-N` or `latest`. The last two are aliases: redirected.
+"""
+
+from __future__ import annotations
+
+import re
+
+from starlette.datastructures import Headers
+from starlette.responses import Response
+
+from ema_server.board import RunStatus
+from ema_server.catalog import FileEntry, Version
+from ema_server.http.problems import Code, Problem
+from ema_server.http.services import Services
+
+RETRY_AFTER_S = 5
+_ID = re.compile(r"[0-9a-f]{40}")
+_FROM_THE_START = re.compile(r"\s*bytes\s*=\s*0+\s*-[^,]*", re.IGNORECASE)
+
+
+def run_status(services: Services, run: str) -> RunStatus:
+    """The status of a run, or the problem that there is none."""
+    status = services.board.get(run)
+    if status is None:
+        raise Problem(Code.RUN_NOT_FOUND, f"run {run!r} is not known here; GET /v1/runs lists those that are")
+    return status
+
+
+def average_versions(services: Services, run: str, average: str) -> tuple[Version, ...]:
+    """Versions of an average, newest first (none yet: empty), or the problem that run or average is unknown."""
+    status = run_status(services, run)
+    versions = services.catalog.versions(run, average)
+    names = [item.name for item in status.averages]
+    if not versions and average not in names:
+        raise Problem(Code.AVERAGE_NOT_FOUND, f"run {run!r} has no average {average!r}; it has {', '.join(names)}")
+    return versions
+
+
+def find_version(services: Services, run: str, average: str, rev: str) -> Version:
+    """The version that `rev` names, or the problem that there is none."""
+    version = services.catalog.find(run, average, rev)
+    if version is not None:
+        return version
+    if rev == "latest" and not average_versions(services, run, average):
+        detail = (
+            f"average {average!r} of run {run!r} has not been published yet: try again, or POST /v1/runs/{run}/versions"
+        )
+        raise Problem(Code.NO_VERSION_YET, detail, headers={"Retry-After": str(RETRY_AFTER_S)})
+    held = ", ".join(f"step-{item.step}" for item in average_versions(services, run, average)) or "none"
+    detail = f"{run}/{average} has no version {rev[:60]!r}: it may have been pruned. Held: {held}"
+    raise Problem(Code.VERSION_NOT_FOUND, detail)
+
+
+def find_file(version: Version, name: str) -> FileEntry:
+    """The file `name` of a version, or the problem that there is none."""
+    for entry in version.files:
+        if entry.name == name:
+            return entry
+    names = ", ".join(entry.name for entry in version.files)
+    raise Problem(Code.FILE_NOT_FOUND, f"version {version.id} has no file {name[:100]!r}; it has {names}")
+
+
+def is_alias(rev: str) -> bool:
+    """Whether `rev` may name another version tomorrow."""
+    return _ID.fullmatch(rev) is None
+
+
+def redirect(version: Version, location: str) -> Response:
+    """Send the client from an alias to the immutable address, given relative to the alias."""
+    headers = {"Location": location, "Cache-Control": "no-cache", "X-EMA-Step": str(version.step)}
+    return Response(status_code=307, headers=headers)
+
+
+def refuse_resume(version: Version, entry: FileEntry, headers: Headers) -> None:
+    """Refuse to continue a download through an alias.
+
+    All versions of an average have the same length: if the alias has moved in between, the client would join the
+    parts of two of them, and most clients cannot notice. Only 409 makes curl, wget and aria2 all stop with an error
+    and leave their partial file alone. An `If-Range` with the digest of the current file proves that it is the same.
+    """
+    wanted = headers.get("range")
+    if wanted is None or _FROM_THE_START.fullmatch(wanted) or headers.get("if-range") == f'"{entry.sha256}"':
+        return
+    address = f"/v1/runs/{version.run}/averages/{version.average}/versions/{version.id}/files/{entry.name}"
+    detail = f"the alias may have moved since the first part was downloaded; the current version is at {address}"
+    raise Problem(Code.ALIAS_RANGE, detail)

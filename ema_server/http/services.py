@@ -1,0 +1,41 @@
+"""What the routes work with: values made by the composition root, handed to every router."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ema_server.board import Board
+from ema_server.catalog import Catalog
+from ema_server.http.request_counts import RequestCounts
+from ema_server.jobs import Job
+from ema_server.metric_store import MetricStore
+from ema_server.telemetry import Telemetry
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The rest of the server as HTTP sees it.
+
+    Args:
+        catalog: versions on disk.
+        board: state of the runs.
+        telemetry: counters and heartbeats of the other threads.
+        metrics: evaluation metrics.
+        submit: hands a job to the averager; never blocks.
+        data: the data folder.
+        token: what a client must send; None when none is needed.
+        stopping: set when the server has begun to stop.
+    """
+
+    catalog: Catalog
+    board: Board
+    telemetry: Telemetry
+    metrics: MetricStore
+    submit: Callable[[Job], None]
+    data: Path
+    token: str | None = field(repr=False)
+    stopping: threading.Event
+    requests: RequestCounts = field(default_factory=RequestCounts)
