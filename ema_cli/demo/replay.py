@@ -1,0 +1,67 @@
+"""Does the server's average equal what it says it did? Comes in: a downloaded version and the trainer's own record.
+
+Goes out: the largest difference to a float64 replay of the version's ledger. Shares no code with the server: the ledger
+says which steps updated the average, and this file applies the rule to them again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+
+from ema_cli.demo.record import Column, Rows, read
+from ema_proto.specs import Ema, parse_average
+
+
+def largest_difference(version: Path, record: Path) -> float:
+    """Compare all tensors of the version in folder `version` with a replay over `record`.
+
+    Returns:
+        The largest absolute difference of any value; integers count as values.
+
+    Raises:
+        OSError: a file is missing.
+        KeyError: the version lacks a tensor of the record.
+    """
+    about = json.loads((version / "version.json").read_text())
+    columns, rows = read(record)
+    expected = replay(about["ledger"], about["spec"], columns, rows)
+    with safe_open(version / "model.safetensors", framework="pt") as weights:
+        return max(_difference(weights.get_tensor(column.name), expected, column) for column in columns)
+
+
+def replay(ledger: Mapping[str, Any], spec: str, columns: tuple[Column, ...], rows: Rows) -> npt.NDArray[np.float64]:
+    """The average after the last step of `ledger`, in float64, over all columns.
+
+    An ema moves from the average towards the weights by `1 - decay ** delta`, delta being the steps since the update
+    before; steps that replaced the average, integers and `raw` take the weights as they are.
+    """
+    rule, replaced = parse_average(spec), set(ledger["set"])
+    floats = np.concatenate([np.full(column.stop - column.start, column.is_float) for column in columns])
+    average, before = np.zeros(rows.shape[1]), 0
+    for step in _steps(ledger):
+        weights = rows[step - 1].astype(np.float64)
+        if isinstance(rule, Ema) and step not in replaced:
+            share = np.where(floats, 1.0 - rule.decay ** (step - before), 1.0)
+            average += share * (weights - average)
+        else:
+            average = weights
+        before = step
+    return average
+
+
+def _steps(ledger: Mapping[str, Any]) -> Iterator[int]:
+    for first, last, stride in ledger["ranges"]:
+        yield from range(first, last + 1, stride)
+
+
+def _difference(tensor: torch.Tensor, expected: npt.NDArray[np.float64], column: Column) -> float:
+    wanted = torch.from_numpy(expected[column.start : column.stop])
+    return (tensor.reshape(-1).double() - wanted).abs().max().item()

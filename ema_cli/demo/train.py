@@ -1,0 +1,78 @@
+"""The demo's trainer, a process of its own. Comes in: a server's address; goes out: snapshots, and a record of them.
+
+The recipe is one that needs averaging: a constant high learning rate, batches of 8 images, and RMSprop with momentum,
+so that the last weights jump about the solution. Progress goes to stdout as JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ema_cli.demo.digits import DigitNet, load
+from ema_cli.demo.record import RecordWriter
+from trainer_client import EmaClient
+
+AVERAGES = ("raw", "ema:0.9", "ema:0.99", "ema:0.999")
+_BATCH_IMAGES = 8
+_LEARNING_RATE = 0.05
+_REPORT_STEPS = 25
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to train: where the server is, the run's name, how many steps, and the folder for the record."""
+
+    endpoint: str
+    run: str
+    steps: int
+    seed: int
+    record: Path
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train and stream every step; returns the client's statistics.
+
+    Raises:
+        RuntimeError: the run could not be finished on the server.
+    """
+    torch.manual_seed(job.seed)
+    torch.set_num_threads(1)  # the network is small: a second thread costs more than it brings
+    digits, model = load(), DigitNet()
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=_LEARNING_RATE, alpha=0.9, eps=1e-3, momentum=0.9)
+    client = EmaClient(job.endpoint, run=job.run, averages=AVERAGES, when_behind="wait")
+    client.attach(model, optimizer)
+    with RecordWriter(job.record) as record:
+        for step in range(1, job.steps + 1):
+            batch = torch.randint(len(digits.train_labels), (_BATCH_IMAGES,))
+            optimizer.zero_grad()
+            loss = cross_entropy(model(digits.train_images[batch]), digits.train_labels[batch])
+            loss.backward()
+            optimizer.step()
+            record.append(model.state_dict())
+            if step % _REPORT_STEPS == 0 or step == job.steps:
+                print(json.dumps({"step": step, "loss": loss.item()}), flush=True)
+    if not client.finish():
+        raise RuntimeError(f"the server did not finish run {job.run!r}: {client.stats()}")
+    return client.stats()
+
+
+def parse(arguments: list[str] | None = None) -> Job:
+    """Read the command line of this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--record", type=Path, required=True)
+    return Job(**vars(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    print(json.dumps({"stats": train(parse())}), flush=True)

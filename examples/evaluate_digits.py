@@ -1,0 +1,15 @@
+"""An evaluation function. In this folder, while it trains: `ema evaluate evaluate_digits:accuracy --run digits`."""
+
+import torch
+
+from ema_cli.demo.digits import DigitNet, load
+
+
+def accuracy(state: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Comes in: the weights of one version; goes out: its metrics, by name."""
+    digits, model = load(), DigitNet()
+    model.load_state_dict(state)
+    model.eval()
+    with torch.no_grad():
+        right = model(digits.test_images).argmax(dim=1) == digits.test_labels
+    return {"accuracy": right.double().mean().item()}
