@@ -143,12 +143,9 @@ class StreamQueue:
         """Forget an item."""
         self._items.remove(item)
 
-    def take_committed(self, step: int, attempt: int) -> Snapshot | None:
-        """Remove and return the snapshot that was committed; None for a stale answer."""
-        snapshot = self.find(step, attempt)
-        if snapshot is not None:
-            self.remove(snapshot)
-        return snapshot
+    def is_oldest(self, snapshot: Snapshot) -> bool:
+        """Whether no earlier snapshot is unanswered."""
+        return next(item for item in self._items if isinstance(item, Snapshot)) is snapshot
 
     def take_answered(self, number: int) -> bool:
         """Remove the request of this number; False when it is unknown."""

@@ -103,6 +103,7 @@ class Receiver:
         self._lost_after_s = lost_after_s
         self._connections: dict[bytes, _Connection] = {}
         self._claims = Claims()
+        self._streamed_by: dict[str, bytes] = {}
         self._now = 0.0
         self._pending: tuple[_Connection, Header] | None = None
 
@@ -180,6 +181,7 @@ class Receiver:
         if claim is None:
             return False
         claim.state = ClaimState.STREAMING
+        self._streamed_by[run] = claim.session
         claim.intake = Intake(
             nbytes=claim.join.manifest.nbytes,
             chunk_bytes=self._chunk_bytes,
@@ -329,7 +331,9 @@ class Receiver:
         connection.run = join.run
         claim = self._claims.new(connection.session, connection.peer, join)
         owner = self._claims.owner(join.run)
-        if owner is None or owner.session == connection.session or join.incarnation > owner.join.incarnation:
+        if join.reconnect and self._streamed_by.get(join.run, connection.session) != connection.session:
+            self._end(claim, RejectCode.EVICTED, f"another trainer has streamed run {join.run!r} since")
+        elif owner is None or owner.session == connection.session or join.incarnation > owner.join.incarnation:
             self._take_over(claim)
         elif join.incarnation < owner.join.incarnation:
             newer = owner.join.incarnation

@@ -222,8 +222,8 @@ class Sender:
             self.lost(now, "no answer to HELLO")
         elif now - self._heard_at > SERVER_SILENT_S:
             self.lost(now, f"nothing heard for {SERVER_SILENT_S:.0f} s")
-        elif self._stream.awaiting and self.state is SenderState.STREAMING and now - self._progress_at > STALL_S:
-            self.lost(now, f"no snapshot was accepted for {STALL_S:.0f} s")
+        elif self._awaits_progress and now - self._progress_at > STALL_S:
+            self.lost(now, f"no answer to JOIN or to a snapshot for {STALL_S:.0f} s")
         elif self.state is not SenderState.GREETING and now - self._beat_at >= HEARTBEAT_S:
             self._beat_at = now
             self._control.append(m.Heartbeat(reply=True))
@@ -236,6 +236,10 @@ class Sender:
             return None
         return self._stream.next_frame(self._session, self._epoch)
 
+    @property
+    def _awaits_progress(self) -> bool:
+        return self.state is SenderState.JOINING or (self.state is SenderState.STREAMING and self._stream.awaiting)
+
     # Answers.
 
     def _take(self, message: m.Message, now: float) -> None:
@@ -243,15 +247,14 @@ class Sender:
             case m.Challenge():
                 self._take_challenge(message)
             case m.Welcome():
-                self._take_welcome(message)
+                self._take_welcome(message, now)
             case m.Joined():
                 self._take_joined(message, now)
             case m.Credit():
                 self._progress_at = now
                 self._stream.credit_limit = max(self._stream.credit_limit, message.limit)
             case m.Committed():
-                self._progress_at = now
-                self._done(self._stream.take_committed(message.step, message.attempt))
+                self._take_committed(message, now)
             case m.Published():
                 if message.error is None and message.step is not None:
                     self.events.append(PublishedAt(message.step))
@@ -277,10 +280,11 @@ class Sender:
             proof = prove(self._token, nonce=challenge.nonce, session=self._session)
             self._control.append(m.Hello(proof=proof))
 
-    def _take_welcome(self, welcome: m.Welcome) -> None:
+    def _take_welcome(self, welcome: m.Welcome, now: float) -> None:
         if self.state is not SenderState.GREETING:
             return
         self.state = SenderState.GREETED
+        self._progress_at = now
         self._epoch = welcome.epoch
         self._chunk_bytes = welcome.chunk_bytes
         self.events.append(Greeted())
@@ -305,6 +309,18 @@ class Sender:
         self.events.append(JoinAccepted(joined))
         for snapshot in self._stream.settle(joined, self._chunk_bytes):
             self._done(snapshot)
+
+    def _take_committed(self, committed: m.Committed, now: float) -> None:
+        self._progress_at = now
+        snapshot = self._stream.find(committed.step, committed.attempt)
+        if snapshot is None:
+            return
+        in_order = self._stream.is_oldest(snapshot)
+        self._stream.remove(snapshot)
+        self._done(snapshot)
+        if not in_order:
+            # Snapshots are applied in order: the answer to an earlier one was lost, and JOINED will give it again.
+            self.lost(now, f"step {committed.step} was answered before an earlier one")
 
     def _take_reject(self, reject: m.Reject, now: float) -> None:
         if reject.scope is Scope.SNAPSHOT:
