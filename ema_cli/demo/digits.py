@@ -68,4 +68,4 @@ def held_out_accuracy(model: nn.Module) -> float:
     with torch.no_grad():
         right = model(digits.test_images).argmax(dim=1) == digits.test_labels
     model.train(training)
-    return right.double().mean().item()
+    return float(right.double().mean())

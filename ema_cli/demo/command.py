@@ -1,0 +1,137 @@
+"""`ema demo`: options in, bars while it works, and at the end a table and the commands that fetch the best weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as jsonlib
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ema_cli.demo import run as job
+from ema_cli.demo.child import ProcessFailed
+from ema_reader.errors import ReaderError
+
+_STEPS = 5000
+_URL = "http://127.0.0.1:8080"  # where `ema serve` listens unless told otherwise
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(demo)
+
+
+def demo(
+    folder: Annotated[Path, typer.Option("--dir", help="Each demo makes a new folder in this one.")] = Path("ema-demo"),
+    steps: Annotated[int, typer.Option("--steps", min=10, help="Optimizer steps to train.")] = _STEPS,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the trainer.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
+) -> None:
+    """Train on real data with a server and an evaluation worker beside it, each its own process; then compare."""
+    signal.signal(signal.SIGTERM, _terminated)
+    console = Console(stderr=True)
+    try:
+        place = _new_folder(folder)
+        console.print(f"server, trainer and evaluation worker: their logs and data are in {place}", highlight=False)
+        with _Bars(console, steps) as bars:
+            report = job.run(place, steps, seed, bars.show)
+    except (ProcessFailed, ReaderError, OSError) as error:
+        typer.echo(f"ema: {error}", err=True)
+        raise typer.Exit(1) from None
+    if json:
+        typer.echo(jsonlib.dumps(dataclasses.asdict(report), default=str))
+    else:
+        Console(highlight=False).print(_table(report))
+        typer.echo(_words(report))
+
+
+class _Bars:
+    """Two progress bars on stderr: steps trained, and the step of the newest evaluated version."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        columns = (TextColumn("{task.description:17}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, TextColumn("{task.fields[said]}"), console=console)
+        names = ("trainer", "evaluation worker")
+        self._tasks = {name: self._progress.add_task(name, total=steps, said="starting") for name in names}
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._progress.stop()
+
+    def show(self, name: str, line: dict[str, Any]) -> None:
+        """Move a bar by what a process said."""
+        if name == "server":
+            self._progress.console.print(f"server ready: {line['zmq']} {line['http']}", highlight=False)
+        elif name == "trainer" and "step" in line:
+            self._progress.update(self._tasks[name], completed=line["step"], said=f"loss {line['loss']:.2f}")
+        elif name == "evaluation worker":
+            version = line["version"]
+            said = ", ".join(f"{key} {value:.3f}" for key, value in line["metrics"].items()) or "failed"
+            self._progress.update(self._tasks[name], completed=version["step"], said=f"{version['average']}: {said}")
+
+
+def _new_folder(parent: Path) -> Path:
+    """The first of `parent/1`, `parent/2`, ... that does not exist, made."""
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        try:
+            (parent / str(number)).mkdir()
+            return parent / str(number)
+        except FileExistsError:
+            number += 1
+
+
+def _table(report: job.Report) -> Table:
+    table = Table(title="Held-out accuracy, from the files downloaded over HTTP", title_justify="left")
+    table.add_column("average")
+    for heading in ("step", "updates", "gaps", "accuracy", "largest difference\nto a float64 replay"):
+        table.add_column(heading, justify="right")
+    for result in report.results:
+        name = f"{result.average} (the last weights)" if result.average == "raw" else result.average
+        numbers = (result.step, result.updates, result.gap_steps)
+        texts = (*map(str, numbers), f"{result.accuracy:.1%}", f"{result.difference:.1e}")
+        table.add_row(name, *texts, style="bold" if result is report.best else None)
+    return table
+
+
+def _words(report: job.Report) -> str:
+    best, ema = report.best, _program()
+    name = f"{job.RUN}/{best.average}@step-{best.step}"
+    file = f"v1/runs/{job.RUN}/averages/{best.average}/versions/{best.version}/files/model.safetensors"
+    return "\n".join(
+        (
+            f"{report.steps} steps taken, {report.applied} updates applied, {report.gap_steps} gaps; "
+            f"{report.versions_evaluated} versions evaluated; {report.seconds:.0f} s.",
+            "",
+            f"The demo's server has ended. Serve its data again, and fetch the weights of {name}:",
+            f"  {ema} serve --data {shlex.quote(str(report.folder / 'data'))}",
+            f"  {ema} download {name} -o best --url {_URL}",
+            f"  curl -fO {_URL}/{file}",
+        )
+    )
+
+
+def _program() -> str:
+    """How to call `ema` from here: by name if the shell finds this one, else by its path."""
+    called = Path(sys.argv[0])
+    if called.name != "ema":
+        return "ema"
+    found = shutil.which("ema")
+    return "ema" if found and Path(found).resolve() == called.resolve() else shlex.quote(str(called))
+
+
+def _terminated(number: int, frame: object) -> None:
+    """SIGTERM ends the demo by the way that stops its processes."""
+    raise SystemExit(128 + number)

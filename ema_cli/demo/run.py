@@ -1,0 +1,142 @@
+"""Runs the main job: starts server, trainer and evaluation worker, watches them, and collects what came of it.
+
+Comes in: how many steps, and a folder. Goes out: a `Report` whose numbers come from files downloaded over HTTP. Each
+process failing ends the demo with its name and its last words. Knows nothing of how a report looks.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ema_cli.demo.child import Child
+from ema_cli.demo.replay import largest_difference
+from ema_reader import Reader
+
+RUN = "digits"
+_PUBLISHES = 10
+_START_S = 60.0
+_STALLED_S = 120.0
+_POLL_S = 0.1
+
+Progress = Callable[[str, dict[str, Any]], None]  # a process's name and one of its JSON lines
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One average at the last step: its held-out accuracy in [0, 1], and its largest difference to the replay."""
+
+    average: str
+    version: str
+    step: int
+    updates: int
+    gap_steps: int
+    accuracy: float
+    difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of it; `results` in the order in which the averages were asked for."""
+
+    folder: Path
+    steps: int
+    applied: int
+    gap_steps: int
+    versions_evaluated: int
+    seconds: float
+    results: tuple[Result, ...]
+
+    @property
+    def best(self) -> Result:
+        """The result of highest accuracy."""
+        return max(self.results, key=lambda result: result.accuracy)
+
+
+def run(folder: Path, steps: int, seed: int, progress: Progress) -> Report:
+    """Run the demo in `folder`, which exists and is empty.
+
+    Raises:
+        ProcessFailed: one of the three processes failed, or nothing moved for two minutes.
+        ReaderError: a version could not be read back.
+    """
+    started = time.monotonic()
+    with ExitStack() as processes:
+        server = processes.enter_context(_server(folder, steps))
+        addresses = server.first_line(_START_S)
+        progress(server.name, addresses)
+        trainer = processes.enter_context(_trainer(folder, steps, seed, addresses["zmq"]))
+        worker = processes.enter_context(_worker(folder, addresses["http"]))
+        evaluated = _watch(server, trainer, worker, progress)
+        with Reader(addresses["http"]) as reader:
+            known = reader.run(RUN)
+            results = _collect(reader, folder, steps)
+        server.stop()
+    shutil.rmtree(folder / "record")  # large, and of no use once it has been replayed
+    seconds = time.monotonic() - started
+    return Report(folder, steps, known.applied, known.gap_steps, evaluated, seconds, results)
+
+
+def _server(folder: Path, steps: int) -> Child:
+    arguments = ["-m", "ema_cli", "serve", "--zmq", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0"]
+    arguments += ["--data", str(folder / "data"), "--publish-every-steps", str(max(1, steps // _PUBLISHES))]
+    return Child("server", arguments, folder / "server.log")
+
+
+def _trainer(folder: Path, steps: int, seed: int, endpoint: str) -> Child:
+    arguments = ["-m", "ema_cli.demo.train", "--endpoint", endpoint, "--run", RUN]
+    arguments += ["--steps", str(steps), "--seed", str(seed), "--record", str(folder / "record")]
+    return Child("trainer", arguments, folder / "trainer.log")
+
+
+def _worker(folder: Path, url: str) -> Child:
+    arguments = ["-m", "ema_cli", "evaluate", "ema_cli.demo.evaluate:accuracy", "--run", RUN, "--averages", "all"]
+    arguments += ["--url", url, "--poll-s", "0.2", "--json"]
+    return Child("evaluation worker", arguments, folder / "worker.log")
+
+
+def _watch(server: Child, trainer: Child, worker: Child, progress: Progress) -> int:
+    """Pass on what the processes say until trainer and worker have ended; returns how many versions were evaluated."""
+    evaluated, heard = 0, time.monotonic()
+    while True:
+        ended = not trainer.running and not worker.running
+        for child in (trainer, worker):
+            for line in child.lines():
+                progress(child.name, line)
+                heard = time.monotonic()
+                evaluated += child is worker
+        if not server.running:  # first: the others' failures would be its consequence
+            raise server.failure()
+        trainer.check()
+        worker.check()
+        if ended:
+            return evaluated
+        if time.monotonic() - heard > _STALLED_S:
+            silent = trainer if trainer.running else worker
+            raise silent.failure(f"has not moved for {_STALLED_S:g} s")
+        time.sleep(_POLL_S)
+
+
+def _collect(reader: Reader, folder: Path, steps: int) -> tuple[Result, ...]:
+    accuracies = {row.version: row.metrics.get("accuracy", float("nan")) for row in reader.metrics(RUN)}
+    results = []
+    for average in reader.run(RUN).averages:
+        version = reader.version(RUN, average.name, f"step-{steps}")
+        path = reader.download(version, folder / "downloads" / average.name)
+        results.append(
+            Result(
+                average=average.name,
+                version=version.id,
+                step=version.step,
+                updates=version.updates,
+                gap_steps=version.gap_steps,
+                accuracy=accuracies[version.id],
+                difference=largest_difference(path, folder / "record"),
+            )
+        )
+    return tuple(results)
