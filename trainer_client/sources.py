@@ -31,7 +31,9 @@ class Source:
     def maybe_tensor(self) -> Tensor | None:
         """What is there now."""
         table = self.owner._buffers if self.is_buffer else self.owner._parameters
-        return table.get(self.attribute)
+        if self.attribute not in table:  # not .get(): the tables of scripted modules have none
+            return None
+        return table[self.attribute]
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,9 @@ def wrapped_attribute(module: nn.Module, name: str) -> str | None:
         PlanError: the wrapper flattens and shards the parameters, so that the model's own are not there.
     """
     if _is(module, *_FSDP1):
+        where = repr(name) if name else "the model"
         raise PlanError(
-            f"{name or 'the model'} is wrapped in FullyShardedDataParallel: sharded models cannot be streamed; "
+            f"{where} is wrapped in FullyShardedDataParallel, and sharded models cannot be streamed: "
             "train it with DistributedDataParallel, or send a gathered copy with update() from rank 0"
         )
     return next((attribute for file, cls, attribute in _WRAPPERS if _is(module, file, cls)), None)
@@ -58,7 +59,7 @@ def canonical_name(model: nn.Module, key: str) -> str:
             module, rest = getattr(module, attribute), rest.removeprefix(attribute + ".")
             continue
         child, dot, tail = rest.partition(".")
-        inner = module._modules.get(child) if dot else None
+        inner = module._modules[child] if dot and child in module._modules else None
         if inner is None:
             return ".".join([*parts, rest])
         module, rest = inner, tail

@@ -1,0 +1,509 @@
+"""What a training script sees: which steps are sent, what they hold, and what is raised when."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from ema_proto.errors import RejectCode
+from ema_proto.specs import Raw
+from support.fake_worker import OfflineClient
+from trainer_client import ClientClosed, JoinError, PlanError, RewindError, SettingsError
+
+ENDPOINT = "tcp://127.0.0.1:5555"
+
+
+def _client(**given: Any) -> OfflineClient:
+    return OfflineClient(ENDPOINT, **{"run": "r", **given})
+
+
+def _training() -> tuple[nn.Linear, SGD]:
+    model = nn.Linear(2, 2)
+    return model, SGD(model.parameters(), lr=0.1)
+
+
+def _train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss: Tensor = model(torch.ones(1, 2)).square().sum()
+        loss.backward()
+        optimizer.step()
+
+
+def test_the_constructor_greets_and_does_not_join() -> None:
+    client = _client()
+
+    assert client.worker.asked == ["greet"]
+    assert client.worker.joins == []
+
+
+def test_attach_joins_at_once_with_what_the_server_must_know() -> None:
+    model, optimizer = _training()
+    client = _client(step=7, every=2, resume="must", averages=["raw"], config={"a": 1}, checksum=True, incarnation=3)
+
+    client.attach(model, optimizer)
+
+    (join,) = client.worker.joins
+    assert (join.run, join.first_step, join.every, join.resume, join.incarnation) == ("r", 8, 2, "must", 3)
+    assert (join.averages, join.checksum, join.reconnect) == ((Raw(),), True, False)
+    assert join.config == '{\n  "a": 1\n}\n'
+    assert [spec.name for spec in join.manifest.tensors] == ["weight", "bias"]
+
+
+def test_every_real_optimizer_step_is_sent() -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+
+    _train(model, optimizer, 3)
+
+    assert client.worker.steps == [1, 2, 3]
+    assert client.steps == 3
+
+
+def test_a_step_that_a_gradient_scaler_skips_is_not_counted() -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for factor in (1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaled: Tensor = scaler.scale(model(torch.ones(1, 2)).square().sum() * factor)
+        scaled.backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    assert client.worker.steps == [1, 2]
+
+
+def test_of_several_optimizers_the_first_counts() -> None:
+    model, first = _training()
+    second = SGD(model.parameters(), lr=0.1)
+    client = _client()
+    client.attach(model, [first, second])
+
+    _train(model, second, 2)
+    _train(model, first, 1)
+
+    assert client.worker.steps == [1]
+
+
+def test_every_sends_the_divisible_steps() -> None:
+    model, optimizer = _training()
+    client = _client(every=3, step=4)
+    client.attach(model, optimizer)
+
+    _train(model, optimizer, 6)
+
+    assert client.worker.steps == [6, 9]
+
+
+def test_weights_written_after_step_returned_do_not_change_what_was_sent() -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+    _train(model, optimizer, 1)
+    expected = model.weight.detach().clone()
+
+    nn.init.zeros_(model.weight)
+
+    assert torch.equal(client.worker.sent(0)["weight"], expected)
+    assert not torch.equal(expected, model.weight)
+
+
+def test_weights_written_after_update_returned_do_not_change_what_was_sent() -> None:
+    model, _ = _training()
+    client = _client()
+    expected = model.weight.detach().clone()
+    client.update(model)
+
+    nn.init.zeros_(model.weight)
+
+    assert torch.equal(client.worker.sent(0)["weight"], expected)
+
+
+def test_a_first_bare_update_says_how_many_steps_were_taken_before() -> None:
+    model, _ = _training()
+    client = _client()
+
+    client.update(model, 41)
+    client.update(model)
+
+    assert client.worker.joins[0].first_step == 41
+    assert client.worker.steps == [41, 42]
+
+
+def test_update_takes_the_step_from_tensors_and_numpy_like_integers() -> None:
+    model, _ = _training()
+    client = _client()
+
+    client.update(model, torch.tensor(5))
+
+    assert client.worker.steps == [5]
+
+
+@pytest.mark.parametrize("step", [0, -1, 1.5])
+def test_a_first_update_of_no_step_is_refused(step: Any) -> None:
+    client = _client()
+
+    with pytest.raises(SettingsError, match=f"step={step}"):
+        client.update(nn.Linear(1, 1), step)
+    assert client.worker.joins == []
+
+
+def test_a_first_update_behind_the_steps_already_taken_is_refused() -> None:
+    with pytest.raises(SettingsError, match="100 steps"):
+        _client(step=100).update(nn.Linear(1, 1), 50)
+
+
+def test_a_repeated_step_is_skipped_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = _training()
+    client = _client()
+    for step in (5, 5, 4, 6):
+        client.update(model, step)
+
+    assert client.worker.steps == [5, 6]
+    assert client.stats()["skipped"]["repeated"] == 2
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_with_every_slot_under_way_a_step_is_skipped_without_waiting() -> None:
+    model, _ = _training()
+    client = _client()
+    client.update(model)
+    client.worker.free.clear()
+
+    client.update(model)
+
+    assert client.worker.waits == [0.0, 0.0]
+    assert client.stats()["skipped"]["busy"] == 1
+    assert client.steps == 2
+
+
+def test_waiting_is_bounded_by_the_timeout_given() -> None:
+    client = _client(when_behind="wait", wait_timeout_s=2.5)
+
+    client.update(nn.Linear(1, 1))
+
+    assert client.worker.waits == [2.5]
+
+
+@pytest.mark.parametrize(("state", "reason"), [("disconnected", "offline"), ("failed", "stopped")])
+def test_a_missing_server_is_counted_and_raises_nothing(state: str, reason: str) -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+    client.worker.state = state
+
+    _train(model, optimizer, 2)
+
+    assert client.stats()["skipped"][reason] == 2
+    assert client.worker.steps == []
+
+
+def test_an_unforeseen_failure_costs_a_snapshot_and_not_the_training(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+    slots = len(client.worker.free)
+
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(torch, "_foreach_copy_", out_of_memory)
+    _train(model, optimizer, 2)
+
+    assert client.stats()["skipped"]["error"] == 2
+    assert len(client.worker.free) == slots
+    assert [("not enough memory" in record.message) for record in caplog.records] == [True]
+
+
+def test_an_interrupted_copy_gives_its_slot_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = _training()
+    client = _client()
+    client.update(model)
+    slots = len(client.worker.free)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "_foreach_copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        client.update(model)
+
+    assert len(client.worker.free) == slots
+
+
+def test_a_model_changed_after_joining_is_raised_from_the_step() -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+    slots = len(client.worker.free)
+    model.to(torch.float64)
+
+    with pytest.raises(PlanError, match="'weight'"):
+        optimizer.step()
+    assert len(client.worker.free) == slots
+
+
+def test_a_model_that_cannot_be_streamed_leaves_the_client_usable() -> None:
+    client = _client()
+    with pytest.raises(PlanError):
+        client.update(nn.ReLU())
+
+    client.update(nn.Linear(1, 1))
+
+    assert client.worker.steps == [1]
+
+
+def test_a_refused_run_raises_and_closes_the_client() -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.worker.refuse = JoinError("in use", RejectCode.RUN_IN_USE)
+
+    with pytest.raises(JoinError) as caught:
+        client.attach(model, optimizer)
+
+    assert caught.value.code is RejectCode.RUN_IN_USE
+    assert client.worker.closed == 1
+    with pytest.raises(ClientClosed):
+        client.attach(model, optimizer)
+    optimizer.step()
+
+
+def test_remove_stops_the_snapshots_and_attach_starts_them_again() -> None:
+    model, optimizer = _training()
+    client = _client()
+    handle = client.attach(model, optimizer)
+    _train(model, optimizer, 1)
+    handle.remove()
+    handle.remove()
+    _train(model, optimizer, 1)
+    client.attach(model, optimizer)
+    _train(model, optimizer, 1)
+
+    assert client.worker.steps == [1, 2]
+    assert len(client.worker.joins) == 1
+
+
+def test_attaching_twice_is_an_error() -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+
+    with pytest.raises(SettingsError, match="attached already"):
+        client.attach(model, optimizer)
+
+
+@pytest.mark.parametrize("optimizer", [[], None, nn.Linear(1, 1), [None]])
+def test_something_that_is_no_optimizer_is_refused_before_joining(optimizer: Any) -> None:
+    client = _client()
+
+    with pytest.raises(SettingsError):
+        client.attach(nn.Linear(1, 1), optimizer)
+    assert client.worker.joins == []
+
+
+def test_state_dict_resumes_the_same_run_at_the_same_step() -> None:
+    model, optimizer = _training()
+    before = OfflineClient(ENDPOINT)
+    before.attach(model, optimizer)
+    _train(model, optimizer, 3)
+    state = before.state_dict()
+
+    after = OfflineClient(ENDPOINT)
+    after.load_state_dict(state)
+    after.attach(model, optimizer)
+
+    assert (after.worker.joins[0].run, after.worker.joins[0].first_step) == (before.run, 4)
+
+
+def test_a_run_name_that_was_given_stays_when_a_state_is_loaded() -> None:
+    client = _client(run="mine")
+
+    client.load_state_dict({"run": "theirs", "step": 5})
+
+    assert client.state_dict() == {"run": "mine", "step": 5}
+
+
+@pytest.mark.parametrize("state", [{}, {"run": "r"}, {"run": "r", "step": -1}, {"run": "a/b", "step": 1}, None])
+def test_a_state_that_is_none_is_refused(state: Any) -> None:
+    with pytest.raises(SettingsError):
+        _client().load_state_dict(state)
+
+
+def test_loading_a_state_after_joining_rewinds() -> None:
+    model, _ = _training()
+    client = _client()
+    client.update(model, 10)
+    client.worker.rewind_to = 4
+
+    client.load_state_dict({"run": "r", "step": 5})
+    client.update(model)
+
+    assert client.worker.asked[-1] == "rewind 5"
+    assert client.worker.steps == [10, 6]
+
+
+def test_loading_another_runs_state_after_joining_a_generated_one_is_an_error() -> None:
+    client = OfflineClient(ENDPOINT)
+    client.update(nn.Linear(1, 1))
+
+    with pytest.raises(SettingsError, match="before attach"):
+        client.load_state_dict({"run": "other", "step": 5})
+
+
+def test_rewind_returns_where_the_averages_are_and_steps_count_on_from_the_trainers() -> None:
+    model, _ = _training()
+    client = _client()
+    client.update(model, 10)
+    client.worker.rewind_to = 3
+
+    assert client.rewind(5) == 3
+    assert client.steps == 5
+
+
+def test_a_failed_rewind_raises_and_changes_nothing() -> None:
+    model, _ = _training()
+    client = _client()
+    client.update(model, 10)
+
+    with pytest.raises(RewindError):
+        client.rewind(5)
+    assert client.steps == 10
+
+
+def test_a_rewind_before_joining_names_the_way() -> None:
+    with pytest.raises(RewindError, match="load_state_dict"):
+        _client().rewind(5)
+
+
+def test_a_checkpoint_behind_the_run_is_refused_without_asking() -> None:
+    model, _ = _training()
+    client = _client()
+    client.update(model, 10)
+
+    assert not client.checkpoint(9)
+    assert client.checkpoint(10)
+    assert client.worker.asked.count("checkpoint") == 1
+
+
+def test_flush_passes_on_what_the_worker_says() -> None:
+    model, _ = _training()
+    client = _client()
+    assert client.flush()
+    client.update(model)
+    client.worker.answer = False
+
+    assert not client.flush(durable=True)
+    assert client.worker.asked == ["greet", "flush durable=True"]
+
+
+def test_a_clean_exit_finishes() -> None:
+    with _client() as client:
+        client.update(nn.Linear(1, 1))
+
+    assert client.worker.asked[-1] == "finish"
+    assert client.stats()["client"] == "finished"
+
+
+def test_an_exception_closes_and_leaves_the_run_open() -> None:
+    client = _client()
+
+    def fail() -> None:
+        with client:
+            client.update(nn.Linear(1, 1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert "finish" not in client.worker.asked
+    assert client.stats()["client"] == "closed"
+
+
+def test_training_goes_on_undisturbed_after_the_client_ended() -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+    client.finish()
+
+    _train(model, optimizer, 1)
+
+    assert client.worker.steps == []
+
+
+def test_a_closed_client_says_so_wherever_it_is_used() -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.close()
+    client.close()
+
+    for use in (
+        lambda: client.update(model),
+        lambda: client.attach(model, optimizer),
+        lambda: client.flush(),
+        lambda: client.checkpoint(1),
+        lambda: client.rewind(1),
+        lambda: client.load_state_dict({"run": "r", "step": 1}),
+    ):
+        with pytest.raises(ClientClosed, match="make a new one"):
+            use()
+    assert client.worker.closed == 1
+    assert client.state_dict() == {"run": "r", "step": 0}
+    assert "closed" in repr(client)
+
+
+def test_finish_says_whether_the_server_confirmed() -> None:
+    client = _client()
+    client.update(nn.Linear(1, 1))
+    client.worker.answer = False
+
+    assert not client.finish()
+    assert not client.finish()
+    assert client.stats()["client"] == "closed"
+
+
+def test_the_time_spent_in_the_loop_is_measured() -> None:
+    model, _ = _training()
+    client = _client()
+    client.update(model)
+    client.update(model)
+
+    stats = client.stats()
+    assert 0 < stats["blocked_s_max"] <= stats["blocked_s_total"] <= 2 * stats["blocked_s_max"]
+    assert stats["offered"] == 2
+
+
+def test_a_compiled_model_streams_under_its_own_names() -> None:
+    model, optimizer = _training()
+    compiled: Any = torch.compile(model, backend="eager")
+    client = _client()
+    client.attach(compiled, optimizer)
+
+    _train(compiled, optimizer, 1)
+
+    assert torch.equal(client.worker.sent(0)["weight"], model.weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_optimizer_step_is_sent_with_its_result() -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+    step: Any = torch.compile(optimizer.step, backend="eager")
+    for count in range(1, 4):
+        optimizer.zero_grad()
+        loss: Tensor = model(torch.ones(1, 2)).square().sum()
+        loss.backward()
+        step()
+
+        assert client.worker.steps == list(range(1, count + 1))
+        assert torch.equal(client.worker.sent(-1)["weight"], model.weight)

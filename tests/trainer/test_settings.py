@@ -1,0 +1,154 @@
+"""What a client may be told, and what it is told in return."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ema_proto.names import check_name
+from ema_proto.specs import Ema
+from trainer_client import EmaClientError, SettingsError
+from trainer_client.settings import Settings
+
+_GIVEN: dict[str, Any] = {
+    "endpoint": "tcp://127.0.0.1:5555",
+    "run": "resnet34",
+    "averages": ("ema:0.9999",),
+    "step": None,
+    "every": 1,
+    "when_behind": "skip",
+    "resume": "auto",
+    "token": None,
+    "config": None,
+    "checksum": False,
+    "connect_timeout_s": 5.0,
+    "wait_timeout_s": 30.0,
+    "incarnation": None,
+}
+
+
+def _settings(environ: dict[str, str] | None = None, **given: Any) -> Settings:
+    return Settings.of({} if environ is None else environ, **{**_GIVEN, **given})
+
+
+def test_environment_stands_in_for_what_is_not_given() -> None:
+    environ = {"EMA_ENDPOINT": "tcp://ema:1", "EMA_RUN": "from-env", "EMA_TOKEN": "s3cret"}
+
+    settings = _settings(environ, endpoint=None, run=None)
+
+    assert (settings.endpoint, settings.run, settings.token) == ("tcp://ema:1", "from-env", "s3cret")
+    assert not settings.run_generated
+
+
+def test_arguments_win_over_the_environment() -> None:
+    environ = {"EMA_ENDPOINT": "tcp://ema:1", "EMA_RUN": "from-env", "EMA_TOKEN": "s3cret"}
+
+    settings = _settings(environ, token="other")
+
+    assert (settings.endpoint, settings.run, settings.token) == ("tcp://127.0.0.1:5555", "resnet34", "other")
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    settings = _settings({"EMA_RUN": "", "EMA_TOKEN": ""}, run=None)
+
+    assert settings.token is None
+    assert settings.run_generated
+
+
+def test_a_generated_run_name_is_a_legal_name_and_differs_each_time() -> None:
+    names = {_settings(run=None).run for _ in range(8)}
+
+    assert all(check_name("run", name) == name for name in names)
+    assert len(names) > 1
+
+
+def test_a_token_never_appears_in_the_repr() -> None:
+    assert "s3cret" not in repr(_settings(token="s3cret"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"endpoint": None}, "EMA_ENDPOINT"),
+        ({"endpoint": "127.0.0.1:5555"}, "tcp://HOST:PORT"),
+        ({"endpoint": "http://127.0.0.1:8080"}, "readers' address"),
+        ({"endpoint": "tcp://*:5555"}, "tcp://HOST:PORT"),
+        ({"endpoint": "tcp://host:70000"}, "port 70000"),
+        ({"endpoint": "tcp://host:0"}, "port 0"),
+        ({"endpoint": 5555}, "5555"),
+        ({"run": "a/b"}, "'a/b'"),
+        ({"run": ""}, "is empty"),
+        ({"run": "v1"}, "reserved"),
+        ({"run": 7}, "run=7"),
+        ({"averages": ()}, "0 were given"),
+        ({"averages": ("ema:1.5",)}, "1.5"),
+        ({"averages": ("emma:0.9",)}, "emma:0.9"),
+        ({"averages": (0.9999,)}, "0.9999 is not an average"),
+        ({"averages": Ema(0.9)}, "not a list"),
+        ({"averages": ("ema:0.9", Ema(0.9))}, "two averages"),
+        ({"step": -1}, "step=-1"),
+        ({"step": 1.0}, "step=1.0"),
+        ({"every": 0}, "every=0"),
+        ({"when_behind": "block"}, "skip, wait"),
+        ({"resume": "yes"}, "auto, never, must"),
+        ({"connect_timeout_s": -1}, "connect_timeout_s=-1"),
+        ({"wait_timeout_s": float("inf")}, "wait_timeout_s=inf"),
+        ({"wait_timeout_s": "1"}, "wait_timeout_s='1'"),
+        ({"incarnation": -1}, "incarnation=-1"),
+        ({"config": {"x": object()}}, "not JSON"),
+        ({"config": {"x": float("nan")}}, "not JSON"),
+        ({"config": "/nowhere/config.json"}, "/nowhere/config.json"),
+        ({"config": {"x": "y" * (1 << 20)}}, "over the limit"),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_its_value_or_the_way_out(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        _settings(**given)
+
+    assert said in str(caught.value)
+    assert isinstance(caught.value, EmaClientError)
+
+
+def test_one_string_may_hold_several_averages() -> None:
+    assert [average.name for average in _settings(averages="ema:0.9, raw").averages] == ["ema-0.9", "raw"]
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://host.example:1", "tcp://[::1]:5555", "ipc:///run/ema.sock", "ipc://@ema"])
+def test_tcp_and_ipc_addresses_are_accepted(endpoint: str) -> None:
+    assert _settings(endpoint=endpoint).endpoint == endpoint
+
+
+def test_a_config_file_is_kept_byte_for_byte(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b'{"width":\r\n 64, "name": "\xc3\xa9"}')
+
+    assert _settings(config=path).config == '{"width":\r\n 64, "name": "\u00e9"}'
+
+
+def test_a_config_dict_becomes_json() -> None:
+    config = _settings(config={"width": 64}).config
+
+    assert config is not None
+    assert json.loads(config) == {"width": 64}
+
+
+def test_a_config_file_that_is_not_an_object_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("[1, 2]")
+
+    with pytest.raises(SettingsError, match="not a JSON object"):
+        _settings(config=str(path))
+
+
+def test_elastic_restarts_are_the_default_incarnation() -> None:
+    assert _settings({"TORCHELASTIC_RESTART_COUNT": "3"}).incarnation == 3
+    assert _settings({"TORCHELASTIC_RESTART_COUNT": "3"}, incarnation=0).incarnation == 0
+    assert _settings().incarnation == 0
+
+
+def test_a_restart_count_that_is_no_number_is_refused_by_name() -> None:
+    with pytest.raises(SettingsError, match="TORCHELASTIC_RESTART_COUNT"):
+        _settings({"TORCHELASTIC_RESTART_COUNT": "many"})
