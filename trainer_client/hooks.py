@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from trainer_client.errors import SettingsError
@@ -21,7 +22,11 @@ class Attachment:
 
     def __init__(self, optimizers: tuple[Optimizer, ...], after_step: Callable[[], None]) -> None:
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
-            after_step()
+            if torch.compiler.is_compiling():
+                # A compiled optimizer step has its hooks traced; ours would be compiled anew at every step.
+                torch.compiler.disable(after_step)()
+            else:
+                after_step()
 
         self._handles = [optimizer.register_step_post_hook(hook) for optimizer in optimizers[:1]]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.optim import SGD, Optimizer
 
 from ema_proto.errors import RejectCode
@@ -494,16 +495,19 @@ def test_a_compiled_model_streams_under_its_own_names() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_optimizer_step_is_sent_with_its_result() -> None:
+def test_a_compiled_optimizer_step_is_sent_with_its_result_and_not_compiled_anew_each_time() -> None:
     model, optimizer = _training()
     client = _client()
     client.attach(model, optimizer)
     step: Any = torch.compile(optimizer.step, backend="eager")
-    for count in range(1, 4):
+    graphs = []
+    for count in range(1, 13):
         optimizer.zero_grad()
         loss: Tensor = model(torch.ones(1, 2)).square().sum()
         loss.backward()
         step()
+        graphs.append(counters["stats"]["unique_graphs"])
 
         assert client.worker.steps == list(range(1, count + 1))
         assert torch.equal(client.worker.sent(-1)["weight"], model.weight)
+    assert graphs[-1] == graphs[2]
