@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from ema_proto.messages import Resume
 from ema_proto.specs import AverageSpec
 from trainer_client.counters import Counters
-from trainer_client.errors import ConnectError, JoinError, RewindError, SettingsError
+from trainer_client.errors import JoinError, RewindError, SettingsError
 from trainer_client.hooks import Attachment, check_optimizers
 from trainer_client.lifecycle import Lifecycle, State, when_forgotten
 from trainer_client.settings import Settings, check_state, check_step, check_timeout
@@ -105,7 +105,8 @@ class EmaClient:
         self._worker = self._open_worker(self._settings)
         self._finalizer = when_forgotten(self, self._life, partial(self._worker.close, _CLOSE_TIMEOUT_S))
         if self._settings.run_generated:
-            log.info("run %s (no name was given)", self._settings.run)
+            # A warning, so that it is seen where logging was not set up: readers need the name.
+            log.warning("ema: the run is named %s (no name was given)", self.run)
 
     @property
     def run(self) -> str:
@@ -182,7 +183,7 @@ class EmaClient:
             return False
         number = check_step("step", step, 0)
         if self._stream is None or number < self.steps:
-            log.warning("no checkpoint at step %d: the run is at step %d", number, self.steps)
+            log.warning("ema: no checkpoint at step %d: the run is at step %d", number, self.steps)
             return False
         return self._worker.checkpoint(check_timeout("timeout_s", timeout_s))
 
@@ -214,7 +215,7 @@ class EmaClient:
             return self._life.state is State.FINISHED
         finished = self._stream is not None and self._worker.finish(check_timeout("timeout_s", timeout_s))
         if self._stream is not None and not finished:
-            log.warning("run %s is not finished on the server; what it has applied is kept there", self.run)
+            log.warning("ema: run %s is not finished on the server; what it has applied is kept there", self.run)
         self.close()
         self._life.state = State.FINISHED if finished else State.CLOSED
         return finished
@@ -255,12 +256,9 @@ class EmaClient:
 
     def stats(self) -> dict[str, Any]:
         """Counts since construction: snapshots offered, committed and skipped by reason, seconds blocked, and so on."""
+        worker = {} if self._life.forked() else dataclasses.asdict(self._worker.stats())
         own = {"run": self.run, "client": self._life.state.value, "steps": self.steps}
-        return {
-            **own,
-            **self._counters.to_json(),
-            **({} if self._life.forked() else dataclasses.asdict(self._worker.stats())),
-        }
+        return own | self._counters.to_json() | worker
 
     def __enter__(self) -> Self:
         return self
@@ -280,7 +278,7 @@ class EmaClient:
         worker = Worker(settings.endpoint, token=settings.token)
         try:
             worker.greet(settings.connect_timeout_s)
-        except ConnectError:
+        except BaseException:
             worker.close(0.0)
             raise
         return worker

@@ -1,4 +1,4 @@
-"""What the trainer's side did, in numbers; written by the training thread only.
+"""What the training thread saw of us, in numbers; written by the training thread only.
 
 Comes in: durations and outcomes. Goes out: plain values for `stats()`. Decides nothing.
 """
@@ -27,7 +27,6 @@ class Skip(StrEnum):
 class Counters:
     """Totals since the client was made. As a context manager it times the training loop's stay in our code."""
 
-    offered: int = 0
     skipped: Counter[Skip] = field(default_factory=Counter)
     blocked_s_total: float = 0.0
     blocked_s_max: float = 0.0
@@ -44,7 +43,6 @@ class Counters:
     def to_json(self) -> dict[str, Any]:
         """The totals as plain values."""
         return {
-            "offered": self.offered,
             "skipped": {reason.value: self.skipped[reason] for reason in Skip},
             "torn": 0,  # a synchronous copy cannot be torn
             "blocked_s_total": self.blocked_s_total,

@@ -40,7 +40,7 @@ class Lifecycle:
         if os.getpid() == self._pid:
             return False
         if not self._fork_logged:
-            log.debug("process %d is a fork of trainer %d: its EmaClient does nothing", os.getpid(), self._pid)
+            log.debug("ema: process %d is a fork of trainer %d: its EmaClient does nothing", os.getpid(), self._pid)
             self._fork_logged = True
         return True
 

@@ -98,7 +98,6 @@ class Stream:
                 self._worker.give_back(slot)
                 raise
             self._worker.offer(slot, step)
-            self._counters.offered += 1
         except PlanError:
             raise
         # The trainer comes first: whatever else is wrong with a copy for an average is no reason to end a training.
@@ -114,7 +113,7 @@ class Stream:
     def _skip(self, reason: Skip, text: str, error: Exception | None = None) -> None:
         self._counters.skipped[reason] += 1
         if reason not in self._told:
-            log.warning("%s (said once, then only counted)", text, exc_info=error)
+            log.warning("ema: %s (said once, then only counted)", text, exc_info=error)
         self._told.add(reason)
 
 

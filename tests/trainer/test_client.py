@@ -37,6 +37,12 @@ def _train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
         optimizer.step()
 
 
+def test_a_generated_run_name_is_seen_without_any_logging_set_up(caplog: pytest.LogCaptureFixture) -> None:
+    client = OfflineClient(ENDPOINT)
+
+    assert [(record.levelno, client.run in record.message) for record in caplog.records] == [(logging.WARNING, True)]
+
+
 def test_the_constructor_greets_and_does_not_join() -> None:
     client = _client()
 

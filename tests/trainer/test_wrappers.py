@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import SGD
 
+from support.fake_worker import OfflineClient
 from trainer_client.errors import PlanError
 from trainer_client.plan import Plan
 
@@ -59,6 +61,21 @@ def test_a_users_own_submodule_called_module_keeps_its_name() -> None:
 @pytest.mark.usefixtures("one_process")
 def test_distributed_data_parallel_leaves_no_trace_in_the_names() -> None:
     assert _names(DistributedDataParallel(Net())) == PLAIN
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_model_trained_with_ddp_is_sent_after_each_step() -> None:
+    model = Net()
+    ddp = DistributedDataParallel(model)
+    optimizer = SGD(ddp.parameters(), lr=0.1)
+    client = OfflineClient("tcp://127.0.0.1:5555", run="r")
+    client.attach(ddp, optimizer)
+
+    ddp(torch.ones(3, 2)).square().sum().backward()
+    optimizer.step()
+
+    sent = client.worker.sent(0)
+    assert all(torch.equal(sent[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_data_parallel_leaves_no_trace_in_the_names() -> None:
