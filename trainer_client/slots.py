@@ -19,7 +19,8 @@ class Slot:
     def __init__(self, index: int, nbytes: int) -> None:
         memory = mmap.mmap(-1, nbytes)
         self.index = index
-        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        # Filled once, so that its pages are there before the first snapshot: mapping them costs as much as copying.
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8).zero_()
         # A memoryview holds the mapping's export: it cannot be unmapped while a frame of it is in flight.
         self.view = memoryview(memory)
 
