@@ -92,6 +92,8 @@ def answers(address: str) -> bool:
 def _address(name: str, address: str, option: str, server_answers: bool) -> Check:
     host, _, port = address.rpartition(":")
     try:
+        if int(port) > 65535:  # getaddrinfo would wrap it around
+            raise ValueError(f"port {port} is over 65535")
         family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a closed port may linger

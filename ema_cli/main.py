@@ -11,7 +11,7 @@ import sys
 _EXTRA_OF = {
     "fastapi": "server",
     "httpx2": "reader",
-    "numpy": "demo",
+    "numpy": "server",
     "prometheus_client": "server",
     "rich": "reader",
     "safetensors": "reader",

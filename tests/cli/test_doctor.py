@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from ema_cli import checks, doctor
+from ema_cli.checks import Check, State
+from support.command import ema
+
+
+@contextmanager
+def _taken() -> Iterator[str]:
+    """An address on which something listens that is not ours."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+class _Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        body = b'{"status": "ok"}'
+        self.send_response(200 if self.path == "/healthz" else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: object) -> None:
+        """Stay silent."""
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Healthy)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def _free() -> str:
+    with _taken() as address:
+        return address
+
+
+def _found(checks_: tuple[Check, ...], name: str) -> Check:
+    return next(check for check in checks_ if check.name == name)
+
+
+def test_a_machine_in_order_has_no_problem(tmp_path: Path) -> None:
+    examined = doctor.examine(f"tcp://{_free()}", _free(), tmp_path)
+
+    assert [check for check in examined if check.state is State.PROBLEM] == []
+
+
+def test_the_command_exits_1_and_says_what_to_do_when_an_address_is_taken(tmp_path: Path) -> None:
+    with _taken() as address:
+        told = ema("doctor", "--http", address, "--zmq", f"tcp://{_free()}", "--data", str(tmp_path), "--json")
+
+    report = json.loads(told.stdout)
+    problems = [check for check in report["checks"] if check["state"] == "problem"]
+    assert [problem["name"] for problem in problems] == ["http address"]
+    assert "--http" in problems[0]["advice"]
+    assert (report["ok"], told.returncode) == (False, 1)
+
+
+def test_the_command_exits_0_and_prints_a_line_for_each_check(tmp_path: Path) -> None:
+    told = ema("doctor", "--http", _free(), "--zmq", f"tcp://{_free()}", "--data", str(tmp_path))
+
+    assert told.returncode == 0, told.stdout
+    assert len(told.stdout.splitlines()) == len(doctor.examine("tcp://127.0.0.1:0", "127.0.0.1:0", tmp_path))
+
+
+def test_an_address_taken_by_an_ema_server_is_in_order(tmp_path: Path) -> None:
+    with _server() as address:
+        examined = doctor.examine(f"tcp://{_free()}", address, tmp_path)
+
+    assert _found(examined, "http address").state is State.OK
+    assert "running" in _found(examined, "http address").found
+
+
+def test_an_address_that_is_none_is_a_problem() -> None:
+    for address in ("127.0.0.1", "127.0.0.1:http", "127.0.0.1:70000", "192.0.2.1:0"):
+        assert checks.http_address(address, server_answers=False).state is State.PROBLEM, address
+
+
+def test_a_folder_that_cannot_be_written_is_a_problem() -> None:
+    found = tuple(checks.disk(Path("/proc")))
+
+    assert _found(found, "durable write").state is State.PROBLEM
+
+
+def test_a_folder_that_does_not_exist_yet_is_judged_by_the_one_above_it(tmp_path: Path) -> None:
+    found = tuple(checks.disk(tmp_path / "not" / "yet"))
+
+    assert str(tmp_path) in _found(found, "disk").found
+    assert _found(found, "durable write").state is State.OK
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_a_note_that_names_what_brings_it() -> None:
+    told = ema("doctor", "--zmq", f"tcp://{_free()}", "--http", _free(), "--json", missing=["torch", "zmq"])
+
+    report = {check["name"]: check for check in json.loads(told.stdout)["checks"]}
+    assert report["gpu"]["state"] == report["libzmq"]["state"] == "note"
+    assert told.returncode == 0

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ema_cli import main
+from ema_cli.app import ROOMS
+from support.command import ema
+
+_PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+_EXTRAS: dict[str, list[str]] = _PYPROJECT["project"]["optional-dependencies"]
+_IMPORT_NAMES = {"pyzmq": "zmq", "scikit-learn": "sklearn"}
+_SPEED_ONLY = {"httptools", "uvloop"}  # uvicorn does without them
+
+
+def _packages(extra: str) -> set[str]:
+    """Import names of what an extra brings, extras of ours within it included."""
+    found: set[str] = set()
+    for requirement in _EXTRAS[extra]:
+        name = re.match(r"[A-Za-z0-9_.-]+", requirement)
+        assert name is not None
+        if name[0] == "ema-sidecar":
+            inner = re.search(r"\[(.+)\]", requirement)
+            assert inner is not None
+            found.update(*(_packages(part) for part in inner[1].split(",")))
+        else:
+            found.add(_IMPORT_NAMES.get(name[0], name[0]))
+    return found
+
+
+@pytest.mark.parametrize("package", sorted(_packages("demo") - _SPEED_ONLY - {"torch"}))
+def test_a_missing_package_is_answered_with_an_extra_that_brings_it(package: str) -> None:
+    advice = main.missing_advice(ModuleNotFoundError(name=f"{package}.inner"))
+
+    assert advice is not None
+    extra = re.search(r"ema-sidecar\[(\w+)\]", advice)
+    assert extra is not None
+    assert package in _packages(extra[1])
+
+
+def test_a_missing_module_of_ours_is_no_missing_extra() -> None:
+    assert main.missing_advice(ModuleNotFoundError(name="ema_server.gone")) is None
+
+
+def test_help_lists_every_command_in_the_order_of_the_flow() -> None:
+    shown = ema("--help")
+
+    listed = re.findall(r"^\W*(\w+)  ", shown.stdout.partition("Commands")[2], flags=re.MULTILINE)
+    assert [command for room in ROOMS for command in room.commands] == listed
+    assert shown.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "says"),
+    [
+        ("zmq", ["serve", "--data", "data"], "ema-sidecar[server]"),
+        ("fastapi", ["serve", "--data", "data"], "ema-sidecar[server]"),
+        ("httpx2", ["download", "run/average"], "ema-sidecar[reader]"),
+        ("sklearn", ["demo", "--steps", "10"], "ema-sidecar[demo]"),
+        ("typer", ["status"], "ema-sidecar[reader]"),
+    ],
+)
+def test_without_its_extra_a_command_is_one_line_of_advice(
+    tmp_path: Path, missing: str, arguments: list[str], says: str
+) -> None:
+    tried = ema(*arguments, missing=[missing], cwd=tmp_path)
+
+    assert len(tried.stderr.splitlines()) == 1, tried.stderr
+    assert missing in tried.stderr
+    assert says in tried.stderr
+    assert tried.stdout == ""
+    assert tried.returncode == main.EXIT_USAGE
+
+
+def test_a_missing_extra_leaves_the_other_commands_usable() -> None:
+    shown = ema("versions", "--help", missing=["zmq", "fastapi", "sklearn", "torch"])
+
+    assert shown.returncode == 0, shown.stderr
+    assert "RUN[/AVERAGE]" in shown.stdout
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert ema("--version").stdout.strip() == _PYPROJECT["project"]["version"]

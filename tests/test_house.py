@@ -1,0 +1,134 @@
+"""What holds for the repository as a whole: exports, layering, packaging, sizes."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+_ROOT = Path(__file__).parents[1]
+_PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
+_FACES = ("trainer_client", "ema_reader", "ema_proto")
+_ROOMS = ("proto/ema_proto", "trainer_client", "ema_server", "ema_reader", "ema_cli")
+_FILE_LINES_MAX = 300
+_FUNCTION_LINES_MAX = 60
+_NESTING_MAX = 3
+
+_Nested = ast.If | ast.For | ast.While | ast.With | ast.Try | ast.Match | ast.AsyncFor | ast.AsyncWith
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((_ROOT / folder).rglob("*.py"))]
+
+
+def _depth(node: ast.AST) -> int:
+    """Levels of nesting below `node`; an elif and a nested function count as no level of their own."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        deepest = max(deepest, _depth(child) + (isinstance(child, _Nested) and not is_elif))
+    return deepest
+
+
+def _lines(function: _Function) -> int:
+    return (function.end_lineno or function.lineno) - function.lineno + 1
+
+
+def _public_names(module: ModuleType) -> set[str]:
+    """Names that a module takes from elsewhere or defines, without its own submodules."""
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType) and name != "annotations"
+    }
+
+
+@pytest.mark.parametrize("name", _FACES)
+def test_what_a_package_exports_is_what_it_has(name: str) -> None:
+    module = importlib.import_module(name)
+
+    assert sorted(module.__all__) == sorted(_public_names(module))
+    assert len(set(module.__all__)) == len(module.__all__)
+
+
+def test_imports_keep_the_contracts() -> None:
+    linter = Path(sysconfig.get_path("scripts")) / "lint-imports"
+    checked = subprocess.run([linter], cwd=_ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "stays_out"),
+    [
+        ("trainer_client", {"fastapi", "uvicorn", "httpx2", "safetensors", "typer", "rich", "ema_server"}),
+        ("ema_reader", {"torch", "zmq", "fastapi", "uvicorn", "ema_server"}),
+        ("ema_proto", {"torch", "zmq", "asyncio", "socket", "threading"}),
+        ("ema_cli.main", {"typer", "torch", "zmq", "fastapi"}),
+    ],
+)
+def test_importing_a_side_imports_nothing_of_the_others(package: str, stays_out: set[str]) -> None:
+    program = f"import sys, {package}; print(*sorted(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+
+    assert stays_out & set(told.stdout.split()) == set()
+
+
+def test_the_folder_proto_is_no_package() -> None:
+    assert not (_ROOT / "proto" / "__init__.py").exists()  # proto-plus owns that import name
+
+
+def test_every_room_says_that_it_is_typed() -> None:
+    assert [room for room in _ROOMS if not (_ROOT / room / "py.typed").exists()] == []
+
+
+def test_a_trainer_gets_no_torch_it_did_not_choose() -> None:
+    extras = _PROJECT["optional-dependencies"]
+
+    assert _PROJECT["dependencies"] == []
+    assert not any(requirement.startswith("torch") for requirement in extras["trainer"] + extras["reader"])
+
+
+def test_the_licence_is_the_one_that_is_named() -> None:
+    text = (_ROOT / "LICENSE").read_text()
+
+    assert _PROJECT["license"] == "Apache-2.0"
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
+
+
+def test_the_changelog_knows_the_release() -> None:
+    changelog = (_ROOT / "CHANGELOG.md").read_text()
+
+    assert f"## [{_PROJECT['version']}]" in changelog or "## [Unreleased]" in changelog
+
+
+def test_contributing_fits_on_a_page() -> None:
+    assert len((_ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
+
+
+def test_files_and_functions_stay_small() -> None:
+    offenders = []
+    for path in _sources(*_ROOMS):
+        source, name = path.read_text(), path.relative_to(_ROOT)
+        if (lines := len(source.splitlines())) > _FILE_LINES_MAX:
+            offenders.append(f"{name} has {lines} lines")
+        functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, _Function)]
+        offenders += [f"{name}: {f.name} is long" for f in functions if _lines(f) > _FUNCTION_LINES_MAX]
+        offenders += [f"{name}: {f.name} is nested deeply" for f in functions if _depth(f) > _NESTING_MAX]
+
+    assert offenders == []
+
+
+def test_every_file_begins_with_what_it_is_for() -> None:
+    assert [path for path in _sources(*_ROOMS) if not ast.get_docstring(ast.parse(path.read_text()))] == []
