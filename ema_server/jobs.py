@@ -18,7 +18,7 @@ from ema_proto.manifest import Manifest
 from ema_proto.messages import Continuation, Mode
 from ema_server.catalog import Version
 
-Reason: TypeAlias = Literal["schedule", "request", "checkpoint", "finish", "lost", "shutdown", "rewind"]
+Reason: TypeAlias = Literal["schedule", "request", "checkpoint", "finish", "lost", "leave", "shutdown", "rewind"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,141 @@
+"""How a run's state becomes a generation: begun here, written by the kernel's pass, completed by the publisher.
+
+Comes in: wants. Goes out: orders for the publisher, and an answer for every want. The averager's thread alone calls it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ema_server.catalog import Generation
+from ema_server.course import Airborne, Boarding, Course, Outcome, Want
+from ema_server.draft import Draft, DraftAverage
+from ema_server.generation import AVERAGES_FOLDER
+from ema_server.inbox import Inbox, Landing
+from ema_server.jobs import Durable, Failed, Reason
+from ema_server.kernel import Kernel
+from ema_server.publisher import Flight, Landed, LinkOrder, Publisher, SealOrder
+from ema_server.run import Run
+from ema_server.sealing import Content
+
+RETRY_AFTER_S = 10.0  # long enough for someone to delete something, short enough to lose little
+
+logger = logging.getLogger("ema")
+
+
+@dataclass(slots=True)
+class Flights:
+    """Begins and lands generations. `show` puts a course on the board; `announce` is told run and step once durable."""
+
+    publisher: Publisher
+    inbox: Inbox
+    kernel: Kernel
+    clock: Callable[[], float]
+    show: Callable[[Course], None]
+    announce: Callable[[str, int], None]
+
+    def publish(self, course: Course, want: Want) -> None:
+        """Answer `want` once the run as it stands is durable."""
+        airborne = course.airborne
+        if course.run is None or course.last_step is None:
+            want.then(Durable(None, (), new=False))
+        elif airborne is not None and _covers(airborne, want) and airborne.applied == course.run.applied:
+            airborne.wants.append(want)
+        else:
+            course.waiting.append(want)
+            if course.is_quiet:
+                self._begin(course, course.run)
+
+    def link(self, course: Course, source: Generation, reason: Reason, land: Callable[[Landed], None]) -> None:
+        """Make an older generation the newest. The run must be quiet; what is in memory is not touched."""
+        flight = Flight(course.name, course.take_seq(), reason, pinned=source.pinned, finished=False)
+        course.airborne = Airborne(None, source.pinned, False, land, [])
+        self.publisher.submit(LinkOrder(flight, source, None, self._lander(course)))
+
+    def write_alone(self, course: Course) -> None:
+        """Write a boarding generation without a snapshot to ride on."""
+        if course.boarding is None or course.run is None:
+            return
+        self.kernel.write(course.run.segments, course.run.forms, course.boarding.draft)
+        self.take_off(course)
+
+    def take_off(self, course: Course) -> None:
+        """The pass has written the boarding generation: hand it to the publisher."""
+        if course.boarding is not None:
+            order, course.boarding = course.boarding.order, None
+            self.publisher.submit(order)
+
+    def land(self, course: Course, landed: Landed) -> None:
+        """Take note of what the publisher did, answer who waits for it, and begin anew if more is wanted."""
+        airborne, course.airborne = course.airborne, None
+        if airborne is None:
+            return
+        if landed.generation is not None:
+            course.generation, course.publish_error = landed.generation, None
+        airborne.land(landed)
+        if course.waiting and course.run is not None and course.is_quiet:
+            self._begin(course, course.run)
+
+    def _begin(self, course: Course, run: Run) -> None:
+        wants, course.waiting = course.waiting, []
+        pinned, finished = any(want.pins for want in wants), any(want.finishes for want in wants)
+        newest, last_step = course.generation, run.last_step
+        if course.is_changed or newest is None or last_step is None:
+            self._board(course, run, wants, pinned, finished)
+        elif (pinned and not newest.pinned) or (finished and not newest.finished):
+            flight = Flight(course.name, course.take_seq(), wants[0].reason, pinned, finished)
+            self._lift(course, run, wants, pinned, finished)
+            self.publisher.submit(LinkOrder(flight, newest, run.record(last_step), self._lander(course)))
+        else:
+            _answer(wants, Durable(newest.step, newest.versions, new=False))
+
+    def _board(self, course: Course, run: Run, wants: list[Want], pinned: bool, finished: bool) -> None:
+        flight = Flight(course.name, course.take_seq(), wants[0].reason, pinned, finished)
+        draft = self._draft(run, flight.seq)
+        content = Content(run.record(run.last_step or 0), run.manifest, run.config)
+        self._lift(course, run, wants, pinned, finished)
+        course.begun_at, course.begun_step = self.clock(), content.record.step
+        course.boarding = Boarding(draft, SealOrder(flight, draft, content, self._lander(course)))
+        if not self.inbox.apply_is_next(course.name):
+            self.write_alone(course)
+
+    def _draft(self, run: Run, seq: int) -> Draft:
+        folder = self.publisher.data_dir.temporary(run.name, f"{seq:08d}")
+        averages = (
+            DraftAverage(folder / AVERAGES_FOLDER / average.rule.name, average.memory, average.files)
+            for average in run.averages
+        )
+        return Draft(folder, tuple(averages))
+
+    def _lift(self, course: Course, run: Run, wants: list[Want], pinned: bool, finished: bool) -> None:
+        applied, is_new = run.applied, course.is_changed
+
+        def land(landed: Landed) -> None:
+            generation = landed.generation
+            if generation is None:
+                course.publish_error, course.retry_at = landed.error, self.clock() + RETRY_AFTER_S
+                self.show(course)
+                _answer(wants, Failed(landed.error))
+                return
+            course.saved = applied
+            logger.info("run %s: step %d is published (%s)", course.name, generation.step, wants[0].reason)
+            self.show(course)
+            self.announce(course.name, generation.step)
+            _answer(wants, Durable(generation.step, generation.versions, new=is_new))
+
+        course.airborne = Airborne(applied, pinned, finished, land, wants)
+
+    def _lander(self, course: Course) -> Callable[[Landed], None]:
+        inbox, name = self.inbox, course.name
+        return lambda landed: inbox.put(Landing(name, landed))
+
+
+def _covers(airborne: Airborne, want: Want) -> bool:
+    return (airborne.pinned or not want.pins) and (airborne.finished or not want.finishes)
+
+
+def _answer(wants: list[Want], outcome: Outcome) -> None:
+    for want in wants:
+        want.then(outcome)

@@ -1,0 +1,179 @@
+"""The publisher thread: it makes generations durable, shows them in the catalog, and deletes those that have expired.
+
+Comes in: orders, at most one at a time for each run. Goes out: one `Landed` for each, to the order's own callback.
+What an average means, and when to publish, is not known here.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ema_server.catalog import Catalog, Generation
+from ema_server.datadir import DataDir
+from ema_server.draft import Draft
+from ema_server.records import BrokenGeneration, RunRecord, rfc3339
+from ema_server.retention import expired
+from ema_server.sealing import Content, Label, link, seal
+from ema_server.telemetry import Counter, Telemetry
+
+logger = logging.getLogger("ema")
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """How an order ended: the generation, or why there is none. `broken`: the source to link was unusable."""
+
+    generation: Generation | None
+    error: str = ""
+    broken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """What every order has: the run, the number and the label of the generation to make."""
+
+    run: str
+    seq: int
+    reason: str
+    pinned: bool
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SealOrder:
+    """Complete a draft that has been written."""
+
+    flight: Flight
+    draft: Draft
+    content: Content
+    done: Callable[[Landed], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOrder:
+    """Make `source` the newest generation; `record` is the run as it stands, None for as it stood then."""
+
+    flight: Flight
+    source: Generation
+    record: RunRecord | None
+    done: Callable[[Landed], None]
+
+
+class Publisher:
+    """Owns the files of all generations once they are written.
+
+    Args:
+        data_dir: where they lie.
+        catalog: where they are shown.
+        keep_generations: how many of the newest ones of a run stay.
+        telemetry: where to count.
+        wall: seconds since the epoch, for `created`.
+    """
+
+    def __init__(
+        self,
+        data_dir: DataDir,
+        catalog: Catalog,
+        *,
+        keep_generations: int,
+        telemetry: Telemetry,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.data_dir = data_dir
+        self.catalog = catalog
+        self.wall = wall
+        self._keep = keep_generations
+        self._telemetry = telemetry
+        self._orders: queue.SimpleQueue[SealOrder | LinkOrder | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, order: SealOrder | LinkOrder) -> None:
+        """Queue an order. `done` is called from the publisher's thread."""
+        self._orders.put(order)
+
+    def stop(self, timeout_s: float) -> bool:
+        """Finish what is queued; returns whether that was done in time."""
+        self._orders.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (order := self._orders.get()) is not None:
+            started = time.perf_counter_ns()
+            landed = self._carry_out(order)
+            self._telemetry.count(Counter.GENERATION_NS, time.perf_counter_ns() - started)
+            self._count(landed)
+            expired_folders: list[Path] = []
+            if landed.generation is not None:
+                self.catalog.add(landed.generation)
+                expired_folders = list(self._set_expired_aside(landed.generation.run))
+            order.done(landed)
+            for folder in expired_folders:
+                shutil.rmtree(folder, ignore_errors=True)  # what stays is swept at the next start
+
+    def _carry_out(self, order: SealOrder | LinkOrder) -> Landed:
+        flight = order.flight
+        label = Label(flight.seq, flight.reason, flight.pinned, flight.finished, rfc3339(self.wall()))
+        try:
+            if isinstance(order, SealOrder):
+                return Landed(seal(order.draft, order.content, label))
+            return Landed(link(order.source, self._temporary(flight), label, order.record))
+        except BrokenGeneration as error:
+            return self._give_up(order, error)
+        except OSError as error:
+            logger.error("run %s: generation %d was not published: %s", flight.run, flight.seq, error)
+            self._discard(order)
+            return Landed(None, f"the generation could not be written: {error.strerror or error}")
+
+    def _give_up(self, order: SealOrder | LinkOrder, error: BrokenGeneration) -> Landed:
+        self._discard(order)
+        if isinstance(order, LinkOrder):
+            self.set_bad(order.source, error)
+        return Landed(None, f"the generation is broken: {error}", broken=True)
+
+    def set_bad(self, generation: Generation, error: BrokenGeneration) -> None:
+        """Take a broken generation out of the catalog and out of the way."""
+        self.catalog.remove(generation, force=True)
+        try:
+            self.data_dir.set_bad(generation.folder, error)
+        except OSError as problem:
+            logger.error("%s could not be set aside: %s", generation.folder, problem)
+
+    def _discard(self, order: SealOrder | LinkOrder) -> None:
+        if isinstance(order, SealOrder):
+            order.draft.discard()
+        else:
+            shutil.rmtree(self._temporary(order.flight), ignore_errors=True)
+
+    def _temporary(self, flight: Flight) -> Path:
+        return self.data_dir.temporary(flight.run, f"{flight.seq:08d}")
+
+    def _set_expired_aside(self, run: str) -> Iterator[Path]:
+        """Rename what has expired, so that a crash while deleting leaves nothing half under a generation's name."""
+        for generation in expired(self.catalog.generations(run), self._keep):
+            if not self.catalog.remove(generation):
+                continue
+            aside = self.data_dir.temporary(run, f"old-{generation.folder.name}")
+            try:
+                yield generation.folder.rename(aside)
+            except OSError as error:
+                logger.warning("%s could not be deleted: %s", generation.folder, error)
+
+    def _count(self, landed: Landed) -> None:
+        if landed.generation is None:
+            self._telemetry.count(Counter.GENERATION_FAILURES)
+            return
+        self._telemetry.count(Counter.GENERATIONS)
+        written = sum(entry.size for version in landed.generation.versions for entry in version.files)
+        self._telemetry.count(Counter.GENERATION_BYTES, written)

@@ -1,0 +1,23 @@
+"""When a run is due for a generation that nobody asked for. Pure: the course, the settings and the time come in."""
+
+from __future__ import annotations
+
+from ema_server.config import ServerConfig
+from ema_server.course import Course
+from ema_server.jobs import Reason
+
+
+def is_due(course: Course, config: ServerConfig, now: float) -> Reason | None:
+    """Why the run should be published at `now` (monotonic seconds); None while there is no reason."""
+    last_step = course.last_step
+    if last_step is None or not course.is_changed or not course.is_quiet or course.barrier or course.held:
+        return None
+    if course.publish_error is not None and now < course.retry_at:
+        return None
+    if course.publish_error is not None or course.departed:
+        return "schedule"
+    if config.publish_every_seconds and now - course.begun_at >= config.publish_every_seconds:
+        return "schedule"
+    if config.publish_every_steps and last_step - course.begun_step >= config.publish_every_steps:
+        return "schedule"
+    return None

@@ -1,0 +1,119 @@
+"""Turns files that were written, or those of an older generation, into a durable generation.
+
+Comes in: a `Draft` or a `Generation`, and what to record. Goes out: a `Generation` under its final name. The order
+makes it crash-safe: files, `version.json`, `generation.json`, the folders, then the rename and its parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ema_proto.manifest import Manifest
+from ema_server.catalog import FileEntry, Generation, Version
+from ema_server.disk import link_or_copy, sha256, sync_folders, write_durably
+from ema_server.draft import Draft
+from ema_server.generation import AVERAGES_FOLDER, folder_name, open_generation, read_record, verify, version_of
+from ema_server.records import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    MANIFEST_FILE,
+    VERSION_FILE,
+    AverageRecord,
+    GenerationRecord,
+    RunRecord,
+    generation_bytes,
+    manifest_bytes,
+    version_bytes,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What is said about a generation besides its content. `created` in RFC 3339."""
+
+    seq: int
+    reason: str
+    pinned: bool
+    finished: bool
+    created: str
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a new generation holds besides the averages' bytes; `config` is the text of `config.json`."""
+
+    record: RunRecord
+    manifest: Manifest
+    config: str | None
+
+
+def seal(draft: Draft, content: Content, label: Label) -> Generation:
+    """Complete a draft and give it its name.
+
+    Raises:
+        OSError: the disk refuses, now or at an earlier write of the draft. The draft's folder is left to the caller.
+    """
+    draft.complete()
+    draft.close()
+    folder, record = draft.folder, content.record
+    write_durably(folder / MANIFEST_FILE, manifest_bytes(content.manifest))
+    files = {MANIFEST_FILE: _entry(MANIFEST_FILE, folder / MANIFEST_FILE)}
+    versions: list[Version] = []
+    for average in record.averages:
+        version = _seal_average(folder / AVERAGES_FOLDER / average.name, content, average, label)
+        files |= {(path := f"{AVERAGES_FOLDER}/{average.name}/{f.name}"): replace(f, name=path) for f in version.files}
+        versions.append(version)
+    final = GenerationRecord(label.seq, label.created, label.reason, label.pinned, label.finished, record, files)
+    return _publish(record.run, folder, final, versions)
+
+
+def link(source: Generation, folder: Path, label: Label, record: RunRecord | None) -> Generation:
+    """Make a new generation of the files of an older one, after checking their bytes.
+
+    Args:
+        source: the older generation.
+        folder: temporary folder to build it in; must not exist.
+        label: what is new about it.
+        record: the run as it stands; None for the run as it stood then.
+
+    Raises:
+        BrokenGeneration: a file of the source is not what it should be.
+        OSError: the disk refuses. The folder is left to the caller.
+    """
+    old = read_record(source.folder)
+    verify(source.folder, old)
+    folder.mkdir()
+    for path in old.files:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(source.folder / path, folder / path)
+    new = GenerationRecord(
+        label.seq, label.created, label.reason, label.pinned, label.finished, record or old.run, old.files
+    )
+    return _publish(source.run, folder, new, source.versions)
+
+
+def _seal_average(folder: Path, content: Content, average: AverageRecord, label: Label) -> Version:
+    if content.config is not None:
+        write_durably(folder / CONFIG_FILE, content.config.encode())
+    files = tuple(_entry(path.name, path) for path in sorted(folder.iterdir()))
+    data = version_bytes(content.record, average, label.created, files)
+    write_durably(folder / VERSION_FILE, data)
+    own = _entry(VERSION_FILE, folder / VERSION_FILE)
+    return version_of(content.record.run, folder, label.seq, data, own)
+
+
+def _publish(run: str, folder: Path, record: GenerationRecord, versions: Iterable[Version]) -> Generation:
+    write_durably(folder / GENERATION_FILE, generation_bytes(record))
+    averages = folder / AVERAGES_FOLDER
+    names = [version.average for version in versions]
+    sync_folders([*(averages / name for name in names), averages, folder])
+    final = folder.with_name(folder_name(record.seq, record.run.step))
+    folder.rename(final)
+    sync_folders([final.parent])
+    return open_generation(run, final)
+
+
+def _entry(name: str, path: Path) -> FileEntry:
+    return FileEntry(name, path.stat().st_size, sha256(path))
