@@ -1,46 +1,32 @@
-"""Reading the fields of a JSON body that a stranger wrote. Every wrong value is a `bad_message` naming the field."""
+"""Reading the fields of a message that a stranger wrote. Every wrong value is a `bad_message` naming the field."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ema_proto.bodies import shown
 from ema_proto.errors import RejectCode, RemoteProtocolError
+from ema_proto.limits import CAPABILITIES_MAX, CAPABILITY_CHARS_MAX, STEP_MAX, TEXT_CHARS_MAX
 
 _Choice = TypeVar("_Choice", bound=str)
-_SHOWN_CHARS = 80
-
-
-def parse_json(body: bytes) -> dict[str, Any]:
-    """Decode a JSON object.
-
-    Raises:
-        RemoteProtocolError: `bad_message`; not UTF-8, not JSON, nested beyond the parser's stack, or not an object.
-    """
-    try:
-        value = json.loads(body.decode())
-    except RecursionError:
-        raise RemoteProtocolError(RejectCode.BAD_MESSAGE, "the body is nested too deeply") from None
-    except ValueError as error:
-        raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"the body is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise RemoteProtocolError(RejectCode.BAD_MESSAGE, "the body is not a JSON object")
-    return value
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """A decoded body and the message it belongs to."""
+    """A decoded body, the message it belongs to, and what the message reads from its header."""
 
     message: str
     values: dict[str, Any]
+    step: int = 0
+    attempt: int = 0
+    epoch: int = 0
 
     def bad(self, key: str) -> RemoteProtocolError:
         """The error for a field with a wrong value."""
-        shown = json.dumps(self.values.get(key))[:_SHOWN_CHARS]
-        return RemoteProtocolError(RejectCode.BAD_MESSAGE, f"{self.message}: field {key!r} is {shown}")
+        found = shown(self.values[key]) if key in self.values else "missing"
+        return RemoteProtocolError(RejectCode.BAD_MESSAGE, f"{self.message}: field {key!r} is {found}")
 
     def value(self, key: str) -> Any:
         """Whatever is there, None when missing."""
@@ -56,6 +42,32 @@ class Fields:
     def optional_integer(self, key: str, low: int, high: int) -> int | None:
         """An integer in [low, high], or None when null or missing."""
         return None if self.values.get(key) is None else self.integer(key, low, high)
+
+    def integers(self, key: str, length_max: int, high: int) -> tuple[int, ...]:
+        """A list of at most `length_max` integers in [0, high]."""
+        items = self.items(key, length_max)
+        if not all(type(item) is int and 0 <= item <= high for item in items):
+            raise self.bad(key)
+        return tuple(items)
+
+    def optional_step(self, key: str) -> int | None:
+        """A step, or None when null or missing."""
+        return self.optional_integer(key, 0, STEP_MAX)
+
+    def request(self) -> int:
+        """The number of a request."""
+        return self.integer("request", 0, STEP_MAX)
+
+    def optional_error(self) -> str | None:
+        """Why a request failed, or None when it did not."""
+        return self.optional_text("error", TEXT_CHARS_MAX)
+
+    def capabilities(self) -> tuple[str, ...]:
+        """What the other side says it can do; names that this side does not know mean nothing to it."""
+        items = self.items("capabilities", CAPABILITIES_MAX)
+        if not all(isinstance(item, str) and len(item) <= CAPABILITY_CHARS_MAX for item in items):
+            raise self.bad("capabilities")
+        return tuple(items)
 
     def flag(self, key: str) -> bool:
         """A boolean."""

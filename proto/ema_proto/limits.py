@@ -23,6 +23,13 @@ FRAME_BYTES_MAX = CHUNK_BYTES_MAX + (4 << 10)  # what the socket accepts; the sl
 TENSORS_MAX = 100_000  # bounds the work of checking one manifest
 TENSOR_NAME_CHARS_MAX = 1024
 DIMENSIONS_MAX = 64  # torch's own limit
+MAJORS_MAX = 16  # a HELLO names the majors that a build speaks: rarely more than two
+CAPABILITIES_MAX = 64  # names of optional abilities, each
+CAPABILITY_CHARS_MAX = 64  # as long as this
+NONCE_CHARS_MAX = 128  # 64 bytes in hex, twice what a server sends
+PROOF_CHARS_MAX = 128  # 64 bytes in hex, twice an HMAC-SHA256
+TEXT_CHARS_MAX = 4096  # an error text for people; whatever its characters, it fits a control body
+
 AVERAGES_MAX = 64  # bounds the memory one JOIN can ask for: 64 models
 NAME_CHARS_MAX = 96  # the Hugging Face Hub's limit for one part of a repository id
 
@@ -39,4 +46,6 @@ PROBE_S = 2.0  # a live trainer answers a probe from its socket thread at once
 RECONNECT_PAUSE_S = 1.0  # upper bound of the jittered pause between attempts
 HANDSHAKE_S = 5.0  # a HELLO unanswered on a fresh connection; a JOIN may take longer, heartbeats go on meanwhile
 STALL_S = 30.0  # heartbeats answered but no chunk credited and no snapshot committed: longer than a publishing pass
+CONNECTIONS_MAX = 10_000  # strangers cost memory; beyond this the longest silent one without a run is forgotten
+RUNS_REMEMBERED_MAX = 10_000  # who streamed a run last, for telling evicted trainers
 RECENT_STEPS = 8  # applied steps a JOINED names; more than the sender can have in flight
