@@ -1,0 +1,301 @@
+"""The client against a real server over real TCP: what raises, what is streamed, and what a missing server costs."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader, Dataset
+
+from ema_proto.errors import RejectCode
+from ema_reader import Reader
+from support.processes import SUPPORT, Process, ServerProcess, eventually
+from support.toy import Toy
+from trainer_client import ConnectError, EmaClient, JoinError, RewindError
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path / "data") as process:
+        yield process
+
+
+def _client(server: ServerProcess, run: str = "r", **given: Any) -> EmaClient:
+    settings: dict[str, Any] = {"averages": ["raw", "ema:0.5"], "when_behind": "wait", **given}
+    return EmaClient(server.zmq, run, **settings)
+
+
+def _raw(server: ServerProcess, run: str = "r") -> tuple[int, dict[str, Tensor]]:
+    """Step and weights of the newest version of `raw`."""
+    with Reader(server.http) as reader:
+        version = reader.version(run, "raw")
+        return version.step, reader.load(version)
+
+
+def _closed_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_the_weights_of_the_last_step_arrive_bit_for_bit(server: ServerProcess) -> None:
+    model = Toy()
+    with _client(server) as client:
+        for step in range(1, 6):
+            client.update(model.at(step), step)
+        assert client.flush()
+        assert client.stats()["last_committed_step"] == 5
+
+    step, weights = _raw(server)
+    assert step == 5
+    assert weights.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_weights_written_after_update_returned_do_not_reach_the_server(server: ServerProcess) -> None:
+    model = nn.Linear(512, 512)
+    with _client(server) as client:
+        expected = model.weight.detach().clone()
+        client.update(model)
+        nn.init.zeros_(model.weight)
+
+    assert torch.equal(_raw(server)[1]["weight"], expected)
+
+
+def test_an_attached_optimizer_with_forked_data_loader_workers_streams_every_step(server: ServerProcess) -> None:
+    class Noise(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 24
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.full((4,), float(index) / 24)
+
+    model = nn.Linear(4, 4)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    loader = DataLoader(Noise(), batch_size=2, num_workers=2, multiprocessing_context="fork")
+    with _client(server) as client:
+        client.attach(model, optimizer)
+        for batch in loader:
+            optimizer.zero_grad()
+            loss: Tensor = model(batch).square().mean()
+            loss.backward()
+            optimizer.step()
+
+    stats = client.stats()
+    assert (stats["committed"], stats["steps"], sum(stats["skipped"].values())) == (12, 12, 0)
+    step, weights = _raw(server)
+    assert step == 12
+    assert torch.equal(weights["weight"], model.weight)
+
+
+def test_an_address_where_nothing_listens_fails_at_construction_with_the_way_out() -> None:
+    started = time.monotonic()
+
+    with pytest.raises(ConnectError, match=r"nothing listens.*ema serve"):
+        EmaClient(f"tcp://127.0.0.1:{_closed_port()}", "r", connect_timeout_s=0.5)
+    assert time.monotonic() - started < 20
+
+
+def test_the_readers_address_fails_at_construction(server: ServerProcess) -> None:
+    with pytest.raises(ConnectError, match="no ema server answered"):
+        EmaClient(f"tcp://{server.http_address}", "r", connect_timeout_s=1.0)
+
+
+@pytest.mark.parametrize("token", [None, "wrong"])
+def test_a_wrong_token_fails_at_construction(
+    tmp_path: Path, token: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMA_TOKEN", "right")
+    with ServerProcess(tmp_path / "data") as server:
+        EmaClient(server.zmq, "r").close()
+        monkeypatch.delenv("EMA_TOKEN")
+
+        with pytest.raises(ConnectError, match="token"):
+            EmaClient(server.zmq, "r", token=token)
+
+
+def test_a_rerun_without_its_step_is_refused_with_the_ways_out(server: ServerProcess) -> None:
+    with _client(server) as client:
+        client.update(nn.Linear(2, 2), 5)
+
+    again = _client(server)
+    with pytest.raises(JoinError, match="never") as caught:
+        again.update(nn.Linear(2, 2))
+    assert caught.value.code is RejectCode.NO_GENERATION
+
+
+def test_a_second_live_trainer_of_a_run_is_refused(server: ServerProcess) -> None:
+    with _client(server) as client:
+        client.update(nn.Linear(2, 2))
+        second = _client(server, connect_timeout_s=20.0)
+
+        with pytest.raises(JoinError) as caught:
+            second.update(nn.Linear(2, 2), 2)
+    assert caught.value.code is RejectCode.RUN_IN_USE
+
+
+def test_another_model_under_the_same_name_is_refused_naming_the_tensor(server: ServerProcess) -> None:
+    with _client(server) as client:
+        client.update(nn.Linear(2, 2))
+
+    with pytest.raises(JoinError, match="weight") as caught:
+        _client(server, step=1).update(nn.Linear(3, 3))
+    assert caught.value.code is RejectCode.MANIFEST_CHANGED
+
+
+def test_must_fails_where_there_is_nothing_to_continue(server: ServerProcess) -> None:
+    with pytest.raises(JoinError) as caught:
+        _client(server, resume="must").update(nn.Linear(2, 2))
+    assert caught.value.code is RejectCode.NOTHING_TO_CONTINUE
+
+
+def test_a_state_dict_takes_the_next_process_back_to_its_checkpoint(server: ServerProcess) -> None:
+    model = Toy()
+    client = _client(server)
+    for step in range(1, 8):
+        client.update(model.at(step), step)
+        if step == 4:
+            assert client.checkpoint(step)
+            state = client.state_dict()
+    assert client.flush(durable=True)
+    client.close()
+
+    with _client(server) as resumed:
+        resumed.load_state_dict(state)
+        resumed.update(model.at(5))
+
+    with Reader(server.http) as reader:
+        version = reader.version("r", "ema-0.5")
+    assert (version.step, version.updates) == (5, 5)
+
+
+def test_rewind_goes_back_to_the_newest_generation_at_or_before_the_step(server: ServerProcess) -> None:
+    model = Toy()
+    with _client(server) as client:
+        for step in range(1, 8):
+            client.update(model.at(step), step)
+            if step == 3:
+                assert client.flush(durable=True)
+
+        assert client.rewind(5) == 3
+        assert client.steps == 5
+        client.update(model.at(6))
+        assert client.flush()
+        with pytest.raises(RewindError):
+            client.rewind(2)
+
+    with Reader(server.http) as reader:
+        version = reader.version("r", "ema-0.5")
+    assert (version.step, version.updates, version.gap_steps) == (6, 4, 2)
+
+
+def test_a_restarted_server_is_found_again_and_the_run_goes_on(tmp_path: Path) -> None:
+    model = Toy()
+    with ServerProcess(tmp_path / "data") as first:
+        client = _client(first, when_behind="skip")
+        client.update(model.at(1), 1)
+        assert client.flush(durable=True)
+        first.kill()
+    for step in range(2, 30):
+        client.update(model.at(step), step)
+    assert client.stats()["last_committed_step"] == 1
+
+    with ServerProcess(tmp_path / "data", zmq=first.zmq, http=first.http_address) as second:
+        eventually(lambda: client.stats()["state"] == "streaming", "the client is back")
+        client.update(model.at(30), 30)
+        assert client.finish()
+        step, weights = _raw(second)
+
+    assert step == 30
+    assert torch.equal(weights["first.weight"], model.first.weight)
+    assert client.stats()["reconnects"] == 1
+
+
+@pytest.mark.parametrize("fate", ["stopped", "killed"])
+def test_a_silent_server_adds_nothing_to_the_time_in_the_loop(tmp_path: Path, fate: str) -> None:
+    model = nn.Linear(1024, 1024)
+
+    def blocked_s(client: EmaClient, first: int) -> list[float]:
+        durations = []
+        for step in range(first, first + 60):
+            before = client.stats()["blocked_s_total"]
+            client.update(model, step)
+            durations.append(client.stats()["blocked_s_total"] - before)
+            time.sleep(0.002)
+        return durations
+
+    with ServerProcess(tmp_path / "data") as server:
+        client = _client(server, when_behind="skip")
+        client.update(model, 1)
+        alive = blocked_s(client, 2)
+        server.send(signal.SIGSTOP if fate == "stopped" else signal.SIGKILL)
+        silent = blocked_s(client, 100)
+        stats = client.stats()
+        server.send(signal.SIGCONT)
+        client.close(timeout_s=0.0)
+
+    # Without waiting, a step costs a copy at most; ten of the control arm's is far below any wait of ours.
+    assert statistics.median(silent) <= 10 * statistics.median(alive)
+    assert sum(stats["skipped"].values()) >= 50
+
+
+_FORGETFUL = """
+import sys, time, torch
+from torch import nn
+from trainer_client import EmaClient
+model = nn.Linear(512, 512)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+client = EmaClient(sys.argv[1], "forgotten", ["raw"])
+client.attach(model, optimizer)
+print("joined", flush=True)
+if sys.argv[2] == "wait":
+    time.sleep(1.0)
+for _ in range(50):
+    optimizer.zero_grad()
+    model(torch.ones(8, 512)).square().mean().backward()
+    optimizer.step()
+if sys.argv[2] == "raise":
+    raise SystemExit(3)
+print("trained", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "fate", "code"),
+    [("end", None, 0), ("raise", None, 3), ("wait", signal.SIGSTOP, 0), ("wait", signal.SIGKILL, 0)],
+    ids=["alive", "exception", "stopped", "killed"],
+)
+def test_a_forgotten_client_never_keeps_the_process(
+    server: ServerProcess, how: str, fate: signal.Signals | None, code: int
+) -> None:
+    with Process("-c", _FORGETFUL, server.zmq, how, env={"PYTHONPATH": str(SUPPORT.parent)}) as trainer:
+        trainer.wait_line(lambda line: line == "joined")
+        if fate is not None:
+            server.send(fate)
+
+        assert trainer.wait(30.0) == code
+        assert not [line for line in trainer.errors if "Traceback" in line or "terminate" in line]
+    if fate is not None:
+        server.send(signal.SIGCONT)
+
+
+def test_config_and_summary_reach_the_version(server: ServerProcess) -> None:
+    with _client(server, config={"width": 64}) as client:
+        client.update(nn.Linear(2, 2))
+
+    with Reader(server.http) as reader:
+        version = reader.version("r", "raw")
+        folder = reader.download(version, server.data.parent / "out")
+    assert json.loads((folder / "config.json").read_text()) == {"width": 64}
