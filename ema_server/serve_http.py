@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable, Generator
 
@@ -16,6 +17,9 @@ from starlette.types import ASGIApp
 
 KEEP_ALIVE_S = 75  # above the usual polling intervals: a client must not meet a connection that is just being closed
 GRACEFUL_S = 8  # below the ten seconds after which containers are killed
+_CUT_OFF_S = 2  # for the responses to notice
+
+log = logging.getLogger(__name__)
 
 
 class HttpListenError(Exception):
@@ -29,12 +33,14 @@ class HttpServer:
         app: the application.
         host: name or address to listen on.
         port: 0 takes a free one.
+        graceful_s: how long running responses may take once `stop` is called.
     """
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int, *, graceful_s: int = GRACEFUL_S) -> None:
         self._host = host
         self._port = port
-        self._server = _Server(_config(app))
+        self._graceful_s = graceful_s
+        self._server = _Server(_config(app, graceful_s))
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
@@ -52,16 +58,28 @@ class HttpServer:
         return _url(listener.family, self._host, listener.getsockname()[1])
 
     async def stop(self) -> None:
-        """Let running responses end, at most `GRACEFUL_S`, and close."""
+        """Let running responses end, at most `graceful_s`, and close."""
         self._server.should_exit = True
-        if self._serving is not None:
-            await self._serving
+        if self._serving is None:
+            return
+        done, _ = await asyncio.wait({self._serving}, timeout=self._graceful_s)
+        if not done:
+            self._server.cut_off()
+        await self._serving
 
 
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+    def cut_off(self) -> None:
+        """Close every connection. To its response it looks like a client that went away."""
+        connections = list(self.server_state.connections)
+        log.warning("%d connections were still open; they are cut off", len(connections))
+        for connection in connections:
+            if connection.transport is not None:
+                connection.transport.abort()
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -73,7 +91,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-def _config(app: ASGIApp) -> uvicorn.Config:
+def _config(app: ASGIApp, graceful_s: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan="off",  # start and stop have an owner: the composition root
@@ -82,7 +100,7 @@ def _config(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
-        timeout_graceful_shutdown=GRACEFUL_S,
+        timeout_graceful_shutdown=graceful_s + _CUT_OFF_S,
     )
 
 

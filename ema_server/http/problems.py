@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
@@ -77,7 +76,16 @@ class Problem(HTTPException):
 def problem_response(problem: Problem, scope: Scope) -> JSONResponse:
     """The response that answers `problem` for the request of `scope`."""
     code = problem.code
-    return _response(code.word, code.status, code.title, problem.detail, scope, problem.headers, problem.extra)
+    body = {
+        "type": f"urn:ema-sidecar:problem:{code.word}",
+        "title": code.title,
+        "status": code.status,
+        "detail": problem.detail[:_DETAIL_CHARS_MAX],
+        "instance": scope["path"][:_DETAIL_CHARS_MAX],
+        "code": code.word,
+        **(problem.extra or {}),
+    }
+    return JSONResponse(body, status_code=code.status, headers=dict(problem.headers or {}), media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -105,12 +113,10 @@ def install(app: FastAPI) -> None:
 
 
 def _from_http(error: HTTPException, scope: Scope) -> JSONResponse:
-    known = {Code.NOT_FOUND.status: Code.NOT_FOUND, Code.METHOD_NOT_ALLOWED.status: Code.METHOD_NOT_ALLOWED}
-    code = known.get(error.status_code)
-    if code is None:
-        status = HTTPStatus(error.status_code)
-        return _response(status.name.lower(), status, status.phrase, str(error.detail), scope, error.headers, None)
-    detail = f"{scope['method']} {scope['path']}: see /openapi.json for what there is"
+    """The framework's own errors: no such path, no such method, a body that cannot be read."""
+    known = {code.status: code for code in (Code.BAD_REQUEST, Code.NOT_FOUND, Code.METHOD_NOT_ALLOWED)}
+    code = known.get(error.status_code, Code.INTERNAL)
+    detail = f"{scope['method']} {scope['path']}: {error.detail}; /openapi.json says what there is"
     return problem_response(Problem(code, detail, headers=error.headers), scope)
 
 
@@ -118,24 +124,3 @@ def _describe(error: RequestValidationError) -> str:
     """Where and what, without the input: it may be long, secret or (NaN) not JSON."""
     lines = (f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors())
     return "; ".join(lines)
-
-
-def _response(
-    word: str,
-    status: int,
-    title: str,
-    detail: str,
-    scope: Scope,
-    headers: Mapping[str, str] | None,
-    extra: Mapping[str, Any] | None,
-) -> JSONResponse:
-    body = {
-        "type": f"urn:ema-sidecar:problem:{word}",
-        "title": title,
-        "status": int(status),
-        "detail": detail[:_DETAIL_CHARS_MAX],
-        "instance": scope["path"][:_DETAIL_CHARS_MAX],
-        "code": word,
-        **(extra or {}),
-    }
-    return JSONResponse(body, status_code=status, headers=dict(headers or {}), media_type=MEDIA_TYPE)

@@ -1,0 +1,121 @@
+"""The composition root: makes the server's parts, starts them in order, and stops them so that nothing applied is lost.
+
+Comes in: a `ServerConfig`; goes out: addresses, then, when a signal comes, whether everything was published. Stopping:
+not ready any more, no more snapshots, every run published, running downloads ended, database and folder closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
+
+from ema_server.averager import Averager
+from ema_server.board import Board
+from ema_server.catalog import Catalog
+from ema_server.config import ServerConfig
+from ema_server.datadir import DataDir, open_data_dir
+from ema_server.http.app import create_app
+from ema_server.http.services import Services
+from ema_server.ingest import Ingest
+from ema_server.metric_store import MetricStore
+from ema_server.publisher import Publisher
+from ema_server.serve_http import HttpServer, loop_factory
+from ema_server.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+INGEST_STOP_S = 5.0
+PUBLISH_STOP_S = 900.0  # all runs, on a slow disk; whoever supervises the process kills it earlier if it must
+_METRICS_FILE = "metrics.sqlite"
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Where the server can be reached, and what it is."""
+
+    zmq: str
+    http: str
+    data: str
+    pid: int
+
+    def line(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+
+def run(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
+    """Serve until SIGTERM or SIGINT; call `announce` once, when everything is up.
+
+    Returns:
+        Whether every run was durable at the end.
+
+    Raises:
+        DataDirError, MetricStoreError, HttpListenError, OSError: it cannot start; the text says what to change.
+    """
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(_serve(config, announce))
+
+
+async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
+    asked = _signals()
+    stopped: list[bool] = []
+    async with AsyncExitStack() as stack:
+        data_dir = open_data_dir(config.data)
+        stack.callback(data_dir.close)
+        services, averager, ingest = _build(config, data_dir, stack)
+        http = HttpServer(create_app(services), config.http_host, config.http_port)
+        http_url = await http.start()
+        stack.push_async_callback(http.stop)
+        await asyncio.to_thread(averager.start)
+        stack.push_async_callback(_publish_all, averager, stopped)
+        endpoint = ingest.start()
+        stack.push_async_callback(asyncio.to_thread, ingest.stop, INGEST_STOP_S)
+        announce(Ready(endpoint, http_url, str(config.data.absolute()), os.getpid()))
+        await asked.wait()
+        log.info("stopping: no more snapshots; every run is published")
+        services.stopping.set()
+    return all(stopped)
+
+
+def _build(config: ServerConfig, data_dir: DataDir, stack: AsyncExitStack) -> tuple[Services, Averager, Ingest]:
+    metrics = MetricStore(config.data / _METRICS_FILE)
+    stack.callback(metrics.close)
+    catalog, board, telemetry = Catalog(), Board(), Telemetry()
+    publisher = Publisher(data_dir, catalog, keep_generations=config.keep_generations, telemetry=telemetry)
+    averager = Averager(config, catalog, publisher, board, telemetry)
+    ingest = Ingest(config, averager, telemetry)
+    averager.listen(ingest.published)
+    services = Services(
+        catalog=catalog,
+        board=board,
+        telemetry=telemetry,
+        metrics=metrics,
+        submit=averager.submit,
+        data=config.data,
+        token=config.token,
+        stopping=threading.Event(),
+    )
+    return services, averager, ingest
+
+
+def _signals() -> asyncio.Event:
+    """An event that the first SIGTERM or SIGINT sets; later ones change nothing."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    return asked
+
+
+async def _publish_all(averager: Averager, stopped: list[bool]) -> None:
+    durable = await asyncio.to_thread(averager.stop, PUBLISH_STOP_S)
+    if not durable:
+        log.error("not every run could be published: what lies after its last generation is lost")
+    stopped.append(durable)

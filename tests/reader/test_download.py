@@ -1,0 +1,228 @@
+"""Downloads: resumed across processes, verified, and put in place whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ema_reader import NotFound, Reader, ReaderError, Unreachable, VerificationFailed
+from ema_reader.download import Progress
+from ema_reader.values import Version
+from support.served import WAIT_S, Served
+
+SCRIPT = """
+import sys
+from ema_reader import Reader
+reader = Reader(sys.argv[1])
+reader.download(reader.version("digits", "ema-0.9"), sys.argv[2])
+"""
+
+
+class Recorded:
+    """What a progress bar was told."""
+
+    def __init__(self) -> None:
+        self.started: list[tuple[str, int]] = []
+        self.received = 0
+
+    def start(self, name: str, size: int, done: int) -> None:
+        self.started.append((name, done))
+
+    def advance(self, count: int) -> None:
+        self.received += count
+
+
+@pytest.fixture
+def version(served: Served, reader: Reader) -> Version:
+    served.publish("digits", 100, size=20_000)
+    return reader.version("digits", "ema-0.9")
+
+
+@pytest.fixture
+def content(served: Served, version: Version) -> bytes:
+    return (served.catalog.versions("digits", "ema-0.9")[0].folder / "model.safetensors").read_bytes()
+
+
+def partial(folder: Path, version: Version) -> Path:
+    file = version.file("model.safetensors")
+    assert file is not None
+    return folder / f".model.safetensors.{file.sha256[:16]}.partial"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_version_becomes_a_folder_with_its_files_and_nothing_else(
+    reader: Reader, version: Version, content: bytes, tmp_path: Path
+) -> None:
+    folder = reader.download(version, tmp_path / "a" / "out")
+
+    assert folder == tmp_path / "a" / "out"
+    assert names(folder) == ["model.safetensors", "version.json"]
+    assert (folder / "model.safetensors").read_bytes() == content
+
+
+def test_a_partial_file_is_continued_where_it_stopped(
+    reader: Reader, version: Version, content: bytes, tmp_path: Path
+) -> None:
+    partial(tmp_path, version).write_bytes(content[:100_001])
+    progress: Progress = Recorded()
+
+    reader.download(version, tmp_path, progress=progress)
+
+    assert isinstance(progress, Recorded)
+    assert progress.started[0] == ("model.safetensors", 100_001)
+    assert progress.received == sum(file.size for file in version.files) - 100_001
+    assert (tmp_path / "model.safetensors").read_bytes() == content
+
+
+def test_a_killed_process_leaves_a_partial_file_that_the_next_process_continues(
+    served: Served, url: str, reader: Reader, tmp_path: Path
+) -> None:
+    served.publish("digits", 100, size=4_000_000)
+    version = reader.version("digits", "ema-0.9")
+    folder = tmp_path / "out"
+    command = [sys.executable, "-c", SCRIPT, url, str(folder)]
+    first = subprocess.Popen(command)
+    path, deadline = partial(folder, version), time.monotonic() + WAIT_S
+    while not (path.exists() and path.stat().st_size > 0) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    first.send_signal(signal.SIGKILL)
+    first.wait(WAIT_S)
+    kept = path.stat().st_size
+
+    progress = Recorded()
+    reader.download(version, folder, progress=progress)
+
+    assert kept > 0
+    assert progress.started[0] == ("model.safetensors", kept)
+    assert names(folder) == ["model.safetensors", "version.json"]
+
+
+def test_a_flipped_byte_fails_verification_and_nothing_is_put_in_place(
+    reader: Reader, version: Version, content: bytes, tmp_path: Path
+) -> None:
+    damaged = bytearray(content[:100_000])
+    damaged[500] ^= 1
+    partial(tmp_path, version).write_bytes(damaged)
+
+    with pytest.raises(VerificationFailed, match=r"model\.safetensors"):
+        reader.download(version, tmp_path)
+
+    assert names(tmp_path) == []
+    reader.download(version, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == content
+
+
+def test_a_byte_flipped_on_the_servers_disk_fails_verification(
+    served: Served, reader: Reader, version: Version, content: bytes, tmp_path: Path
+) -> None:
+    damaged = bytearray(content)
+    damaged[-1] ^= 1
+    (served.catalog.versions("digits", "ema-0.9")[0].folder / "model.safetensors").write_bytes(damaged)
+
+    with pytest.raises(VerificationFailed):
+        reader.download(version, tmp_path / "out")
+
+    assert names(tmp_path / "out") == []
+
+
+def test_a_partial_file_longer_than_the_file_starts_over(
+    reader: Reader, version: Version, content: bytes, tmp_path: Path
+) -> None:
+    partial(tmp_path, version).write_bytes(b"x" * (len(content) + 1))
+
+    reader.download(version, tmp_path)
+
+    assert (tmp_path / "model.safetensors").read_bytes() == content
+
+
+def test_another_version_in_the_folder_is_replaced_and_its_partial_file_is_not_used(
+    served: Served, reader: Reader, version: Version, tmp_path: Path
+) -> None:
+    reader.download(version, tmp_path)
+    served.publish("digits", 200, size=20_000)
+    newer = reader.version("digits", "ema-0.9")
+    partial(tmp_path, version).write_bytes(b"of the older version")
+
+    reader.download(newer, tmp_path)
+
+    expected = served.catalog.versions("digits", "ema-0.9")[0].folder
+    for name in ("model.safetensors", "version.json"):
+        assert (tmp_path / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_files_that_are_there_already_are_not_downloaded_again(
+    reader: Reader, version: Version, tmp_path: Path
+) -> None:
+    reader.download(version, tmp_path)
+    before = (tmp_path / "model.safetensors").stat().st_ino
+    progress = Recorded()
+
+    reader.download(version, tmp_path, progress=progress)
+
+    assert progress.received == 0
+    assert (tmp_path / "model.safetensors").stat().st_ino == before
+
+
+def test_a_second_download_into_the_same_folder_is_refused(reader: Reader, version: Version, tmp_path: Path) -> None:
+    with partial(tmp_path, version).open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        with pytest.raises(ReaderError, match="another download"):
+            reader.download(version, tmp_path)
+
+
+def test_a_version_that_was_pruned_leaves_no_partial_file(
+    served: Served, reader: Reader, version: Version, tmp_path: Path
+) -> None:
+    partial(tmp_path, version).write_bytes(b"a part")
+    served.catalog.remove(served.catalog.generations("digits")[0], force=True)
+
+    with pytest.raises(NotFound):
+        reader.download(version, tmp_path)
+
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_reported_by_name(reader: Reader, version: Version, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(ReaderError, match="file"):
+        reader.download(version, tmp_path / "file" / "out")
+
+
+def test_a_download_outlasts_a_restart_of_the_server(served: Served, tmp_path: Path) -> None:
+    served.publish("digits", 100, size=20_000)
+    with served.listening() as url, Reader(url) as reader:
+        version = reader.version("digits", "ema-0.9")
+    port = int(url.rsplit(":", 1)[1])
+    with Reader(url) as reader, ThreadPoolExecutor(1) as thread:
+        download = thread.submit(reader.download, version, tmp_path / "out")
+        time.sleep(0.2)
+        was_waiting = not download.done()
+        with served.listening(port):
+            download.result(WAIT_S)
+
+    assert was_waiting
+    assert names(tmp_path / "out") == ["model.safetensors", "version.json"]
+
+
+def test_a_server_that_stays_away_is_unreachable_and_the_part_is_kept(served: Served, tmp_path: Path) -> None:
+    served.publish("digits", 100, size=20_000)
+    with served.listening() as url, Reader(url) as reader:
+        version = reader.version("digits", "ema-0.9")
+    partial(tmp_path, version).write_bytes(b"a part")
+
+    with Reader(url) as reader, pytest.raises(Unreachable):
+        reader.download(version, tmp_path)
+
+    assert partial(tmp_path, version).read_bytes() == b"a part"

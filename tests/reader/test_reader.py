@@ -1,0 +1,163 @@
+"""`Reader` over a real socket: what it finds, what it waits for, what it reports."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ema_reader import NotFound, Reader, RequestRefused, Unauthorized, Unreachable, WaitTimeout
+from ema_reader.errors import UsageError
+from ema_reader.values import Version
+from ema_server.board import RunState
+from support.served import WAIT_S, Served, weights
+
+
+def test_runs_versions_and_one_version_are_frozen_values(served: Served, reader: Reader) -> None:
+    old, new = served.publish("digits", 100).versions[0], served.publish("digits", 200).versions[0]
+
+    assert [(run.run, run.state, run.step, run.finished) for run in reader.runs()] == [("digits", "active", 200, False)]
+    assert reader.run("digits").averages[0].name == "ema-0.9"
+    assert [version.id for version in reader.versions("digits", "ema-0.9")] == [new.id, old.id]
+    assert reader.version("digits", "ema-0.9").id == new.id
+    assert reader.version("digits", "ema-0.9", "step-100").id == old.id
+    assert reader.version("digits", "ema-0.9", old.id).step == 100
+
+
+def test_what_does_not_exist_is_not_found(served: Served, reader: Reader) -> None:
+    served.publish("digits", 100)
+
+    for missing in (
+        lambda: reader.run("nope"),
+        lambda: reader.versions("digits", "nope"),
+        lambda: reader.version("digits", "ema-0.9", "step-7"),
+        lambda: reader.metrics("nope"),
+    ):
+        with pytest.raises(NotFound):
+            missing()
+
+
+def test_nobody_at_the_address_is_unreachable_and_says_where() -> None:
+    with Reader("http://127.0.0.1:1") as reader, pytest.raises(Unreachable, match=r"http://127\.0\.0\.1:1"):
+        reader.runs()
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://host", "http://", "http://[::1"])
+def test_an_address_that_is_no_url_is_refused_at_construction(url: str) -> None:
+    with pytest.raises(UsageError):
+        Reader(url)
+
+
+def test_address_and_token_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served(tmp_path / "data", token="s3cret")
+    with served.listening() as url:
+        monkeypatch.setenv("EMA_URL", url)
+        with Reader() as reader, pytest.raises(Unauthorized, match="EMA_TOKEN"):
+            reader.runs()
+        monkeypatch.setenv("EMA_TOKEN", "s3cret")
+        with Reader() as reader:
+            assert reader.runs() == ()
+    served.close()
+
+
+def test_waiting_returns_the_newest_version_that_is_not_the_known_one(served: Served, reader: Reader) -> None:
+    first = served.publish("digits", 100).versions[0]
+    later = threading.Timer(0.2, served.publish, ("digits", 200))
+
+    known = reader.wait("digits", "ema-0.9", timeout_s=WAIT_S, poll_s=0.02)
+    later.start()
+    newer = reader.wait("digits", "ema-0.9", after=known, timeout_s=WAIT_S, poll_s=0.02)
+    later.join()
+
+    assert known is not None
+    assert newer is not None
+    assert (known.id, newer.step) == (first.id, 200)
+
+
+def test_waiting_ends_with_none_when_the_run_is_finished_and_its_last_version_is_known(
+    served: Served, reader: Reader
+) -> None:
+    served.publish("digits", 100)
+    known = reader.wait("digits", "ema-0.9", timeout_s=WAIT_S)
+    finish = threading.Timer(0.2, served.show, ("digits", 100, ["ema-0.9"], RunState.FINISHED))
+    finish.start()
+
+    ended = reader.wait("digits", "ema-0.9", after=known, timeout_s=WAIT_S, poll_s=0.02)
+    finish.join()
+
+    assert known is not None
+    assert ended is None
+    assert reader.wait("digits", "ema-0.9", timeout_s=WAIT_S) == known
+
+
+def test_waiting_outlasts_a_run_that_has_not_begun_and_a_server_that_is_not_up(served: Served, tmp_path: Path) -> None:
+    with served.listening() as url:
+        port = int(url.rsplit(":", 1)[1])
+    found: list[Version | None] = []
+    with Reader(url) as reader:
+        waiting = threading.Thread(
+            target=lambda: found.append(reader.wait("digits", "ema-0.9", timeout_s=WAIT_S, poll_s=0.02))
+        )
+        waiting.start()
+        time.sleep(0.1)
+        with served.listening(port):
+            time.sleep(0.1)
+            served.publish("digits", 100)
+            waiting.join(WAIT_S)
+
+    assert [version.step for version in found if version] == [100]
+
+
+def test_waiting_too_long_says_what_was_missing(served: Served, reader: Reader) -> None:
+    version = served.publish("digits", 100).versions[0]
+
+    with pytest.raises(WaitTimeout, match=f"no version after {version.id[:12]}"):
+        reader.wait("digits", "ema-0.9", after=version.id, timeout_s=0.05, poll_s=0.02)
+    with pytest.raises(WaitTimeout, match="nope"):
+        reader.wait("nope", "ema-0.9", timeout_s=0.05, poll_s=0.02)
+
+
+def test_loaded_weights_are_the_published_ones(served: Served, reader: Reader) -> None:
+    served.publish("digits", 100, size=500)
+
+    loaded = reader.load(reader.version("digits", "ema-0.9"))
+
+    expected = weights("ema-0.9", 100, 500)
+    assert sorted(loaded) == sorted(expected)
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_reported_metrics_come_back_with_their_version(served: Served, reader: Reader) -> None:
+    served.publish("digits", 100)
+    version = reader.version("digits", "ema-0.9")
+
+    row = reader.report(version, {"accuracy": 0.9}, task="val", worker="w", samples=10, seconds=0.1)
+
+    assert reader.metrics("digits") == (row,)
+    assert (row.version, row.step, row.task, row.metrics) == (version.id, 100, "val", {"accuracy": 0.9})
+
+
+def test_a_report_must_have_either_finite_metrics_or_an_error(served: Served, reader: Reader) -> None:
+    served.publish("digits", 100)
+    version = reader.version("digits", "ema-0.9")
+
+    with pytest.raises(UsageError):
+        reader.report(version)
+    with pytest.raises(UsageError):
+        reader.report(version, {"x": 1.0}, error="both")
+    with pytest.raises(UsageError, match="nan"):
+        reader.report(version, {"x": math.nan})
+    with pytest.raises(RequestRefused):
+        reader.report(version, {"x" * 300: 1.0})
+
+
+def test_readiness_is_told_check_by_check(served: Served, reader: Reader) -> None:
+    unready, checks = reader.ready()
+    served.beat()
+
+    assert (unready, checks["ingest"]["ok"]) == (False, False)
+    assert reader.ready()[0]

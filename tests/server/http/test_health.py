@@ -1,0 +1,120 @@
+"""Health, readiness and Prometheus metrics."""
+
+from __future__ import annotations
+
+import shutil
+
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+from ema_proto.errors import RejectCode
+from ema_server.telemetry import Counter
+from support.served import Served
+
+
+def samples(text: str) -> dict[tuple[str, str], float]:
+    """Every sample of an exposition, by name and labels."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
+            found[sample.name, labels] = sample.value
+    return found
+
+
+def test_health_says_that_the_event_loop_is_alive(client: TestClient) -> None:
+    response = client.get("/healthz")
+
+    assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+def test_a_server_with_beating_threads_and_room_is_ready_without_any_trainer(
+    client: TestClient, served: Served
+) -> None:
+    served.beat()
+
+    body = client.get("/readyz").json()
+
+    assert body["ready"] is True
+    assert sorted(body["checks"]) == ["averager", "data", "disk", "ingest"]
+
+
+def test_a_thread_that_never_beat_makes_it_unready_check_by_check(client: TestClient, served: Served) -> None:
+    served.telemetry.beat("averager")
+
+    response = client.get("/readyz")
+
+    body = response.json()
+    assert (response.status_code, body["code"]) == (503, "not_ready")
+    assert response.headers["content-type"] == "application/problem+json"
+    assert {name: check["ok"] for name, check in body["checks"].items()} == {
+        "ingest": False,
+        "averager": True,
+        "data": True,
+        "disk": True,
+    }
+
+
+def test_a_data_folder_that_is_gone_makes_it_unready(client: TestClient, served: Served) -> None:
+    served.beat()
+    shutil.rmtree(served.data)
+
+    checks = client.get("/readyz").json()["checks"]
+
+    assert not checks["data"]["ok"]
+    assert not checks["disk"]["ok"]
+
+
+def test_too_little_room_for_every_run_makes_it_unready(client: TestClient, served: Served) -> None:
+    served.beat()
+    served.publish("digits", 1)
+    status = served.board.all()[0]
+    served.board.put(
+        type(status)(**{name: getattr(status, name) for name in status.__slots__} | {"memory_bytes": 1 << 60})
+    )
+
+    assert not client.get("/readyz").json()["checks"]["disk"]["ok"]
+
+
+def test_a_server_that_is_stopping_is_not_ready(client: TestClient, served: Served) -> None:
+    served.beat()
+    served.stopping.set()
+
+    assert client.get("/readyz").status_code == 503
+
+
+def test_metrics_show_what_the_other_threads_counted(client: TestClient, served: Served) -> None:
+    served.publish("digits", 100, ["raw", "ema-0.9"])
+    served.telemetry.count(Counter.INGEST_BYTES, 4096)
+    served.telemetry.count(Counter.UPDATE_NS, 2_500_000_000)
+    served.telemetry.reject(RejectCode.RUN_IN_USE)
+
+    found = samples(client.get("/metrics").text)
+
+    assert found["ema_ingest_bytes_total", ""] == 4096
+    assert found["ema_update_seconds_total", ""] == 2.5
+    assert found["ema_rejects_total", "code=run_in_use"] == 1
+    assert found["ema_run_step", "run=digits"] == 100
+    assert found["ema_run_state", "run=digits,state=active"] == 1
+    assert found["ema_average_step", "average=ema-0.9,run=digits"] == 100
+
+
+def test_metrics_count_responses_by_route_and_never_by_address(client: TestClient, served: Served) -> None:
+    served.publish("digits", 100)
+    client.get("/v1/runs/digits")
+    client.get("/v1/runs/nope")
+    client.get("/made/up/1")
+    client.get("/made/up/2")
+
+    found = samples(client.get("/metrics").text)
+
+    assert found["ema_http_requests_total", "code=200,route=/v1/runs/{run}"] == 1
+    assert found["ema_http_requests_total", "code=404,route=/v1/runs/{run}"] == 1
+    assert found["ema_http_requests_total", "code=404,route=none"] == 2
+
+
+def test_metrics_have_no_created_series(client: TestClient) -> None:
+    response = client.get("/metrics")
+
+    assert "_created" not in response.text
+    assert response.headers["content-type"].startswith("text/plain")

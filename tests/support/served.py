@@ -1,0 +1,134 @@
+"""A catalog with real files, and the HTTP application over it on a real socket, for tests of HTTP and of the reader."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ema_server.board import AverageStatus, Board, RunState, RunStatus
+from ema_server.catalog import Catalog, FileEntry, Generation, Version
+from ema_server.http.app import create_app
+from ema_server.http.services import Services
+from ema_server.jobs import Job
+from ema_server.metric_store import MetricStore
+from ema_server.serve_http import HttpServer
+from ema_server.telemetry import Telemetry
+
+WAIT_S = 20.0
+
+
+class Served:
+    """A data folder, what is known of it, and the services over it. `submit` is given by the test."""
+
+    def __init__(self, data: Path, *, token: str | None = None, submit: Callable[[Job], None] | None = None) -> None:
+        data.mkdir(parents=True, exist_ok=True)
+        self.data = data
+        self.catalog = Catalog()
+        self.board = Board()
+        self.telemetry = Telemetry()
+        self.metrics = MetricStore(data / "metrics.sqlite")
+        self.stopping = threading.Event()
+        self.services = Services(
+            catalog=self.catalog,
+            board=self.board,
+            telemetry=self.telemetry,
+            metrics=self.metrics,
+            submit=submit or _nobody,
+            data=data,
+            token=token,
+            stopping=self.stopping,
+        )
+        self._seq = 0
+
+    def beat(self) -> None:
+        """Let the threads that readiness asks for have beaten now."""
+        self.telemetry.beat("ingest")
+        self.telemetry.beat("averager")
+
+    def publish(self, run: str, step: int, averages: Sequence[str] = ("ema-0.9",), *, size: int = 8) -> Generation:
+        """Write a generation to disk and show it; the weights of each average depend on step and name."""
+        self._seq += 1
+        folder = self.data / "runs" / run / "generations" / f"{self._seq:08d}-{step:012d}"
+        versions = tuple(_write(folder / "averages" / name, run, name, step, self._seq, size) for name in averages)
+        generation = Generation(run, self._seq, step, False, False, folder, versions)
+        self.catalog.add(generation)
+        self.show(run, step, averages)
+        return generation
+
+    def show(self, run: str, step: int | None, averages: Sequence[str], state: RunState = RunState.ACTIVE) -> None:
+        """Put the run's status on the board."""
+        shown = tuple(AverageStatus(name, "ema:0.9", step or 0, 0, step) for name in averages)
+        self.board.put(
+            RunStatus(
+                run=run,
+                state=state,
+                created="2026-01-01T00:00:00Z",
+                step=step,
+                published_step=step,
+                first_step=1,
+                every=1,
+                steps_per_second=2.5,
+                applied=step or 0,
+                gap_steps=0,
+                quarantined=0,
+                quarantine=None,
+                exempt=(),
+                tensors=2,
+                snapshot_bytes=64,
+                memory_bytes=128,
+                publish_error=None,
+                averages=shown,
+            )
+        )
+
+    @contextmanager
+    def listening(self, port: int = 0, graceful_s: int = 5) -> Iterator[str]:
+        """Serve on a (free) port of the loopback from a thread of its own; yields the URL."""
+        server = HttpServer(create_app(self.services), "127.0.0.1", port, graceful_s=graceful_s)
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        try:
+            yield asyncio.run_coroutine_threadsafe(server.start(), loop).result(WAIT_S)
+        finally:
+            asyncio.run_coroutine_threadsafe(server.stop(), loop).result(WAIT_S)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(WAIT_S)
+            loop.close()
+
+    def close(self) -> None:
+        """Close the database."""
+        self.metrics.close()
+
+
+def weights(name: str, step: int, size: int) -> dict[str, torch.Tensor]:
+    """The weights that `publish` writes."""
+    torch.manual_seed(step * 1000 + len(name))
+    return {"weight": torch.randn(size, 4), "bias": torch.full((3,), float(step))}
+
+
+def _write(folder: Path, run: str, average: str, step: int, seq: int, size: int) -> Version:
+    folder.mkdir(parents=True)
+    save_file(weights(average, step, size), folder / "model.safetensors")
+    version_id = hashlib.sha256(f"{run}/{average}/{step}/{seq}".encode()).hexdigest()[:40]
+    (folder / "version.json").write_text(json.dumps({"id": version_id, "run": run, "average": average, "step": step}))
+    files = tuple(_entry(folder / name) for name in ("model.safetensors", "version.json"))
+    created = "2026-01-01T00:00:00Z"
+    return Version(version_id, run, average, "ema:0.9", step, step, 0, created, files, folder, seq)
+
+
+def _entry(path: Path) -> FileEntry:
+    data = path.read_bytes()
+    return FileEntry(path.name, len(data), hashlib.sha256(data).hexdigest())
+
+
+def _nobody(job: Job) -> None:
+    raise AssertionError(f"this test expected no job: {job!r}")
