@@ -1,7 +1,7 @@
 """The ingest thread: it owns the socket, the receiver machine and the slots.
 
-Comes in: frames. Goes out: jobs for the averager, whose answers come back through an inbox. Each chunk is received straight
-into its slot and checked for NaN and Inf while it is in cache. What an average is, is not known here.
+Comes in: frames. Goes out: jobs for the averager, whose answers come back through an inbox. Each chunk is received
+straight into its slot and checked for NaN and Inf while it is in cache. What an average is, is not known here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Real processes: the server as users start it, and scripts beside it. Everything has a timeout and ends with the test."""
+"""Real processes: the server as users start it, and scripts beside it. All waits are bounded, all end with the test."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **(env or {})},
+            env={
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": _import_path(),
+                **(env or {}),
+            },
         )
         self._readers = [
             threading.Thread(target=self._read, args=(stream, lines), daemon=True)
@@ -96,7 +102,11 @@ class ServerProcess(Process):
     def __init__(self, data: Path, *options: str, zmq: str = "tcp://127.0.0.1:0", http: str = "127.0.0.1:0") -> None:
         command = ("-m", "ema_cli", "serve", "--zmq", zmq, "--http", http, "--data", str(data), *options)
         super().__init__(*command)
-        ready = json.loads(self.wait_line(lambda line: line.startswith("{")))
+        try:
+            ready = json.loads(self.wait_line(lambda line: line.startswith("{")))
+        except BaseException:
+            self.__exit__()
+            raise
         self.zmq: str = ready["zmq"]
         self.http: str = ready["http"]
         self.data = data
@@ -111,6 +121,11 @@ class ServerProcess(Process):
         response = httpx2.get(f"{self.http}{path}", timeout=30.0)
         response.raise_for_status()
         return response.json()
+
+
+def _import_path() -> str:
+    """The tests' folder, so that children find `support`, then what this process was given."""
+    return os.pathsep.join(filter(None, (str(SUPPORT.parent), os.environ.get("PYTHONPATH"))))
 
 
 def eventually(check: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:

@@ -1,7 +1,7 @@
 """A model whose weights after step N are a function of N, so that any process can say what an average must be.
 
-`replay` is the oracle: a loop in float64 over a ledger, with its own reading of the rule strings. It shares no code with
-the server.
+`replay` is the oracle: a loop in float64 over a ledger, with its own reading of the rule strings. It shares no code
+with the server.
 """
 
 from __future__ import annotations

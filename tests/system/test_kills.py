@@ -18,9 +18,7 @@ KILLS = 20
 def toy_trainer(server: ServerProcess, steps: int, checkpoint: Path, *options: str) -> Process:
     """A trainer of run `toy`."""
     script = str(SUPPORT / "toy_trainer.py")
-    return Process(
-        script, server.zmq, "toy", str(steps), str(checkpoint), *options, env={"PYTHONPATH": str(SUPPORT.parent)}
-    )
+    return Process(script, server.zmq, "toy", str(steps), str(checkpoint), *options)
 
 
 def generations(data: Path) -> list[Path]:
