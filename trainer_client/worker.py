@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from ema_proto import codec
 from ema_proto import messages as m
 from ema_proto import sender as machine
+from ema_proto import sender_events as e
 from ema_proto.errors import RejectCode
 from ema_proto.limits import SLOTS
 from ema_proto.outbox import Outgoing
@@ -36,7 +37,7 @@ _REAP_S = 0.002  # a committed slot is released by ZeroMQ's own thread a moment 
 class _Pending:
     """A request on its way; the answer is set by the worker."""
 
-    answer: machine.Answered | None = None
+    answer: e.Answered | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Worker:
         self._free: list[Slot] = []
         self._greeted = False
         self._joined: m.Joined | None = None
-        self._refused: machine.Refused | None = None
+        self._refused: e.Refused | None = None
         self._state = machine.SenderState.DISCONNECTED
         self._in_flight = 0
         self._offered = self._committed = self._reconnects = 0
@@ -229,7 +230,7 @@ class Worker:
         answer = self._ask(lambda: self._machine.request_publish(pin=pin), timeout_s)
         return answer is not None and answer.error is None
 
-    def _ask(self, request: Callable[[], int], timeout_s: float) -> machine.Answered | None:
+    def _ask(self, request: Callable[[], int], timeout_s: float) -> e.Answered | None:
         pending = _Pending()
 
         def ask(_: float) -> None:
@@ -253,7 +254,7 @@ class Worker:
             # The trainer goes on whatever happens here; a dead session is told by its state and by this line.
             logger.exception("ema: the connection's thread failed; no more snapshots are sent")
             with self._cond:
-                self._refused = machine.Refused(RejectCode.UNAVAILABLE, "the connection's thread failed, see the log")
+                self._refused = e.Refused(RejectCode.UNAVAILABLE, "the connection's thread failed, see the log")
                 self._state = machine.SenderState.FAILED
                 self._cond.notify_all()
         finally:
@@ -325,24 +326,24 @@ class Worker:
                 self._free.append(slot)
             self._cond.notify_all()
 
-    def _take(self, event: machine.Event) -> None:
+    def _take(self, event: e.Event) -> None:
         match event:
-            case machine.Greeted():
+            case e.Greeted():
                 self._greeted = True
-            case machine.JoinAccepted(joined):
+            case e.JoinAccepted(joined):
                 self._take_joined(joined)
-            case machine.Refused():
+            case e.Refused():
                 self._refused = event
                 self._link.close()
                 if self._joined is not None:
                     logger.error("ema: the run is no longer streamed: %s", event.text)
-            case machine.ConnectionLost():
+            case e.ConnectionLost():
                 self._take_lost(event)
-            case machine.SnapshotDone():
+            case e.SnapshotDone():
                 self._take_done(event)
-            case machine.PublishedAt(step):
+            case e.PublishedAt(step):
                 self._last_published = step
-            case machine.Answered():
+            case e.Answered():
                 pending = self._requests.pop(event.request, None)
                 if pending is not None:
                     pending.answer = event
@@ -354,14 +355,14 @@ class Worker:
         self._joined = joined
         self._last_published = joined.published_step
 
-    def _take_lost(self, event: machine.ConnectionLost) -> None:
+    def _take_lost(self, event: e.ConnectionLost) -> None:
         self._link.close()
         self._outgoing = None
         self._retry_at = event.retry_at
         if self.streaming:  # once for each time it was up, not for each attempt
             logger.warning("ema: %s; steps are skipped until %s answers again", event.reason, self._link.endpoint)
 
-    def _take_done(self, event: machine.SnapshotDone) -> None:
+    def _take_done(self, event: e.SnapshotDone) -> None:
         self._in_flight -= 1
         self._draining.append(self._slots[event.slot])
         if event.code is None:

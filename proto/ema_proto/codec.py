@@ -7,12 +7,13 @@ body length u32, offset u64, crc32 u32, reserved u32 (zero). Payloads are never 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 from ema_proto import messages as m
 from ema_proto.bodies import decode_body, encode_body
-from ema_proto.errors import RejectCode, RemoteProtocolError
+from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.fields import Fields
 from ema_proto.limits import (
     CHUNK_BYTES_MAX,
@@ -109,7 +110,11 @@ def body_bytes_max(kind: int) -> int:
 
 
 def encode(message: m.Message, *, session: bytes, epoch: int) -> tuple[bytes, bytes]:
-    """Header and body of a message. A chunk's body is its payload, which the caller appends: it comes back empty."""
+    """Header and body of a message. A chunk's body is its payload, which the caller appends: it comes back empty.
+
+    Raises:
+        LocalProtocolError: the body is over the limit of its type (a JOIN with too many, or too long, tensor names).
+    """
     if isinstance(message, m.Chunk):
         return encode_header(
             Header(
@@ -124,6 +129,9 @@ def encode(message: m.Message, *, session: bytes, epoch: int) -> tuple[bytes, by
             )
         ), b""
     body = encode_body(message.body())
+    if len(body) > body_bytes_max(message.type):
+        text = f"{type(message).__name__.upper()} has a body of {len(body)} bytes, over {body_bytes_max(message.type)}"
+        raise LocalProtocolError(text)
     header = Header(type=message.type, session=session, epoch=epoch, length=len(body))
     if isinstance(message, m.Begin | m.Commit | m.Committed | m.Reject):
         header = replace(header, step=message.step, attempt=message.attempt)
@@ -144,6 +152,18 @@ def decode_chunk(header: Header) -> m.Chunk:
     if header.length == 0:
         raise RemoteProtocolError(RejectCode.BAD_CHUNK, "a chunk is empty")
     return m.Chunk(header.step, header.attempt, header.offset, header.length, header.crc32)
+
+
+def decode_frames(frames: Sequence[bytes]) -> tuple[Header, m.ControlMessage]:
+    """Read a whole control message.
+
+    Raises:
+        RemoteProtocolError: see `decode_header` and `decode`; `bad_frame` when there are not two frames.
+    """
+    if len(frames) != 2:
+        raise RemoteProtocolError(RejectCode.BAD_FRAME, f"the message has {len(frames)} frames, not 2")
+    header = decode_header(frames[0])
+    return header, decode(header, frames[1])
 
 
 def decode(header: Header, body: bytes) -> m.ControlMessage:

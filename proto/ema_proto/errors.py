@@ -65,38 +65,40 @@ class RejectCode(StrEnum):
     STEP_PASSED = "step_passed"
 
 
-_CONNECTION = (
-    RejectCode.BAD_FRAME,
-    RejectCode.BAD_MESSAGE,
-    RejectCode.VERSION,
-    RejectCode.UNAUTHORIZED,
-    RejectCode.STALE_EPOCH,
-    RejectCode.UNKNOWN_CONNECTION,
-)
-_SNAPSHOT = (
-    RejectCode.OUT_OF_ORDER,
-    RejectCode.BAD_CHUNK,
-    RejectCode.CHECKSUM,
-    RejectCode.INCOMPLETE,
-    RejectCode.NOT_FINITE,
-    RejectCode.STEP_PASSED,
-)
+class Cure(StrEnum):
+    """What the sender does about a REJECT."""
 
-SCOPES: dict[RejectCode, Scope] = {
-    code: Scope.CONNECTION if code in _CONNECTION else Scope.SNAPSHOT if code in _SNAPSHOT else Scope.RUN
-    for code in RejectCode
+    RECONNECT = "reconnect"
+    REJOIN = "reconnect, final at the first JOIN"  # whoever asks for a run for the first time has to know
+    RESEND = "resend"
+    FINAL = "final"
+
+
+_RULES: dict[RejectCode, tuple[Scope, Cure]] = {
+    RejectCode.BAD_FRAME: (Scope.CONNECTION, Cure.REJOIN),
+    RejectCode.BAD_MESSAGE: (Scope.CONNECTION, Cure.REJOIN),
+    RejectCode.VERSION: (Scope.CONNECTION, Cure.FINAL),
+    RejectCode.UNAUTHORIZED: (Scope.CONNECTION, Cure.FINAL),
+    RejectCode.STALE_EPOCH: (Scope.CONNECTION, Cure.RECONNECT),
+    RejectCode.UNKNOWN_CONNECTION: (Scope.CONNECTION, Cure.RECONNECT),
+    RejectCode.BAD_RUN: (Scope.RUN, Cure.FINAL),
+    RejectCode.BAD_AVERAGE: (Scope.RUN, Cure.FINAL),
+    RejectCode.AVERAGE_CHANGED: (Scope.RUN, Cure.FINAL),
+    RejectCode.MANIFEST_INVALID: (Scope.RUN, Cure.FINAL),
+    RejectCode.MANIFEST_CHANGED: (Scope.RUN, Cure.FINAL),
+    RejectCode.RUN_IN_USE: (Scope.RUN, Cure.FINAL),
+    RejectCode.EVICTED: (Scope.RUN, Cure.FINAL),
+    RejectCode.NO_GENERATION: (Scope.RUN, Cure.FINAL),
+    RejectCode.NOTHING_TO_CONTINUE: (Scope.RUN, Cure.FINAL),
+    RejectCode.WORLD_UNSUPPORTED: (Scope.RUN, Cure.FINAL),
+    RejectCode.OUT_OF_MEMORY: (Scope.RUN, Cure.FINAL),
+    RejectCode.UNAVAILABLE: (Scope.RUN, Cure.REJOIN),
+    RejectCode.OUT_OF_ORDER: (Scope.SNAPSHOT, Cure.RESEND),
+    RejectCode.BAD_CHUNK: (Scope.SNAPSHOT, Cure.RESEND),
+    RejectCode.CHECKSUM: (Scope.SNAPSHOT, Cure.RESEND),
+    RejectCode.INCOMPLETE: (Scope.SNAPSHOT, Cure.RESEND),
+    RejectCode.NOT_FINITE: (Scope.SNAPSHOT, Cure.FINAL),
+    RejectCode.STEP_PASSED: (Scope.SNAPSHOT, Cure.FINAL),
 }
-
-# What the sender does about it. A code in neither set is final for its scope.
-RECONNECT: frozenset[RejectCode] = frozenset(
-    {
-        RejectCode.STALE_EPOCH,
-        RejectCode.UNKNOWN_CONNECTION,
-        RejectCode.BAD_FRAME,
-        RejectCode.BAD_MESSAGE,
-        RejectCode.UNAVAILABLE,
-    }
-)
-RESEND: frozenset[RejectCode] = frozenset(
-    {RejectCode.OUT_OF_ORDER, RejectCode.BAD_CHUNK, RejectCode.CHECKSUM, RejectCode.INCOMPLETE}
-)
+SCOPES: dict[RejectCode, Scope] = {code: scope for code, (scope, _) in _RULES.items()}
+CURES: dict[RejectCode, Cure] = {code: cure for code, (_, cure) in _RULES.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,6 +11,8 @@ from ema_proto import messages as m
 from ema_proto.chunks import count_chunks
 from ema_proto.codec import encode
 from ema_proto.errors import LocalProtocolError, RejectCode
+
+_ATTEMPT_MAX = (1 << 32) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +61,17 @@ class Snapshot:
 
 @dataclass(slots=True)
 class Request:
-    """A PUBLISH, REWIND or FINISH that is not answered yet."""
+    """A PUBLISH, REWIND or FINISH that is not answered yet; `last_step` is the step offered last before it."""
 
     number: int
     message: m.Publish | m.Rewind | m.Finish
+    last_step: int
     written: bool = False
+
+    @property
+    def is_barrier(self) -> bool:
+        """Whether nothing may be written behind it before it is answered: the answer decides what may follow."""
+        return isinstance(self.message, m.Rewind | m.Finish)
 
 
 class StreamQueue:
@@ -71,62 +80,83 @@ class StreamQueue:
     def __init__(self) -> None:
         self.nbytes = 0
         self.checksum = False
+        self.chunk_bytes = 1
         self.credit_limit = 0
-        self.last_step = 0
+        self._last_step = 0
         self._items: deque[Snapshot | Request] = deque()
-        self._chunk_bytes = 1
         self._chunks_sent = 0
         self._attempts = 0
+        self._requests = 0
 
     @property
     def awaiting(self) -> bool:
-        """Whether a snapshot is unanswered."""
-        return any(isinstance(item, Snapshot) for item in self._items)
+        """Whether a snapshot is unanswered that no REWIND or FINISH holds up."""
+        for item in self._items:
+            if isinstance(item, Snapshot):
+                return True
+            if item.is_barrier:
+                return False
+        return False
 
     def next_step(self, first_step: int) -> int:
         """The step that a reconnecting session will send next."""
         for item in self._items:
             if isinstance(item, Snapshot):
                 return item.step
-        return max(first_step, self.last_step + 1)
+        return max(first_step, self._last_step + 1)
 
     def add_snapshot(self, slot: int, step: int, mode: m.Mode) -> None:
         """Append a snapshot; steps only grow, a rewind apart."""
-        if step <= self.last_step:
-            raise LocalProtocolError(f"step {step} is not after step {self.last_step}, which was offered before")
-        self.last_step = step
+        if step <= self._last_step:
+            raise LocalProtocolError(f"step {step} is not after step {self._last_step}, which was offered before")
+        self._last_step = step
         self._items.append(Snapshot(slot, step, mode))
 
-    def add_request(self, request: Request) -> None:
-        """Append a request."""
-        self._items.append(request)
+    def add_request(self, build: Callable[[int], m.Publish | m.Rewind | m.Finish]) -> int:
+        """Append the request that `build` makes of its number; returns the number."""
+        self._requests += 1
+        message = build(self._requests)
+        self._items.append(Request(self._requests, message, self._last_step))
+        if isinstance(message, m.Rewind):
+            self._last_step = message.step
+        return self._requests
 
     def next_frame(self, session: bytes, epoch: int) -> Outgoing | None:
-        """The next message that order and credit allow."""
+        """The next message that order and credit allow.
+
+        A request waits until every snapshot before it is answered: one that had to be sent again would otherwise come
+        after a generation that should hold it, or after a REWIND that undid it.
+        """
+        unanswered = False
         for item in self._items:
-            if isinstance(item, Request):
-                if not item.written:
-                    item.written = True
-                    return Outgoing(*encode(item.message, session=session, epoch=epoch))
-            elif item.phase is not Phase.AWAITING:
-                return self._next_of(item, session, epoch)
+            if isinstance(item, Snapshot):
+                if item.phase is not Phase.AWAITING:
+                    return self._next_of(item, session, epoch)
+                unanswered = True
+            elif not item.written:
+                if unanswered:
+                    return None
+                item.written = True
+                return Outgoing(*encode(item.message, session=session, epoch=epoch))
+            elif item.is_barrier:
+                return None
         return None
 
     def _next_of(self, snapshot: Snapshot, session: bytes, epoch: int) -> Outgoing | None:
         if snapshot.sent_bytes == self.nbytes:
             snapshot.phase = Phase.AWAITING
-            chunks = count_chunks(self.nbytes, self._chunk_bytes)
+            chunks = count_chunks(self.nbytes, self.chunk_bytes)
             commit = m.Commit(snapshot.step, snapshot.attempt, chunks, self.nbytes)
             return Outgoing(*encode(commit, session=session, epoch=epoch))
         if self._chunks_sent >= self.credit_limit:
             return None
         if snapshot.phase is Phase.BEGIN:
-            self._attempts += 1
+            self._attempts = self._attempts % _ATTEMPT_MAX + 1
             snapshot.phase, snapshot.attempt, snapshot.tries = Phase.CHUNKS, self._attempts, snapshot.tries + 1
             begin = m.Begin(snapshot.step, snapshot.attempt, snapshot.mode)
             return Outgoing(*encode(begin, session=session, epoch=epoch))
         offset = snapshot.sent_bytes
-        length = min(self._chunk_bytes, self.nbytes - offset)
+        length = min(self.chunk_bytes, self.nbytes - offset)
         self._chunks_sent += 1
         snapshot.sent_bytes += length
         header, _ = encode(m.Chunk(snapshot.step, snapshot.attempt, offset, length), session=session, epoch=epoch)
@@ -147,13 +177,31 @@ class StreamQueue:
         """Whether no earlier snapshot is unanswered."""
         return next(item for item in self._items if isinstance(item, Snapshot)) is snapshot
 
-    def take_answered(self, number: int) -> bool:
-        """Remove the request of this number; False when it is unknown."""
+    def take_answered(self, number: int | None) -> Request | None:
+        """Remove and return the written request of this number; None when there is none."""
         for item in self._items:
-            if isinstance(item, Request) and item.number == number:
+            if isinstance(item, Request) and item.written and item.number == number:
                 self.remove(item)
-                return True
-        return False
+                return item
+        return None
+
+    def undo(self, refused: Request) -> list[Snapshot]:
+        """A refused REWIND leaves the run where it was: remove and return, `dropped`, what started again below that."""
+        if not isinstance(refused.message, m.Rewind):
+            return []
+        passed: list[Snapshot] = []
+        for item in self._items:
+            if isinstance(item, Snapshot) and item.step <= refused.last_step:
+                item.dropped = RejectCode.STEP_PASSED
+                passed.append(item)
+            elif isinstance(item, Request) and isinstance(item.message, m.Rewind):
+                item.last_step = max(item.last_step, refused.last_step)
+                break
+        else:
+            self._last_step = max(self._last_step, refused.last_step)
+        for snapshot in passed:
+            self.remove(snapshot)
+        return passed
 
     def resend_from(self, snapshot: Snapshot) -> bool:
         """Start this snapshot and all after it anew; False when a later one may have been applied already."""
@@ -174,9 +222,9 @@ class StreamQueue:
                 item.phase, item.sent_bytes = Phase.BEGIN, 0
         self.credit_limit = self._chunks_sent = 0
 
-    def settle(self, joined: m.Joined, chunk_bytes: int) -> list[Snapshot]:
+    def settle(self, joined: m.Joined) -> list[Snapshot]:
         """Take the credit of a JOINED; remove and return what it answers, `dropped` where it was passed."""
-        self.credit_limit, self._chunks_sent, self._chunk_bytes = joined.credit, 0, chunk_bytes
+        self.credit_limit, self._chunks_sent = joined.credit, 0
         last = joined.last_step
         if last is None or joined.continuation == "new":
             return []

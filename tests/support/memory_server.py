@@ -1,0 +1,107 @@
+"""A receiver with the smallest honest model of a keeper: the applied snapshots, and a durable copy of their list.
+
+A restart falls back to the durable copy. Nothing here is used by the product.
+"""
+
+from __future__ import annotations
+
+from ema_proto import events as e
+from ema_proto import messages as m
+from ema_proto import receiver as r
+from ema_proto.limits import CHUNK_BYTES_MIN, RECENT_STEPS
+
+CHUNK_BYTES = CHUNK_BYTES_MIN
+
+
+class Server:
+    """A receiver with slots and the simplest keeper; `restart` forgets what was not durable."""
+
+    def __init__(self, *, token: str | None = None) -> None:
+        self.token = token
+        self.lives: list[list[tuple[int, bytes]]] = [[]]
+        self.history: list[tuple[int, bytes]] = []
+        self.durable: list[tuple[int, bytes]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """A new process on the durable state."""
+        self.epoch = len(self.lives) + 1
+        self.lives.append(list(self.durable))
+        self.receiver = r.Receiver(
+            epoch=self.epoch, token=self.token, nonce=lambda: "nonce", chunk_bytes=CHUNK_BYTES, lost_after_s=60.0
+        )
+        self.slots: dict[int, list[bytearray]] = {}
+
+    @property
+    def applied(self) -> list[tuple[int, bytes]]:
+        """Step and bytes of each snapshot applied, in order."""
+        return self.lives[-1]
+
+    @property
+    def last_step(self) -> int | None:
+        """The last applied step."""
+        return self.applied[-1][0] if self.applied else None
+
+    def take(self, peer: bytes, frames: tuple[bytes, ...], now: float) -> None:
+        """One message from a trainer, as the ingest thread would take it."""
+        match self.receiver.header(peer, frames[0], now):
+            case r.Payload() as target:
+                view = memoryview(self.slots[target.ticket][target.slot])[target.offset : target.offset + target.length]
+                body = frames[1] if len(frames) == 2 else b""
+                view[: min(len(body), len(view))] = body[: len(view)]
+                self.receiver.payload(view if len(body) == len(view) else None)
+            case r.Control():
+                self.receiver.control(frames[1] if len(frames) == 2 else b"")
+            case r.Discard():
+                pass
+
+    def work(self) -> None:
+        """Answer everything that the machine asks of the keeper."""
+        while self.receiver.events:
+            event = self.receiver.events.popleft()
+            match event:
+                case e.JoinRequested():
+                    self._join(event)
+                case e.SnapshotReady():
+                    self.applied.append((event.step, bytes(self.slots[event.ticket][event.slot])))
+                    self.history.append(self.applied[-1])
+                    self.receiver.applied(event.run, event.ticket, event.slot)
+                case e.PublishRequested():
+                    self.publish()
+                    self.receiver.publish_answered(event.run, event.ticket, event.request, self.last_step)
+                case e.RewindRequested():
+                    self._go_back(event.step)
+                    self.receiver.rewound(event.run, event.ticket, event.request, self.last_step, recent=self._recent())
+                case e.FinishRequested():
+                    self.publish()
+                    self.receiver.finished(event.run, event.ticket, event.request, self.last_step)
+                case e.SessionEnded():
+                    pass
+
+    def publish(self) -> None:
+        """Make what is applied durable."""
+        self.durable = list(self.applied)
+        if self.last_step is not None:
+            self.receiver.published("run", self.last_step)
+
+    def _recent(self) -> tuple[int, ...]:
+        return tuple(step for step, _ in self.applied[-RECENT_STEPS:])
+
+    def _go_back(self, step: int) -> None:
+        self.lives[-1] = [item for item in self.durable if item[0] <= step]
+        self.durable = list(self.lives[-1])
+
+    def _join(self, event: e.JoinRequested) -> None:
+        last = self.last_step
+        if not event.join.reconnect and last is not None and event.join.first_step <= last:
+            self._go_back(event.join.first_step - 1)
+        self.slots[event.ticket] = [bytearray(event.join.manifest.nbytes) for _ in range(2)]
+        continuation: m.Continuation = "continued" if self.applied else "new"
+        self.receiver.accept_join(
+            event.run,
+            event.ticket,
+            last_step=self.last_step,
+            published_step=self.durable[-1][0] if self.durable else None,
+            recent=self._recent(),
+            continuation=continuation,
+        )

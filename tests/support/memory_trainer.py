@@ -1,0 +1,126 @@
+"""A sender with two slots of random bytes; it remembers what it offered, and what it was told about it."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from zlib import crc32
+
+from ema_proto import messages as m
+from ema_proto import sender as s
+from ema_proto import sender_events as e
+from ema_proto.codec import with_crc32
+from ema_proto.errors import RejectCode
+from ema_proto.manifest import Manifest, Role, TensorSpec, layout
+from ema_proto.specs import Ema
+from support.memory_server import CHUNK_BYTES
+
+
+def small_manifest(chunks: float = 3.5) -> Manifest:
+    """One tensor of bytes that takes this many chunks."""
+    return layout([TensorSpec("weight", "U8", (int(chunks * CHUNK_BYTES),), Role.PARAM, 0)])
+
+
+def small_join(manifest: Manifest, *, first_step: int = 1, incarnation: int = 0, checksum: bool = True) -> m.Join:
+    """A JOIN for the run of these tests."""
+    return m.Join(
+        run="run",
+        first_step=first_step,
+        manifest=manifest,
+        averages=(Ema(0.9),),
+        incarnation=incarnation,
+        checksum=checksum,
+    )
+
+
+@dataclass
+class Connection:
+    """One transport: messages under way in both directions. Old ones linger, and may still deliver."""
+
+    peer: bytes
+    up: deque[tuple[bytes, ...]] = field(default_factory=deque)
+    down: deque[tuple[bytes, ...]] = field(default_factory=deque)
+
+
+class Trainer:
+    """A sender with two slots; records what it offered and what became of it."""
+
+    def __init__(self, name: str, manifest: Manifest, *, token: str | None = None, incarnation: int = 0) -> None:
+        self.name = name
+        self.manifest = manifest
+        self.sender = s.Sender(name.encode().ljust(16, b"."), token=token, jitter=lambda: 0.5)
+        self.slots = [bytes(manifest.nbytes)] * 2
+        self.free = [0, 1]
+        self.sent: dict[int, bytes] = {}
+        self.committed: set[int] = set()
+        self.dropped: dict[int, RejectCode] = {}
+        self.answers: list[e.Answered] = []
+        self.refused: e.Refused | None = None
+        self.joined: list[m.Joined] = []
+        self.published: list[int] = []
+        self.connections: list[Connection] = []
+        self.retry_at = 0.0
+        self.step = 0
+        self.sender.join(small_join(manifest, incarnation=incarnation))
+
+    @property
+    def connection(self) -> Connection | None:
+        """The current transport."""
+        lost = self.sender.state in (s.SenderState.DISCONNECTED, s.SenderState.FAILED)
+        return self.connections[-1] if self.connections and not lost else None
+
+    def open(self, now: float) -> None:
+        """Connect anew."""
+        self.connections.append(Connection(f"{self.name}-{len(self.connections)}".encode()))
+        self.sender.opened(now)
+
+    def train(self, now: float) -> bool:
+        """One optimizer step; its snapshot is offered if a slot is free."""
+        if not self.free or self.sender.state is s.SenderState.FAILED:
+            return False
+        self.step += 1
+        slot = self.free.pop()
+        content = random.Random(f"{self.name}-{self.step}-{len(self.sent)}").randbytes(self.manifest.nbytes)
+        self.slots[slot] = content
+        self.sent[self.step] = content
+        self.sender.offer(slot, self.step, now)
+        return True
+
+    def write(self) -> None:
+        """Put everything that the machine wants to say on the wire."""
+        while (out := self.sender.next_frame()) is not None:
+            connection = self.connections[-1]
+            if out.payload is None:
+                connection.up.append((out.header, out.body))
+                continue
+            payload = out.payload
+            body = self.slots[payload.slot][payload.offset : payload.offset + payload.length]
+            header = out.header
+            if out.checksum:
+                header = with_crc32(header, crc32(body))
+            connection.up.append((header, body))
+
+    def settle(self) -> None:
+        """Take the machine's events."""
+        while self.sender.events:
+            event = self.sender.events.popleft()
+            match event:
+                case e.SnapshotDone(slot, step, code, _):
+                    self.free.append(slot)
+                    if code is None:
+                        self.committed.add(step)
+                    else:
+                        self.dropped[step] = code
+                case e.ConnectionLost(_, retry_at):
+                    self.retry_at = retry_at
+                case e.Answered():
+                    self.answers.append(event)
+                case e.Refused():
+                    self.refused = event
+                case e.JoinAccepted(joined):
+                    self.joined.append(joined)
+                case e.PublishedAt(step):
+                    self.published.append(step)
+                case e.Greeted():
+                    pass
