@@ -81,7 +81,7 @@ class Ledger:
         """
         try:
             return cls._read(value)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"not a ledger: {error!r}") from None
 
     @classmethod
@@ -89,9 +89,10 @@ class Ledger:
         ledger = cls(_integer(value["origin"]))
         for first, last, stride in value["ranges"]:
             known = ledger.last_step
-            if not (known is None or known < _integer(first)) or _integer(stride) < 1 or (last - first) % stride:
-                raise ValueError(f"not a ledger: range {[first, last, stride]} after step {known}")
-            ledger._ranges.append([first, _integer(last), stride])
+            rises = (known is None or known < _integer(first)) and first <= _integer(last)
+            if not rises or _integer(stride) < 1 or (last - first) % stride:
+                raise ValueError(f"range {[first, last, stride]} after step {known}")
+            ledger._ranges.append([first, last, stride])
         ledger._set = [_integer(step) for step in value["set"]]
         return ledger
 
@@ -109,5 +110,5 @@ class Ledger:
 
 def _integer(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"not a ledger: {value!r} is not a step")
+        raise ValueError(f"{value!r} is not a step")
     return value

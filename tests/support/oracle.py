@@ -41,16 +41,21 @@ def replay(ledger: Mapping[str, Any], decay: float, weights: Weights) -> dict[st
 
 
 def bound(ledger: Mapping[str, Any], decay: float, largest: float) -> float:
-    """Largest error of a float32 average of weights no larger than `largest` in absolute value.
+    """Largest error that float32 may make in an average of float32 weights no larger than `largest` (M).
 
-    One update `a + w * (p - a)` in float32 rounds w, the difference (2M eps each), the product (2M eps) and the sum
-    (M eps): below 7 M eps together, w being at most 1. Earlier errors shrink by the decay at each update, so the total
-    is at most 7 M eps * sum(d ** k) over the updates since the last replacement.
+    With weight w = 1 - decay ** delta, one update `a + w * (p - a)` rounds the sum (M eps), and w, the difference and
+    the product (2 M w eps each); where w is at least 0.5 torch computes `p - (p - a) * (1 - w)` instead, which is no
+    worse than M eps (1 + 2 w + 6 (1 - w)). Both stay below M eps (1 + 8 w). Earlier errors shrink by decay ** delta.
     """
-    steps = ledger_steps(ledger)
-    updates = len(steps) - steps.index(ledger["set"][-1])
-    terms = (1 - decay**updates) / (1 - decay) if decay < 1 else updates
-    return 7 * largest * EPS32 * max(terms, 1.0)
+    error, previous = 0.0, None
+    for step in ledger_steps(ledger):
+        if step in ledger["set"] or previous is None:
+            error = 0.0
+        else:
+            kept = decay ** (step - previous)
+            error = error * kept + largest * EPS32 * (1 + 8 * (1 - kept))
+        previous = step
+    return error * 1.001  # products of the small terms above
 
 
 def largest_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

@@ -1,0 +1,79 @@
+"""The server's settings are checked one by one and against each other, and every refusal says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ema_server.config import ServerConfig
+
+_DATA = Path("data")
+
+
+def test_the_defaults_are_valid_and_reach_this_machine_alone() -> None:
+    config = ServerConfig(_DATA)
+
+    assert (config.http_host, config.http_port) == ("127.0.0.1", 8080)
+    assert config.zmq == "tcp://127.0.0.1:5555"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"publish_every_seconds": -1.0}, "publish_every_seconds is -1.0: use 0"),
+        ({"publish_every_seconds": float("nan")}, "publish_every_seconds is nan"),
+        ({"publish_every_seconds": float("inf")}, "publish_every_seconds is inf"),
+        ({"publish_every_steps": -1}, "publish_every_steps is -1: use 0"),
+        ({"keep_generations": 0}, "keep_generations is 0: .* at least 1"),
+        ({"lost_after_seconds": 0.0}, "lost_after_seconds is 0.0: use a positive"),
+        ({"chunk_bytes": 1}, "chunk_bytes is 1: use 65536 to"),
+        ({"token": ""}, "EMA_TOKEN.* 0 characters"),
+        ({"token": "two words"}, "without spaces"),
+        ({"token": "schlüssel"}, "printable ASCII"),
+        ({"zmq": "127.0.0.1:5555"}, "'127.0.0.1:5555' is not tcp://HOST:PORT"),
+        ({"zmq": "tcp://127.0.0.1"}, "'127.0.0.1' is not HOST:PORT"),
+        ({"zmq": "ipc://"}, "'ipc://' is not tcp"),
+        ({"http": "8080"}, "'8080' is not HOST:PORT"),
+        ({"http": "127.0.0.1:"}, "is not HOST:PORT"),
+        ({"http": "127.0.0.1:65536"}, "a port from 0"),
+        ({"http": "::1:8080"}, r"write \[::1\]:8080"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_to_do(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        ServerConfig(_DATA, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zmq": "tcp://0.0.0.0:5555"},
+        {"zmq": "tcp://*:5555"},
+        {"zmq": "tcp://training-host:5555"},
+        {"http": "0.0.0.0:8080"},
+        {"http": "[::]:8080"},
+        {"http": "192.168.0.7:8080"},
+    ],
+)
+def test_an_address_that_others_can_reach_needs_a_token_or_a_clear_word(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"set a token .EMA_TOKEN., listen on 127\.0\.0\.1, or say --insecure"):
+        ServerConfig(_DATA, **settings)
+
+    assert ServerConfig(_DATA, token="s3cret", **settings).token == "s3cret"
+    assert ServerConfig(_DATA, insecure=True, **settings).insecure
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"zmq": "tcp://[::1]:0"}, {"zmq": "ipc:///tmp/ema.sock"}, {"http": "localhost:0"}, {"http": "127.9.9.9:1"}],
+)
+def test_loopback_and_local_sockets_need_none(settings: dict[str, Any]) -> None:
+    ServerConfig(_DATA, **settings)
+
+
+def test_an_ipv6_host_loses_its_brackets() -> None:
+    config = ServerConfig(_DATA, http="[::1]:80")
+
+    assert (config.http_host, config.http_port) == ("::1", 80)

@@ -1,0 +1,169 @@
+"""One pass gives what a float64 loop gives, for every dtype and block size, and the sink sees what was there before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import Tensor
+
+from ema_proto.manifest import Manifest, Role
+from ema_server.dtypes import view
+from ema_server.kernel import Kernel, Target
+from ema_server.layout import Form, held_nbytes, places, segments
+from support.keeper import encode, manifest_of
+
+_BLOCKS = [1, 3, 64, 1 << 19]
+
+
+def _tensors(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return {
+        "double": torch.randn(5, dtype=torch.float64),
+        "single": torch.randn(4, 9),
+        "scalar": torch.randn(()),
+        "empty": torch.empty(0, 3),
+        "brain": torch.randn(11).bfloat16(),
+        "half": torch.randn(7).half(),
+        "u": torch.randn(6),
+        "count": torch.tensor(seed + 2**40),
+        "small": torch.tensor([seed % 100, -3], dtype=torch.int8),
+        "flags": torch.rand(5) > 0.5,
+    }
+
+
+_MANIFEST = manifest_of(_tensors(0), {"u": Role.STRUCTURAL})
+
+
+def _held(manifest: Manifest, form: Form, data: Tensor) -> dict[str, Tensor]:
+    return {
+        place.tensor.name: view(data, place.dtype, place.offset, place.tensor.elements).reshape(place.tensor.shape)
+        for place in places(manifest, form)
+    }
+
+
+def _target(form: Form, weight: float | None) -> Target:
+    return Target(torch.zeros(held_nbytes(_MANIFEST, form), dtype=torch.uint8), form, weight)
+
+
+def _filled(kernel: Kernel, form: Form, weight: float | None, seed: int) -> Target:
+    target = _target(form, None)
+    kernel.update(segments(_MANIFEST), encode(_MANIFEST, _tensors(seed)), [target])
+    return Target(target.data, form, weight)
+
+
+class _Recorder:
+    def __init__(self, targets: list[Target]) -> None:
+        self._targets = targets
+        self.seen = [torch.zeros_like(target.data) for target in targets]
+        self.ranges: list[list[tuple[int, int]]] = [[] for _ in targets]
+
+    def write(self, index: int, begin: int, end: int) -> None:
+        self.seen[index][begin:end] = self._targets[index].data[begin:end]
+        self.ranges[index].append((begin, end))
+
+
+@pytest.mark.parametrize("block_elements", _BLOCKS)
+@pytest.mark.parametrize("weight", [0.001, 0.3, 0.75, 1.0])
+def test_a_pass_equals_a_float64_loop(block_elements: int, weight: float) -> None:
+    """Within three roundings of values below 8: 3 * 8 * eps of the accumulator's dtype."""
+    kernel = Kernel(block_elements)
+    target = _filled(kernel, Form.WIDE, weight, 1)
+    kernel.update(segments(_MANIFEST), encode(_MANIFEST, _tensors(2)), [target])
+
+    old, new, held = _tensors(1), _tensors(2), _held(_MANIFEST, Form.WIDE, target.data)
+    for name, value in held.items():
+        if name in ("u", "count", "small", "flags"):
+            assert torch.equal(value, new[name]), name
+            continue
+        expected = old[name].double() * (1 - weight) + new[name].double() * weight
+        assert value.dtype is (torch.float64 if name == "double" else torch.float32)
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=24 * torch.finfo(value.dtype).eps)
+
+
+@pytest.mark.parametrize("block_elements", _BLOCKS)
+@pytest.mark.parametrize("form", list(Form))
+def test_without_a_weight_a_pass_copies_exactly(form: Form, block_elements: int) -> None:
+    target = _filled(Kernel(block_elements), form, None, 3)
+    held = _held(_MANIFEST, form, target.data)
+    for name, value in _tensors(3).items():
+        assert torch.equal(held[name], value.to(held[name].dtype)), name
+    if form is Form.WIRE:
+        assert torch.equal(target.data, encode(_MANIFEST, _tensors(3)))
+
+
+def test_several_averages_in_one_pass_are_what_each_is_alone() -> None:
+    kernel = Kernel(4)
+    plan = [(Form.WIDE, 0.1), (Form.WIRE, None), (Form.WIDE, 0.9), (Form.WIDE, None)]
+    together = [_filled(kernel, form, weight, 5) for form, weight in plan]
+    alone = [_filled(kernel, form, weight, 5) for form, weight in plan]
+    snapshot = encode(_MANIFEST, _tensors(6))
+    kernel.update(segments(_MANIFEST), snapshot, together)
+    for target in alone:
+        kernel.update(segments(_MANIFEST), snapshot, [target])
+
+    assert all(torch.equal(one.data, other.data) for one, other in zip(together, alone, strict=True))
+
+
+def test_a_constant_is_a_fixed_point_bit_for_bit() -> None:
+    """The form `d * a + (1 - d) * p` drifts here: its two rounded factors do not add up to 1."""
+    kernel = Kernel()
+    target = _filled(kernel, Form.WIDE, 1 - 0.9998, 7)
+    before, snapshot = target.data.clone(), encode(_MANIFEST, _tensors(7))
+    for _ in range(100):
+        kernel.update(segments(_MANIFEST), snapshot, [target])
+
+    assert torch.equal(target.data, before)
+
+
+def test_an_exempt_tensor_is_copied() -> None:
+    kernel = Kernel()
+    target = _filled(kernel, Form.WIDE, 0.25, 1)
+    kernel.update(segments(_MANIFEST, frozenset({"brain"})), encode(_MANIFEST, _tensors(2)), [target])
+
+    assert torch.equal(_held(_MANIFEST, Form.WIDE, target.data)["brain"], _tensors(2)["brain"].float())
+
+
+@pytest.mark.parametrize("block_elements", _BLOCKS)
+def test_the_sink_sees_every_byte_once_and_before_it_changes(block_elements: int) -> None:
+    kernel = Kernel(block_elements)
+    targets = [_filled(kernel, Form.WIDE, 0.5, 1), _filled(kernel, Form.WIRE, None, 1)]
+    before = [target.data.clone() for target in targets]
+    riding, alone = _Recorder(targets), _Recorder(targets)
+    kernel.write(segments(_MANIFEST), [target.form for target in targets], alone)
+    assert all(torch.equal(target.data, old) for target, old in zip(targets, before, strict=True))
+    kernel.update(segments(_MANIFEST), encode(_MANIFEST, _tensors(2)), targets, riding)
+
+    for recorder in (alone, riding):
+        for seen, old, ranges in zip(recorder.seen, before, recorder.ranges, strict=True):
+            assert torch.equal(seen, old)
+            assert [begin for begin, _ in ranges] == [0, *(end for _, end in ranges[:-1])]
+
+
+def test_passes_take_no_memory_of_a_models_size() -> None:
+    """128 MiB of bfloat16 into three averages: after the first pass the peak of the process stays where it is."""
+    script = """
+        import resource, torch
+        from ema_proto.manifest import Role, TensorSpec, layout
+        from ema_server.kernel import Kernel, Target
+        from ema_server.layout import Form, held_nbytes, segments
+        from ema_server.memory import allocate
+        manifest = layout([TensorSpec("w", "BF16", (64 << 20,), Role.PARAM, 0)])
+        memories = [allocate(held_nbytes(manifest, form)) for form in (Form.WIRE, Form.WIDE, Form.WIDE)]
+        targets = [Target(memories[0].data, Form.WIRE, None), *(Target(m.data, Form.WIDE, 0.1) for m in memories[1:])]
+        snapshot = allocate(manifest.nbytes).data.fill_(60)
+        kernel = Kernel()
+        kernel.update(segments(manifest), snapshot, targets)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(5):
+            kernel.update(segments(manifest), snapshot, targets)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=100, check=True
+    )
+
+    assert int(done.stdout) < 4 << 10, f"grew by {done.stdout} KiB"
