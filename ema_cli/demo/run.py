@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ema_cli.demo.child import Child
-from ema_cli.demo.replay import largest_difference
 from ema_reader import Reader
 
 RUN = "digits"
@@ -123,6 +122,8 @@ def _watch(server: Child, trainer: Child, worker: Child, progress: Progress) -> 
 
 
 def _collect(reader: Reader, folder: Path, steps: int) -> tuple[Result, ...]:
+    from ema_cli.demo.replay import largest_difference  # only now: every command of `ema` would wait for torch
+
     accuracies = {row.version: row.metrics.get("accuracy", float("nan")) for row in reader.metrics(RUN)}
     results = []
     for average in reader.run(RUN).averages:
