@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ema_proto import events as e
 from ema_proto import receiver as machine
+from ema_proto import receiver_events as e
 from ema_proto.errors import RejectCode
 from ema_proto.limits import SLOTS
 from ema_server import jobs
@@ -118,16 +118,16 @@ class Ingest:
         if message is None:
             return False
         match self._receiver.header(*message, now):
-            case machine.Payload() as target:
+            case e.Payload() as target:
                 self._take_payload(target)
-            case machine.Control(length):
+            case e.Control(length):
                 self._receiver.control(self._link.read(length))
-            case machine.Discard():
+            case e.Discard():
                 self._link.drop()
         self._forward()
         return True
 
-    def _take_payload(self, target: machine.Payload) -> None:
+    def _take_payload(self, target: e.Payload) -> None:
         staging = self._staging[target.ticket]
         slot = staging.slots[target.slot]
         view = slot.view[target.offset : target.offset + target.length]

@@ -65,12 +65,13 @@ class Intake:
         self._last_step = last_step
         self._filling: _Filling | None = None
         self._held: dict[int, m.Begin] = {}
+        self._rewinds = 0
         self._received_chunks = 0
         self.credit_limit = self._allowance()
 
     def begin(self, begin: m.Begin) -> None:
         """A snapshot starts; one still filling is abandoned. A step that cannot count any more gets no slot."""
-        if self._is_passed(begin.step) or any(held.step >= begin.step for held in self._held.values()):
+        if self._rewinds or self._is_passed(begin.step) or any(held.step >= begin.step for held in self._held.values()):
             return
         self._filling = None
         slot = next((index for index in range(self._slots) if index not in self._held), None)
@@ -118,7 +119,10 @@ class Intake:
             self._grant()
             return None
         if coverage.missing or (commit.chunks, commit.nbytes) != (coverage.chunks, self._nbytes):
-            text = f"{coverage.missing} of {coverage.chunks} chunks are missing (first byte {coverage.first_missing()})"
+            text = (
+                f"COMMIT says {commit.chunks} chunks and {commit.nbytes} bytes; of {coverage.chunks} chunks and "
+                f"{self._nbytes} bytes {coverage.missing} are missing, the first at byte {coverage.first_missing()}"
+            )
             self._reject(commit, RejectCode.INCOMPLETE, text)
             self._grant()
             return None
@@ -138,9 +142,18 @@ class Intake:
         self._reject(self._held.pop(slot), RejectCode.NOT_FINITE, text)
         self._grant()
 
+    def rewinding(self) -> None:
+        """The run goes back; until that is done, no step can be judged, and none is taken."""
+        self._rewinds += 1
+        self._filling = None
+
+    def not_rewound(self) -> None:
+        """The run stays where it is."""
+        self._rewinds -= 1
+
     def rewound(self, last_step: int | None, recent: tuple[int, ...]) -> None:
         """The run is back at `last_step`."""
-        self._filling = None
+        self._rewinds -= 1
         self._last_step = last_step
         self.recent = deque(recent, maxlen=RECENT_STEPS)
         self._grant()
@@ -154,7 +167,9 @@ class Intake:
     def _answer_stray(self, commit: m.Commit) -> None:
         if any((held.step, held.attempt) == (commit.step, commit.attempt) for held in self._held.values()):
             return
-        if commit.step in self.recent:
+        if self._rewinds:
+            self._reject(commit, RejectCode.OUT_OF_ORDER, f"COMMIT of step {commit.step} came while the run goes back")
+        elif commit.step in self.recent:
             self.replies.append(m.Committed(commit.step, commit.attempt))
         elif self._is_passed(commit.step):
             text = f"step {self._last_step} was applied before step {commit.step} was whole"

@@ -5,9 +5,9 @@ A restart falls back to the durable copy. Nothing here is used by the product.
 
 from __future__ import annotations
 
-from ema_proto import events as e
 from ema_proto import messages as m
 from ema_proto import receiver as r
+from ema_proto import receiver_events as e
 from ema_proto.limits import CHUNK_BYTES_MIN, RECENT_STEPS
 
 CHUNK_BYTES = CHUNK_BYTES_MIN
@@ -45,14 +45,14 @@ class Server:
     def take(self, peer: bytes, frames: tuple[bytes, ...], now: float) -> None:
         """One message from a trainer, as the ingest thread would take it."""
         match self.receiver.header(peer, frames[0], now):
-            case r.Payload() as target:
+            case e.Payload() as target:
                 view = memoryview(self.slots[target.ticket][target.slot])[target.offset : target.offset + target.length]
                 body = frames[1] if len(frames) == 2 else b""
                 view[: min(len(body), len(view))] = body[: len(view)]
                 self.receiver.payload(view if len(body) == len(view) else None)
-            case r.Control():
+            case e.Control():
                 self.receiver.control(frames[1] if len(frames) == 2 else b"")
-            case r.Discard():
+            case e.Discard():
                 pass
 
     def work(self) -> None:

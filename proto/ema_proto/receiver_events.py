@@ -1,4 +1,7 @@
-"""What the receiver asks of the keeper of the runs. `ticket` names one session's claim; a stale one is ignored."""
+"""What the receiver tells its caller: where a body belongs, and what it asks of the keeper of the runs.
+
+`ticket` names one session's claim; an answer with a stale one is ignored.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,32 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ema_proto import messages as m
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Receive exactly `length` bytes into the slot of this ticket's run at `offset`, then call `payload`."""
+
+    ticket: int
+    slot: int
+    attempt: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """Receive a body of `length` bytes and pass it to `control`."""
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Drop whatever follows the header."""
+
+
+Target: TypeAlias = Payload | Control | Discard
 
 
 @dataclass(frozen=True, slots=True)
