@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import torch
+
 from ema_server.admission import Admission
 from ema_server.applying import Applying
 from ema_server.board import Board, RunState
@@ -67,6 +69,7 @@ class Averager:
         self._applying = Applying(self._courses, self._flights, kernel, telemetry)
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
         self._deadline = 0.0
+        self._threads = torch.get_num_threads()
 
     @property
     def is_alive(self) -> bool:
@@ -101,6 +104,9 @@ class Averager:
         return in_time and not any(course.is_changed for course in self._courses.all())
 
     def _work(self) -> None:
+        torch.set_num_threads(
+            self._threads
+        )  # it is each thread's own, and a new thread takes what was set last anywhere
         tick_s = min(_TICK_S, self._config.publish_every_seconds or _TICK_S)
         while True:
             self._telemetry.beat(THREAD_NAME)
@@ -142,8 +148,8 @@ class Averager:
             self._courses.settle(course)
 
     def _carry_out(self, course: Course | None, job: Job) -> None:
-        if course is not None and not isinstance(job, Apply):
-            self._flights.write_alone(course)
+        if course is not None and not isinstance(job, Apply | Publish):
+            self._flights.write_alone(course)  # what follows may change the run, or ask for it to stand still
         match job:
             case Join():
                 self._admission.join(job)

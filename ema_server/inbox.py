@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ema_server.jobs import Apply, Job
+from ema_server.jobs import Apply, Job, Publish
 from ema_server.publisher import Landed
 
 
@@ -47,10 +47,10 @@ class Inbox:
             return self._items.popleft() if self._items else None
 
     def apply_is_next(self, run: str) -> bool:
-        """Whether the next job waiting for `run` is a snapshot."""
+        """Whether the next job waiting for `run`, besides wishes to publish it, is a snapshot."""
         with self._condition:
-            first = next((item for item in self._items if not isinstance(item, Stop) and item.run == run), None)
-            return isinstance(first, Apply)
+            items = (item for item in self._items if not isinstance(item, Stop | Publish) and item.run == run)
+            return isinstance(next(items, None), Apply)
 
     def __len__(self) -> int:
         with self._condition:

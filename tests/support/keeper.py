@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,11 +187,13 @@ class Keeper:
 
     def settled(self, run: str, done: Callable[[RunStatus], bool]) -> RunStatus:
         """The run's status as soon as `done` says so; every question asked on the way goes through the averager."""
-        for _ in range(2000):
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
             self._ask(lambda reply: Publish("no-such-run", "request", reply))
             status = self.board.get(run)
             if status is not None and done(status):
                 return status
+            time.sleep(0.001)
         raise AssertionError(f"run {run} did not get there: {self.board.get(run)}")
 
     def load(self, version: Version) -> dict[str, Tensor]:
