@@ -16,7 +16,7 @@ BATCH_IMAGES = 8
 def main() -> None:
     """Train, and leave the averages with the server."""
     digits, model = load(), DigitNet()
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.05, alpha=0.9, eps=1e-3, momentum=0.9)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.005, alpha=0.9, eps=1e-3, momentum=0.9, weight_decay=1e-4)
     ema = EmaClient("tcp://127.0.0.1:5555", run="digits", averages=["raw", "ema:0.99", "ema:0.999"])  # ema
     ema.attach(model, optimizer)  # ema: a snapshot after every step
     for step in range(1, STEPS + 1):

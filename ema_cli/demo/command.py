@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json as jsonlib
 import shlex
 import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ema_cli.demo import run as job
 from ema_cli.demo.child import ProcessFailed
 from ema_reader.errors import ReaderError
 
+if TYPE_CHECKING:
+    from ema_cli.demo.run import Report
+
+_RUN = "digits"
 _STEPS = 5000
 _URL = "http://127.0.0.1:8080"  # where `ema serve` listens unless told otherwise
 
@@ -36,13 +41,16 @@ def demo(
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
     """Train on real data with a server and an evaluation worker beside it, each its own process; then compare."""
+    importlib.import_module("sklearn")  # the trainer needs it: say so now
+    from ema_cli.demo.run import run  # torch takes a second, which `ema --help` need not
+
     signal.signal(signal.SIGTERM, _terminated)
     console = Console(stderr=True)
     try:
         place = _new_folder(folder)
         console.print(f"server, trainer and evaluation worker: their logs and data are in {place}", highlight=False)
         with _Bars(console, steps) as bars:
-            report = job.run(place, steps, seed, bars.show)
+            report = run(place, _RUN, steps, seed, bars.show)
     except (ProcessFailed, ReaderError, OSError) as error:
         typer.echo(f"ema: {error}", err=True)
         raise typer.Exit(1) from None
@@ -93,27 +101,29 @@ def _new_folder(parent: Path) -> Path:
             number += 1
 
 
-def _table(report: job.Report) -> Table:
-    table = Table(title="Held-out accuracy, from the files downloaded over HTTP", title_justify="left")
+def _table(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("average")
-    for heading in ("step", "updates", "gaps", "accuracy", "largest difference\nto a float64 replay"):
+    for heading in ("step", "updates", "gaps", "held-out accuracy", "difference to replay"):
         table.add_column(heading, justify="right")
     for result in report.results:
-        name = f"{result.average} (the last weights)" if result.average == "raw" else result.average
+        name = f"{result.average} (last weights)" if result.average == "raw" else result.average
         numbers = (result.step, result.updates, result.gap_steps)
         texts = (*map(str, numbers), f"{result.accuracy:.1%}", f"{result.difference:.1e}")
         table.add_row(name, *texts, style="bold" if result is report.best else None)
     return table
 
 
-def _words(report: job.Report) -> str:
+def _words(report: Report) -> str:
     best, ema = report.best, _program()
-    name = f"{job.RUN}/{best.average}@step-{best.step}"
-    file = f"v1/runs/{job.RUN}/averages/{best.average}/versions/{best.version}/files/model.safetensors"
+    name = f"{_RUN}/{best.average}@step-{best.step}"
+    file = f"v1/runs/{_RUN}/averages/{best.average}/versions/{best.version}/files/model.safetensors"
     return "\n".join(
         (
             f"{report.steps} steps taken, {report.applied} updates applied, {report.gap_steps} gaps; "
             f"{report.versions_evaluated} versions evaluated; {report.seconds:.0f} s.",
+            "Accuracy is that of the files downloaded over HTTP. The difference is the largest between such a file and a",
+            "float64 replay of its ledger over the trainer's own record, relative to the largest value of the tensor.",
             "",
             f"The demo's server has ended. Serve its data again, and fetch the weights of {name}:",
             f"  {ema} serve --data {shlex.quote(str(report.folder / 'data'))}",

@@ -1,6 +1,6 @@
 """Does the server's average equal what it says it did? Comes in: a downloaded version and the trainer's own record.
 
-Goes out: the largest difference to a float64 replay of the version's ledger. Shares no code with the server: the ledger
+Goes out: how far it is from a float64 replay of the version's ledger. Shares no code with the server: the ledger
 says which steps updated the average, and this file applies the rule to them again.
 """
 
@@ -24,7 +24,8 @@ def largest_difference(version: Path, record: Path) -> float:
     """Compare all tensors of the version in folder `version` with a replay over `record`.
 
     Returns:
-        The largest absolute difference of any value; integers count as values.
+        The largest difference of any value, relative to the largest value of its tensor (batch norm's variances are
+        hundreds of times larger than weights, and float32 rounds by their size). Integers count as values.
 
     Raises:
         OSError: a file is missing.
@@ -64,4 +65,5 @@ def _steps(ledger: Mapping[str, Any]) -> Iterator[int]:
 
 def _difference(tensor: torch.Tensor, expected: npt.NDArray[np.float64], column: Column) -> float:
     wanted = torch.from_numpy(expected[column.start : column.stop])
-    return (tensor.reshape(-1).double() - wanted).abs().max().item()
+    largest = float(wanted.abs().max())
+    return float((tensor.reshape(-1).double() - wanted).abs().max()) / (largest if largest > 0 else 1.0)

@@ -17,7 +17,6 @@ from typing import Any
 from ema_cli.demo.child import Child
 from ema_reader import Reader
 
-RUN = "digits"
 _PUBLISHES = 10
 _START_S = 60.0
 _STALLED_S = 120.0
@@ -28,7 +27,7 @@ Progress = Callable[[str, dict[str, Any]], None]  # a process's name and one of 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One average at the last step: its held-out accuracy in [0, 1], and its largest difference to the replay."""
+    """One average at the last step: its held-out accuracy in [0, 1], and its difference to the replay."""
 
     average: str
     version: str
@@ -57,8 +56,8 @@ class Report:
         return max(self.results, key=lambda result: result.accuracy)
 
 
-def run(folder: Path, steps: int, seed: int, progress: Progress) -> Report:
-    """Run the demo in `folder`, which exists and is empty.
+def run(folder: Path, name: str, steps: int, seed: int, progress: Progress) -> Report:
+    """Run the demo in `folder`, which exists and is empty; `name` is the run's.
 
     Raises:
         ProcessFailed: one of the three processes failed, or nothing moved for two minutes.
@@ -69,12 +68,12 @@ def run(folder: Path, steps: int, seed: int, progress: Progress) -> Report:
         server = processes.enter_context(_server(folder, steps))
         addresses = server.first_line(_START_S)
         progress(server.name, addresses)
-        trainer = processes.enter_context(_trainer(folder, steps, seed, addresses["zmq"]))
-        worker = processes.enter_context(_worker(folder, addresses["http"]))
+        trainer = processes.enter_context(_trainer(folder, name, steps, seed, addresses["zmq"]))
+        worker = processes.enter_context(_worker(folder, name, addresses["http"]))
         evaluated = _watch(server, trainer, worker, progress)
         with Reader(addresses["http"]) as reader:
-            known = reader.run(RUN)
-            results = _collect(reader, folder, steps)
+            known = reader.run(name)
+            results = _collect(reader, folder, name, steps)
         server.stop()
     shutil.rmtree(folder / "record")  # large, and of no use once it has been replayed
     seconds = time.monotonic() - started
@@ -87,14 +86,14 @@ def _server(folder: Path, steps: int) -> Child:
     return Child("server", arguments, folder / "server.log")
 
 
-def _trainer(folder: Path, steps: int, seed: int, endpoint: str) -> Child:
-    arguments = ["-m", "ema_cli.demo.train", "--endpoint", endpoint, "--run", RUN]
+def _trainer(folder: Path, run: str, steps: int, seed: int, endpoint: str) -> Child:
+    arguments = ["-m", "ema_cli.demo.train", "--endpoint", endpoint, "--run", run]
     arguments += ["--steps", str(steps), "--seed", str(seed), "--record", str(folder / "record")]
     return Child("trainer", arguments, folder / "trainer.log")
 
 
-def _worker(folder: Path, url: str) -> Child:
-    arguments = ["-m", "ema_cli", "evaluate", "ema_cli.demo.evaluate:accuracy", "--run", RUN, "--averages", "all"]
+def _worker(folder: Path, run: str, url: str) -> Child:
+    arguments = ["-m", "ema_cli", "evaluate", "ema_cli.demo.evaluate:accuracy", "--run", run, "--averages", "all"]
     arguments += ["--url", url, "--poll-s", "0.2", "--json"]
     return Child("evaluation worker", arguments, folder / "worker.log")
 
@@ -121,13 +120,13 @@ def _watch(server: Child, trainer: Child, worker: Child, progress: Progress) -> 
         time.sleep(_POLL_S)
 
 
-def _collect(reader: Reader, folder: Path, steps: int) -> tuple[Result, ...]:
+def _collect(reader: Reader, folder: Path, run: str, steps: int) -> tuple[Result, ...]:
     from ema_cli.demo.replay import largest_difference  # only now: every command of `ema` would wait for torch
 
-    accuracies = {row.version: row.metrics.get("accuracy", float("nan")) for row in reader.metrics(RUN)}
+    accuracies = {row.version: row.metrics.get("accuracy", float("nan")) for row in reader.metrics(run)}
     results = []
-    for average in reader.run(RUN).averages:
-        version = reader.version(RUN, average.name, f"step-{steps}")
+    for average in reader.run(run).averages:
+        version = reader.version(run, average.name, f"step-{steps}")
         path = reader.download(version, folder / "downloads" / average.name)
         results.append(
             Result(

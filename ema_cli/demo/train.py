@@ -1,7 +1,7 @@
 """The demo's trainer, a process of its own. Comes in: a server's address; goes out: snapshots, and a record of them.
 
-The recipe is one that needs averaging: a constant high learning rate, batches of 8 images, and RMSprop with momentum,
-so that the last weights jump about the solution. Progress goes to stdout as JSON lines.
+The recipe is one that needs averaging: a constant high learning rate, batches of 8 images, and RMSprop with momentum
+and weight decay, so that the last weights jump about the solution. Progress goes to stdout as JSON lines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from trainer_client import EmaClient
 
 AVERAGES = ("raw", "ema:0.9", "ema:0.99", "ema:0.999")
 _BATCH_IMAGES = 8
-_LEARNING_RATE = 0.05
 _REPORT_STEPS = 25
 
 
@@ -45,7 +44,7 @@ def train(job: Job) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     torch.set_num_threads(1)  # the network is small: a second thread costs more than it brings
     digits, model = load(), DigitNet()
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=_LEARNING_RATE, alpha=0.9, eps=1e-3, momentum=0.9)
+    optimizer = _optimizer(model)
     client = EmaClient(job.endpoint, run=job.run, averages=AVERAGES, when_behind="wait")
     client.attach(model, optimizer)
     with RecordWriter(job.record) as record:
@@ -61,6 +60,10 @@ def train(job: Job) -> dict[str, Any]:
     if not client.finish():
         raise RuntimeError(f"the server did not finish run {job.run!r}: {client.stats()}")
     return client.stats()
+
+
+def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(model.parameters(), lr=0.005, alpha=0.9, eps=1e-3, momentum=0.9, weight_decay=1e-4)
 
 
 def parse(arguments: list[str] | None = None) -> Job:

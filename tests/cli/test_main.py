@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -80,6 +82,13 @@ def test_a_missing_extra_leaves_the_other_commands_usable() -> None:
 
     assert shown.returncode == 0, shown.stderr
     assert "RUN[/AVERAGE]" in shown.stdout
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = "import sys; from ema_cli.app import build; build(); print(*sorted(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+
+    assert {"torch", "fastapi", "sklearn"} & set(told.stdout.split()) == set()
 
 
 def test_version_is_that_of_the_distribution() -> None:
