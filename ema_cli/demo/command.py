@@ -104,7 +104,7 @@ def _new_folder(parent: Path) -> Path:
 def _table(report: Report) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("average")
-    for heading in ("step", "updates", "gaps", "held-out accuracy", "difference to replay"):
+    for heading in ("step", "updates", "gaps", "accuracy", "difference"):
         table.add_column(heading, justify="right")
     for result in report.results:
         name = f"{result.average} (last weights)" if result.average == "raw" else result.average
@@ -122,7 +122,7 @@ def _words(report: Report) -> str:
         (
             f"{report.steps} steps taken, {report.applied} updates applied, {report.gap_steps} gaps; "
             f"{report.versions_evaluated} versions evaluated; {report.seconds:.0f} s.",
-            "Accuracy is that of the files downloaded over HTTP. The difference is the largest between such a file and a",
+            "Accuracy is that of the downloaded files on held-out images. Difference is the largest of such a file to a",
             "float64 replay of its ledger over the trainer's own record, relative to the largest value of the tensor.",
             "",
             f"The demo's server has ended. Serve its data again, and fetch the weights of {name}:",

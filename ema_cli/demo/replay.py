@@ -7,7 +7,7 @@ says which steps updated the average, and this file applies the rule to them aga
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from safetensors import safe_open
 
 from ema_cli.demo.record import Column, Rows, read
 from ema_proto.specs import Ema, parse_average
+
+Values = npt.NDArray[np.float64]
 
 
 def largest_difference(version: Path, record: Path) -> float:
@@ -38,32 +40,34 @@ def largest_difference(version: Path, record: Path) -> float:
         return max(_difference(weights.get_tensor(column.name), expected, column) for column in columns)
 
 
-def replay(ledger: Mapping[str, Any], spec: str, columns: tuple[Column, ...], rows: Rows) -> npt.NDArray[np.float64]:
+def replay(ledger: Mapping[str, Any], spec: str, columns: tuple[Column, ...], rows: Rows) -> Values:
     """The average after the last step of `ledger`, in float64, over all columns.
 
     An ema moves from the average towards the weights by `1 - decay ** delta`, delta being the steps since the update
     before; steps that replaced the average, integers and `raw` take the weights as they are.
     """
-    rule, replaced = parse_average(spec), set(ledger["set"])
-    floats = np.concatenate([np.full(column.stop - column.start, column.is_float) for column in columns])
-    average, before = np.zeros(rows.shape[1]), 0
-    for step in _steps(ledger):
+    rule, replaced, steps = parse_average(spec), set(ledger["set"]), _steps(ledger)
+    average: Values = rows[steps[-1] - 1].astype(np.float64)
+    if not isinstance(rule, Ema):
+        return average
+    copied = np.concatenate([np.full(column.stop - column.start, not column.is_float) for column in columns])
+    newest, before = average[copied], 0
+    for step in steps:
         weights = rows[step - 1].astype(np.float64)
-        if isinstance(rule, Ema) and step not in replaced:
-            share = np.where(floats, 1.0 - rule.decay ** (step - before), 1.0)
-            average += share * (weights - average)
-        else:
+        if step in replaced:
             average = weights
+        else:
+            average += (1.0 - rule.decay ** (step - before)) * (weights - average)
         before = step
+    average[copied] = newest
     return average
 
 
-def _steps(ledger: Mapping[str, Any]) -> Iterator[int]:
-    for first, last, stride in ledger["ranges"]:
-        yield from range(first, last + 1, stride)
+def _steps(ledger: Mapping[str, Any]) -> list[int]:
+    return [step for first, last, stride in ledger["ranges"] for step in range(first, last + 1, stride)]
 
 
-def _difference(tensor: torch.Tensor, expected: npt.NDArray[np.float64], column: Column) -> float:
+def _difference(tensor: torch.Tensor, expected: Values, column: Column) -> float:
     wanted = torch.from_numpy(expected[column.start : column.stop])
     largest = float(wanted.abs().max())
     return float((tensor.reshape(-1).double() - wanted).abs().max()) / (largest if largest > 0 else 1.0)
