@@ -55,7 +55,7 @@ def bound(ledger: Mapping[str, Any], decay: float, largest: float) -> float:
             kept = decay ** (step - previous)
             error = error * kept + largest * EPS32 * (1 + 8 * (1 - kept))
         previous = step
-    return error * 1.001  # products of the small terms above
+    return error * 1.001 + largest * EPS32  # products of the small terms above; float64 published as float32
 
 
 def largest_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

@@ -1,0 +1,60 @@
+"""A server killed at any call to the disk loses nothing that it said is durable, and finds nothing half."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from ema_server.catalog import Version
+from ema_server.jobs import Applied
+from support.crashing import weights
+from support.keeper import Keeper, joined, keeping, manifest_of, versions_by_average
+from support.oracle import bound, largest_difference, ledger_steps, replay
+
+_TELLS = ["step 2", "step 4", "rewound to 2", "finished at 7"]
+_STEPS = [[], [1, 2], [1, 2, 3, 4], [1, 2], [1, 2, 7]]  # in the average after each of them
+
+
+def _check(keeper: Keeper, version: Version, steps: list[int]) -> None:
+    ledger = json.loads((version.folder / "version.json").read_text())["ledger"]
+    assert ledger_steps(ledger) == steps
+    expected = replay(ledger, 0.9, weights)
+    expected["w.tied"] = expected["w"]
+    assert largest_difference(expected, keeper.load(version)) <= bound(ledger, 0.9, 1.0)
+
+
+def _check_after_kill(data: Path, told: list[str]) -> None:
+    assert told == _TELLS[: len(told)]
+    with keeping(data) as keeper:
+        generations = keeper.catalog.generations("r")
+        found = generations[0].seq if generations else 0
+        assert found >= len(told), "what it said is durable is there"
+        folder = data / "runs" / "r" / "generations"
+        left = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        assert not [name for name in left if name.startswith(".")], "the sweep left nothing, and nothing was half"
+        answer = joined(
+            keeper.join("r", manifest_of(weights(1), aliases={"w": ("w.tied",)}), first_step=50, reconnect=True)
+        )
+        assert answer.last_step == (_STEPS[found][-1] if found else None)
+        for generation in generations:
+            _check(keeper, generation.versions[1], _STEPS[generation.seq])
+        assert isinstance(keeper.apply("r", 50, weights(50)), Applied)
+        version = versions_by_average(keeper.publish("r"))["ema-0.9"]
+        _check(keeper, version, [*_STEPS[found], 50])
+        assert version.gap_steps == (50 - len(_STEPS[found]) - 1 if found else 0), "what was lost is a gap"
+
+
+def test_a_kill_at_any_call_to_the_disk_leaves_whole_generations(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "support.crashing", str(tmp_path)]
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=tests, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    folders = sorted(tmp_path.iterdir())
+    tells = [(folder / "told").read_text().splitlines() for folder in folders]
+    assert len(folders) == int(done.stdout) + 1 > 100, "every call was fatal once"
+    assert tells[-1] == _TELLS
+    for folder, told in zip(folders, tells, strict=True):
+        _check_after_kill(folder / "data", told)

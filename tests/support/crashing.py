@@ -1,0 +1,104 @@
+"""A keeper that is killed by SIGKILL at every single call to the disk, one process for each.
+
+    python -m support.crashing ROOT
+
+Forks a process for call 1, one for call 2, and so on, until one lives to the end. Each works in `ROOT/{call}/data` and
+notes what it was told is durable in `ROOT/{call}/told`. Prints how many were killed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from support.keeper import durable, joined, keeping, manifest_of
+
+_CALLS = ("mkdir", "open", "pwrite", "fsync", "rename", "link", "unlink", "rmdir")
+
+
+def weights(step: int) -> dict[str, Tensor]:
+    """The trainer's weights."""
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "w": torch.rand(64, generator=generator),
+        "d": torch.rand(3, generator=generator, dtype=torch.float64),
+        "n": torch.tensor(step),
+    }
+
+
+def scenario(data: Path, told: Callable[[str], None]) -> None:
+    """Four generations, the third by a rewind; all but one of them are deleted on the way."""
+    with keeping(data, keep_generations=1) as keeper:
+        joined(keeper.join("r", manifest_of(weights(1), aliases={"w": ("w.tied",)})))
+        for step in (1, 2, 3, 4):
+            keeper.apply("r", step, weights(step))
+            if step in (2, 4):
+                told(f"step {durable(keeper.publish('r', 'checkpoint' if step == 2 else 'request')).step}")
+        keeper.rewind("r", 3)
+        told("rewound to 2")
+        keeper.apply("r", 7, weights(7))
+        told(f"finished at {durable(keeper.finish('r')).step}")
+
+
+def _die_at(fatal_call: int) -> None:
+    """Count every call that changes the disk, and die before the fatal one; a write dies half-way.
+
+    `fsync` is counted and left out: what the kernel has taken survives a process that is killed.
+    """
+    calls = 0
+
+    def counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            if name == "open" and not args[1] & os.O_CREAT:
+                return original(*args, **kwargs)
+            calls += 1
+            if calls == fatal_call:
+                if name == "pwrite":
+                    original(args[0], bytes(args[1])[: len(args[1]) // 2], args[2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return None if name == "fsync" else original(*args, **kwargs)
+
+        return call
+
+    for name in _CALLS:
+        setattr(os, name, counted(name, getattr(os, name)))
+
+
+def _child(folder: Path, fatal_call: int) -> None:
+    folder.mkdir(parents=True)
+    fd = os.open(folder / "told", os.O_WRONLY | os.O_CREAT)
+    _die_at(fatal_call)
+    scenario(folder / "data", lambda text: void(os.write(fd, text.encode() + b"\n")))
+
+
+def void(_: object) -> None:
+    """Take no notice of a result."""
+
+
+def main(root: Path) -> int:
+    """Fork and wait until a process is not killed; returns how many were."""
+    killed = 0
+    while True:
+        process = os.fork()
+        if process == 0:
+            _child(root / f"{killed + 1:03d}", killed + 1)
+            os._exit(0)
+        status = os.waitpid(process, 0)[1]
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            killed += 1
+        elif status == 0:
+            return killed
+        else:
+            raise SystemExit(f"process {killed + 1} failed with status {status}")
+
+
+if __name__ == "__main__":
+    print(main(Path(sys.argv[1])))
