@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ema_reader.download import Progress, Silent
+from ema_reader.download import Silent
+from ema_reader.partial import Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

@@ -18,8 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ema_reader.download import Progress, Silent, download_version
+from ema_reader.download import Silent, download_version
 from ema_reader.errors import NotFound, ReaderError, Unreachable, UsageError, WaitTimeout
+from ema_reader.partial import Progress
 from ema_reader.progress import default_progress
 from ema_reader.transport import Transport, path_of
 from ema_reader.values import MetricsRow, Run, Version

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ema_reader import NotFound, Reader, ReaderError, Unreachable, VerificationFailed
-from ema_reader.download import Progress
+from ema_reader.partial import Progress
 from ema_reader.values import Version
 from support.served import WAIT_S, Served
 
