@@ -122,8 +122,8 @@ def _words(report: Report) -> str:
         (
             f"{report.steps} steps taken, {report.applied} updates applied, {report.gap_steps} gaps; "
             f"{report.versions_evaluated} versions evaluated; {report.seconds:.0f} s.",
-            "Accuracy is that of the downloaded files on held-out images. Difference is the largest of such a file to a",
-            "float64 replay of its ledger over the trainer's own record, relative to the largest value of the tensor.",
+            "Accuracy: of the downloaded files, on held-out images. Difference: the largest of such a file to a",
+            "float64 replay of its ledger over the trainer's own record, relative to the tensor's largest value.",
             "",
             f"The demo's server has ended. Serve its data again, and fetch the weights of {name}:",
             f"  {ema} serve --data {shlex.quote(str(report.folder / 'data'))}",
