@@ -1,0 +1,73 @@
+"""Where the figures were measured: the processor and what is free of it, and the versions that matter.
+
+Goes out: one Markdown list, sets of cores, a folder in memory.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import zmq
+
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (only a fresh folder in it)
+
+
+def description(*, quick: bool) -> str:
+    """Machine, versions, date and load, one item each."""
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    lines = [
+        f"machine: {_processor()}, {len(all_cores())} cores, {gib:.0f} GiB, {platform.system()} {platform.release()}",
+        f"versions: Python {platform.python_version()}, torch {torch.__version__}, "
+        f"pyzmq {zmq.pyzmq_version()}, libzmq {zmq.zmq_version()}",
+        f"date: {today}; load when it began: {os.getloadavg()[0]:.2f}",
+    ]
+    if quick:
+        lines.append("**smoke sizes: these figures mean nothing**")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def all_cores() -> frozenset[int]:
+    """The cores that this process may use."""
+    return frozenset(os.sched_getaffinity(0))
+
+
+def halves() -> tuple[frozenset[int], frozenset[int]]:
+    """The cores in two halves; both the same where there is only one."""
+    cores = sorted(all_cores())
+    middle = len(cores) // 2
+    return frozenset(cores[:middle] or cores), frozenset(cores[middle:])
+
+
+@contextmanager
+def pinned(cores: frozenset[int]) -> Iterator[None]:
+    """Keep the calling thread, and all threads and processes that it starts meanwhile, on `cores`."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def folder_in_memory(nbytes: int) -> Iterator[Path]:
+    """A temporary folder, on tmpfs where that has room for `nbytes`."""
+    in_memory = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > nbytes
+    with tempfile.TemporaryDirectory(prefix="ema-bench-", dir=_SHARED_MEMORY if in_memory else None) as folder:
+        yield Path(folder)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
