@@ -1,6 +1,7 @@
 """A receiver with the smallest honest model of a keeper: the applied snapshots, and a durable copy of their list.
 
-A restart falls back to the durable copy. Nothing here is used by the product.
+A restart falls back to the durable copy. `refusal` and `quarantine` are the keeper's answers to the next JOIN and the
+next snapshot. Nothing here is used by the product.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from ema_proto import messages as m
 from ema_proto import receiver as r
 from ema_proto import receiver_events as e
+from ema_proto.errors import RejectCode
 from ema_proto.limits import CHUNK_BYTES_MIN, RECENT_STEPS
 
 CHUNK_BYTES = CHUNK_BYTES_MIN
@@ -18,6 +20,8 @@ class Server:
 
     def __init__(self, *, token: str | None = None) -> None:
         self.token = token
+        self.refusal: tuple[RejectCode, str] | None = None
+        self.quarantine: str | None = None
         self.lives: list[list[tuple[int, bytes]]] = [[]]
         self.history: list[tuple[int, bytes]] = []
         self.durable: list[tuple[int, bytes]] = []
@@ -60,8 +64,14 @@ class Server:
         while self.receiver.events:
             event = self.receiver.events.popleft()
             match event:
+                case e.JoinRequested() if self.refusal is not None:
+                    self.receiver.refuse_join(event.run, event.ticket, *self.refusal)
+                    self.refusal = None
                 case e.JoinRequested():
                     self._join(event)
+                case e.SnapshotReady() if self.quarantine is not None:
+                    self.receiver.quarantined(event.run, event.ticket, event.slot, self.quarantine)
+                    self.quarantine = None
                 case e.SnapshotReady():
                     self.applied.append((event.step, bytes(self.slots[event.ticket][event.slot])))
                     self.history.append(self.applied[-1])
@@ -96,7 +106,9 @@ class Server:
         if not event.join.reconnect and last is not None and event.join.first_step <= last:
             self._go_back(event.join.first_step - 1)
         self.slots[event.ticket] = [bytearray(event.join.manifest.nbytes) for _ in range(2)]
-        continuation: m.Continuation = "continued" if self.applied else "new"
+        continuation: m.Continuation = "new"
+        if last is not None:
+            continuation = "continued" if self.last_step == last else "rewound"
         self.receiver.accept_join(
             event.run,
             event.ticket,

@@ -46,7 +46,9 @@ class Connection:
 class Trainer:
     """A sender with two slots; records what it offered and what became of it."""
 
-    def __init__(self, name: str, manifest: Manifest, *, token: str | None = None, incarnation: int = 0) -> None:
+    def __init__(
+        self, name: str, manifest: Manifest, *, token: str | None = None, incarnation: int = 0, first_step: int = 1
+    ) -> None:
         self.name = name
         self.manifest = manifest
         self.sender = s.Sender(name.encode().ljust(16, b"."), token=token, jitter=lambda: 0.5)
@@ -61,8 +63,8 @@ class Trainer:
         self.published: list[int] = []
         self.connections: list[Connection] = []
         self.retry_at = 0.0
-        self.step = 0
-        self.sender.join(small_join(manifest, incarnation=incarnation))
+        self.step = first_step - 1
+        self.sender.join(small_join(manifest, first_step=first_step, incarnation=incarnation))
 
     @property
     def connection(self) -> Connection | None:

@@ -43,7 +43,5 @@ def main(endpoint: str, run: str, steps: int, checkpoint: Path, pause_s: float, 
 
 if __name__ == "__main__":
     pause = float(sys.argv[5]) if len(sys.argv) > 5 else 0.0
-    given = dict(item.split("=", 1) for item in sys.argv[6:])
-    if "every" in given:
-        given["every"] = int(given["every"])  # type: ignore[assignment]
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), pause, dict(given))
+    given: dict[str, Any] = dict(item.split("=", 1) for item in sys.argv[6:])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), pause, given)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ema_proto.errors import RejectCode
 from ema_reader import Reader
-from support.processes import SUPPORT, Process, ServerProcess, eventually
+from support.processes import Process, ServerProcess, eventually
 from support.toy import Toy
 from trainer_client import ConnectError, EmaClient, JoinError, RewindError
 

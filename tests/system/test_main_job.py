@@ -1,0 +1,232 @@
+"""The main job with real processes over real TCP: stream, average, survive, serve, evaluate."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+from safetensors.torch import load_file
+from torch import nn
+
+from ema_reader import Reader
+from support.processes import SUPPORT, Process, ServerProcess, eventually
+from support.toy import Toy, check_version, ledger_steps
+from trainer_client import EmaClient
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path / "data") as process:
+        yield process
+
+
+def download(server: ServerProcess, run: str, average: str, to: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest version of an average, and its version.json."""
+    with Reader(server.http) as reader:
+        folder = reader.download(reader.version(run, average), to)
+    return folder, json.loads((folder / "version.json").read_text())
+
+
+def test_a_thousand_steps_equal_a_float64_replay_of_the_ledger(server: ServerProcess, tmp_path: Path) -> None:
+    """The trainer is a process of its own; `wait` leaves no gap; chunks carry checksums."""
+    script = str(SUPPORT / "toy_trainer.py")
+    options = ("when_behind=wait", "averages=ema:0.9,ema:0.999,raw", "checksum=yes")
+    with Process(script, server.zmq, "toy", "1000", str(tmp_path / "trainer.json"), "0", *options) as trainer:
+        assert trainer.wait(90.0) == 0, list(trainer.errors)
+        stats = json.loads(trainer.lines[-1])
+
+    assert stats["committed"] == 1000
+    for average in ("ema-0.9", "ema-0.999", "raw"):
+        folder, about = download(server, "toy", average, tmp_path / average)
+        check_version(folder)
+        assert list(ledger_steps(about["ledger"])) == list(range(1, 1001))
+        assert (about["updates"], about["gap_steps"]) == (1000, 0)
+
+
+def test_an_ema_equals_timms_model_ema_v3(server: ServerProcess, tmp_path: Path) -> None:
+    """V3 without warmup, written out: step 1 copies; floats move by lerp with weight 1 - decay; others are copied."""
+    model, decay, shadow = Toy(), 0.98, dict[str, torch.Tensor]()
+    with EmaClient(server.zmq, "timm", [f"ema:{decay}"], when_behind="wait") as client:
+        for step in range(1, 301):
+            client.update(model.at(step), step)
+            for name, value in model.state_dict().items():
+                if step == 1 or not value.is_floating_point():
+                    shadow[name] = value.clone().float() if value.is_floating_point() else value.clone()
+                elif name != "mask":
+                    shadow[name].lerp_(value.float(), 1 - decay)
+
+    folder, _ = download(server, "timm", f"ema-{decay}", tmp_path / "out")
+    found = load_file(folder / "model.safetensors")
+    assert found.keys() == shadow.keys()
+    for name, value in shadow.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_steps_left_out_by_every_are_no_gap_and_keep_the_decays_meaning(server: ServerProcess, tmp_path: Path) -> None:
+    with EmaClient(server.zmq, "sparse", ["ema:0.9"], every=4, when_behind="wait") as client:
+        for step in range(1, 101):
+            client.update(Toy().at(step), step)
+
+    folder, about = download(server, "sparse", "ema-0.9", tmp_path / "out")
+    check_version(folder)
+    assert list(ledger_steps(about["ledger"])) == list(range(4, 101, 4))
+    assert about["gap_steps"] == 0
+
+
+def test_two_runs_at_once_do_not_touch_each_other(server: ServerProcess, tmp_path: Path) -> None:
+    def train(run: str, shift: int) -> None:
+        with EmaClient(server.zmq, run, ["ema:0.9", "raw"], when_behind="wait") as client:
+            for step in range(1 + shift, 201 + shift):
+                client.update(Toy().at(step), step)
+
+    threads = [threading.Thread(target=train, args=item) for item in (("one", 0), ("two", 1000))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+
+    for run, last in (("one", 200), ("two", 1200)):
+        folder, about = download(server, run, "ema-0.9", tmp_path / run)
+        check_version(folder)
+        assert about["step"] == last
+
+
+def test_a_thousand_tensors_stream_like_one(server: ServerProcess, tmp_path: Path) -> None:
+    model = nn.ParameterDict({f"tensor_{index}": nn.Parameter(torch.zeros(3, 5)) for index in range(1000)})
+    with EmaClient(server.zmq, "many", ["ema:0.5"], when_behind="wait") as client:
+        for step in (1, 2):
+            with torch.no_grad():
+                for name, tensor in model.items():
+                    tensor.fill_(step * 1000 + int(name.removeprefix("tensor_")))
+            client.update(model, step)
+
+    found = load_file(download(server, "many", "ema-0.5", tmp_path / "out")[0] / "model.safetensors")
+    assert len(found) == 1000
+    assert all(torch.equal(found[f"tensor_{i}"], torch.full((3, 5), 1500.0 + i)) for i in range(1000))
+
+
+def test_a_rerun_under_the_same_name_sets_the_old_run_aside_when_asked(server: ServerProcess) -> None:
+    for resume, value in (("auto", 1.0), ("never", 2.0)):
+        model = nn.Linear(4, 4)
+        nn.init.constant_(model.weight, value)
+        with EmaClient(server.zmq, "again", ["raw"], resume=resume, when_behind="wait") as client:  # type: ignore[arg-type]
+            client.update(model, 1)
+
+    with Reader(server.http) as reader:
+        names = [run.run for run in reader.runs()]
+        assert torch.equal(reader.load(reader.version("again", "raw"))["weight"], torch.full((4, 4), 2.0))
+        (aside,) = [name for name in names if name != "again"]
+        assert torch.equal(reader.load(reader.version(aside, "raw"))["weight"], torch.full((4, 4), 1.0))
+
+
+def test_sigterm_publishes_what_is_applied_and_a_restart_serves_it(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with ServerProcess(data) as first:
+        client = EmaClient(first.zmq, "toy", ["ema:0.9"], when_behind="wait")
+        for step in range(1, 31):
+            client.update(Toy().at(step), step)
+        assert client.flush()
+        first.send(signal.SIGTERM)
+        assert first.wait() == 0
+    client.close(0.0)
+    with ServerProcess(data) as second:
+        status = second.get("/v1/runs/toy")
+        folder, about = download(second, "toy", "ema-0.9", tmp_path / "out")
+
+    assert (status["state"], status["published_step"]) == ("waiting", 30)
+    check_version(folder)
+    assert about["step"] == 30
+
+
+def test_the_schedule_publishes_by_steps(tmp_path: Path) -> None:
+    with (
+        ServerProcess(tmp_path / "data", "--publish-every-steps", "10") as server,
+        EmaClient(server.zmq, "toy", ["raw"], when_behind="wait") as client,
+    ):
+        for step in range(1, 13):
+            client.update(Toy().at(step), step)
+        assert client.flush()
+        eventually(lambda: server.get("/v1/runs/toy")["published_step"] is not None, "a generation by schedule")
+        assert server.get("/v1/runs/toy")["published_step"] >= 10
+        eventually(lambda: client.stats()["last_published_step"] is not None, "the trainer is told")
+
+
+def test_a_snapshot_with_nan_touches_nothing_and_is_told(server: ServerProcess, tmp_path: Path) -> None:
+    model = Toy()
+    with EmaClient(server.zmq, "toy", ["ema:0.9", "raw"], when_behind="wait") as client:
+        client.update(model.at(1), 1)
+        with torch.no_grad():
+            model.at(2).first.weight[3, 3] = torch.nan
+        client.update(model, 2)
+        client.update(model.at(3), 3)
+        assert client.flush()
+        assert client.stats()["dropped"] == {"not_finite": 1}
+        status = server.get("/v1/runs/toy")
+
+    assert status["quarantined"] == 1
+    assert status["quarantine"]["step"] == 2
+    assert "first.weight" in str(status["quarantine"]["tensors"])
+    assert status["exempt"] == ["mask"]
+    folder, about = download(server, "toy", "ema-0.9", tmp_path / "out")
+    check_version(folder)
+    assert (about["updates"], about["gap_steps"]) == (2, 1)
+
+
+def test_garbage_at_the_socket_disturbs_no_run(server: ServerProcess, tmp_path: Path) -> None:
+    rng = random.Random(7)
+    with EmaClient(server.zmq, "toy", ["ema:0.9"], when_behind="wait") as client, zmq.Context() as context:
+        for step in range(1, 61):
+            with context.socket(zmq.DEALER) as stranger:
+                stranger.setsockopt(zmq.LINGER, 200)
+                stranger.connect(server.zmq)
+                parts = [rng.randbytes(rng.choice([0, 1, 63, 64, 65, 5000])) for _ in range(rng.randint(1, 4))]
+                stranger.send_multipart([b"EMAS\x01\x00" + parts[0], *parts[1:]] if step % 2 else parts)
+            client.update(Toy().at(step), step)
+
+    folder, about = download(server, "toy", "ema-0.9", tmp_path / "out")
+    check_version(folder)
+    assert about["updates"] == 60
+
+
+def test_an_evaluation_worker_reports_every_average_and_ends_with_the_run(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    (tmp_path / "judge.py").write_text(
+        "def step_of(state):\n    return {'step': float(state['norm.num_batches_tracked'])}\n"
+    )
+    command = [
+        "-c",
+        "import os, sys; os.chdir(sys.argv.pop()); from ema_cli.main import main; main()",
+        *("evaluate", "judge:step_of", "--run", "toy", "--averages", "all", "--url", server.http, str(tmp_path)),
+    ]
+    with Process(*command) as worker:
+        with EmaClient(server.zmq, "toy", ["ema:0.9", "raw"], when_behind="wait") as client:
+            for step in range(1, 41):
+                client.update(Toy().at(step), step)
+        assert worker.wait(60.0) == 0, list(worker.errors)
+
+    rows = server.get("/v1/runs/toy/metrics")["metrics"]
+    last = {row["average"]: row["metrics"] for row in rows if row["step"] == 40}
+    assert last == {"ema-0.9": {"step": 40.0}, "raw": {"step": 40.0}}
+
+
+def test_curl_downloads_an_alias_through_its_redirect(server: ServerProcess, tmp_path: Path) -> None:
+    model = Toy().at(1)
+    with EmaClient(server.zmq, "toy", ["raw"], when_behind="wait") as client:
+        client.update(model, 1)
+    url = f"{server.http}/v1/runs/toy/averages/raw/versions/latest/files/model.safetensors"
+    target = tmp_path / "model.safetensors"
+    subprocess.run(["curl", "-sSfL", "--max-time", "30", "-o", str(target), url], check=True)
+    resumed = subprocess.run(["curl", "-sSfL", "--max-time", "30", "-C", "-", "-o", str(target), url], check=False)
+
+    model.load_state_dict(load_file(target), strict=True)
+    assert resumed.returncode != 0, "an alias cannot be resumed: it may have moved"
