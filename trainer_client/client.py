@@ -48,7 +48,7 @@ class EmaClient:
         token: shared secret; default `EMA_TOKEN`.
         config: a dict, or the path of a JSON file, that becomes the versions' `config.json`.
         checksum: send a CRC-32 with every chunk.
-        connect_timeout_s: how long the constructor and joining wait for the server.
+        connect_timeout_s: how long the constructor and joining wait for a server that does not answer.
         wait_timeout_s: how long `when_behind="wait"` waits at most.
         incarnation: a higher one takes the run over from a lower one; default `TORCHELASTIC_RESTART_COUNT`, else 0.
 
@@ -103,7 +103,7 @@ class EmaClient:
         self._stream: Stream | None = None
         self._attachment = Attachment((), lambda: None)
         self._worker = self._open_worker(self._settings)
-        self._finalizer = when_forgotten(self, self._life, partial(self._worker.close, _CLOSE_TIMEOUT_S))
+        self._cancel_forgotten = when_forgotten(self, self._life, partial(self._worker.close, _CLOSE_TIMEOUT_S))
         if self._settings.run_generated:
             # A warning, so that it is seen where logging was not set up: readers need the name.
             log.warning("ema: the run is named %s (no name was given)", self.run)
@@ -226,7 +226,7 @@ class EmaClient:
             return
         self._attachment.remove()
         self._worker.close(check_timeout("timeout_s", timeout_s))
-        self._finalizer.detach()
+        self._cancel_forgotten()
         self._life.state = State.CLOSED
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Comes in: the end of a client. Goes out: yes, no, or `ClientClosed`. Knows neith
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import weakref
@@ -61,12 +62,25 @@ class Lifecycle:
         return True
 
 
-def when_forgotten(client: object, life: Lifecycle, close: Callable[[], None]) -> weakref.finalize[..., object]:
+def when_forgotten(client: object, life: Lifecycle, close: Callable[[], None]) -> Callable[[], None]:
     """Have `close` called once `client` is garbage or the interpreter exits, in the process that made it.
 
     A client that nobody closed must not keep the process from ending. `close` must not refer to the client.
+
+    Returns:
+        What to call when the client was closed: it takes all of this back.
     """
-    return weakref.finalize(client, _close_at_home, life, close)
+    finalizer = weakref.finalize(client, _close_at_home, life, close)
+    # Exit functions run newest first. weakref's own is as old as the first finalizer of the process: it would run after
+    # ZeroMQ's, when nothing can be sent any more.
+    finalizer.atexit = False
+    atexit.register(finalizer)
+
+    def cancel() -> None:
+        finalizer.detach()
+        atexit.unregister(finalizer)
+
+    return cancel
 
 
 def _close_at_home(life: Lifecycle, close: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ import weakref
 from dataclasses import dataclass
 
 import zmq
+import zmq.utils.garbage  # loaded now, so that its exit function, which ends sending, runs after that of any client
 from zmq.utils.monitor import recv_monitor_message
 
 from ema_proto.limits import CREDIT_WINDOW_CHUNKS, FRAME_BYTES_MAX
