@@ -11,7 +11,10 @@ _CONTEXT = b"ema-sidecar hello 1\x00"
 
 def prove(token: str, *, nonce: str, session: bytes) -> str:
     """64 hex digits that only a holder of `token` can compute for this nonce (hex text) and session (16 bytes)."""
-    return hmac.new(token.encode(), _CONTEXT + session + nonce.encode(), hashlib.sha256).hexdigest()
+    # A token from the environment may hold bytes that are no UTF-8: they come as surrogates and go as they were.
+    return hmac.new(
+        token.encode(errors="surrogateescape"), _CONTEXT + session + nonce.encode(), hashlib.sha256
+    ).hexdigest()
 
 
 def verify(token: str, proof: str, *, nonce: str, session: bytes) -> bool:

@@ -119,10 +119,11 @@ class Intake:
             self._grant()
             return None
         if coverage.missing or (commit.chunks, commit.nbytes) != (coverage.chunks, self._nbytes):
-            text = (
-                f"COMMIT says {commit.chunks} chunks and {commit.nbytes} bytes; of {coverage.chunks} chunks and "
-                f"{self._nbytes} bytes {coverage.missing} are missing, the first at byte {coverage.first_missing()}"
-            )
+            text = f"{coverage.missing} of {coverage.chunks} chunks are missing"
+            text += f", the first at byte {coverage.first_missing()}"
+            if not coverage.missing:
+                text = f"COMMIT says {commit.chunks} chunks and {commit.nbytes} bytes"
+                text += f", the snapshot has {coverage.chunks} and {self._nbytes}"
             self._reject(commit, RejectCode.INCOMPLETE, text)
             self._grant()
             return None

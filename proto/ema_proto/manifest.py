@@ -16,6 +16,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
+from ema_proto.bodies import shown
 from ema_proto.dtypes import FLOATS, ITEM_BYTES
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.limits import DIMENSIONS_MAX, TENSOR_NAME_CHARS_MAX, TENSORS_MAX
@@ -116,7 +117,7 @@ class Manifest:
             if (known.dtype, known.shape) != (t.dtype, t.shape):
                 return f"tensor {t.name!r} is {t.dtype}{list(t.shape)}, it was {known.dtype}{list(known.shape)}"
             if known.aliases != t.aliases:
-                return f"tensor {t.name!r} is tied to {list(t.aliases)}, it was tied to {list(known.aliases)}"
+                return f"tensor {t.name!r} is tied to {_names(t.aliases)}, it was tied to {_names(known.aliases)}"
         for name in mine:
             if name not in theirs:
                 return f"tensor {name!r} is gone"
@@ -156,24 +157,32 @@ def from_json(value: object) -> Manifest:
     return _checked(Manifest(tuple(_tensor_from_json(item) for item in value)))
 
 
+def _names(names: tuple[str, ...]) -> str:
+    """A few of the names, for people."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(repr(name) for name in names[:3]) + rest if names else "nothing"
+
+
 def _layout_key(tensor: TensorSpec) -> tuple[int, int]:
     return -ITEM_BYTES[tensor.dtype], _DTYPE_ORDER[tensor.dtype]
 
 
 def _tensor_from_json(item: object) -> TensorSpec:
     if not isinstance(item, Mapping):
-        raise _invalid(f"{str(item)[:80]!r} is not a tensor spec")
+        raise _invalid(f"{shown(item)} is not a tensor spec")
     name, dtype, shape = item.get("name"), item.get("dtype"), item.get("shape")
     role, offset, aliases = item.get("role"), item.get("offset"), item.get("aliases", [])
-    label = repr(str(name)[:80])
+    label = shown(name)
     if not isinstance(name, str) or not isinstance(dtype, str):
-        raise _invalid(f"tensor {label} has no name or dtype")
+        raise _invalid(f"tensor {label} has dtype {shown(dtype)}: both are texts")
     if not isinstance(shape, list) or not all(type(n) is int for n in shape):
-        raise _invalid(f"tensor {label} has shape {str(shape)[:80]}")
-    if type(offset) is not int or role not in list(Role):
-        raise _invalid(f"tensor {label} has offset {str(offset)[:40]} and role {str(role)[:40]!r}")
+        raise _invalid(f"tensor {label} has shape {shown(shape)}, not a list of integers")
+    if type(offset) is not int:
+        raise _invalid(f"tensor {label} has offset {shown(offset)}, not an integer")
+    if role not in list(Role):
+        raise _invalid(f"tensor {label} has role {shown(role)}; known are {', '.join(Role)}")
     if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
-        raise _invalid(f"tensor {label} has aliases that are not names")
+        raise _invalid(f"tensor {label} has aliases {shown(aliases)}, not a list of names")
     return TensorSpec(name, dtype, tuple(shape), Role(role), offset, tuple(aliases))
 
 
@@ -188,8 +197,11 @@ def _check_tensor(tensor: TensorSpec) -> None:
     if tensor.dtype not in ITEM_BYTES:
         raise _invalid(f"tensor {tensor.name!r} has dtype {tensor.dtype[:20]!r}; known are {', '.join(ITEM_BYTES)}")
     if len(tensor.shape) > DIMENSIONS_MAX or any(n < 0 for n in tensor.shape):
-        raise _invalid(f"tensor {tensor.name!r} has shape {list(tensor.shape)[:8]}")
-    if not 0 <= tensor.offset <= _BYTES_MAX or tensor.end > _BYTES_MAX:
+        text = f"tensor {tensor.name!r} has {len(tensor.shape)} dimensions, the smallest {min(tensor.shape)}"
+        raise _invalid(f"{text}; allowed are {DIMENSIONS_MAX}, none negative")
+    # Empty dimensions count as one here: strides of the others must be numbers too.
+    span = math.prod(max(n, 1) for n in tensor.shape) * ITEM_BYTES[tensor.dtype]
+    if not 0 <= tensor.offset <= _BYTES_MAX or tensor.offset + span > _BYTES_MAX:
         raise _invalid(f"tensor {tensor.name!r} lies outside the address space")
 
 

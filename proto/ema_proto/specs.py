@@ -5,7 +5,7 @@ The arithmetic of each rule lives in the server; here is only what both ends, th
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -14,6 +14,9 @@ from typing import TypeAlias
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import AVERAGES_MAX
 from ema_proto.names import check_name
+
+_SHOWN_CHARS = 80
+_DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Ema:
             raise LocalProtocolError(f"ema decay {self.decay!r} is not a number")
         if not 0.0 <= self.decay < 1.0:
             raise LocalProtocolError(f"ema decay {self.decay!r} is not in [0, 1): use for example 0.9999")
-        object.__setattr__(self, "decay", float(self.decay))
+        object.__setattr__(self, "decay", float(self.decay) + 0.0)  # -0.0 becomes 0.0
         object.__setattr__(self, "name", check_name("average", self.name or f"ema-{_number(self.decay)}"))
 
     @property
@@ -79,14 +82,12 @@ def parse_average(text: str, *, name: str = "") -> AverageSpec:
     if rule == "raw" and not colon:
         return Raw(name=name)
     if rule == "ema" and colon:
-        try:
-            decay = float(parameter)
-        except ValueError:
-            raise LocalProtocolError(f"ema decay {parameter!r} is not a number: use for example ema:0.9999") from None
-        if not math.isfinite(decay):
-            raise LocalProtocolError(f"ema decay {parameter!r} is not finite: use for example ema:0.9999")
-        return Ema(decay, name=name)
-    raise LocalProtocolError(f"unknown average {text!r}: use ema:DECAY (for example ema:0.9999) or raw")
+        if not _DECIMAL.fullmatch(parameter.strip()):
+            raise LocalProtocolError(
+                f"ema decay {parameter[:_SHOWN_CHARS]!r} is not a number: use for example ema:0.9999"
+            )
+        return Ema(float(parameter), name=name)
+    raise LocalProtocolError(f"unknown average {text[:_SHOWN_CHARS]!r}: use ema:DECAY (for example ema:0.9999) or raw")
 
 
 def parse_averages(given: Iterable[AverageSpec | str]) -> tuple[AverageSpec, ...]:

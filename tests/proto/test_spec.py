@@ -1,0 +1,149 @@
+"""SPEC.md says what the code does: its tables are read and compared, its state tables are played."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ema_proto import codec, limits
+from ema_proto import messages as m
+from ema_proto.claims import ClaimState
+from ema_proto.dtypes import ITEM_BYTES
+from ema_proto.errors import CURES, SCOPES, RejectCode
+from ema_proto.names import RESERVED
+from ema_proto.sender import SenderState
+from support.messages import EXAMPLES
+from support.peers import RECEIVER_STATES, receiver_after, sender_after
+from support.stage import TYPES
+
+NOTHING = "\N{EN DASH}"
+SPEC = (Path(__file__).parents[2] / "proto" / "SPEC.md").read_text()
+
+
+def table(after: str, first_column: str) -> list[dict[str, str]]:
+    """The first table after this heading whose first column has this title."""
+    lines = SPEC[SPEC.index(after) :].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_column} |"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def bare(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_the_message_table_names_every_type_with_its_number_and_direction() -> None:
+    rows = {int(row["type"]): row for row in table("## 3.", "type")}
+
+    assert {number: row["message"] for number, row in rows.items()} == TYPES
+    for number, row in rows.items():
+        both = number == m.Heartbeat.type
+        assert row["direction"] == ("both" if both else "T→S" if number < 64 else "S→T")
+
+
+def test_the_message_table_names_every_key_of_every_body() -> None:
+    rows = {row["message"]: bare(row["body keys"]) for row in table("## 3.", "type")}
+    for message in EXAMPLES.values():
+        if not isinstance(message, m.Chunk):
+            assert set(message.body()) == set(rows[TYPES[message.type]])
+    described = {key for row in table("## 3.", "key") for key in bare(row["key"])}
+    assert described == {key for keys in rows.values() for key in keys}
+
+
+def test_the_message_table_names_the_messages_that_use_step_and_attempt() -> None:
+    rows = {row["message"]: row["header"] for row in table("## 3.", "type")}
+    for message in EXAMPLES.values():
+        header, _ = codec.encode(message, session=bytes(16), epoch=1)
+        used = codec.decode_header(header)
+        if used.step:
+            assert rows[TYPES[message.type]].startswith("step, attempt")
+        if rows[TYPES[message.type]] == NOTHING:
+            assert (used.step, used.attempt, used.offset, used.crc32) == (0, 0, 0, None)
+
+
+def test_the_header_table_adds_up_and_agrees_with_the_codec() -> None:
+    rows = table("## 2.", "offset")
+    position = 0
+    for row in rows:
+        assert int(row["offset"]) == position
+        position += int(row["bytes"])
+    at = {row["field"]: slice(int(row["offset"]), int(row["offset"]) + int(row["bytes"])) for row in rows}
+    header = codec.encode_header(codec.Header(4, bytes(range(16)), 5, 6, 7, 8, 9, 10, 11, 12))
+    read = {field: int.from_bytes(header[where], "little") for field, where in at.items()}
+
+    assert position == limits.HEADER_BYTES
+    assert header[at["magic"]] == limits.MAGIC
+    assert header[at["session"]] == bytes(range(16))
+    expected = {"type": 4, "epoch": 5, "length": 6, "step": 7, "attempt": 8, "offset": 9, "crc32": 10}
+    expected |= {"major": 11, "minor": 12, "flags": 1, "reserved": 0}
+    assert {field: read[field] for field in expected} == expected
+
+
+def test_the_limits_table_is_limits_py_and_every_limit_has_a_reason() -> None:
+    rows = {row["limit"]: row for row in table("## 13.", "limit")}
+    named = {name for name in vars(limits) if name.isupper()} - {"MAGIC", "VERSION_MAJOR", "VERSION_MINOR"}
+
+    assert set(rows) == named
+    for name, row in rows.items():
+        assert row["value"] == str(getattr(limits, name)), name
+        assert len(row["reason"]) > 3, name
+
+
+def test_the_version_and_the_time_table_are_those_of_limits_py() -> None:
+    times = {row["what"]: row["seconds"] for row in table("## 10.", "what")}
+
+    assert f"The version is {limits.VERSION_MAJOR}.{limits.VERSION_MINOR}." in SPEC
+    expected = [limits.HANDSHAKE_S, limits.SERVER_SILENT_S, limits.STALL_S, limits.HEARTBEAT_S]
+    expected += [limits.RECONNECT_PAUSE_S, limits.PROBE_S, limits.SESSION_LOST_S]
+    assert [float(value.split("…")[-1].split(",")[0]) for value in times.values()] == expected
+
+
+def test_the_reject_table_has_every_code_with_its_scope_and_cure() -> None:
+    rows = {row["code"].strip("`"): (row["scope"], row["the sender"]) for row in table("## 12.", "code")}
+
+    assert rows == {code.value: (SCOPES[code].value, CURES[code].value) for code in RejectCode}
+
+
+def test_dtypes_and_reserved_names_are_listed() -> None:
+    dtypes = next(row for row in table("## 4.", "key") if row["key"] == "`dtype`")
+
+    assert bare(dtypes["type and bounds"]) == list(ITEM_BYTES)
+    assert set(bare(SPEC[SPEC.index("and not, in any case") : SPEC.index("Two averages of a run")])) == RESERVED
+
+
+SENDER_TABLE = table("### Sender", "from the server")
+RECEIVER_TABLE = table("### Receiver", "from the trainer")
+
+
+def test_the_state_tables_have_every_state_and_every_message() -> None:
+    sender_states = {state.value for state in SenderState} - {"disconnected", "failed", "closed"}
+    from_server = {name for kind, name in TYPES.items() if kind >= 64} | {"HEARTBEAT"}
+    from_trainer = {name for kind, name in TYPES.items() if kind < 64}
+
+    assert set(SENDER_TABLE[0]) == {"from the server"} | sender_states
+    assert from_server == {
+        row["from the server"].split()[0] for row in SENDER_TABLE if row["from the server"][1].isupper()
+    }
+    assert set(RECEIVER_TABLE[0]) == {"from the trainer", "strange", "greeted"} | {state.value for state in ClaimState}
+    assert tuple(RECEIVER_TABLE[0])[1:] == RECEIVER_STATES
+    assert from_trainer == {row["from the trainer"] for row in RECEIVER_TABLE if row["from the trainer"].isupper()}
+
+
+@pytest.mark.parametrize("row", SENDER_TABLE, ids=lambda row: row["from the server"])
+@pytest.mark.parametrize("state", ["greeting", "greeted", "joining", "streaming"])
+def test_the_sender_does_what_its_state_table_says(row: dict[str, str], state: str) -> None:
+    expected = row[state]
+
+    assert sender_after(state, row["from the server"]) == (state if expected == NOTHING else expected)
+
+
+@pytest.mark.parametrize("row", RECEIVER_TABLE, ids=lambda row: row["from the trainer"])
+@pytest.mark.parametrize("state", RECEIVER_STATES)
+def test_the_receiver_does_what_its_state_table_says(row: dict[str, str], state: str) -> None:
+    assert receiver_after(state, row["from the trainer"]) == row[state]
