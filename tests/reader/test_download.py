@@ -17,11 +17,23 @@ from ema_reader.partial import Progress
 from ema_reader.values import Version
 from support.served import WAIT_S, Served
 
-SCRIPT = """
-import sys
+KILLED_HALFWAY = """
+import os, signal, sys
 from ema_reader import Reader
+
+class Suicide:
+    received = 0
+
+    def start(self, name, size, done):
+        pass
+
+    def advance(self, count):
+        self.received += count
+        if self.received > 1_000_000:
+            os.kill(os.getpid(), signal.SIGKILL)
+
 reader = Reader(sys.argv[1])
-reader.download(reader.version("digits", "ema-0.9"), sys.argv[2])
+reader.download(reader.version("digits", "ema-0.9"), sys.argv[2], progress=Suicide())
 """
 
 
@@ -87,22 +99,19 @@ def test_a_partial_file_is_continued_where_it_stopped(
 def test_a_killed_process_leaves_a_partial_file_that_the_next_process_continues(
     served: Served, url: str, reader: Reader, tmp_path: Path
 ) -> None:
-    served.publish("digits", 100, size=4_000_000)
+    served.publish("digits", 100, size=200_000)
     version = reader.version("digits", "ema-0.9")
     folder = tmp_path / "out"
-    command = [sys.executable, "-c", SCRIPT, url, str(folder)]
-    first = subprocess.Popen(command)
-    path, deadline = partial(folder, version), time.monotonic() + WAIT_S
-    while not (path.exists() and path.stat().st_size > 0) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    first.send_signal(signal.SIGKILL)
-    first.wait(WAIT_S)
-    kept = path.stat().st_size
+    killed = subprocess.run([sys.executable, "-c", KILLED_HALFWAY, url, str(folder)], timeout=3 * WAIT_S, check=False)
+    kept = partial(folder, version).stat().st_size
+    left = names(folder)
 
     progress = Recorded()
     reader.download(version, folder, progress=progress)
 
-    assert kept > 0
+    assert killed.returncode == -signal.SIGKILL
+    assert left == [partial(folder, version).name]
+    assert kept > 900_000
     assert progress.started[0] == ("model.safetensors", kept)
     assert names(folder) == ["model.safetensors", "version.json"]
 
