@@ -72,6 +72,7 @@ class Catalog:
         self._generations: dict[str, tuple[Generation, ...]] = {}  # newest (highest seq) first
         self._holds: dict[Path, int] = {}
         self._released_at: dict[Path, float] = {}
+        self._on_move: list[Callable[[str, str], None]] = []
 
     def runs(self) -> tuple[str, ...]:
         """Names of the runs that have a generation, sorted."""
@@ -130,6 +131,10 @@ class Catalog:
                     del self._holds[key]
                     self._released_at[key] = self._clock()
 
+    def listen(self, on_move: Callable[[str, str], None]) -> None:
+        """Call `on_move(run, new_run)` whenever a run gets another name. It must not block."""
+        self._on_move.append(on_move)
+
     def add(self, generation: Generation) -> None:
         """Make a generation visible (publisher only)."""
         with self._lock:
@@ -161,6 +166,8 @@ class Catalog:
         with self._lock:
             moved = self._generations.pop(run, ())
             self._generations[new_run] = tuple(_moved(generation, new_run, new_folder) for generation in moved)
+        for listener in self._on_move:
+            listener(run, new_run)
 
     def _is_held(self, folder: Path) -> bool:
         released_at = self._released_at.get(folder)

@@ -104,6 +104,10 @@ class MetricStore:
         """Remember that a reader got this version. Does not wait; a failure is logged."""
         self._run(lambda: self._hand_out(subject)).add_done_callback(_log_failure)
 
+    def rename(self, run: str, new_run: str) -> None:
+        """A run got another name: what was reported goes with it. Does not wait; a failure is logged."""
+        self._run(lambda: self._rename(run, new_run)).add_done_callback(_log_failure)
+
     def find(self, run: str, average: str, version: str) -> Future[Subject | None]:
         """What is known of a version that was handed out once; None when it never was."""
         return self._run(lambda: self._find(run, average, version))
@@ -143,6 +147,11 @@ class MetricStore:
         with self._connection:
             self._connection.execute("INSERT OR IGNORE INTO handed_out VALUES (?, ?, ?, ?)", row)
 
+    def _rename(self, run: str, new_run: str) -> None:
+        with self._connection:
+            self._connection.execute("UPDATE OR REPLACE handed_out SET run = ? WHERE run = ?", (new_run, run))
+            self._connection.execute("UPDATE OR REPLACE reports SET run = ? WHERE run = ?", (new_run, run))
+
     def _find(self, run: str, average: str, version: str) -> Subject | None:
         query = "SELECT step FROM handed_out WHERE run = ? AND average = ? AND version = ?"
         row = self._connection.execute(query, (run, average, version)).fetchone()
@@ -177,4 +186,4 @@ def _report(run: str, average: str, version: str, step: int, task: str, worker: 
 def _log_failure(future: Future[None]) -> None:
     error = future.exception()
     if error is not None:
-        log.warning("metrics: a version that was handed out could not be noted: %s", error)
+        log.warning("metrics: what readers did could not be noted: %s", error)

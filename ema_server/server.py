@@ -92,6 +92,7 @@ def _build(config: ServerConfig, data_dir: DataDir, stack: AsyncExitStack) -> tu
     averager = Averager(config, catalog, publisher, board, telemetry)
     ingest = Ingest(config, averager, telemetry)
     averager.listen(ingest.published)
+    catalog.listen(metrics.rename)
     services = Services(
         catalog=catalog,
         board=board,

@@ -15,8 +15,11 @@ async def publish_now(services: Services, run: str) -> Durable:
     """Publish the run and return what is durable.
 
     Raises:
-        Problem: the generation could not be written, with the reason, or it took longer than `PUBLISH_WAIT_S`.
+        Problem: the generation could not be written, with the reason, it took longer than `PUBLISH_WAIT_S`, or the
+            server is stopping.
     """
+    if services.stopping.is_set():
+        raise Problem(Code.NOT_READY, "the server has been asked to stop, and publishes every run before it ends")
     loop = asyncio.get_running_loop()
     answered: asyncio.Future[Durable | Failed] = loop.create_future()
 

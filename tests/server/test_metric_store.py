@@ -42,6 +42,19 @@ def test_the_same_worker_replaces_its_row_and_another_adds_one(tmp_path: Path) -
     assert [row.worker for row in rows] == ["w1", "w2"]
 
 
+def test_reports_follow_a_run_to_its_new_name(tmp_path: Path) -> None:
+    store = MetricStore(tmp_path / "metrics.sqlite")
+    store.hand_out(SUBJECT)
+    store.add(report("w")).result(WAIT_S)
+    store.rename("digits", "digits.old")
+    old, new = (store.reports(name).result(WAIT_S) for name in ("digits", "digits.old"))
+    found = store.find("digits.old", "ema-0.9", "a" * 40).result(WAIT_S)
+    store.close()
+
+    assert old == ()
+    assert [row.subject for row in new] == [found]
+
+
 def test_many_threads_may_report_at_once(tmp_path: Path) -> None:
     store = MetricStore(tmp_path / "metrics.sqlite")
     with ThreadPoolExecutor(8) as threads:

@@ -136,6 +136,21 @@ def test_versions_beyond_those_kept_are_pruned(server: ServerProcess) -> None:
             reader.version("r", "raw", old.id)
 
 
+def test_a_rerun_under_the_same_name_starts_without_the_metrics_of_the_old_run(server: ServerProcess) -> None:
+    with client_of(server) as client, Reader(server.http) as reader:
+        send(client, 1)
+        publish(server)
+        old = reader.version("r", "raw")
+        reader.report(old, {"accuracy": 0.5})
+    with client_of(server, resume="never") as client, Reader(server.http) as reader:
+        send(client, 1)
+        (aside,) = (run.run for run in reader.runs() if run.run != "r")
+        rows, rows_aside = reader.metrics("r"), reader.metrics(aside)
+
+    assert rows == ()
+    assert [row.version for row in rows_aside] == [old.id]
+
+
 def test_a_second_server_on_the_same_folder_is_refused_in_one_line(server: ServerProcess) -> None:
     options = ("--zmq", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0", "--data", str(server.data))
     with Process("-m", "ema_cli", "serve", *options) as second:

@@ -142,6 +142,17 @@ def test_publishing_that_fails_is_a_503_with_the_reason(
     assert "No space left on device" in response.json()["detail"]
 
 
+def test_a_server_that_is_stopping_refuses_to_publish_instead_of_leaving_the_client_waiting(
+    client: TestClient, served: Served
+) -> None:
+    served.publish("digits", 100)
+    served.stopping.set()
+
+    response = client.post("/v1/runs/digits/versions")
+
+    assert (response.status_code, response.json()["code"]) == (503, "not_ready")
+
+
 def test_the_event_loop_answers_others_while_a_run_is_published(
     publishing: Callable[[Answer], tuple[TestClient, Served]],
 ) -> None:
