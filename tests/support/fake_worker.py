@@ -12,7 +12,8 @@ from trainer_client import EmaClient
 from trainer_client.errors import JoinError, RewindError
 from trainer_client.settings import Settings
 from trainer_client.slots import Slot, make_slots
-from trainer_client.worker import Worker, WorkerStats
+from trainer_client.shared import WorkerStats
+from trainer_client.worker import Worker
 
 
 class FakeWorker(Worker):

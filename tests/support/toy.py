@@ -41,7 +41,7 @@ class Toy(nn.Module):
             running = (self.norm.running_mean, self.norm.running_var, self.norm.num_batches_tracked)
             for buffer in running:
                 if buffer is not None:
-                    buffer.copy_(torch.randn((), generator=generator) if buffer.is_floating_point() else step)
+                    buffer.fill_(torch.randn((), generator=generator).item() if buffer.is_floating_point() else step)
         return self
 
 
