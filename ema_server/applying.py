@@ -12,9 +12,9 @@ from ema_proto.manifest import Role
 from ema_server.board import Quarantine
 from ema_server.course import Course
 from ema_server.courses import Courses
+from ema_server.crew import Crew
 from ema_server.flights import Flights
 from ema_server.jobs import Applied, Apply, Quarantined
-from ema_server.kernel import Kernel
 from ema_server.records import rfc3339
 from ema_server.run import Run
 from ema_server.telemetry import Counter, Telemetry
@@ -56,7 +56,7 @@ class Applying:
 
     courses: Courses
     flights: Flights
-    kernel: Kernel
+    crew: Crew
     telemetry: Telemetry
 
     def apply(self, course: Course, run: Run, job: Apply, now: float) -> None:
@@ -79,7 +79,7 @@ class Applying:
         started = time.perf_counter_ns()
         run.exempt_also(exempt_at_first(run, job))
         sink = course.boarding.draft if course.boarding is not None else None
-        run.apply(self.kernel, job.step, job.mode, job.data, sink)
+        run.apply(self.crew, job.step, job.mode, job.data, sink)
         self.flights.take_off(course)
         self.telemetry.count(Counter.UPDATES)
         self.telemetry.count(Counter.UPDATE_NS, time.perf_counter_ns() - started)

@@ -1,7 +1,7 @@
 """The averager thread: the only writer of averages and of the board. Jobs come in, answers go out by their `reply`.
 
 It takes one job after another, and between them begins what the schedule asks for. It knows no sockets and no HTTP, and
-writes files only through the kernel's pass.
+writes files only through the crew's pass.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ema_server.catalog import Catalog
 from ema_server.config import ServerConfig
 from ema_server.course import Course, Outcome, Want
 from ema_server.courses import Courses
+from ema_server.crew import WORKERS_MAX, Crew
 from ema_server.flights import Flights
 from ema_server.inbox import Inbox, Item, Landing, Stop
 from ema_server.jobs import Apply, Durable, Failed, Finish, Job, Join, Leave, Publish, Quarantined, Rewind
-from ema_server.kernel import Kernel
 from ema_server.publisher import Publisher
 from ema_server.schedule import is_due
 from ema_server.telemetry import Gauge, Telemetry
@@ -62,14 +62,13 @@ class Averager:
         self._inbox = Inbox()
         self._publisher = publisher
         self._listeners: list[Callable[[str, int], None]] = []
-        kernel = Kernel()
+        self._crew = Crew(min(torch.get_num_threads(), WORKERS_MAX))
         self._courses = Courses(catalog, board, publisher, clock)
-        self._flights = Flights(publisher, self._inbox, kernel, clock, self._courses.show, self._announce)
+        self._flights = Flights(publisher, self._inbox, self._crew, clock, self._courses.show, self._announce)
         self._admission = Admission(self._courses, self._flights)
-        self._applying = Applying(self._courses, self._flights, kernel, telemetry)
+        self._applying = Applying(self._courses, self._flights, self._crew, telemetry)
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
         self._deadline = 0.0
-        self._threads = torch.get_num_threads()
 
     @property
     def is_alive(self) -> bool:
@@ -104,9 +103,6 @@ class Averager:
         return in_time and not any(course.is_changed for course in self._courses.all())
 
     def _work(self) -> None:
-        torch.set_num_threads(
-            self._threads
-        )  # it is each thread's own, and a new thread takes what was set last anywhere
         tick_s = min(_TICK_S, self._config.publish_every_seconds or _TICK_S)
         while True:
             self._telemetry.beat(THREAD_NAME)
@@ -118,6 +114,7 @@ class Averager:
                 self._take(item)
             self._publish_due()
         self._publish_all()
+        self._crew.close()
 
     def _take(self, item: Item) -> None:
         if isinstance(item, Stop):

@@ -1,4 +1,4 @@
-"""The files of a generation while they are being written. It is the kernel's sink: blocks in, bytes in files out.
+"""The files of a generation while they are being written. It is the crew's sink: blocks in, bytes in files out.
 
 Comes in: the memory of each average, and which blocks of it are about to change. Goes out: open files that hold the
 averages as they were. Nothing is durable yet; the publisher completes it. A disk that fails must not stop the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,11 +41,11 @@ class _OpenFile:
 
 
 class Draft:
-    """Files under `folder`, a fresh temporary one. Used by one thread at a time.
+    """Files under `folder`, a fresh temporary one. `write` may be called by several threads, for different blocks.
 
     Args:
         folder: where the generation is built; must not exist.
-        averages: what to write, in the order in which the kernel numbers the averages.
+        averages: what to write, in the order in which the crew numbers the averages.
     """
 
     def __init__(self, folder: Path, averages: tuple[DraftAverage, ...]) -> None:
@@ -53,6 +54,7 @@ class Draft:
         self._averages = averages
         self._open: list[list[_OpenFile]] = []
         self._scratch: Memory | None = None
+        self._narrowing = threading.Lock()
         try:
             self._create()
         except OSError as error:
@@ -109,6 +111,10 @@ class Draft:
         if not span.narrows:
             pwrite_all(fd, memory.view[first:last], span.file_offset + first - span.begin)
             return
+        with self._narrowing:
+            self._narrow(fd, memory, span, first, last)
+
+    def _narrow(self, fd: int, memory: Memory, span: Span, first: int, last: int) -> None:
         if self._scratch is None:
             self._scratch = allocate(_NARROW_ELEMENTS * 4)
         for begin in range(first, last, _NARROW_ELEMENTS * 8):

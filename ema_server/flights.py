@@ -1,4 +1,4 @@
-"""How a run's state becomes a generation: begun here, written by the kernel's pass, completed by the publisher.
+"""How a run's state becomes a generation: begun here, written by the crew's pass, completed by the publisher.
 
 Comes in: wants. Goes out: orders for the publisher, and an answer for every want. The averager's thread alone calls it.
 """
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from ema_server.catalog import Generation
 from ema_server.course import Airborne, Boarding, Course, Outcome, Want
+from ema_server.crew import Crew
 from ema_server.draft import Draft, DraftAverage
 from ema_server.generation import AVERAGES_FOLDER
 from ema_server.inbox import Inbox, Landing
 from ema_server.jobs import Durable, Failed, Reason
-from ema_server.kernel import Kernel
 from ema_server.publisher import Flight, Landed, LinkOrder, Publisher, SealOrder
 from ema_server.run import Run
 from ema_server.sealing import Content
@@ -31,7 +31,7 @@ class Flights:
 
     publisher: Publisher
     inbox: Inbox
-    kernel: Kernel
+    crew: Crew
     clock: Callable[[], float]
     show: Callable[[Course], None]
     announce: Callable[[str, int], None]
@@ -58,7 +58,7 @@ class Flights:
         """Write a boarding generation without a snapshot to ride on."""
         if course.boarding is None or course.run is None:
             return
-        self.kernel.write(course.run.segments, course.run.forms, course.boarding.draft)
+        self.crew.write(course.run.segments, course.run.forms, course.boarding.draft)
         self.take_off(course)
 
     def take_off(self, course: Course) -> None:

@@ -1,8 +1,8 @@
-"""One pass over all averages of a run: each block of a snapshot updates every average while it is in cache.
+"""The averaging arithmetic on blocks: each block of a snapshot updates every average while it is in cache.
 
-Comes in: a snapshot's bytes, the run's segments, and for each average its memory and the weight of the snapshot. Goes
+Comes in: a snapshot's bytes, blocks of a run's segments, and for each average its memory and the snapshot's weight. Goes
 out: the same memory, updated. A sink, if there is one, sees each block before it changes. Nothing of a model's size is
-allocated, and nothing here knows of runs, steps or files.
+allocated, and nothing here knows of threads, runs, steps or files.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ import torch
 
 from ema_proto.dtypes import ITEM_BYTES
 from ema_server.dtypes import view
-from ema_server.layout import Form, Segment, cut, held_dtype
-
-# 2 MiB of float32: a snapshot's block and an average's stay in cache. Measured with 87 million elements on 2 cores:
-# below 256 K elements starting both threads for each block costs more than the work itself.
-BLOCK_ELEMENTS = 512 << 10
+from ema_server.layout import Form, Segment, held_dtype
 
 _HALF = frozenset({"BF16", "F16"})
 
 
 class BlockSink(Protocol):
-    """Takes what an average held before the pass."""
+    """Takes what an average held before the pass. Several threads may call it, for different blocks."""
 
     def write(self, index: int, begin: int, end: int) -> None:
         """Bytes `begin` to `end` of average number `index` are about to change. Must not raise."""
@@ -41,25 +37,24 @@ class Target:
 
 
 class Kernel:
-    """The averaging arithmetic and its one scratch block, in which half floats become float32 once for all averages."""
+    """One thread's arithmetic, and its scratch block, in which half floats become float32 once for all averages."""
 
-    def __init__(self, block_elements: int = BLOCK_ELEMENTS) -> None:
-        self._block_elements = block_elements
+    def __init__(self, block_elements: int) -> None:
         self._scratch = torch.empty(block_elements, dtype=torch.float32)
 
     def update(
         self,
-        segments: Iterable[Segment],
+        blocks: Iterable[Segment],
         snapshot: torch.Tensor,
         targets: Sequence[Target],
         sink: BlockSink | None = None,
     ) -> None:
-        """Bring `snapshot` (uint8, 1-D, the wire's layout) into every target.
+        """Bring these blocks of `snapshot` (uint8, 1-D, the wire's layout) into every target.
 
         `average += weight * (snapshot - average)`, in the accumulator's dtype: the form that stays unbiased in float32,
         where `decay * average + (1 - decay) * snapshot` drifts because the two rounded factors do not add up to 1.
         """
-        for block in cut(segments, self._block_elements):
+        for block in blocks:
             source = view(snapshot, block.dtype, block.wire_offset, block.count)
             wide = self._widened(block, source, targets)
             for index, target in enumerate(targets):
@@ -72,16 +67,17 @@ class Kernel:
                 else:
                     held.copy_(wide if dtype != block.dtype else source)
 
-    def write(self, segments: Iterable[Segment], forms: Sequence[Form], sink: BlockSink) -> None:
-        """Show every block of every average to `sink` and change nothing."""
-        for block in cut(segments, self._block_elements):
-            for index, form in enumerate(forms):
-                begin = block.offset(form)
-                sink.write(index, begin, begin + block.count * ITEM_BYTES[held_dtype(form, block.dtype)])
-
     def _widened(self, block: Segment, source: torch.Tensor, targets: Sequence[Target]) -> torch.Tensor:
         if block.dtype not in _HALF or all(target.form is Form.WIRE for target in targets):
             return source
         scratch = self._scratch.narrow(0, 0, block.count)
         scratch.copy_(source)
         return scratch
+
+
+def show(blocks: Iterable[Segment], forms: Sequence[Form], sink: BlockSink) -> None:
+    """Show these blocks of every average to `sink` and change nothing."""
+    for block in blocks:
+        for index, form in enumerate(forms):
+            begin = block.offset(form)
+            sink.write(index, begin, begin + block.count * ITEM_BYTES[held_dtype(form, block.dtype)])

@@ -15,7 +15,8 @@ from ema_proto.limits import RECENT_STEPS
 from ema_proto.manifest import Manifest
 from ema_proto.messages import Mode
 from ema_proto.specs import AverageSpec
-from ema_server.kernel import BlockSink, Kernel, Target
+from ema_server.crew import Crew
+from ema_server.kernel import BlockSink, Target
 from ema_server.layout import Form, Segment, held_nbytes, segments
 from ema_server.ledger import Ledger
 from ema_server.memory import Memory, allocate
@@ -93,14 +94,14 @@ class Run:
             self.exempt |= names
             self.segments = segments(self.manifest, self.exempt)
 
-    def apply(self, kernel: Kernel, step: int, mode: Mode, snapshot: torch.Tensor, sink: BlockSink | None) -> None:
+    def apply(self, crew: Crew, step: int, mode: Mode, snapshot: torch.Tensor, sink: BlockSink | None) -> None:
         """Bring the snapshot of `step` into every average.
 
         The first one, and one of mode `set`, replaces the averages. Otherwise each rule weighs it for the true number
         of steps since the last one, so that neither gaps nor `every` change what a decay means.
 
         Args:
-            kernel: the arithmetic.
+            crew: who does the arithmetic.
             step: above the last applied step (a `set` may repeat it).
             mode: `update` or `set`.
             snapshot: uint8, 1-D, `manifest.nbytes` long.
@@ -122,7 +123,7 @@ class Run:
             average.gap_steps += missing
         self.applied += 1
         self.gap_steps += missing
-        kernel.update(self.segments, snapshot, targets, sink)
+        crew.update(self.segments, snapshot, targets, sink)
 
     def record(self, last_step: int) -> RunRecord:
         """The run as values, a copy."""

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ema_server.catalog import Version
+from ema_server.crew import Crew
 from ema_server.jobs import Applied, Durable, Failed, Publish, Quarantined, Rewound
-from ema_server.kernel import BlockSink, Kernel
+from ema_server.kernel import BlockSink
 from ema_server.layout import Form, Segment
 from support.keeper import WAIT_S, Keeper, durable, joined, keeping, manifest_of, versions_by_average
 from support.oracle import bound, largest_difference, ledger_steps, replay
@@ -75,10 +76,10 @@ def _standing_still(keeper: Keeper) -> Iterator[None]:
 
 
 def _forbid_writing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(self: Kernel, segments: tuple[Segment, ...], forms: tuple[Form, ...], sink: BlockSink) -> None:
+    def write(self: Crew, segments: tuple[Segment, ...], forms: tuple[Form, ...], sink: BlockSink) -> None:
         raise AssertionError("a snapshot was waiting: the write had to ride on its pass")
 
-    monkeypatch.setattr(Kernel, "write", write)
+    monkeypatch.setattr(Crew, "write", write)
 
 
 def test_a_generation_rides_on_the_next_snapshots_pass_and_holds_what_was_before(

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ema_proto.manifest import Manifest, Role, TensorSpec, layout
+from ema_server.crew import Crew
 from ema_server.draft import Draft, DraftAverage
-from ema_server.kernel import Kernel, Target
+from ema_server.kernel import Target
 from ema_server.layout import Form, held_nbytes, segments
 from ema_server.memory import Memory, allocate
 from ema_server.tensorfile import files_of
@@ -38,11 +39,12 @@ def _odd_tensors() -> dict[str, Tensor]:
 
 def _write(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], form: Form) -> tuple[Path, Memory]:
     memory = allocate(held_nbytes(manifest, form))
-    kernel = Kernel(4)
-    kernel.update(segments(manifest), encode(manifest, tensors), [Target(memory.data, form, None)])
+    crew = Crew(2, block_elements=4)
+    crew.update(segments(manifest), encode(manifest, tensors), [Target(memory.data, form, None)], None)
     files = files_of(manifest, form)
     draft = Draft(folder, (DraftAverage(folder / "average", memory, files),))
-    kernel.write(segments(manifest), [form], draft)
+    crew.write(segments(manifest), [form], draft)
+    crew.close()
     draft.complete()
     draft.close()
     for file in files:
