@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import statistics
@@ -24,18 +25,24 @@ from support.toy import Toy
 from trainer_client import ConnectError, EmaClient, JoinError, RewindError
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(tmp_path / "data") as process:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One server for the tests that leave it alone; each has a run of its own."""
+    with ServerProcess(tmp_path_factory.mktemp("shared") / "data") as process:
         yield process
 
 
-def _client(server: ServerProcess, run: str = "r", **given: Any) -> EmaClient:
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> str:
+    return str(re.sub(r"[^a-z0-9]+", "-", request.node.name)[:90].strip("-"))
+
+
+def _client(server: ServerProcess, run: str, **given: Any) -> EmaClient:
     settings: dict[str, Any] = {"averages": ["raw", "ema:0.5"], "when_behind": "wait", **given}
     return EmaClient(server.zmq, run, **settings)
 
 
-def _raw(server: ServerProcess, run: str = "r") -> tuple[int, dict[str, Tensor]]:
+def _raw(server: ServerProcess, run: str) -> tuple[int, dict[str, Tensor]]:
     """Step and weights of the newest version of `raw`."""
     with Reader(server.http) as reader:
         version = reader.version(run, "raw")
@@ -49,32 +56,34 @@ def _closed_port() -> int:
         return port
 
 
-def test_the_weights_of_the_last_step_arrive_bit_for_bit(server: ServerProcess) -> None:
+def test_the_weights_of_the_last_step_arrive_bit_for_bit(server: ServerProcess, run: str) -> None:
     model = Toy()
-    with _client(server) as client:
+    with _client(server, run) as client:
         for step in range(1, 6):
             client.update(model.at(step), step)
         assert client.flush()
         assert client.stats()["last_committed_step"] == 5
 
-    step, weights = _raw(server)
+    step, weights = _raw(server, run)
     assert step == 5
     assert weights.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(weights[name], tensor), name
 
 
-def test_weights_written_after_update_returned_do_not_reach_the_server(server: ServerProcess) -> None:
+def test_weights_written_after_update_returned_do_not_reach_the_server(server: ServerProcess, run: str) -> None:
     model = nn.Linear(512, 512)
-    with _client(server) as client:
+    with _client(server, run) as client:
         expected = model.weight.detach().clone()
         client.update(model)
         nn.init.zeros_(model.weight)
 
-    assert torch.equal(_raw(server)[1]["weight"], expected)
+    assert torch.equal(_raw(server, run)[1]["weight"], expected)
 
 
-def test_an_attached_optimizer_with_forked_data_loader_workers_streams_every_step(server: ServerProcess) -> None:
+def test_an_attached_optimizer_with_forked_data_loader_workers_streams_every_step(
+    server: ServerProcess, run: str
+) -> None:
     class Noise(Dataset[Tensor]):
         def __len__(self) -> int:
             return 24
@@ -85,7 +94,7 @@ def test_an_attached_optimizer_with_forked_data_loader_workers_streams_every_ste
     model = nn.Linear(4, 4)
     optimizer = SGD(model.parameters(), lr=0.1)
     loader = DataLoader(Noise(), batch_size=2, num_workers=2, multiprocessing_context="fork")
-    with _client(server) as client:
+    with _client(server, run) as client:
         client.attach(model, optimizer)
         for batch in loader:
             optimizer.zero_grad()
@@ -95,7 +104,7 @@ def test_an_attached_optimizer_with_forked_data_loader_workers_streams_every_ste
 
     stats = client.stats()
     assert (stats["committed"], stats["steps"], sum(stats["skipped"].values())) == (12, 12, 0)
-    step, weights = _raw(server)
+    step, weights = _raw(server, run)
     assert step == 12
     assert torch.equal(weights["weight"], model.weight)
 
@@ -109,7 +118,7 @@ def test_an_address_where_nothing_listens_fails_at_construction_with_the_way_out
 
 
 def test_the_readers_address_fails_at_construction(server: ServerProcess) -> None:
-    with pytest.raises(ConnectError, match="prints as \"zmq\""):
+    with pytest.raises(ConnectError, match='prints as "zmq"'):
         EmaClient(f"tcp://{server.http_address}", "r", connect_timeout_s=1.0)
 
 
@@ -126,44 +135,44 @@ def test_a_wrong_token_fails_at_construction(
             EmaClient(server.zmq, "r", token=token)
 
 
-def test_a_rerun_without_its_step_is_refused_with_the_ways_out(server: ServerProcess) -> None:
-    with _client(server) as client:
+def test_a_rerun_without_its_step_is_refused_with_the_ways_out(server: ServerProcess, run: str) -> None:
+    with _client(server, run) as client:
         client.update(nn.Linear(2, 2), 5)
 
-    again = _client(server)
+    again = _client(server, run)
     with pytest.raises(JoinError, match="never") as caught:
         again.update(nn.Linear(2, 2))
     assert caught.value.code is RejectCode.NO_GENERATION
 
 
-def test_a_second_live_trainer_of_a_run_is_refused(server: ServerProcess) -> None:
-    with _client(server) as client:
+def test_a_second_live_trainer_of_a_run_is_refused(server: ServerProcess, run: str) -> None:
+    with _client(server, run) as client:
         client.update(nn.Linear(2, 2))
-        second = _client(server, connect_timeout_s=20.0)
+        second = _client(server, run, connect_timeout_s=20.0)
 
         with pytest.raises(JoinError) as caught:
             second.update(nn.Linear(2, 2), 2)
     assert caught.value.code is RejectCode.RUN_IN_USE
 
 
-def test_another_model_under_the_same_name_is_refused_naming_the_tensor(server: ServerProcess) -> None:
-    with _client(server) as client:
+def test_another_model_under_the_same_name_is_refused_naming_the_tensor(server: ServerProcess, run: str) -> None:
+    with _client(server, run) as client:
         client.update(nn.Linear(2, 2))
 
     with pytest.raises(JoinError, match="weight") as caught:
-        _client(server, step=1).update(nn.Linear(3, 3))
+        _client(server, run, step=1).update(nn.Linear(3, 3))
     assert caught.value.code is RejectCode.MANIFEST_CHANGED
 
 
-def test_must_fails_where_there_is_nothing_to_continue(server: ServerProcess) -> None:
+def test_must_fails_where_there_is_nothing_to_continue(server: ServerProcess, run: str) -> None:
     with pytest.raises(JoinError) as caught:
-        _client(server, resume="must").update(nn.Linear(2, 2))
+        _client(server, run, resume="must").update(nn.Linear(2, 2))
     assert caught.value.code is RejectCode.NOTHING_TO_CONTINUE
 
 
-def test_a_state_dict_takes_the_next_process_back_to_its_checkpoint(server: ServerProcess) -> None:
+def test_a_state_dict_takes_the_next_process_back_to_its_checkpoint(server: ServerProcess, run: str) -> None:
     model = Toy()
-    client = _client(server)
+    client = _client(server, run)
     for step in range(1, 8):
         client.update(model.at(step), step)
         if step == 4:
@@ -172,18 +181,18 @@ def test_a_state_dict_takes_the_next_process_back_to_its_checkpoint(server: Serv
     assert client.flush(durable=True)
     client.close()
 
-    with _client(server) as resumed:
+    with _client(server, run) as resumed:
         resumed.load_state_dict(state)
         resumed.update(model.at(5))
 
     with Reader(server.http) as reader:
-        version = reader.version("r", "ema-0.5")
+        version = reader.version(run, "ema-0.5")
     assert (version.step, version.updates) == (5, 5)
 
 
-def test_rewind_goes_back_to_the_newest_generation_at_or_before_the_step(server: ServerProcess) -> None:
+def test_rewind_goes_back_to_the_newest_generation_at_or_before_the_step(server: ServerProcess, run: str) -> None:
     model = Toy()
-    with _client(server) as client:
+    with _client(server, run) as client:
         for step in range(1, 8):
             client.update(model.at(step), step)
             if step == 3:
@@ -197,14 +206,14 @@ def test_rewind_goes_back_to_the_newest_generation_at_or_before_the_step(server:
             client.rewind(2)
 
     with Reader(server.http) as reader:
-        version = reader.version("r", "ema-0.5")
+        version = reader.version(run, "ema-0.5")
     assert (version.step, version.updates, version.gap_steps) == (6, 4, 2)
 
 
 def test_a_restarted_server_is_found_again_and_the_run_goes_on(tmp_path: Path) -> None:
     model = Toy()
     with ServerProcess(tmp_path / "data") as first:
-        client = _client(first, when_behind="skip")
+        client = _client(first, "r", when_behind="skip")
         client.update(model.at(1), 1)
         assert client.flush(durable=True)
         first.kill()
@@ -216,7 +225,7 @@ def test_a_restarted_server_is_found_again_and_the_run_goes_on(tmp_path: Path) -
         eventually(lambda: client.stats()["state"] == "streaming", "the client is back")
         client.update(model.at(30), 30)
         assert client.finish()
-        step, weights = _raw(second)
+        step, weights = _raw(second, "r")
 
     assert step == 30
     assert torch.equal(weights["first.weight"], model.first.weight)
@@ -237,7 +246,7 @@ def test_a_silent_server_adds_nothing_to_the_time_in_the_loop(tmp_path: Path, fa
         return durations
 
     with ServerProcess(tmp_path / "data") as server:
-        client = _client(server, when_behind="skip")
+        client = _client(server, "r", when_behind="skip")
         client.update(model, 1)
         alive = blocked_s(client, 2)
         server.send(signal.SIGSTOP if fate == "stopped" else signal.SIGKILL)
@@ -257,45 +266,49 @@ from torch import nn
 from trainer_client import EmaClient
 model = nn.Linear(512, 512)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-client = EmaClient(sys.argv[1], "forgotten", ["raw"])
+client = EmaClient(sys.argv[1], sys.argv[2], ["raw"])
 client.attach(model, optimizer)
 print("joined", flush=True)
-if sys.argv[2] == "wait":
+if sys.argv[3] == "wait":
     time.sleep(1.0)
 for _ in range(50):
     optimizer.zero_grad()
     model(torch.ones(8, 512)).square().mean().backward()
     optimizer.step()
-if sys.argv[2] == "raise":
+if sys.argv[3] == "raise":
     raise SystemExit(3)
 print("trained", flush=True)
 """
 
 
-@pytest.mark.parametrize(
-    ("how", "fate", "code"),
-    [("end", None, 0), ("raise", None, 3), ("wait", signal.SIGSTOP, 0), ("wait", signal.SIGKILL, 0)],
-    ids=["alive", "exception", "stopped", "killed"],
-)
-def test_a_forgotten_client_never_keeps_the_process(
-    server: ServerProcess, how: str, fate: signal.Signals | None, code: int
-) -> None:
-    with Process("-c", _FORGETFUL, server.zmq, how) as trainer:
-        trainer.wait_line(lambda line: line == "joined")
-        if fate is not None:
-            server.send(fate)
+@pytest.mark.parametrize(("how", "code"), [("end", 0), ("raise", 3)])
+def test_a_forgotten_client_never_keeps_the_process(server: ServerProcess, run: str, how: str, code: int) -> None:
+    with Process("-c", _FORGETFUL, server.zmq, run, how) as trainer:
+        assert trainer.wait() == code
 
-        assert trainer.wait(30.0) == code
+    assert list(trainer.errors) == []
+    eventually(lambda: server.get(f"/v1/runs/{run}")["state"] == "waiting", "the trainer has said goodbye")
+
+
+@pytest.mark.parametrize("fate", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
+def test_a_forgotten_client_of_a_lost_server_never_keeps_the_process(tmp_path: Path, fate: signal.Signals) -> None:
+    with (
+        ServerProcess(tmp_path / "data") as server,
+        Process("-c", _FORGETFUL, server.zmq, "r", "wait") as trainer,
+    ):
+        trainer.wait_line(lambda line: line == "joined")
+        server.send(fate)
+
+        assert trainer.wait() == 0
         assert not [line for line in trainer.errors if "Traceback" in line or "terminate" in line]
-    if fate is not None:
         server.send(signal.SIGCONT)
 
 
-def test_config_and_summary_reach_the_version(server: ServerProcess) -> None:
-    with _client(server, config={"width": 64}) as client:
+def test_config_and_summary_reach_the_version(server: ServerProcess, run: str) -> None:
+    with _client(server, run, config={"width": 64}) as client:
         client.update(nn.Linear(2, 2))
 
     with Reader(server.http) as reader:
-        version = reader.version("r", "raw")
+        version = reader.version(run, "raw")
         folder = reader.download(version, server.data.parent / "out")
     assert json.loads((folder / "config.json").read_text()) == {"width": 64}
