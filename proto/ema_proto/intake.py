@@ -193,8 +193,10 @@ class Intake:
 
     def _grant(self) -> None:
         """Raise the limit when that is worth a message: half a window more, or the sender has nothing left."""
-        limit = self._received_chunks + self._allowance()
+        allowance = self._allowance()
+        limit = self._received_chunks + allowance
         grown = limit - self.credit_limit
-        if grown >= CREDIT_WINDOW_CHUNKS // 2 or (grown > 0 and self.credit_limit <= self._received_chunks):
+        is_out = self.credit_limit <= self._received_chunks
+        if allowance > 0 and grown > 0 and (is_out or grown >= CREDIT_WINDOW_CHUNKS // 2):
             self.credit_limit = limit
             self.replies.append(m.Credit(limit))
