@@ -1,6 +1,6 @@
 """The averaging arithmetic on blocks: each block of a snapshot updates every average while it is in cache.
 
-Comes in: a snapshot's bytes, blocks of a run's segments, and for each average its memory and the snapshot's weight. Goes
+Comes in: a snapshot's bytes, blocks of a run's segments, for each average its memory and the snapshot's weight. Goes
 out: the same memory, updated. A sink, if there is one, sees each block before it changes. Nothing of a model's size is
 allocated, and nothing here knows of threads, runs, steps or files.
 """
