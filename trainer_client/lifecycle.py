@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable
 from enum import StrEnum
@@ -70,19 +71,25 @@ def when_forgotten(client: object, life: Lifecycle, close: Callable[[], None]) -
     Returns:
         What to call when the client was closed: it takes all of this back.
     """
-    finalizer = weakref.finalize(client, _close_at_home, life, close)
+    finalizer = weakref.finalize(client, _close_aside, life, close)
     # Exit functions run newest first. weakref's own is as old as the first finalizer of the process: it would run after
     # ZeroMQ's, when nothing can be sent any more.
     finalizer.atexit = False
-    atexit.register(finalizer)
+
+    def at_exit() -> None:
+        if finalizer.detach() is not None and not life.forked():
+            close()
 
     def cancel() -> None:
         finalizer.detach()
-        atexit.unregister(finalizer)
+        atexit.unregister(at_exit)
 
+    atexit.register(at_exit)
     return cancel
 
 
-def _close_at_home(life: Lifecycle, close: Callable[[], None]) -> None:
+def _close_aside(life: Lifecycle, close: Callable[[], None]) -> None:
+    # Garbage is collected in whatever thread happens to allocate: the trainer's must not wait for a goodbye, and the
+    # client's own cannot wait for its end.
     if not life.forked():
-        close()
+        threading.Thread(target=close, name="ema-close").start()

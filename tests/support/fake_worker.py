@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
@@ -11,8 +12,8 @@ from support.snapshots import decode
 from trainer_client import EmaClient
 from trainer_client.errors import JoinError, RewindError
 from trainer_client.settings import Settings
-from trainer_client.slots import Slot, make_slots
 from trainer_client.shared import WorkerStats
+from trainer_client.slots import Slot, make_slots
 from trainer_client.worker import Worker
 
 
@@ -31,6 +32,7 @@ class FakeWorker(Worker):
         self.waits: list[float] = []
         self.asked: list[str] = []
         self.closed = 0
+        self.when_closed: Callable[[float], None] = lambda timeout_s: None
 
     def greet(self, timeout_s: float) -> None:
         self.asked.append("greet")
@@ -72,6 +74,7 @@ class FakeWorker(Worker):
         return self.answer
 
     def close(self, timeout_s: float) -> None:
+        self.when_closed(timeout_s)
         self.closed += 1
         self.state = "closed"
 

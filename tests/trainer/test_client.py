@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.optim import SGD, Optimizer
 from ema_proto.errors import RejectCode
 from ema_proto.specs import Raw
 from support.fake_worker import OfflineClient
+from support.processes import eventually
 from trainer_client import ClientClosed, JoinError, PlanError, RewindError, SettingsError
 
 ENDPOINT = "tcp://127.0.0.1:5555"
@@ -466,6 +469,21 @@ def test_a_closed_client_says_so_wherever_it_is_used() -> None:
     assert client.worker.closed == 1
     assert client.state_dict() == {"run": "r", "step": 0}
     assert "closed" in repr(client)
+
+
+def test_a_client_that_became_garbage_is_closed_in_another_thread() -> None:
+    client = _client()
+    client.update(nn.Linear(1, 1))
+    worker, closed_in = client.worker, list[str]()
+
+    def close(timeout_s: float) -> None:
+        closed_in.append(threading.current_thread().name)
+
+    worker.when_closed = close
+    del client
+    gc.collect()
+
+    eventually(lambda: closed_in == ["ema-close"], "the worker is closed")
 
 
 def test_finish_says_whether_the_server_confirmed() -> None:
