@@ -46,6 +46,7 @@ PROBE_S = 2.0  # a live trainer answers a probe from its socket thread at once
 RECONNECT_PAUSE_S = 1.0  # upper bound of the jittered pause between attempts
 HANDSHAKE_S = 5.0  # a HELLO unanswered on a fresh connection; a JOIN may take longer, heartbeats go on meanwhile
 STALL_S = 30.0  # heartbeats answered but no chunk credited and no snapshot committed: longer than a publishing pass
+REQUEST_S = 300.0  # a PUBLISH, REWIND or FINISH unanswered: longer than writing or loading the largest run
 CONNECTIONS_MAX = 10_000  # strangers cost memory; beyond this the longest silent one without a run is forgotten
 RUNS_REMEMBERED_MAX = 10_000  # who streamed a run last, for telling evicted trainers
 RECENT_STEPS = 8  # applied steps a JOINED names; more than the sender can have in flight

@@ -98,6 +98,11 @@ class StreamQueue:
                 return False
         return False
 
+    @property
+    def request_asked(self) -> int | None:
+        """Number of the oldest request that was written and is not answered."""
+        return next((item.number for item in self._items if isinstance(item, Request) and item.written), None)
+
     def next_step(self, first_step: int) -> int:
         """The step that a reconnecting session will send next."""
         for item in self._items:

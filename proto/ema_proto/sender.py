@@ -135,7 +135,8 @@ class Sender:
             return
         greeting = self.state is SenderState.GREETING
         awaiting = self.state is SenderState.JOINING or (self._is_streaming and self._stream.awaiting)
-        reason = self._patience.overdue(now, greeting=greeting, awaiting=awaiting)
+        request = self._stream.request_asked
+        reason = self._patience.overdue(now, greeting=greeting, awaiting=awaiting, request=request)
         if reason is not None:
             self.lost(now, reason)
         elif not greeting and self._patience.beat_is_due(now):

@@ -282,9 +282,28 @@ def test_a_run_may_take_its_time_to_go_back() -> None:
     sender = sender_in("streaming")
     sender.request_rewind(0)
     sender.offer(0, 1, 0.0)
-    alive(sender, 10 * limits.STALL_S)
+    alive(sender, limits.REQUEST_S - 1)
 
     assert sender.state is SenderState.STREAMING
+
+
+def test_a_request_whose_answer_was_lost_is_asked_again_on_a_fresh_connection() -> None:
+    sender = sender_in("streaming")
+    sender.request_publish(pin=True)
+    drain(sender)
+    for step in range(1, 400):
+        sender.offer(0, step, float(step))
+        drain(sender)
+        give(sender, m.Committed(step, step), now=float(step))
+        give(sender, m.Credit(step + 8), now=float(step))
+        sender.tick(float(step))
+        if sender.state is SenderState.DISCONNECTED:
+            break
+    sender.opened(400.0)
+    give(sender, m.Welcome(EPOCH, CHUNK_BYTES_MIN), now=400.0)
+    give(sender, m.Joined(step, None, (step,), "continued", 8), now=400.0)
+
+    assert m.Publish(1, pin=True) in drain(sender)
 
 
 @pytest.mark.parametrize("state", ["greeting", "greeted", "joining", "streaming"])

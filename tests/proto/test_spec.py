@@ -99,8 +99,8 @@ def test_the_version_and_the_time_table_are_those_of_limits_py() -> None:
     times = {row["what"]: row["seconds"] for row in table("## 10.", "what")}
 
     assert f"The version is {limits.VERSION_MAJOR}.{limits.VERSION_MINOR}." in SPEC
-    expected = [limits.HANDSHAKE_S, limits.SERVER_SILENT_S, limits.STALL_S, limits.HEARTBEAT_S]
-    expected += [limits.RECONNECT_PAUSE_S, limits.PROBE_S, limits.SESSION_LOST_S]
+    expected = [limits.HANDSHAKE_S, limits.SERVER_SILENT_S, limits.STALL_S, limits.REQUEST_S]
+    expected += [limits.HEARTBEAT_S, limits.RECONNECT_PAUSE_S, limits.PROBE_S, limits.SESSION_LOST_S]
     assert [float(value.split("…")[-1].split(",")[0]) for value in times.values()] == expected
 
 

@@ -80,8 +80,7 @@ class Server:
                     self.publish()
                     self.receiver.publish_answered(event.run, event.ticket, event.request, self.last_step)
                 case e.RewindRequested():
-                    self._go_back(event.step)
-                    self.receiver.rewound(event.run, event.ticket, event.request, self.last_step, recent=self._recent())
+                    self._rewind(event)
                 case e.FinishRequested():
                     self.publish()
                     self.receiver.finished(event.run, event.ticket, event.request, self.last_step)
@@ -96,6 +95,15 @@ class Server:
 
     def _recent(self) -> tuple[int, ...]:
         return tuple(step for step, _ in self.applied[-RECENT_STEPS:])
+
+    def _rewind(self, event: e.RewindRequested) -> None:
+        error = None
+        if any(step <= event.step for step, _ in self.durable):
+            self._go_back(event.step)
+        else:
+            error = f"no generation at or before step {event.step}"
+        step, recent = (self.last_step, self._recent()) if error is None else (None, ())
+        self.receiver.rewound(event.run, event.ticket, event.request, step, recent=recent, error=error)
 
     def _go_back(self, step: int) -> None:
         self.lives[-1] = [item for item in self.durable if item[0] <= step]

@@ -55,6 +55,8 @@ class Trainer:
         self.slots = [bytes(manifest.nbytes)] * 2
         self.free = [0, 1]
         self.sent: dict[int, bytes] = {}
+        self.offered: set[tuple[int, bytes]] = set()
+        self.outcomes: list[tuple[int, bytes, RejectCode | None]] = []
         self.committed: set[int] = set()
         self.dropped: dict[int, RejectCode] = {}
         self.answers: list[e.Answered] = []
@@ -63,6 +65,7 @@ class Trainer:
         self.published: list[int] = []
         self.connections: list[Connection] = []
         self.retry_at = 0.0
+        self._step_before_rewind: dict[int, int] = {}
         self.step = first_step - 1
         self.sender.join(small_join(manifest, first_step=first_step, incarnation=incarnation))
 
@@ -83,11 +86,27 @@ class Trainer:
             return False
         self.step += 1
         slot = self.free.pop()
-        content = random.Random(f"{self.name}-{self.step}-{len(self.sent)}").randbytes(self.manifest.nbytes)
+        content = random.Random(f"{self.name}-{self.step}-{len(self.offered)}").randbytes(self.manifest.nbytes)
+        self.offered.add((self.step, content))
         self.slots[slot] = content
         self.sent[self.step] = content
         self.sender.offer(slot, self.step, now)
         return True
+
+    def rewind(self, step: int) -> None:
+        """Go back, at once: what is trained from now on waits behind the request."""
+        self._step_before_rewind[self.sender.request_rewind(step)] = self.step
+        self.step = step
+
+    def _take_answer(self, number: int, error: str | None) -> None:
+        before = self._step_before_rewind.pop(number, None)
+        if before is None or error is None:
+            return
+        if self._step_before_rewind:  # a later rewind decides
+            later = min(self._step_before_rewind)
+            self._step_before_rewind[later] = max(self._step_before_rewind[later], before)
+        else:
+            self.step = max(self.step, before)
 
     def write(self) -> None:
         """Put everything that the machine wants to say on the wire."""
@@ -110,14 +129,16 @@ class Trainer:
             match event:
                 case e.SnapshotDone(slot, step, code, _):
                     self.free.append(slot)
+                    self.outcomes.append((step, self.slots[slot], code))
                     if code is None:
                         self.committed.add(step)
                     else:
                         self.dropped[step] = code
                 case e.ConnectionLost(_, retry_at):
                     self.retry_at = retry_at
-                case e.Answered():
+                case e.Answered(number, _, error):
                     self.answers.append(event)
+                    self._take_answer(number, error)
                 case e.Refused():
                     self.refused = event
                 case e.JoinAccepted(joined):

@@ -99,8 +99,7 @@ class Stage:
             case ["publishes"]:
                 trainer.sender.request_publish(pin=False)
             case ["rewinds", step]:
-                trainer.sender.request_rewind(int(step))
-                trainer.step = int(step)
+                trainer.rewind(int(step))
             case ["finishes"]:
                 trainer.sender.request_finish()
             case ["leaves"]:
