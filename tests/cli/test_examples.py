@@ -1,0 +1,46 @@
+"""The examples are what users copy: they run as they are, but for the server's address and the number of steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from support.command import ema
+from support.processes import Process, ServerProcess
+
+_EXAMPLES = Path(__file__).parents[2] / "examples"
+_STEPS = 60
+
+
+def _training(server: ServerProcess) -> str:
+    """The training script for this server, and short."""
+    script = (_EXAMPLES / "train_digits.py").read_text()
+    for printed, here in (("tcp://127.0.0.1:5555", server.zmq), ("STEPS = 5000", f"STEPS = {_STEPS}")):
+        assert script.count(printed) == 1
+        script = script.replace(printed, here)
+    return script
+
+
+def test_the_examples_train_evaluate_and_report(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "data") as server:
+        with Process("-c", _training(server)) as trainer:
+            assert trainer.wait() == 0, list(trainer.errors)
+        arguments = ("evaluate_digits:accuracy", "--run", "digits", "--url", server.http, "--json")
+        evaluated = ema("evaluate", *arguments, cwd=_EXAMPLES)
+        reported = server.get("/v1/runs/digits/metrics")["metrics"]
+
+    outcomes = [json.loads(line) for line in evaluated.stdout.splitlines()]
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert {outcome["version"]["average"] for outcome in outcomes} == {"raw", "ema-0.99", "ema-0.999"}
+    assert {row["average"]: row["metrics"] for row in reported} == {
+        outcome["version"]["average"]: outcome["metrics"] for outcome in outcomes
+    }
+    assert all(row["step"] == _STEPS and 0.05 < row["metrics"]["accuracy"] <= 1 for row in reported)
+
+
+def test_about_five_lines_of_the_training_script_are_ours() -> None:
+    lines = (_EXAMPLES / "train_digits.py").read_text().splitlines()
+    ours = [line for line in lines if "  # ema" in line]
+
+    assert len(ours) <= 5
+    assert [line for line in lines if ("ema." in line or "EmaClient" in line) and line not in ours] == []
