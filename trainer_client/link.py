@@ -40,6 +40,7 @@ class Link:
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
         self.refused = False
+        self._reached = False
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
@@ -157,13 +158,13 @@ class Link:
         while self._monitor is not None and self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)
             if event["event"] == zmq.EVENT_CONNECTED:
-                self.refused = False
+                self.refused, self._reached = False, True
                 self._descriptors.add(int(event["value"]))
             elif event["event"] == zmq.EVENT_DISCONNECTED:
                 self._descriptors.discard(int(event["value"]))
                 broken = True
             else:
-                self.refused = True
+                self.refused = not self._reached  # a stranger that hangs up is retried too, but something listens
         return broken
 
 
