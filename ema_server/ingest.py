@@ -96,8 +96,8 @@ class Ingest:
         self._link.wake()
 
     def _run(self) -> None:
-        # A chunk in cache is summed as fast by one thread as by two (53 and 51 us for 4 MiB), and torch's threads wait for
-        # each other where the cores are busy. The setting is this thread's own.
+        # A chunk in cache is summed as fast by one thread as by two (53 and 51 us for 4 MiB), and torch's threads wait
+        # for each other where the cores are busy. The setting is this thread's own.
         torch.set_num_threads(1)
         try:
             while not self._stopping:
