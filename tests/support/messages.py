@@ -62,3 +62,7 @@ EXAMPLES: dict[str, m.Message] = {
     "reject": m.Reject(RejectCode.STALE_EPOCH, "the server has restarted since: say HELLO again"),
     "reject of a snapshot": m.Reject(RejectCode.NOT_FINITE, "tensor 'norm.weight' is not finite", 1001, 1),
 }
+
+CONTROL: dict[str, m.ControlMessage] = {
+    name: message for name, message in EXAMPLES.items() if not isinstance(message, m.Chunk)
+}

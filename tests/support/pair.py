@@ -6,10 +6,11 @@ import random
 from dataclasses import dataclass
 
 from ema_proto import sender as s
+from ema_proto.errors import RejectCode
 from support.memory_server import Server
 from support.memory_trainer import Connection, Trainer, small_manifest
 
-__all__ = ["Connection", "Faults", "Server", "Trainer", "World"]
+__all__ = ["Connection", "Faults", "Server", "Trainer", "World", "check_agreement"]
 
 
 @dataclass
@@ -106,3 +107,19 @@ class World:
             cut = frames[which][: self.rng.randrange(len(frames[which]) + 1)]
             frames = (*frames[:which], cut, *frames[which + 1 :])
         return [frames, frames] if self.rng.random() < faults.double else [frames]
+
+
+def check_agreement(world: World) -> None:
+    """What was applied is what one session sent, in order, once; and both ends tell the same story of each step."""
+    for life in world.server.lives:
+        steps = [step for step, _ in life]
+        assert steps == sorted(set(steps))
+        for step, content in life:
+            assert any((step, content) in trainer.offered for trainer in world.trainers)
+    ever_applied, applied = set(world.server.history), set(world.server.applied)
+    for trainer in world.trainers:
+        for step, content, code in trainer.outcomes:
+            if code is None:
+                assert (step, content) in ever_applied
+            elif code is not RejectCode.UNAVAILABLE:  # given up unanswered: nobody claims to know
+                assert (step, content) not in applied

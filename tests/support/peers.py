@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from ema_proto import messages as m
 from ema_proto import receiver_events as e
+from ema_proto import sender_events as se
 from ema_proto.codec import Header, decode_frames, encode, encode_header
 from ema_proto.errors import RejectCode
 from ema_proto.limits import CHUNK_BYTES_MIN, PROBE_S
 from ema_proto.manifest import Role, TensorSpec, layout
 from ema_proto.receiver import Receiver
-from ema_proto.sender import Sender
+from ema_proto.sender import Sender, SenderState
 from ema_proto.specs import Raw
 
 SESSION = b"session of tests"
+OTHER = b"another session."
 EPOCH = 77
 MANIFEST = layout([TensorSpec("w", "U8", (CHUNK_BYTES_MIN,), Role.PARAM, 0)])
 JOIN = m.Join(run="run", first_step=1, manifest=MANIFEST, averages=(Raw(),))
@@ -193,3 +195,43 @@ def sender_after(state: str, message: str) -> str:
         case _:
             raise ValueError(message)
     return sender.state.value
+
+
+def done(sender: Sender) -> list[se.SnapshotDone]:
+    """The snapshots that it has given back."""
+    return [event for event in sender.events if isinstance(event, se.SnapshotDone)]
+
+
+def answered(sender: Sender) -> list[se.Answered]:
+    """The requests that it has had answered."""
+    return [event for event in sender.events if isinstance(event, se.Answered)]
+
+
+def kinds(sender: Sender) -> list[str]:
+    """Names of the messages that it wants to write."""
+    return [type(message).__name__ for message in drain(sender)]
+
+
+def rejoin(sender: Sender, joined: m.Joined) -> list[m.Message]:
+    """Lose the connection, open the next one, and be joined again; returns what was said before JOINED."""
+    sender.lost(0.0, "cut")
+    sender.opened(0.0)
+    give(sender, m.Welcome(EPOCH, CHUNK_BYTES_MIN))
+    said = drain(sender)
+    give(sender, joined)
+    return said
+
+
+def alive(sender: Sender, until: float) -> None:
+    """Heartbeats are answered, and nothing else happens."""
+    now = 0.0
+    while now < until and sender.state is not SenderState.DISCONNECTED:
+        now += 1.0
+        sender.tick(now)
+        drain(sender)
+        give(sender, m.Heartbeat(), now=now)
+
+
+def ends(receiver: Receiver) -> list[e.SessionEnded]:
+    """The sessions whose end the keeper was told."""
+    return [event for event in receiver.events if isinstance(event, e.SessionEnded)]

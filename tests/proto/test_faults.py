@@ -1,0 +1,94 @@
+"""Sender and receiver against each other while the network and two restarting processes do what they can do."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ema_proto.sender import SenderState
+from support.pair import Faults, World, check_agreement
+
+faults = st.builds(
+    Faults,
+    lose=st.sampled_from([0.0, 0.02, 0.1]),
+    double=st.sampled_from([0.0, 0.05, 0.2]),
+    reorder=st.sampled_from([0.0, 0.05, 0.3]),
+    truncate=st.sampled_from([0.0, 0.02, 0.05]),
+    stale=st.sampled_from([0.0, 0.2, 1.0]),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(seed=st.integers(0, 2**32), faults=faults, restarts=st.integers(0, 3), chunks=st.sampled_from([0.5, 2.5, 12.0]))
+def test_whatever_the_network_does_both_ends_agree(seed: int, faults: Faults, restarts: int, chunks: float) -> None:
+    rng = random.Random(seed)
+    world = World(rng=rng)
+    trainer = world.trainer(chunks=chunks)
+    restart_at = {rng.randrange(120) for _ in range(restarts)}
+    for turn in range(120):
+        if rng.random() < 0.5:
+            trainer.train(world.now)
+        if rng.random() < 0.05:
+            world.server.publish()
+        if rng.random() < 0.03:
+            trainer.sender.lost(world.now, "cut")
+        if turn in restart_at:
+            world.server.restart()
+        world.turn(faults, seconds=rng.choice([0.01, 0.1, 0.5]))
+    world.calm()
+
+    assert len(trainer.free) == 2, "everything offered is answered once the network is well"
+    check_agreement(world)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), faults=faults)
+def test_two_trainers_that_fight_for_a_run_never_mix_their_bytes(seed: int, faults: Faults) -> None:
+    rng = random.Random(seed)
+    world = World(rng=rng)
+    world.trainer("a")
+    for turn in range(80):
+        if turn == 30:
+            rival = world.trainer("b", incarnation=rng.choice([0, 1]))
+            rival.step = rng.randrange(40)
+            if rng.random() < 0.5:
+                world.trainers[0].sender.bye()
+        for trainer in world.trainers:
+            if rng.random() < 0.5 and trainer.sender.state is SenderState.STREAMING:
+                trainer.train(world.now)
+        world.turn(faults, seconds=rng.choice([0.01, 0.1, 0.5]))
+    world.calm()
+
+    check_agreement(world)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), faults=faults, restarts=st.integers(0, 2))
+def test_both_ends_agree_on_every_step_although_the_run_goes_back_again_and_again(
+    seed: int, faults: Faults, restarts: int
+) -> None:
+    """A step number then names several snapshots, and each answer has to be about the right one."""
+    rng = random.Random(seed)
+    world = World(rng=rng)
+    trainer = world.trainer(chunks=1.5)
+    restart_at = {rng.randrange(120) for _ in range(restarts)}
+    for turn in range(120):
+        if rng.random() < 0.6:
+            trainer.train(world.now)
+        if rng.random() < 0.1:
+            world.server.publish()
+        if rng.random() < 0.05 and trainer.step > 1:
+            trainer.rewind(rng.randrange(1, trainer.step))
+        if rng.random() < 0.05:
+            trainer.sender.request_publish(pin=False)
+        if turn in restart_at:
+            world.server.restart()
+        world.turn(faults, seconds=rng.choice([0.01, 0.1, 0.5]))
+    world.calm()
+    world.run(200, seconds=2.0)  # a lost answer to a request is noticed late
+    world.calm()
+
+    assert len(trainer.free) == 2
+    check_agreement(world)
