@@ -56,7 +56,7 @@ def measure(*, quick: bool) -> Section:
 
 
 def _rounds(setting: Setting, width: int, rounds: int, steps: int) -> list[Round]:
-    numbers = {"width": width, "batch": 1, "tokens": 64, "rounds": rounds, "steps": steps}
+    numbers = {"width": width, "batch": 1, "tokens": 48, "rounds": rounds, "steps": steps}
     cores = {"compute": setting.compute, "send": setting.send}
     with serving(_DISK_BYTES, setting.serve) as server:
         command = ["-m", "benchmarks.step_trainer", server.zmq]

@@ -79,15 +79,15 @@ def _measure(clients: Mapping[Way, EmaClient], args: argparse.Namespace) -> None
         "attach, wait": lambda: attached(clients["wait"]),
     }
 
-    def one(name: str) -> dict[str, float]:
+    def one(name: str, steps: int) -> dict[str, float]:
         client = clients["wait" if "wait" in name else "skip"]
         with arms[name]() as after:
-            found = _block(lambda: step(model, optimizer, patches), after, client, args.steps)
+            found = _block(lambda: step(model, optimizer, patches), after, client, steps)
         client.flush(_FLUSH_S)  # nothing of this arm runs on into the next
         return found
 
     for turn in range(args.rounds + 1):
-        found = {name: one(name) for name in arms}
+        found = {name: one(name, args.steps if turn else 1) for name in arms}
         if turn:
             print(json.dumps(found), flush=True)
 
