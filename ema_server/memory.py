@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ema_server.headroom import available_bytes
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Memory:
@@ -25,21 +27,29 @@ class Memory:
         return len(self.view)
 
 
-def allocate(nbytes: int) -> Memory:
+def allocate(nbytes: int, *, touch: bool = False) -> Memory:
     """Map `nbytes` of private anonymous memory, in huge pages where the kernel has them.
 
     Huge pages made a pass over 87 million float32 elements 1.4 times as fast here: fewer TLB misses.
 
+    Args:
+        nbytes: how much.
+        touch: have every page mapped now, which may take a second for a gigabyte, instead of at its first use.
+
     Raises:
-        MemoryError: the system refuses to map so much.
+        MemoryError: the system has not so much.
     """
+    available = available_bytes() if touch else None
+    if available is not None and nbytes > available:
+        raise MemoryError(f"{nbytes} bytes of memory are not to be had: {available} are left")
     try:
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError, ValueError) as error:
         raise MemoryError(f"{nbytes} bytes of memory are not to be had: {error}") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         _ask_for_huge_pages(pages)
-    return Memory(torch.frombuffer(pages, dtype=torch.uint8), memoryview(pages))
+    data = torch.frombuffer(pages, dtype=torch.uint8)
+    return Memory(data.zero_() if touch else data, memoryview(pages))
 
 
 def _ask_for_huge_pages(pages: mmap.mmap) -> None:

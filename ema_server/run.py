@@ -155,7 +155,7 @@ def new_average(manifest: Manifest, rule: AverageSpec, ledger: Ledger, memory: M
         MemoryError: the system has not enough.
     """
     form = form_of(rule)
-    held = memory if memory is not None else allocate(held_nbytes(manifest, form))
+    held = memory if memory is not None else allocate(held_nbytes(manifest, form), touch=True)
     return Average(rule, form, held, files_of(manifest, form), ledger)
 
 
