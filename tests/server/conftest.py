@@ -1,4 +1,4 @@
-"""Tests of the server use one thread per torch operation: two pools of threads on a busy machine wait for each other."""
+"""Tests of the server use one thread per torch operation: two pools of threads on a busy machine stall each other."""
 
 from __future__ import annotations
 
