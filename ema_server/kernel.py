@@ -29,11 +29,15 @@ class BlockSink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One average: its bytes (uint8, 1-D), their form, and the snapshot's weight; None copies the snapshot."""
+    """One average: its bytes (uint8, 1-D), their form, and the snapshot's weight; None copies the snapshot.
+
+    With `copies_buffers` the blocks that are buffers are copied.
+    """
 
     data: torch.Tensor
     form: Form
     weight: float | None
+    copies_buffers: bool = False
 
 
 class Kernel:
@@ -62,7 +66,7 @@ class Kernel:
                 if sink is not None:
                     sink.write(index, begin, begin + block.count * ITEM_BYTES[dtype])
                 held = view(target.data, dtype, begin, block.count)
-                if target.weight is not None and block.averaged:
+                if target.weight is not None and block.averaged and not (block.buffer and target.copies_buffers):
                     held.lerp_(wide, target.weight)
                 else:
                     held.copy_(wide if dtype != block.dtype else source)

@@ -11,7 +11,7 @@ fall, so every element stays aligned to its own size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from ema_proto.dtypes import FLOATS, ITEM_BYTES
@@ -41,13 +41,17 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`count` elements of one wire dtype, side by side in the snapshot and in both forms, all treated alike."""
+    """`count` elements of one wire dtype, side by side in the snapshot and in both forms, all treated alike.
+
+    `buffer` says that all are of buffers; where buffers need not be told apart, it is False.
+    """
 
     dtype: str
     averaged: bool
     count: int
     wire_offset: int
     wide_offset: int
+    buffer: bool = False
 
     def offset(self, form: Form) -> int:
         """First byte of the segment in an average of this form."""
@@ -74,18 +78,28 @@ def is_averaged(tensor: TensorSpec, exempt: frozenset[str]) -> bool:
     return tensor.is_float and tensor.role is not Role.STRUCTURAL and tensor.name not in exempt
 
 
-def segments(manifest: Manifest, exempt: frozenset[str] = frozenset()) -> tuple[Segment, ...]:
-    """The snapshot as few long runs, in memory order. Empty tensors are in none."""
+def segments(
+    manifest: Manifest, exempt: frozenset[str] = frozenset(), *, buffers_apart: bool = False
+) -> tuple[Segment, ...]:
+    """The snapshot as few long runs, in memory order. Empty tensors are in none.
+
+    Args:
+        manifest: the run's manifest.
+        exempt: names of tensors that are copied.
+        buffers_apart: no run holds buffers together with weights; needed where an average copies its buffers.
+    """
     merged: list[Segment] = []
     for place in _places(manifest, Form.WIDE):
         tensor = place.tensor
         if not tensor.elements:
             continue
-        new = Segment(tensor.dtype, is_averaged(tensor, exempt), tensor.elements, tensor.offset, place.offset)
-        if merged and (merged[-1].dtype, merged[-1].averaged) == (new.dtype, new.averaged):
-            last = merged.pop()
-            new = Segment(new.dtype, new.averaged, last.count + new.count, last.wire_offset, last.wide_offset)
-        merged.append(new)
+        averaged, buffer = is_averaged(tensor, exempt), buffers_apart and tensor.role is Role.BUFFER
+        new = Segment(tensor.dtype, averaged, tensor.elements, tensor.offset, place.offset, buffer)
+        last = merged[-1] if merged else None
+        if last is not None and (last.dtype, last.averaged, last.buffer) == (new.dtype, averaged, buffer):
+            merged[-1] = replace(last, count=last.count + new.count)
+        else:
+            merged.append(new)
     return tuple(merged)
 
 
@@ -97,7 +111,7 @@ def cut(runs: Iterable[Segment], block_elements: int) -> Iterator[Segment]:
         for start in range(0, run.count, block_elements):
             count = min(block_elements, run.count - start)
             wire_offset, wide_offset = run.wire_offset + start * item, run.wide_offset + start * wide_item
-            yield Segment(run.dtype, run.averaged, count, wire_offset, wide_offset)
+            yield Segment(run.dtype, run.averaged, count, wire_offset, wide_offset, run.buffer)
 
 
 def _places(manifest: Manifest, form: Form) -> Iterator[Place]:

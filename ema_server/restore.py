@@ -10,11 +10,10 @@ from ema_proto.specs import AverageSpec, parse_average
 from ema_server.catalog import Generation
 from ema_server.disk import pread_into
 from ema_server.generation import AVERAGES_FOLDER, read_manifest, read_record, verify
-from ema_server.layout import segments
 from ema_server.ledger import Ledger
 from ema_server.memory import Memory
 from ema_server.records import CONFIG_FILE, AverageRecord, BrokenGeneration
-from ema_server.run import Average, Run, new_average
+from ema_server.run import Average, Run, new_average, segments_for
 from ema_server.tensorfile import TensorFile
 
 
@@ -46,7 +45,7 @@ def load_run(generation: Generation, memories: dict[str, Memory]) -> Run:
     return Run(
         name=name,
         manifest=manifest,
-        segments=segments(manifest, exempt),
+        segments=segments_for(manifest, exempt, [average.rule for average in averages]),
         averages=tuple(averages),
         created=record.run.created,
         origin=record.run.origin,

@@ -6,6 +6,7 @@ stand. Threads, files, sessions and schedules are not known here. Memory is take
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from ema_server.layout import Form, Segment, held_nbytes, segments
 from ema_server.ledger import Ledger
 from ema_server.memory import Memory, allocate
 from ema_server.records import AverageRecord, RunRecord
-from ema_server.rules import form_of, weight_of
+from ema_server.rules import copies_buffers, form_of, weight_of
 from ema_server.tensorfile import TensorFile, files_of
 
 
@@ -36,6 +37,11 @@ class Average:
     ledger: Ledger
     updates: int = 0
     gap_steps: int = 0
+
+    def target(self, then: int | None, now: int) -> Target:
+        """What the kernel is to do at time `now`; `then` is the time of the last update, None for a replacement."""
+        weight = None if then is None else weight_of(self.rule, then, now)
+        return Target(self.memory.data, self.form, weight, copies_buffers(self.rule))
 
     def record(self) -> AverageRecord:
         """The average as values, a copy."""
@@ -92,7 +98,7 @@ class Run:
         """Copy these tensors from now on instead of averaging them."""
         if names - self.exempt:
             self.exempt |= names
-            self.segments = segments(self.manifest, self.exempt)
+            self.segments = segments_for(self.manifest, self.exempt, [average.rule for average in self.averages])
 
     def apply(self, crew: Crew, step: int, mode: Mode, snapshot: torch.Tensor, sink: BlockSink | None) -> None:
         """Bring the snapshot of `step` into every average.
@@ -112,10 +118,8 @@ class Run:
         """
         last = self.last_step
         replaces = last is None or mode == "set"
-        targets = [
-            Target(a.memory.data, a.form, None if last is None or replaces else weight_of(a.rule, step - last))
-            for a in self.averages
-        ]
+        then = None if last is None or replaces else last - self.origin
+        targets = [average.target(then, step - self.origin) for average in self.averages]
         missing = 0 if last is None or replaces else (step - 1) // self.every - last // self.every
         for average in self.averages:
             average.ledger.append(step, replaces=replaces)
@@ -140,6 +144,11 @@ class Run:
             quarantined=self.quarantined,
             averages=tuple(average.record() for average in self.averages),
         )
+
+
+def segments_for(manifest: Manifest, exempt: frozenset[str], rules: Iterable[AverageSpec]) -> tuple[Segment, ...]:
+    """The snapshot's segments; buffers are told apart only where a rule copies them, since that makes many."""
+    return segments(manifest, exempt, buffers_apart=any(copies_buffers(rule) for rule in rules))
 
 
 def new_average(manifest: Manifest, rule: AverageSpec, ledger: Ledger, memory: Memory | None = None) -> Average:
@@ -174,7 +183,7 @@ def new_run(join: messages.Join, created: str) -> Run:
     return Run(
         name=join.run,
         manifest=join.manifest,
-        segments=segments(join.manifest),
+        segments=segments_for(join.manifest, frozenset(), join.averages),
         averages=averages,
         created=created,
         origin=origin,

@@ -6,6 +6,7 @@ Comes in: the constructor's arguments and an environment. Goes out: one frozen `
 from __future__ import annotations
 
 import json
+import logging
 import math
 import operator
 import re
@@ -23,8 +24,11 @@ from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import CONFIG_BYTES_MAX, STEP_MAX
 from ema_proto.messages import Resume
 from ema_proto.names import check_name
-from ema_proto.specs import AverageSpec, parse_averages
+from ema_proto.specs import AverageSpec, parse_averages, split_averages
+from ema_proto.variables import misspelt, warning
 from trainer_client.errors import SettingsError
+
+log = logging.getLogger("ema")
 
 _ADDRESS = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:/*\[\]]+):(?P<port>\d{1,5})|ipc://\S+")
 _EXAMPLE = "for example tcp://127.0.0.1:5555"
@@ -79,9 +83,13 @@ class Settings:
     ) -> Settings:
         """Validate the arguments; `EMA_ENDPOINT`, `EMA_RUN`, `EMA_TOKEN` stand in for those that are None.
 
+        A variable that looks like one of ours misspelt is named in a warning.
+
         Raises:
             SettingsError: one of them has a value that cannot be used; the text names it and what to do.
         """
+        for name, meant in misspelt(environ):
+            log.warning("ema: %s", warning(name, meant))
         named = _given(run, environ, "EMA_RUN")
         return cls(
             endpoint=_endpoint(_given(endpoint, environ, "EMA_ENDPOINT")),
@@ -92,7 +100,7 @@ class Settings:
             every=check_step("every", every, 1),
             when_behind=WhenBehind(_choice("when_behind", when_behind, tuple(WhenBehind))),
             resume=cast(Resume, _choice("resume", resume, get_args(Resume))),
-            token=_given(token, environ, "EMA_TOKEN"),
+            token=_token(_given(token, environ, "EMA_TOKEN")),
             config=None if config is None else _config(config),
             checksum=bool(checksum),
             connect_timeout_s=check_timeout("connect_timeout_s", connect_timeout_s),
@@ -168,6 +176,15 @@ def _run(run: object) -> str:
         raise SettingsError(str(error)) from None
 
 
+def _token(token: str | None) -> str | None:
+    # A line end comes along when a token is read from a file; in a proof it would only be called wrong.
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise SettingsError(
+            "the token (EMA_TOKEN) holds a space, a line end or more than ASCII: no server has such a one"
+        )
+    return token
+
+
 def _generated_run() -> str:
     script = re.sub(r"[^A-Za-z0-9]+", "-", Path(sys.argv[0]).stem if sys.argv else "").strip("-")
     started = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
@@ -176,7 +193,7 @@ def _generated_run() -> str:
 
 def _averages(given: object) -> tuple[AverageSpec, ...]:
     # One string may hold several, as environment variables and command lines do.
-    items = given.split(",") if isinstance(given, str) else given
+    items = split_averages(given) if isinstance(given, str) else given
     if not isinstance(items, Iterable) or isinstance(items, Mapping):
         raise SettingsError(f"averages={given!r} is not a list of averages: use for example ['ema:0.9999', 'raw']")
     averages: list[AverageSpec | str] = []
