@@ -6,14 +6,18 @@ A room whose packages are missing keeps its commands in the list; each of them s
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ema_cli.main import EXIT_USAGE, missing_advice
+from ema_cli.main import EXIT_INTERRUPTED, EXIT_USAGE, missing_advice
+from ema_proto.variables import misspelt, warning
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or the copy that newer releases of typer have
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class Room:
 
 ROOMS = (
     Room("ema_server.cli", ("serve",)),
-    Room("ema_reader.cli", ("status", "versions", "download", "evaluate", "healthcheck")),
+    Room("ema_reader.cli", ("status", "versions", "download", "evaluate", "validate", "healthcheck")),
     Room("ema_cli.doctor", ("doctor",)),
     Room("ema_cli.demo.command", ("demo",)),
 )
@@ -46,6 +50,29 @@ def build(rooms: tuple[Room, ...] = ROOMS) -> typer.Typer:
             for command in room.commands:
                 _register_missing(app, command, advice)
     return app
+
+
+def run(app: typer.Typer) -> int:
+    """Carry out the command line and return the exit code; what is wrong with it is one line on stderr."""
+    for name, meant in misspelt(os.environ):
+        typer.echo(f"ema: {warning(name, meant)}", err=True)
+    try:
+        code = app(prog_name="ema", standalone_mode=False)
+    except _UsageError as error:
+        typer.echo(_one_line(error), err=True)
+        return EXIT_USAGE
+    except typer.Abort:
+        return EXIT_INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def _one_line(error: Any) -> str:
+    """A usage error in one line with the way on; the help itself where nothing was asked."""
+    text: str = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return text
+    command = "ema" if error.ctx is None else error.ctx.command_path
+    return f"{command}: {' '.join(text.split()).rstrip('.')}; see {command} --help"
 
 
 def _print_version(asked: bool) -> None:

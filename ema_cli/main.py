@@ -21,20 +21,23 @@ _EXTRA_OF = {
     "zmq": "server",
 }
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
     """Run the command that the arguments name, and exit with its code."""
     try:
-        from ema_cli.app import build
+        from ema_cli.app import build, run
 
-        build()()
+        sys.exit(run(build()))
     except ModuleNotFoundError as error:
         advice = missing_advice(error)
         if advice is None:
             raise
         print(f"ema: {advice}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:  # while modules are imported; a command that runs has ended by itself
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def missing_advice(error: ModuleNotFoundError) -> str | None:

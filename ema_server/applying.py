@@ -20,11 +20,12 @@ from ema_server.run import Run
 from ema_server.telemetry import Counter, Telemetry
 
 _TENSORS_SHOWN = 5
+_TENSORS_KEPT = 100  # in the status, which readers poll: a model has up to 100,000
 
 
 @dataclass(frozen=True, slots=True)
 class Objection:
-    """Why a snapshot may not count, and the tensors in question."""
+    """Why a snapshot may not count, and the first of the tensors in question."""
 
     text: str
     tensors: tuple[str, ...]
@@ -39,7 +40,8 @@ def objection(run: Run, job: Apply) -> Objection | None:
     if not unclean:
         return None
     shown = ", ".join(unclean[:_TENSORS_SHOWN]) + (", ..." if len(unclean) > _TENSORS_SHOWN else "")
-    return Objection(f"NaN or Inf at step {job.step} in {len(unclean)} tensors: {shown}", tuple(unclean))
+    text = f"NaN or Inf at step {job.step} in {len(unclean)} tensors: {shown}"
+    return Objection(text, tuple(unclean[:_TENSORS_KEPT]))
 
 
 def exempt_at_first(run: Run, job: Apply) -> frozenset[str]:

@@ -31,6 +31,7 @@ from ema_server.telemetry import Gauge, Telemetry
 THREAD_NAME = "averager"
 
 _TICK_S = 0.5  # how late a heartbeat or a schedule may be
+_TICK_S_MIN = 0.01  # a schedule of nanoseconds must not keep a core busy
 
 logger = logging.getLogger("ema")
 
@@ -103,7 +104,7 @@ class Averager:
         return in_time and not any(course.is_changed for course in self._courses.all())
 
     def _work(self) -> None:
-        tick_s = min(_TICK_S, self._config.publish_every_seconds or _TICK_S)
+        tick_s = max(min(_TICK_S, self._config.publish_every_seconds or _TICK_S), _TICK_S_MIN)
         while True:
             self._telemetry.beat(THREAD_NAME)
             self._telemetry.set(Gauge.INBOX, len(self._inbox))

@@ -46,7 +46,8 @@ class RouterLink:
         try:
             self._router.bind(endpoint)
         except zmq.ZMQError as error:
-            raise OSError(error.errno, f"cannot listen at {endpoint}: {error.strerror}") from None
+            why = str(error.strerror).partition(" (addr=")[0]
+            raise OSError(error.errno, f"cannot listen at {endpoint}: {why}; choose another --zmq") from None
         return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether the server does its work: its threads are alive, the data folder can be written, and there is room.
+"""Whether the server does its work: threads live, the data folder can be written, runs are published, there is room.
 
 A server without a trainer is ready. The checks of the disk run in a worker thread: a network disk may hang.
 """
@@ -24,6 +24,7 @@ async def check_all(services: Services) -> dict[str, CheckOut]:
     needed = FREE_BYTES_MIN + sum(status.memory_bytes for status in services.board.all())
     checks = {name: _thread(services, name) for name in THREADS}
     checks["data"] = await anyio.to_thread.run_sync(_writable, services.data)
+    checks["publishing"] = _publishing(services)
     checks["disk"] = await anyio.to_thread.run_sync(_room, services.data, needed)
     if services.stopping.is_set():
         checks["stopping"] = CheckOut(ok=False, detail="the server has been asked to stop")
@@ -36,6 +37,12 @@ def _thread(services: Services, name: str) -> CheckOut:
         return CheckOut(ok=False, detail="not started")
     detail = f"last beat {age_s:.1f} s ago, limit {BEAT_AGE_S_MAX:.0f} s"
     return CheckOut(ok=age_s < BEAT_AGE_S_MAX, detail=detail)
+
+
+def _publishing(services: Services) -> CheckOut:
+    """Averaging goes on while a run cannot be published; what it has since then would be lost with the process."""
+    failing = [f"run {status.run}: {status.publish_error}" for status in services.board.all() if status.publish_error]
+    return CheckOut(ok=not failing, detail="; ".join(failing) or "the last generation of every run was written")
 
 
 def _writable(data: Path) -> CheckOut:

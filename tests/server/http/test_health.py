@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
@@ -36,7 +37,7 @@ def test_a_server_with_beating_threads_and_room_is_ready_without_any_trainer(
     body = client.get("/readyz").json()
 
     assert body["ready"] is True
-    assert sorted(body["checks"]) == ["averager", "data", "disk", "ingest"]
+    assert sorted(body["checks"]) == ["averager", "data", "disk", "ingest", "publishing"]
 
 
 def test_a_thread_that_never_beat_makes_it_unready_check_by_check(client: TestClient, served: Served) -> None:
@@ -52,6 +53,7 @@ def test_a_thread_that_never_beat_makes_it_unready_check_by_check(client: TestCl
         "averager": True,
         "data": True,
         "disk": True,
+        "publishing": True,
     }
 
 
@@ -74,6 +76,18 @@ def test_too_little_room_for_every_run_makes_it_unready(client: TestClient, serv
     )
 
     assert not client.get("/readyz").json()["checks"]["disk"]["ok"]
+
+
+def test_a_run_that_cannot_be_published_makes_it_unready_and_is_named(client: TestClient, served: Served) -> None:
+    served.beat()
+    served.publish("digits", 1)
+    status = served.board.all()[0]
+    served.board.put(replace(status, publish_error="the generation could not be written: Disk quota exceeded"))
+
+    publishing = client.get("/readyz").json()["checks"]["publishing"]
+
+    assert not publishing["ok"]
+    assert publishing["detail"] == "run digits: the generation could not be written: Disk quota exceeded"
 
 
 def test_a_server_that_is_stopping_is_not_ready(client: TestClient, served: Served) -> None:
