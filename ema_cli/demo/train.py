@@ -1,4 +1,4 @@
-"""The demo's trainer, a process of its own. Comes in: a server's address; goes out: snapshots, and a record of them.
+"""The demo's trainer, a process of its own. Comes in: a server's address; goes out: snapshots and, if asked, a record.
 
 The recipe is one that needs averaging: a constant high learning rate, batches of 8 images, and RMSprop with momentum
 and weight decay, so that the last weights jump about the solution. Progress goes to stdout as JSON lines.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ _REPORT_STEPS = 25
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to train: where the server is, the run's name, how many steps, and the folder for the record."""
+    """What to train: where the server is (None: `EMA_ENDPOINT`), the run's name, steps, and where to record them."""
 
-    endpoint: str
+    endpoint: str | None
     run: str
     steps: int
     seed: int
-    record: Path
+    record: Path | None
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -47,14 +48,15 @@ def train(job: Job) -> dict[str, Any]:
     optimizer = _optimizer(model)
     client = EmaClient(job.endpoint, run=job.run, averages=AVERAGES, when_behind="wait")
     client.attach(model, optimizer)
-    with RecordWriter(job.record) as record:
+    with nullcontext() if job.record is None else RecordWriter(job.record) as record:
         for step in range(1, job.steps + 1):
             batch = torch.randint(len(digits.train_labels), (_BATCH_IMAGES,))
             optimizer.zero_grad()
             loss = cross_entropy(model(digits.train_images[batch]), digits.train_labels[batch])
             loss.backward()
             optimizer.step()
-            record.append(model.state_dict())
+            if record is not None:
+                record.append(model.state_dict())
             if step % _REPORT_STEPS == 0 or step == job.steps:
                 print(json.dumps({"step": step, "loss": loss.item()}), flush=True)
     if not client.finish():
@@ -69,11 +71,11 @@ def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 def parse(arguments: list[str] | None = None) -> Job:
     """Read the command line of this process."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--endpoint")
     parser.add_argument("--run", required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--record", type=Path)
     return Job(**vars(parser.parse_args(arguments)))
 
 

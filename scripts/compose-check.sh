@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# Takes docker-compose.yml through its whole life on the Docker engine that is there, and says what it does:
+# built, up, trained, evaluated, a checkpoint downloaded by curl and loaded, down, up with the run still there, SIGTERM
+# in the middle of a run with everything published. Exit code 0 when all of it held.
+#
+#   scripts/compose-check.sh
+#
+# It has a project, a token, ports and volumes of its own, and removes them at the end; the images stay, for the next
+# time. Needs bash, curl, and docker with compose. BASE_IMAGE, TORCH_VERSION, TORCH_INDEX: see the Dockerfile.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+STEPS=1000
+AVERAGE=ema-0.99
+WAIT_S=300
+INDEX=https://download.pytorch.org/whl/cpu
+
+export COMPOSE_PROJECT_NAME=ema-check-$$ COMPOSE_FILE=docker-compose.yml
+EMA_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export EMA_TOKEN HTTP_PORT=0 ZMQ_PORT=0 DEMO_RUN=digits DEMO_STEPS=$STEPS EMA_PUBLISH_EVERY_STEPS=$((STEPS / 5))
+export EMA_PUBLISH_EVERY_SECONDS=0 # so that what is published at the end is the end's doing
+unset EMA_KEEP_GENERATIONS EMA_LOST_AFTER_SECONDS EMA_CHUNK_BYTES EMA_LOG_LEVEL
+
+if docker compose version >/dev/null 2>&1; then
+  compose() { docker compose --profile demo "$@"; }
+else
+  compose() { docker-compose --profile demo "$@"; }
+fi
+
+started_s=$SECONDS
+folder=$(mktemp -d)
+say() { printf '%4d s  %s\n' $((SECONDS - started_s)) "$*"; }
+fail() {
+  say "FAILED: $*"
+  compose ps >&2 || true
+  compose logs --no-color --tail=20 >&2 || true
+  exit 1
+}
+clean_up() {
+  compose down --volumes --remove-orphans >"$folder/down.log" 2>&1 || cat "$folder/down.log" >&2
+  rm -rf "$folder"
+}
+trap clean_up EXIT
+trap 'exit 130' INT TERM
+
+quietly() { # a command whose output only matters when it fails
+  "$@" >"$folder/output.log" 2>&1 || { cat "$folder/output.log" >&2; fail "$*"; }
+}
+container() { compose ps --all --quiet "$1" | head -n 1; }
+state() { docker inspect --format "{{.State.$2}}" "$1"; }
+server() { docker exec "$ema" "$@"; }
+run_field() { # of the run $1, the field $2
+  server ema status "$1" --json | server_python "print(json.load(sys.stdin)['runs'][0]['$2'])"
+}
+server_python() { docker exec --interactive "$ema" python -c "import json, sys; $1"; }
+get() { curl --fail --silent --show-error --location --noproxy '*' --header "Authorization: Bearer $EMA_TOKEN" "$@"; }
+
+await() { # what is waited for, then a command that succeeds when it is there
+  local until_s=$((SECONDS + WAIT_S)) what=$1
+  shift
+  until "$@"; do
+    ((SECONDS < until_s)) || fail "$what did not happen within $WAIT_S s"
+    sleep 0.5
+  done
+}
+is_healthy() { [[ $(state "$ema" Health.Status) == healthy ]]; }
+has_ended() { [[ $(state "$1" Status) == exited ]]; }
+has_passed() { [[ $(run_field "$1" step 2>/dev/null) -gt $2 ]] 2>/dev/null; }
+
+up() {
+  quietly compose up --detach ema
+  ema=$(container ema)
+  await "a healthy server" is_healthy
+  address=$(compose port ema 8080)
+  base=http://$address/v1/runs
+}
+
+build() {
+  if [[ -z ${TORCH_INDEX+set} ]] && ! curl --fail --silent --max-time 5 --output /dev/null "$INDEX/torch/"; then
+    say "PyTorch's CPU index does not answer; torch comes from the plain index"
+    export TORCH_INDEX=
+  fi
+  say "building the images"
+  quietly compose build
+  for image in ema-sidecar ema-sidecar-demo; do
+    say "  $image: $(($(docker image inspect --format '{{.Size}}' $image) / 1000000)) MB"
+  done
+}
+
+contained() {
+  [[ $(server id -u) == 10001 ]] || fail "the server does not run as user 10001"
+  ! server touch /opt/ema/written 2>/dev/null || fail "the server can write to its image"
+  server touch /data/written /tmp/written || fail "the server cannot write to /data and /tmp"
+  [[ $address == 127.0.0.1:* ]] || fail "the server listens on $address"
+  [[ $(compose port ema 5555) == 127.0.0.1:* ]] || fail "trainers can connect from other machines"
+  local code
+  code=$(curl --silent --noproxy '*' --output /dev/null --write-out '%{http_code}' "$base")
+  [[ $code == 401 ]] || fail "without a token the server answers $code"
+  say "  user 10001, read-only root, ports on 127.0.0.1 only, 401 without the token"
+}
+
+demo() {
+  quietly compose up --detach trainer evaluator
+  local service id
+  for service in trainer evaluator; do
+    id=$(container $service)
+    await "the end of the $service" has_ended "$id"
+    [[ $(state "$id" ExitCode) == 0 ]] || fail "the $service ended with exit code $(state "$id" ExitCode)"
+  done
+  [[ $(run_field digits state) == finished ]] || fail "the run is $(run_field digits state)"
+  [[ $(run_field digits applied) == "$STEPS" ]] || fail "$(run_field digits applied) of $STEPS steps are averaged"
+  say "  $STEPS steps averaged; $(get "$base/digits/metrics" | server_python "
+rows = json.load(sys.stdin)['metrics']
+print(len(rows), 'versions evaluated')")"
+}
+
+download() { # to the file $1
+  get --output "$1.json" "$base/digits/averages/$AVERAGE/versions/latest"
+  get --output "$1" "$base/digits/averages/$AVERAGE/versions/latest/files/model.safetensors"
+}
+
+loads() { # what the evaluator said of the file $1 is what a process without a network finds in it
+  local reported measured run_alone="docker run --rm --interactive --network none --read-only --tmpfs /tmp"
+  reported=$(get "$base/digits/metrics" | server_python "
+rows = json.load(sys.stdin)['metrics']
+print(max((row['step'], row['metrics']['accuracy']) for row in rows if row['average'] == '$AVERAGE')[1])")
+  measured=$($run_alone --entrypoint python ema-sidecar-demo -c '
+import sys
+from safetensors.torch import load
+from ema_cli.demo.evaluate import accuracy
+print(accuracy(load(sys.stdin.buffer.read()))["accuracy"])' <"$1")
+  [[ $measured == "$reported" ]] || fail "the downloaded file scores $measured, the evaluator reported $reported"
+  say "  $(wc -c <"$1") bytes; accuracy $measured, as the evaluator reported"
+}
+
+interrupted() { # SIGTERM in the middle of a run
+  quietly compose run --detach trainer --run interrupted --steps 1000000 --seed 1
+  await "step 300 of a second run" has_passed interrupted 300
+  quietly docker kill "$(docker ps --quiet --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" \
+    --filter "label=com.docker.compose.service=trainer")"
+  local step published grace_s term_s
+  step=$(run_field interrupted step) published=$(run_field interrupted published_step)
+  [[ $published != "$step" ]] || fail "step $step is published already: nothing is left to show"
+  say "  the trainer is killed; averaged: step $step, published: $published"
+  grace_s=$(docker inspect --format '{{.Config.StopTimeout}}' "$ema") term_s=$SECONDS
+  quietly compose stop ema
+  [[ $(state "$ema" ExitCode) == 0 ]] || fail "the server ended with exit code $(state "$ema" ExitCode)"
+  say "  exit code 0, $((SECONDS - term_s)) s after SIGTERM; the grace is $grace_s s"
+  up
+  published=$(run_field interrupted published_step)
+  ((published >= step)) || fail "the server had averaged step $step and published only $published"
+  say "  up again: published is step $published"
+}
+
+docker info >/dev/null
+build
+say "up"
+up
+contained
+say "training and evaluating"
+demo
+say "downloading $AVERAGE with curl"
+download "$folder/first.safetensors"
+loads "$folder/first.safetensors"
+say "down, and up again"
+quietly compose down
+export EMA_PUBLISH_EVERY_STEPS=0
+up
+download "$folder/second.safetensors"
+cmp "$folder/first.safetensors" "$folder/second.safetensors" || fail "the run came back with other weights"
+cmp "$folder/first.safetensors.json" "$folder/second.safetensors.json" || fail "the run came back as another version"
+say "  the run is still there, byte for byte"
+say "SIGTERM in the middle of a run"
+interrupted
+say "all of it held; to remove the images: docker image rm ema-sidecar ema-sidecar-demo"
