@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from ema_server.records import FORMAT, BrokenGeneration
 _LOCK_FILE = "LOCK"
 _FORMAT_FILE = "format.json"
 _TEMPORARY = ".tmp-"
+_ROOM_BYTES = 256 << 10  # what a database takes before it holds anything
 _BAD = ".bad-"
 
 logger = logging.getLogger("ema")
@@ -131,9 +133,12 @@ def open_data_dir(root: Path) -> DataDir:
     try:
         _check_format(root / _FORMAT_FILE)
         data_dir.sweep()
+        _check_room(root)
     except OSError as error:
         data_dir.close()
-        raise DataDirError(f"data folder {root} cannot be used: {error}") from error
+        raise DataDirError(
+            f"data folder {root} cannot be used: {error.strerror}; make room, or choose another with --data"
+        ) from error
     except DataDirError:
         data_dir.close()
         raise
@@ -170,6 +175,14 @@ def _check_format(path: Path) -> None:
             f"data folder {path.parent} has format {found!r}, this server knows {FORMAT}: "
             "use the server that wrote it or choose another --data"
         )
+
+
+def _check_room(root: Path) -> None:
+    """Fail now where the database of the metrics would fail next, in words that say less."""
+    with tempfile.TemporaryFile(dir=root) as probe:
+        probe.write(bytes(_ROOM_BYTES))
+        probe.flush()
+        os.fsync(probe.fileno())
 
 
 def _is_run(name: str) -> bool:

@@ -1,0 +1,151 @@
+"""A disk that is full, read-only or of another: averaging goes on, what is wrong is said, and room mends it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from safetensors.torch import load_file
+
+from ema_reader import Reader
+from support.processes import Process, ServerProcess, eventually
+from support.small_disk import SmallDiskProcess, can_mount
+from support.toy import Toy, check_version, ledger_steps
+from trainer_client import EmaClient
+
+WAIT_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _namespaces(tmp_path: Path) -> None:
+    if not can_mount(tmp_path):
+        pytest.skip("this system lets nobody mount a file system in a namespace of its own")
+
+
+def get(url: str) -> tuple[int, Any]:
+    response = httpx2.get(url, timeout=WAIT_S)
+    return response.status_code, response.json()
+
+
+def test_a_full_disk_stops_publishing_alone_and_room_mends_it(tmp_path: Path) -> None:
+    with SmallDiskProcess(tmp_path / "data", "size=96m") as server:
+        ready = server.ready()
+        run_url, ready_url = f"{ready['http']}/v1/runs/r", f"{ready['http']}/readyz"
+        with EmaClient(ready["zmq"], "r", ["raw", "ema:0.9"], when_behind="wait") as client:
+            client.update(Toy().at(1), 1)
+            assert client.flush(WAIT_S, durable=True)
+            assert get(ready_url)[0] == 200
+
+            ballast = server.fill()
+            for step in range(2, 31):
+                client.update(Toy().at(step), step)
+            assert not client.flush(WAIT_S, durable=True), "nothing can be durable"
+            assert client.stats()["committed"] == 30, "averaging goes on"
+            status = get(run_url)[1]
+            assert (status["step"], status["published_step"]) == (30, 1)
+            assert "No space left on device" in status["publish_error"]
+            code, said = get(ready_url)
+            assert code == 503
+            assert not said["checks"]["disk"]["ok"]
+            assert "run r: " in said["checks"]["publishing"]["detail"]
+            assert "No space left on device" in said["checks"]["publishing"]["detail"]
+            answer = httpx2.post(f"{run_url}/versions", timeout=WAIT_S)
+            assert answer.status_code == 503
+            assert "No space left on device" in answer.text
+            with Reader(ready["http"]) as reader:
+                old = reader.download(reader.version("r", "raw"), tmp_path / "old")
+            assert load_file(old / "model.safetensors"), "what is published is served"
+
+            ballast.unlink()
+            eventually(lambda: get(run_url)[1]["published_step"] == 30, "published again without being asked")
+            assert get(run_url)[1]["publish_error"] is None
+            assert get(ready_url)[0] == 200
+        with Reader(ready["http"]) as reader:
+            about = check_version(reader.download(reader.version("r", "ema-0.9"), tmp_path / "new"))
+        assert list(ledger_steps(about["ledger"])) == list(range(1, 31))
+        server.send(signal.SIGTERM)
+        assert server.wait(WAIT_S) == 0
+
+
+def test_a_server_that_cannot_publish_when_it_is_stopped_ends_with_1_and_says_so(tmp_path: Path) -> None:
+    with SmallDiskProcess(tmp_path / "data", "size=96m") as server:
+        client = EmaClient(server.ready()["zmq"], "r", ["raw"])
+        client.update(Toy().at(1), 1)
+        assert client.flush(WAIT_S)
+        server.fill()
+        server.send(signal.SIGINT)
+        code = server.wait(WAIT_S)
+        client.close()
+
+    assert code == 1
+    assert any("No space left on device" in line for line in server.errors)
+    assert not any("Traceback" in line for line in server.errors), list(server.errors)
+
+
+_FILL = 'dd if=/dev/zero of="$0/ballast" bs=4k >/dev/null 2>&1'
+
+
+def test_a_disk_that_is_full_at_the_first_start_is_one_line(tmp_path: Path) -> None:
+    with SmallDiskProcess(tmp_path / "data", "size=256k", _FILL) as server:
+        code = server.wait(WAIT_S)
+
+    assert (code, list(server.lines)) == (1, [])
+    assert len(server.errors) == 1, list(server.errors)
+    assert "No space left on device" in server.errors[0] or "full" in server.errors[0]
+    assert str(tmp_path / "data") in server.errors[0]
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A data folder that a server has left, with one run."""
+    with ServerProcess(tmp_path / "written") as server:
+        with EmaClient(server.zmq, "r", ["raw", "ema:0.9"], when_behind="wait") as client:
+            for step in range(1, 4):
+                client.update(Toy().at(step), step)
+        server.send(signal.SIGTERM)
+        assert server.wait(WAIT_S) == 0
+    return tmp_path / "written"
+
+
+def test_a_disk_that_is_full_at_a_restart_is_one_line_and_costs_nothing_of_what_is_there(
+    tmp_path: Path, written: Path
+) -> None:
+    """The supervisor that starts the server again and again gets it up as soon as there is room."""
+    prepare = f'cp -r {written}/. "$0"; {_FILL}; {sys.executable} -m ema_cli serve --data "$0" --http 127.0.0.1:0'
+    with SmallDiskProcess(
+        tmp_path / "data", "size=4m", f'{prepare} --zmq tcp://127.0.0.1:0; rm "$0/ballast"'
+    ) as server:
+        ready = server.ready()
+        refused = list(server.errors)
+        with Reader(ready["http"]) as reader:
+            about = check_version(reader.download(reader.version("r", "ema-0.9"), tmp_path / "out"))
+
+    assert len([line for line in refused if line.startswith("ema serve: ")]) == 1
+    assert "No space left on device; make room" in refused[0]
+    assert about["step"] == 3
+
+
+def test_a_data_folder_that_is_read_only_is_one_line(tmp_path: Path, written: Path) -> None:
+    prepare = f'cp -r {written}/. "$0"'
+    with SmallDiskProcess(tmp_path / "data", "size=8m", prepare, remount="ro") as server:
+        code = server.wait(WAIT_S)
+
+    assert (code, list(server.lines)) == (1, [])
+    assert len(server.errors) == 1, list(server.errors)
+    assert "Read-only file system" in server.errors[0]
+    assert "--data" in server.errors[0]
+
+
+def test_a_data_folder_of_a_newer_release_is_one_line_and_left_as_it_is(tmp_path: Path, written: Path) -> None:
+    (written / "format.json").write_text('{"format": 2}\n')
+    before = {path: path.stat().st_mtime_ns for path in written.rglob("*") if path.name != "LOCK"}
+    with Process("-m", "ema_cli", "serve", "--data", str(written), "--http", "127.0.0.1:0") as server:
+        code = server.wait(WAIT_S)
+
+    assert (code, list(server.lines), len(server.errors)) == (1, [], 1)
+    assert "format 2" in server.errors[0]
+    assert {path: path.stat().st_mtime_ns for path in written.rglob("*") if path.name != "LOCK"} == before
