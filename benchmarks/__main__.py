@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import download, ingest, kernel, machine, memory, step_time
@@ -34,10 +35,13 @@ def main() -> None:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     if args.write and (args.names or args.quick):
         parser.error("--write replaces all tables: run it without names and without --quick")
-    text = report(args.names or list(BENCHMARKS), quick=args.quick)
-    print(text)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and trainers are stopped too
+    parts: list[str] = []
+    for part in report(args.names or list(BENCHMARKS), quick=args.quick):
+        print(part, end="\n\n", flush=True)
+        parts.append(part)
     if args.write:
-        write(text)
+        write("\n\n".join(parts))
 
 
 def write(text: str) -> None:
@@ -45,13 +49,12 @@ def write(text: str) -> None:
     README.write_text(_MARKED.sub(lambda _: f"\n{text}\n\n", README.read_text()))
 
 
-def report(names: list[str], *, quick: bool) -> str:
-    """The machine, then a table for each benchmark."""
-    parts = [machine.description(quick=quick)]
+def report(names: Sequence[str], *, quick: bool) -> Iterator[str]:
+    """The machine, then a table for each benchmark, each as soon as it is measured."""
+    yield machine.description(quick=quick)
     for name in names:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        parts.append(BENCHMARKS[name](quick=quick).markdown())
-    return "\n\n".join(parts)
+        yield BENCHMARKS[name](quick=quick).markdown()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,7 @@ def measure(*, quick: bool) -> Section:
     rows: list[Row] = []
     for setting in settings()[: 1 if quick else None]:
         for size, width in (QUICK_WIDTHS if quick else WIDTHS).items():
+            print(f"  {size}, {setting.name}", file=sys.stderr, flush=True)
             rounds = _rounds(setting, width, rounds=1 if quick else 5, steps=2 if quick else 3072 // width + 2)
             rows += _rows(f"{size}, {setting.name}", rounds, _AIM if setting.compute != setting.serve else "none")
     note = "Time added to a step; in brackets the step without an average. The rival is timm's arithmetic, not timm."
