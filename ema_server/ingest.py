@@ -189,7 +189,7 @@ class Ingest:
         nbytes = outcome.manifest.nbytes
         try:
             slots = tuple(Slot(nbytes) for _ in range(SLOTS))
-        except (OSError, MemoryError) as error:
+        except MemoryError as error:
             text = f"{SLOTS} slots of {nbytes} bytes cannot be had on the server: {error}"
             self._receiver.refuse_join(event.run, event.ticket, RejectCode.OUT_OF_MEMORY, text)
             self._averager.submit(jobs.Leave(event.run, lost=False))

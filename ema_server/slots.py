@@ -1,24 +1,25 @@
 """Host memory that snapshots arrive in: a run's slots, each exactly one snapshot long, made when a session joins.
 
-Anonymous mappings: exact in size, zero pages until used, and given back to the kernel when the last view goes.
+Pages are mapped as the first snapshot arrives: touching them all at joining would hold up other runs' snapshots.
 """
 
 from __future__ import annotations
 
-import mmap
-
-import torch
+from ema_server.memory import allocate
 
 
 class Slot:
-    """One slot: its bytes as a tensor (uint8, 1-D) and as a memoryview of the same memory, and what arrived unclean."""
+    """One slot: its bytes as a tensor (uint8, 1-D) and as a memoryview of the same memory, and what arrived unclean.
+
+    Raises:
+        MemoryError: the system has not so much memory.
+    """
 
     __slots__ = ("_attempt", "not_finite", "tensor", "view")
 
     def __init__(self, nbytes: int) -> None:
-        memory = mmap.mmap(-1, nbytes)
-        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
-        self.view = memoryview(memory)
+        memory = allocate(nbytes)
+        self.tensor, self.view = memory.data, memory.view
         self.not_finite: set[str] = set()
         self._attempt = 0
 
