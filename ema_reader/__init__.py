@@ -4,6 +4,7 @@ Start at `Reader`. Nothing here knows the server's code, ZeroMQ, or how an avera
 """
 
 from ema_reader.errors import (
+    LeaseLost,
     NotFound,
     ReaderError,
     RequestRefused,
@@ -13,7 +14,7 @@ from ema_reader.errors import (
     WaitTimeout,
 )
 from ema_reader.reader import Reader
-from ema_reader.values import Average, File, MetricsRow, Run, Version
+from ema_reader.values import Average, File, MetricsRow, Run, Validation, Version
 
 __all__ = [
     "Reader",
@@ -22,9 +23,11 @@ __all__ = [
     "Version",
     "File",
     "MetricsRow",
+    "Validation",
     "ReaderError",
     "NotFound",
     "RequestRefused",
+    "LeaseLost",
     "Unauthorized",
     "Unreachable",
     "VerificationFailed",

@@ -1,4 +1,4 @@
-"""Commands that read: status, versions, download, evaluate, healthcheck.
+"""Commands that read: status, versions, download, evaluate, validate, healthcheck.
 
 Data goes to stdout, logs and progress to stderr. Exit codes: 0 done, 1 failure, 2 usage, 3 not found, 4 token, 5 server
 unreachable, 6 verification failed, 130 interrupted. What the commands do is elsewhere; here are options and exits.
@@ -7,8 +7,10 @@ unreachable, 6 verification failed, 130 interrupted. What the commands do is els
 from __future__ import annotations
 
 import logging
-import socket
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +21,11 @@ import typer
 from ema_reader import render
 from ema_reader.errors import ReaderError, UsageError
 from ema_reader.evaluate import EvaluationWorker
-from ema_reader.functions import import_function
+from ema_reader.functions import check_device, import_function
+from ema_reader.leases import LEASE_S
 from ema_reader.reader import DEFAULT_URL, Reader
+
+EXIT_ORPHANED = 143  # as after SIGTERM
 
 Url = Annotated[str, typer.Option("--url", envvar="EMA_URL", help="Address of the server.")]
 Token = Annotated[str | None, typer.Option("--token", envvar="EMA_TOKEN", help="Token of the server, if it has one.")]
@@ -29,7 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (status, versions, download, evaluate, healthcheck):
+    for command in (status, versions, download, evaluate, validate, healthcheck):
         app.command()(command)
 
 
@@ -76,30 +81,74 @@ def download(
 
 def evaluate(
     function: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Takes a state dict, returns metrics.")],
-    run: Annotated[str, typer.Option("--run", envvar="EMA_RUN", help="The run; it need not have begun.")],
+    run: Annotated[str | None, typer.Option("--run", envvar="EMA_RUN", help="The run; all of them without it.")] = None,
     averages: Annotated[str, typer.Option("--averages", help="Names, separated by commas.")] = "all",
     task: Annotated[str, typer.Option("--task", help="Name under which the metrics are reported.")] = "default",
     worker: Annotated[str | None, typer.Option("--worker", help="Name of this worker; default: the host's.")] = None,
-    poll_s: Annotated[float, typer.Option("--poll-s", min=0.05, help="Seconds between two looks.")] = 1.0,
+    poll_s: Annotated[float, typer.Option("--poll-s", min=0.05, max=3600, help="Seconds between two looks.")] = 1.0,
+    every: Annotated[int, typer.Option("--every-versions", min=1, help="Evaluate every so many versions.")] = 1,
+    lease_s: Annotated[
+        float, typer.Option("--lease-s", min=1, max=900, help="Silent for so long, others take its version over.")
+    ] = LEASE_S,
+    device: Annotated[str, typer.Option("--device", help="Where the weights are loaded to: cpu, cuda:0, ...")] = "cpu",
+    until_eof: Annotated[
+        bool, typer.Option("--until-stdin-closes", help="End then, as when the process dies that started this one.")
+    ] = False,
     url: Url = DEFAULT_URL,
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Evaluate each new version of a run and report the metrics; ends when the run is finished.
+    """Evaluate each new version of a run, and what others ask to have validated; ends when the run is finished.
 
-    Exit code 1 when the last version of an average could not be evaluated.
+    Exit code 1 when the last version of an average could not be evaluated. Without a run it does not end by itself.
     """
     _log_to_stderr()
+    signal.signal(signal.SIGTERM, _terminated)
+    if until_eof:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     with _exits(), Reader(url, token) as reader:
         names = () if averages == "all" else tuple(name.strip() for name in averages.split(","))
         evaluator = import_function(function)
-        name = worker or socket.gethostname()
-        evaluation = EvaluationWorker(reader, evaluator, run, names, task=task, worker=name, poll_s=poll_s)
+        check_device(device)
+        evaluation = EvaluationWorker(
+            reader,
+            evaluator,
+            run,
+            names,
+            task=task,
+            worker=worker,
+            poll_s=poll_s,
+            every=every,
+            lease_s=lease_s,
+            device=device,
+        )
         for outcome in evaluation.outcomes():
             typer.echo(render.as_json(outcome) if json else render.outcome_text(outcome))
         if evaluation.failures:
             last = ", ".join(str(outcome.version) for outcome in evaluation.failures)
             raise ReaderError(f"the run is finished, but these last versions could not be evaluated: {last}")
+
+
+def validate(
+    target: Annotated[str, typer.Argument(metavar="RUN/AVERAGE[@REV]", help="REV: 40 hex, step-N or latest.")],
+    task: Annotated[str, typer.Option("--task", help="The task of the worker that is to do it.")] = "default",
+    again: Annotated[bool, typer.Option("--again", help="Also if it has metrics for the task already.")] = False,
+    timeout_s: Annotated[
+        float | None, typer.Option("--timeout-s", min=1, help="Seconds to wait; default: for ever.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Have a version evaluated by the server's worker or another one, and print what comes of it.
+
+    Exit code 1 when the evaluation failed.
+    """
+    with _exits(), Reader(url, token) as reader:
+        run, average, rev = parse_target(target)
+        found = reader.validate(run, average, rev, task=task, again=again, timeout_s=timeout_s)
+        typer.echo(render.as_json(found) if json else render.validation_text(found))
+        raise typer.Exit(0 if found.error is None else 1)
 
 
 def healthcheck(url: Url = DEFAULT_URL, json: Json = False) -> None:
@@ -131,6 +180,17 @@ def _exits(code: int | None = None) -> Iterator[None]:
     except ReaderError as error:
         typer.echo(f"ema: {error}", err=True)
         raise typer.Exit(error.exit_code if code is None else code) from None
+
+
+def _terminated(number: int, frame: object) -> None:
+    """SIGTERM ends a worker by the way that gives back what it has."""
+    raise SystemExit(128 + number)
+
+
+def _end_with_stdin() -> None:
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os._exit(EXIT_ORPHANED)  # at once: whatever the main thread is at, nobody is left to tell
 
 
 def _log_to_stderr() -> None:

@@ -50,5 +50,9 @@ class RequestRefused(ReaderError):
         self.status = status
 
 
+class LeaseLost(RequestRefused):
+    """Another worker has the version: this one took longer to answer than its lease lasts."""
+
+
 class WaitTimeout(ReaderError, TimeoutError):
     """Nothing new appeared in time."""

@@ -1,20 +1,23 @@
-"""The evaluation worker: poll, load, evaluate, report, until the run is finished. Comes in: a `Reader` and a function.
+"""The evaluation worker: ask for a version, load, evaluate, report. Comes in: a `Reader` and a function.
 
-Each version is evaluated once; when several appeared since the last look, the newest of each average is taken. The
-worker outlives a function that raises, a server that goes away, and versions that are pruned before it gets to them.
+Which version is due is the server's to say: a validation that someone asked for, else the newest version of an average
+that has no metrics for the task. The worker outlives a function that raises, a server that goes away, and versions that
+are pruned before it gets to them; what it has when it is killed, another worker takes over.
 """
 
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ema_reader.errors import NotFound, RequestRefused, VerificationFailed
-from ema_reader.functions import Evaluate, plain_metrics
+from ema_reader.errors import LeaseLost, NotFound, ReaderError, RequestRefused, VerificationFailed
+from ema_reader.functions import Evaluate, Measured, measured
+from ema_reader.leases import LEASE_S, Heartbeat, Lease, Wanted
 from ema_reader.patience import patiently
 from ema_reader.reader import Reader
 from ema_reader.values import Run, Version
@@ -36,41 +39,45 @@ class Outcome:
     metrics: dict[str, float]
     error: str | None
     seconds: float
+    samples: int | None = None
 
 
 class EvaluationWorker:
-    """Evaluates the versions of one run.
+    """Evaluates versions.
 
     Args:
         reader: where they come from and where the metrics go.
         function: takes a state dict, returns metrics by name.
-        run: the run, which need not exist yet.
-        averages: which of its averages; empty for all.
+        run: the run, which need not exist yet; None: all runs, for as long as nobody ends the worker.
+        averages: which averages; empty for all.
         task: name under which metrics are reported.
-        worker: name of this worker; what it reports replaces what it reported before.
+        worker: name of this worker, default the host's; what it reports replaces what it reported before.
         poll_s: pause between two looks.
+        every: take those of each so-manieth generation of a run, and the last ones, besides what someone asked for.
+        lease_s: how long after its last sign of life, in seconds, others may take over what it has.
+        device: where the weights are loaded to, as torch writes it.
     """
 
     def __init__(
         self,
         reader: Reader,
         function: Evaluate,
-        run: str,
+        run: str | None = None,
         averages: tuple[str, ...] = (),
         *,
         task: str = "default",
         worker: str | None = None,
         poll_s: float = 1.0,
+        every: int = 1,
+        lease_s: float = LEASE_S,
+        device: str = "cpu",
     ) -> None:
         self._reader = reader
         self._function = function
-        self._run = run
-        self._averages = averages
-        self._task = task
-        self._worker = worker
-        self._poll_s = poll_s
-        self._done: set[str] = set()
-        self._last: dict[str, Outcome] = {}
+        self._wanted = Wanted(worker or socket.gethostname(), task, run, averages, every, lease_s, poll_s)
+        self._device = device
+        self._skip: list[str] = []
+        self._last: dict[tuple[str, str], Outcome] = {}
 
     @property
     def failures(self) -> tuple[Outcome, ...]:
@@ -78,100 +85,106 @@ class EvaluationWorker:
         return tuple(outcome for outcome in self._last.values() if outcome.error is not None)
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Evaluate what is new, again and again; ends when the run is finished and its last versions are done.
+        """Evaluate what is due, again and again; ends when the run is finished and its last versions are done.
 
         Raises:
             NotFound: the run has no average of a given name.
             Unauthorized: the server wants another token.
         """
-        run = self._wait_for_run()
-        self._done = self._evaluated_before()
+        run = None if self._wanted.run is None else self._wait_for_run(self._wanted.run)
         while True:
-            pending = patiently(partial(self._pending, run))
-            for version in pending:
-                outcome = self._evaluate(version)
+            self._check_averages(run)
+            lease, held = patiently(lambda: self._reader.leases.ask(self._wanted, tuple(self._skip)))
+            if lease is not None:
+                outcome = self._evaluate(lease)
                 if outcome is not None:
                     yield outcome
-            if run.finished and not pending:
+            elif run is not None and run.finished and not held:
                 return
-            if not pending:
-                time.sleep(self._poll_s)
-            run = patiently(lambda: self._reader.run(self._run))  # before its versions: see Reader.wait
+            else:
+                time.sleep(self._wanted.poll_s)
+            if run is not None:
+                run = patiently(partial(self._reader.run, run.run))  # before asking: see Reader.wait
 
-    def _wait_for_run(self) -> Run:
+    def _wait_for_run(self, run: str) -> Run:
         waiting = False
         while True:
             try:
-                return patiently(lambda: self._reader.run(self._run))
+                return patiently(lambda: self._reader.run(run))
             except NotFound:
                 if not waiting:
-                    log.info("run %r is not there yet; waiting for it", self._run)
+                    log.info("run %r is not there yet; waiting for it", run)
                 waiting = True
-                time.sleep(self._poll_s)
+                time.sleep(self._wanted.poll_s)
 
-    def _evaluated_before(self) -> set[str]:
-        """Versions that have metrics for the task already. What failed before is tried again by a new worker."""
-        rows = patiently(lambda: self._reader.metrics(self._run))
-        return {row.version for row in rows if row.task == self._task and row.error is None}
-
-    def _pending(self, run: Run) -> list[Version]:
-        """The newest version of each average, where it is not done."""
-        known = [average.name for average in run.averages]
-        for name in self._averages:
-            if known and name not in known:
+    def _check_averages(self, run: Run | None) -> None:
+        known = [] if run is None else [average.name for average in run.averages]
+        for name in self._wanted.averages:
+            if run is not None and known and name not in known:
                 raise NotFound(f"run {run.run!r} has no average {name!r}; it has {', '.join(known)}")
-        newest = (next(iter(self._reader.versions(run.run, name)), None) for name in self._averages or known)
-        return [version for version in newest if version is not None and version.id not in self._done]
 
-    def _evaluate(self, version: Version) -> Outcome | None:
-        self._done.add(version.id)
-        started = time.monotonic()
+    def _evaluate(self, lease: Lease) -> Outcome | None:
+        version, started, settled = lease.version, time.monotonic(), False
         try:
-            metrics, error = self._measure(version)
-            outcome = Outcome(version, metrics, error, time.monotonic() - started)
-            self._last[version.average] = outcome = self._report(outcome)
+            with Heartbeat(self._reader.leases, lease):
+                found, error = self._measure(version)
+            seconds = time.monotonic() - started
+            outcome = self._report(lease, Outcome(version, found.metrics, error, seconds, found.samples))
+            settled = True
         except NotFound:
             log.info("%s was pruned before it could be evaluated; skipped", version)
+            self._skip.append(version.id)
             return None
+        except LeaseLost:
+            log.warning("%s: another worker has taken it over; this result is not kept", version)
+            settled = True
+            return None
+        finally:
+            if not settled:
+                self._give_back(lease)
+        self._last[version.run, version.average] = outcome
+        if outcome.error is not None:
+            self._skip.append(version.id)
         return outcome
 
-    def _measure(self, version: Version) -> tuple[dict[str, float], str | None]:
+    def _measure(self, version: Version) -> tuple[Measured, str | None]:
         try:
             weights = self._load(version)
         except VerificationFailed as failure:
-            return {}, str(failure)
+            return Measured({}), str(failure)
         try:
-            return plain_metrics(self._function(weights)), None
+            return measured(self._function(weights)), None
         except Exception as failure:  # the user's code: what it raises is the result to report
             log.exception("evaluating %s failed", version)
-            return {}, f"{type(failure).__name__}: {failure}"[:_ERROR_CHARS_MAX]
+            return Measured({}), f"{type(failure).__name__}: {failure}"[:_ERROR_CHARS_MAX]
 
     def _load(self, version: Version) -> dict[str, Tensor]:
         for attempt in range(1, _LOAD_ATTEMPTS + 1):
             try:
-                return patiently(lambda: self._reader.load(version))
+                return patiently(lambda: self._reader.load(version, self._device))
             except VerificationFailed:
                 if attempt == _LOAD_ATTEMPTS:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
-    def _report(self, outcome: Outcome) -> Outcome:
+    def _report(self, lease: Lease, outcome: Outcome) -> Outcome:
         """Tell the server; when it refuses the metrics (a name too long), tell it that instead."""
         try:
-            self._send(outcome)
+            self._send(lease, outcome)
+        except LeaseLost:
+            raise
         except RequestRefused as refusal:
             outcome = Outcome(outcome.version, {}, f"the server refused the metrics: {refusal}", outcome.seconds)
-            self._send(outcome)
+            self._send(lease, outcome)
         return outcome
 
-    def _send(self, outcome: Outcome) -> None:
-        patiently(
-            lambda: self._reader.report(
-                outcome.version,
-                outcome.metrics,
-                task=self._task,
-                worker=self._worker,
-                error=outcome.error,
-                seconds=outcome.seconds,
-            )
-        )
+    def _send(self, lease: Lease, outcome: Outcome) -> None:
+        settle = partial(self._reader.leases.settle, lease, outcome.metrics, error=outcome.error)
+        patiently(lambda: settle(samples=outcome.samples, seconds=outcome.seconds))
+
+    def _give_back(self, lease: Lease) -> None:
+        """Others need not wait until the lease expires; where this fails, they do."""
+        try:
+            self._reader.leases.give_back(lease)
+        except ReaderError as error:
+            log.info("%s could not be given back: %s", lease.version, error)

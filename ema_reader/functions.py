@@ -6,10 +6,13 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ema_reader.errors import UsageError
+
+_SAMPLES = "samples"
 
 Evaluate = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -30,12 +33,56 @@ def import_function(target: str) -> Evaluate:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise UsageError(f"cannot import {module_name!r} (also not from {here}): {error}") from error
+    except Exception as error:  # the user's module may raise anything
+        raise UsageError(f"module {module_name!r} fails while it is imported: {error!r}") from error
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
         raise UsageError(f"module {module_name!r} has no function {name!r}")
     function: Evaluate = found
     return function
+
+
+def check_device(device: str) -> None:
+    """See that torch has a device; `cpu` needs no torch.
+
+    Raises:
+        UsageError: it has none of this name, or cannot use it.
+    """
+    if device == "cpu":
+        return
+    try:
+        import torch
+
+        torch.empty(1, device=device)
+    except (ImportError, RuntimeError, AssertionError) as error:  # a build without CUDA raises the last one
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"device {device!r} cannot be used: {reason}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a function found: metrics by name, and how many samples it looked at if it said so."""
+
+    metrics: dict[str, float]
+    samples: int | None = None
+
+
+def measured(result: object) -> Measured:
+    """What the function returned. The name `samples` is no metric: it says how many samples were evaluated.
+
+    Raises:
+        ValueError: as `plain_metrics` says, or `samples` is not a whole number from 0 on.
+    """
+    metrics = plain_metrics(result)
+    samples = metrics.pop(_SAMPLES, None)
+    if samples is None:
+        return Measured(metrics)
+    if samples < 0 or samples != int(samples):
+        raise ValueError(f"{_SAMPLES!r} is {samples:g}: it says how many samples were evaluated, a whole number")
+    if not metrics:
+        raise ValueError(f"the function returned {_SAMPLES!r} and no metric")
+    return Measured(metrics, int(samples))
 
 
 def plain_metrics(result: object) -> dict[str, float]:

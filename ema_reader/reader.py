@@ -13,23 +13,27 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ema_reader.download import Silent, download_version
 from ema_reader.errors import NotFound, ReaderError, Unreachable, UsageError, WaitTimeout
+from ema_reader.leases import Leases
 from ema_reader.partial import Progress
 from ema_reader.progress import default_progress
 from ema_reader.transport import Transport, path_of
-from ema_reader.values import MetricsRow, Run, Version
+from ema_reader.values import MetricsRow, Run, Validation, Version
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_Value = TypeVar("_Value")
+
 DEFAULT_URL = "http://127.0.0.1:8080"
 WEIGHTS = "model.safetensors"
+_AWAIT_S = 20  # for one answer; less than the transport waits for a byte
 
 
 class Reader:
@@ -59,13 +63,18 @@ class Reader:
         """The server's address."""
         return self._transport.url
 
+    @property
+    def leases(self) -> Leases:
+        """What an evaluation worker asks for versions."""
+        return Leases(self._transport)
+
     def close(self) -> None:
         """Close the connections."""
         self._transport.close()
 
     def runs(self) -> tuple[Run, ...]:
         """All runs the server knows, by name."""
-        return tuple(Run.from_json(item) for item in self._transport.get(path_of("runs"))["runs"])
+        return self._read(path_of("runs"), lambda answer: tuple(Run.from_json(item) for item in answer["runs"]))
 
     def run(self, run: str) -> Run:
         """One run.
@@ -73,7 +82,7 @@ class Reader:
         Raises:
             NotFound: the server does not know it.
         """
-        return Run.from_json(self._transport.get(path_of("runs", run)))
+        return self._read(path_of("runs", run), Run.from_json)
 
     def versions(self, run: str, average: str) -> tuple[Version, ...]:
         """Versions of an average, newest first; empty before the first one is published.
@@ -82,7 +91,7 @@ class Reader:
             NotFound: the server knows no such run or average.
         """
         path = path_of("runs", run, "averages", average, "versions")
-        return tuple(Version.from_json(item) for item in self._transport.get(path)["versions"])
+        return self._read(path, lambda answer: tuple(Version.from_json(item) for item in answer["versions"]))
 
     def version(self, run: str, average: str, rev: str = "latest") -> Version:
         """One version; `rev` is 40 hex digits, `step-N` or `latest`.
@@ -90,7 +99,7 @@ class Reader:
         Raises:
             NotFound: there is none (yet, or any more).
         """
-        return Version.from_json(self._transport.get(path_of("runs", run, "averages", average, "versions", rev)))
+        return self._read(path_of("runs", run, "averages", average, "versions", rev), Version.from_json)
 
     def wait(
         self,
@@ -152,8 +161,8 @@ class Reader:
         with default_progress() as bar:
             return download_version(self._transport, version, Path(dest), bar)
 
-    def load(self, version: Version) -> dict[str, Tensor]:
-        """The weights of a version on the CPU, by name, verified. Needs torch; uses the temporary folder meanwhile.
+    def load(self, version: Version, device: str = "cpu") -> dict[str, Tensor]:
+        """The weights of a version on `device`, by name, verified. Needs torch; uses the temporary folder meanwhile.
 
         Raises:
             NotFound: the version has been pruned, or has no weights in one file.
@@ -168,7 +177,7 @@ class Reader:
             raise NotFound(f"{version} has no {WEIGHTS}")
         with tempfile.TemporaryDirectory(prefix="ema-") as folder:
             path = download_version(self._transport, _only(version, WEIGHTS), Path(folder), Silent())
-            return load_file(path / WEIGHTS)
+            return load_file(path / WEIGHTS, device=device)
 
     def report(
         self,
@@ -207,9 +216,46 @@ class Reader:
         Raises:
             NotFound: the server does not know the run.
         """
-        return tuple(
-            MetricsRow.from_json(item) for item in self._transport.get(path_of("runs", run, "metrics"))["metrics"]
-        )
+        path = path_of("runs", run, "metrics")
+        return self._read(path, lambda answer: tuple(MetricsRow.from_json(item) for item in answer["metrics"]))
+
+    def validate(
+        self,
+        run: str,
+        average: str,
+        rev: str = "latest",
+        *,
+        task: str = "default",
+        again: bool = False,
+        timeout_s: float | None = None,
+    ) -> Validation:
+        """Have a version evaluated by a worker, and wait for what comes of it.
+
+        A version that has metrics for the task is not evaluated again, unless `again`.
+
+        Returns:
+            The validation: done with metrics, or failed with the error of the function.
+
+        Raises:
+            NotFound: there is no such version.
+            Unreachable: the server is away, or nobody evaluates there; the text says how to start a worker.
+            WaitTimeout: nothing came of it within `timeout_s` seconds (None waits for ever).
+        """
+        body = {"average": average, "rev": rev, "task": task, "again": again}
+        found = Validation.from_json(self._transport.post(path_of("runs", run, "validations"), body))
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        path = path_of("runs", run, "validations", found.id)
+        while not found.ended:
+            left_s = _AWAIT_S if deadline is None else deadline - time.monotonic()
+            if left_s <= 0:
+                raise WaitTimeout(f"no result after {timeout_s:g} s: it is {found.state}. {found.note or ''}".rstrip())
+            try:
+                answer = self._transport.get(path, wait_s=max(1, min(_AWAIT_S, int(left_s))))
+            except Unreachable:  # a server that restarts has not forgotten what it was asked
+                time.sleep(min(1.0, left_s))
+            else:
+                found = Validation.from_json(answer)
+        return found
 
     def ready(self) -> tuple[bool, dict[str, dict[str, object]]]:
         """Whether the server is ready, and its checks by name.
@@ -218,7 +264,16 @@ class Reader:
             Unreachable: nobody answers.
         """
         status, body = self._transport.status_and_json("/readyz")
-        return status == 200, dict(body.get("checks", {}))
+        checks = body.get("checks") if isinstance(body, dict) else None
+        return status == 200, checks if isinstance(checks, dict) else {}
+
+    def _read(self, path: str, value_of: Callable[[Any], _Value]) -> _Value:
+        """What is at `path` as a value; an answer that is none is not an ema server's."""
+        answer = self._transport.get(path)
+        try:
+            return value_of(answer)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ReaderError(f"{self.url} does not answer as an ema server does ({error!r}): check the URL") from error
 
 
 def _only(version: Version, name: str) -> Version:

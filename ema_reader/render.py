@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ema_reader.evaluate import Outcome
-from ema_reader.values import Run, Version
+from ema_reader.values import Run, Validation, Version
 
 
 def status_text(runs: Sequence[Run]) -> str:
@@ -49,6 +49,16 @@ def outcome_text(outcome: Outcome) -> str:
     return (
         f"{outcome.version}: {found if outcome.error is None else 'FAILED: ' + outcome.error} ({outcome.seconds:.1f} s)"
     )
+
+
+def validation_text(found: Validation) -> str:
+    """One line for one validation that has ended."""
+    metrics = "  ".join(f"{name}={value:.6g}" for name, value in found.metrics.items())
+    said = metrics if found.error is None else f"FAILED: {found.error}"
+    samples = "" if found.samples is None else f"{found.samples} samples, "
+    seconds = "" if found.seconds is None else f"{found.seconds:.1f} s, "
+    by = f"({samples}{seconds}by {found.worker or 'a report'})"
+    return f"{found.run}/{found.average} at step {found.step} ({found.version[:12]}): {said} {by}"
 
 
 def as_json(value: Any) -> str:

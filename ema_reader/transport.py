@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from ema_reader.errors import NotFound, ReaderError, RequestRefused, Unauthorized, Unreachable, UsageError
+from ema_reader.errors import LeaseLost, NotFound, ReaderError, RequestRefused, Unauthorized, Unreachable, UsageError
 
 CONNECT_S = 5.0
 READ_S = 30.0  # between two pieces of a response, not for all of it
@@ -32,11 +32,15 @@ class Transport:
         token: sent as a bearer token; None sends none.
 
     Raises:
-        UsageError: the URL is not one.
+        UsageError: the URL is not one, or no server can have the token.
     """
 
     def __init__(self, url: str, token: str | None) -> None:
         self.url = url.rstrip("/")
+        if token and not (token.isascii() and token.isprintable() and " " not in token):
+            raise UsageError(
+                "the token (EMA_TOKEN) holds a space, a line end or more than ASCII: no server has such a one"
+            )
         headers = {"User-Agent": "ema-reader"} | ({"Authorization": f"Bearer {token}"} if token else {})
         try:
             address = httpx2.URL(self.url)
@@ -47,17 +51,23 @@ class Transport:
         timeout = httpx2.Timeout(READ_S, connect=CONNECT_S)
         self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=timeout, follow_redirects=True)
 
-    def get(self, path: str) -> Any:
-        """The decoded JSON at `path`.
+    def get(self, path: str, *, wait_s: int | None = None) -> Any:
+        """The decoded JSON at `path`; with `wait_s` the server may take so long to answer.
 
         Raises:
-            ReaderError: by what went wrong: NotFound, Unauthorized, Unreachable, RequestRefused.
+            ReaderError: by what went wrong: NotFound, Unauthorized, Unreachable, RequestRefused, LeaseLost.
         """
-        return self._json("GET", path, None)
+        return self._json("GET", path, None, {} if wait_s is None else {"Prefer": f"wait={wait_s}"})
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The decoded JSON that answers a POST; raises as `get` does."""
-        return self._json("POST", path, body)
+        return self._json("POST", path, body, {})
+
+    def delete(self, path: str) -> None:
+        """Send a DELETE; raises as `get` does."""
+        with self._mapped():
+            response = self._client.delete(path)
+        self._check(response)
 
     def status_and_json(self, path: str) -> tuple[int, Any]:
         """Status and decoded JSON of a GET whatever the status is; raises Unreachable only."""
@@ -78,9 +88,9 @@ class Transport:
         """Close the connections."""
         self._client.close()
 
-    def _json(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    def _json(self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str]) -> Any:
         with self._mapped():
-            response = self._client.request(method, path, json=body)
+            response = self._client.request(method, path, json=body, headers=dict(headers))
         self._check(response)
         return _decode(response, self.url)
 
@@ -93,6 +103,8 @@ class Transport:
             raise Unauthorized(f"{self.url} wants a token: set EMA_TOKEN or use --token")
         if response.status_code == 404:
             raise NotFound(text)
+        if response.status_code == 410:
+            raise LeaseLost(text, code=problem["code"], status=410)
         if response.status_code in _TRY_LATER:
             raise Unreachable(f"{self.url} answers {response.status_code}: {text}")
         raise RequestRefused(text, code=problem["code"], status=response.status_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 _UNSAFE = ("", ".", "..")
@@ -44,12 +44,12 @@ class Version:
         """Read a version.
 
         Raises:
-            ValueError: a file's name is not a plain one, and could lead outside the folder it is saved in.
+            ValueError: a name is not a plain one: it could lead outside the folder that something is saved in.
         """
         files = tuple(File(item["name"], item["size"], item["sha256"]) for item in value["files"])
-        for item in files:
-            if item.name in _UNSAFE or "/" in item.name or "\\" in item.name or "\0" in item.name:
-                raise ValueError(f"the server names a file {item.name[:100]!r}, which is not a plain file name")
+        for name in (value["run"], value["average"], *(item.name for item in files)):
+            if name in _UNSAFE or "/" in name or "\\" in name or "\0" in name:
+                raise ValueError(f"the server names something {name[:100]!r}, which is not a plain name")
         return cls(
             id=value["id"],
             run=value["run"],
@@ -113,6 +113,38 @@ class Run:
             publish_error=value["publish_error"],
             averages=averages,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """A validation that was asked for: `state` is `waiting`, `running`, `done` (has metrics) or `failed` (`error`).
+
+    `note` says why nobody is at it, `samples` and `seconds` are those of the evaluation, where they are known.
+    """
+
+    id: str
+    state: str
+    run: str
+    average: str
+    version: str
+    step: int
+    task: str
+    metrics: dict[str, float]
+    error: str | None
+    samples: int | None
+    seconds: float | None
+    worker: str | None
+    note: str | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has metrics or an error."""
+        return self.state in ("done", "failed")
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Validation:
+        """Read a validation."""
+        return cls(**{field.name: value[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)

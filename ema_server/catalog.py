@@ -73,6 +73,7 @@ class Catalog:
         self._holds: dict[Path, int] = {}
         self._released_at: dict[Path, float] = {}
         self._on_move: list[Callable[[str, str], None]] = []
+        self._guards: list[Callable[[Version], bool]] = []
 
     def runs(self) -> tuple[str, ...]:
         """Names of the runs that have a generation, sorted."""
@@ -135,6 +136,10 @@ class Catalog:
         """Call `on_move(run, new_run)` whenever a run gets another name. It must not block."""
         self._on_move.append(on_move)
 
+    def guard(self, is_needed: Callable[[Version], bool]) -> None:
+        """Keep what `is_needed(version)` says while it does. It must not block, nor ask the catalog."""
+        self._guards.append(is_needed)
+
     def add(self, generation: Generation) -> None:
         """Make a generation visible (publisher only)."""
         with self._lock:
@@ -153,7 +158,7 @@ class Catalog:
             Whether it is gone from the catalog, so that its files may be deleted.
         """
         with self._lock:
-            if not force and any(self._is_held(version.folder) for version in generation.versions):
+            if not force and any(self._is_held(version) for version in generation.versions):
                 return False
             known = self._generations.get(generation.run, ())
             self._generations[generation.run] = tuple(other for other in known if other.seq != generation.seq)
@@ -169,10 +174,10 @@ class Catalog:
         for listener in self._on_move:
             listener(run, new_run)
 
-    def _is_held(self, folder: Path) -> bool:
-        released_at = self._released_at.get(folder)
+    def _is_held(self, version: Version) -> bool:
+        released_at = self._released_at.get(version.folder)
         recent = released_at is not None and self._clock() - released_at < HOLD_GRACE_S
-        return recent or folder in self._holds
+        return recent or version.folder in self._holds or any(is_needed(version) for is_needed in self._guards)
 
 
 def _moved(generation: Generation, run: str, parent: Path) -> Generation:

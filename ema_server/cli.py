@@ -38,6 +38,11 @@ EverySteps = Annotated[str, _option("publish-every-steps", "Publish every so man
 Keep = Annotated[str, _option("keep-generations", "How many of a run's newest generations stay.", "COUNT")]
 LostAfter = Annotated[str, _option("lost-after-seconds", "When a silent trainer counts as lost.", "SECONDS")]
 ChunkBytes = Annotated[str, _option("chunk-bytes", "Size of the chunks that trainers send.", "BYTES")]
+Evaluate = Annotated[
+    str | None, _option("evaluate", "Evaluate versions by this function, in a process of its own.", "MODULE:FUNCTION")
+]
+EvaluateDevice = Annotated[str, _option("evaluate-device", "Where it gets the weights: cpu, cuda:0, ...", "DEVICE")]
+EvaluateEvery = Annotated[str, _option("evaluate-every-versions", "Evaluate every so many versions.", "COUNT")]
 LogLevel = Annotated[str, _option("log-level", f"One of {', '.join(_LEVELS)}.", "LEVEL")]
 
 
@@ -57,6 +62,9 @@ def serve(
     keep_generations: Keep = "3",
     lost_after_seconds: LostAfter = "60",
     chunk_bytes: ChunkBytes = "4194304",
+    evaluate: Evaluate = None,
+    evaluate_device: EvaluateDevice = "cpu",
+    evaluate_every_versions: EvaluateEvery = "1",
     log_level: LogLevel = "info",
 ) -> None:
     """Keep the averages of all runs, and serve their versions.
@@ -76,6 +84,9 @@ def serve(
             keep_generations=_whole("keep_generations", keep_generations),
             lost_after_seconds=_number("lost_after_seconds", lost_after_seconds),
             chunk_bytes=_whole("chunk_bytes", chunk_bytes),
+            evaluate=evaluate,
+            evaluate_device=evaluate_device,
+            evaluate_every_versions=_whole("evaluate_every_versions", evaluate_every_versions),
         )
     except ValueError as error:
         typer.echo(f"ema serve: {error}", err=True)

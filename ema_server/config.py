@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ema_proto.limits import CHUNK_BYTES_DEFAULT, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, SESSION_LOST_S
 
+_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
+_DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")
 _TOKEN_CHARS_MAX = 256  # a request header's worth, far above any key
 
 
@@ -30,6 +33,9 @@ class ServerConfig:
         keep_generations: how many of the newest generations of a run stay on disk.
         lost_after_seconds: a trainer silent for so long is lost; its run is published and leaves memory.
         chunk_bytes: size of the chunks asked from trainers.
+        evaluate: `module:function` that the server's own evaluation worker calls; None: it has no worker.
+        evaluate_device: where that worker loads weights to, `cpu`, `cuda:1`, ...
+        evaluate_every_versions: of each average it takes every so-manieth version, and the last one.
 
     Raises:
         ValueError: a value is out of range or the values contradict each other; the text says what to change.
@@ -45,6 +51,9 @@ class ServerConfig:
     keep_generations: int = 3
     lost_after_seconds: float = SESSION_LOST_S
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
+    evaluate: str | None = None
+    evaluate_device: str = "cpu"
+    evaluate_every_versions: int = 1
 
     def __post_init__(self) -> None:
         """Validate each value, then what holds between them."""
@@ -56,6 +65,7 @@ class ServerConfig:
             raise ValueError(f"keep_generations is {self.keep_generations}: a run needs at least 1 to resume from")
         if not CHUNK_BYTES_MIN <= self.chunk_bytes <= CHUNK_BYTES_MAX:
             raise ValueError(f"chunk_bytes is {self.chunk_bytes}: use {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX}")
+        _check_evaluator(self.evaluate, self.evaluate_device, self.evaluate_every_versions)
         _check_token(self.token)
         for setting, host in (("zmq", _zmq_host(self.zmq)), ("http", split_host_port("http", self.http)[0])):
             if host is not None and not _is_loopback(host) and self.token is None and not self.insecure:
@@ -114,6 +124,15 @@ def _check_seconds(setting: str, value: float, *, zero_is_off: bool) -> None:
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero_is_off):
         allowed = "0 (off) or a positive number" if zero_is_off else "a positive number"
         raise ValueError(f"{setting} is {value!r}: use {allowed} of seconds")
+
+
+def _check_evaluator(function: str | None, device: str, every_versions: int) -> None:
+    if function is not None and _FUNCTION.fullmatch(function) is None:
+        raise ValueError(f"evaluate is {function!r}: use module:function, for example my_evaluation:evaluate")
+    if _DEVICE.fullmatch(device) is None:
+        raise ValueError(f"evaluate_device is {device!r}: use a device of torch, for example cpu or cuda:0")
+    if every_versions < 1:
+        raise ValueError(f"evaluate_every_versions is {every_versions}: use 1 (every version) or more")
 
 
 def _check_token(token: str | None) -> None:

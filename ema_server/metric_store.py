@@ -102,11 +102,11 @@ class MetricStore:
 
     def hand_out(self, subject: Subject) -> None:
         """Remember that a reader got this version. Does not wait; a failure is logged."""
-        self._run(lambda: self._hand_out(subject)).add_done_callback(_log_failure)
+        self._run(lambda: self._hand_out(subject)).add_done_callback(log_failure)
 
     def rename(self, run: str, new_run: str) -> None:
         """A run got another name: what was reported goes with it. Does not wait; a failure is logged."""
-        self._run(lambda: self._rename(run, new_run)).add_done_callback(_log_failure)
+        self._run(lambda: self._rename(run, new_run)).add_done_callback(log_failure)
 
     def find(self, run: str, average: str, version: str) -> Future[Subject | None]:
         """What is known of a version that was handed out once; None when it never was."""
@@ -115,6 +115,10 @@ class MetricStore:
     def add(self, report: Report) -> Future[bool]:
         """Keep a report; True when it is the first of its version, task and worker, False when it replaced one."""
         return self._run(lambda: self._add(report))
+
+    def submit(self, work: Callable[[sqlite3.Connection], Result]) -> Future[Result]:
+        """Run `work` with the connection, on the thread that owns it."""
+        return self._run(lambda: work(self._connection))
 
     def reports(self, run: str) -> Future[tuple[Report, ...]]:
         """All reports of a run, by step, average, task and worker."""
@@ -158,17 +162,8 @@ class MetricStore:
         return Subject(run, average, version, row[0]) if row else None
 
     def _add(self, report: Report) -> bool:
-        subject, worker = report.subject, report.worker or ""
-        key = (subject.run, subject.version, report.task, worker)
-        body = [report.metrics, report.error, report.samples, report.seconds]
-        row = (subject.run, subject.average, subject.version, subject.step, report.task, worker, report.at)
-        query = "SELECT 1 FROM reports WHERE run = ? AND version = ? AND task = ? AND worker = ?"
         with self._connection:
-            known = self._connection.execute(query, key).fetchone()
-            self._connection.execute(
-                "INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*row, json.dumps(body))
-            )
-        return known is None
+            return insert_report(self._connection, report)
 
     def _reports(self, run: str) -> tuple[Report, ...]:
         query = (
@@ -178,12 +173,35 @@ class MetricStore:
         return tuple(_report(run, *row) for row in self._connection.execute(query, (run,)))
 
 
+def insert_report(db: sqlite3.Connection, report: Report) -> bool:
+    """Write a report inside the caller's transaction; returns what `MetricStore.add` does."""
+    subject, worker = report.subject, report.worker or ""
+    key = (subject.run, subject.version, report.task, worker)
+    body = [report.metrics, report.error, report.samples, report.seconds]
+    row = (subject.run, subject.average, subject.version, subject.step, report.task, worker, report.at)
+    query = "SELECT 1 FROM reports WHERE run = ? AND version = ? AND task = ? AND worker = ?"
+    known = db.execute(query, key).fetchone()
+    db.execute("INSERT OR REPLACE INTO reports VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*row, json.dumps(body)))
+    return known is None
+
+
+def latest_report(db: sqlite3.Connection, subject: Subject, task: str) -> Report | None:
+    """The newest report with metrics of a version for a task, None when it has none."""
+    query = (
+        "SELECT run, average, version, step, task, worker, at, body FROM reports"
+        " WHERE run = ? AND version = ? AND task = ? ORDER BY at DESC"
+    )
+    rows = db.execute(query, (subject.run, subject.version, task))
+    return next((report for report in (_report(*row) for row in rows) if report.error is None), None)
+
+
 def _report(run: str, average: str, version: str, step: int, task: str, worker: str, at: str, body: str) -> Report:
     metrics, error, samples, seconds = json.loads(body)
     return Report(Subject(run, average, version, step), task, worker or None, metrics, error, samples, seconds, at)
 
 
-def _log_failure(future: Future[None]) -> None:
+def log_failure(future: Future[None]) -> None:
+    """Log the error of work that nobody waits for."""
     error = future.exception()
     if error is not None:
         log.warning("metrics: what readers did could not be noted: %s", error)

@@ -1,7 +1,8 @@
 """The composition root: makes the server's parts, starts them in order, and stops them so that nothing applied is lost.
 
 Comes in: a `ServerConfig`; goes out: addresses, then, when a signal comes, whether everything was published. Stopping:
-not ready any more, no more snapshots, every run published, running downloads ended, database and folder closed.
+not ready any more, no evaluator, no more snapshots, every run published, running downloads ended, database and folder
+closed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ema_server.board import Board
 from ema_server.catalog import Catalog
 from ema_server.config import ServerConfig
 from ema_server.datadir import DataDir, open_data_dir
+from ema_server.evaluator import Evaluator
 from ema_server.http.app import create_app
 from ema_server.http.services import Services
 from ema_server.ingest import Ingest
@@ -28,6 +30,7 @@ from ema_server.metric_store import MetricStore
 from ema_server.publisher import Publisher
 from ema_server.serve_http import HttpServer, loop_factory
 from ema_server.telemetry import Telemetry
+from ema_server.validations import Validations
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,9 @@ async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> boo
         stack.push_async_callback(_publish_all, averager, stopped)
         endpoint = ingest.start()
         stack.push_async_callback(asyncio.to_thread, ingest.stop, INGEST_STOP_S)
+        if services.evaluator is not None:
+            services.evaluator.start(http_url)
+            stack.push_async_callback(services.evaluator.stop)
         announce(Ready(endpoint, http_url, str(config.data.absolute()), os.getpid()))
         await asked.wait()
         log.info("stopping: no more snapshots; every run is published")
@@ -93,11 +99,15 @@ def _build(config: ServerConfig, data_dir: DataDir, stack: AsyncExitStack) -> tu
     ingest = Ingest(config, averager, telemetry)
     averager.listen(ingest.published)
     catalog.listen(metrics.rename)
+    validations = Validations(catalog, board, metrics)
+    evaluator = None if config.evaluate is None else Evaluator(config, validations.abandon)
     services = Services(
         catalog=catalog,
         board=board,
         telemetry=telemetry,
         metrics=metrics,
+        validations=validations,
+        evaluator=evaluator,
         submit=averager.submit,
         data=config.data,
         token=config.token,

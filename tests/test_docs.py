@@ -145,7 +145,9 @@ def test_every_file_of_the_tour_exists_and_every_file_is_in_the_tour() -> None:
     assert {path for path in files - shown if not path.endswith(("__init__.py", "__main__.py"))} == set()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/reference.md", "proto/SPEC.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/reference.md", "docs/validation.md", "proto/SPEC.md"]
+)
 def test_every_link_to_a_file_leads_somewhere(document: str) -> None:
     place = (_ROOT / document).parent
     links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (_ROOT / document).read_text())

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from ema_server.http import problems, routes_files, routes_health, routes_metrics, routes_runs, routes_versions
+from ema_server.http import (
+    problems,
+    routes_files,
+    routes_health,
+    routes_leases,
+    routes_metrics,
+    routes_runs,
+    routes_validations,
+    routes_versions,
+)
 from ema_server.http.auth import BearerAuth
 from ema_server.http.body_limit import BodyLimit
 from ema_server.http.description import DescribedApp
@@ -14,7 +23,15 @@ from ema_server.http.services import Services
 
 API_VERSION = "1"
 _PROBLEM = {"model": ProblemOut, "description": "Any error, as RFC 9457 problem+json"}
-_ROUTERS = (routes_health, routes_runs, routes_versions, routes_files, routes_metrics)
+_ROUTERS = (
+    routes_health,
+    routes_runs,
+    routes_versions,
+    routes_files,
+    routes_metrics,
+    routes_validations,
+    routes_leases,
+)
 
 
 def create_app(services: Services) -> FastAPI:

@@ -99,23 +99,28 @@ class RunsOut(Out):
     runs: tuple[RunOut, ...]
 
 
-class ReportIn(BaseModel):
-    """What a worker found out about a version: metrics, or why there are none."""
+class FindingIn(BaseModel):
+    """What came of an evaluation: metrics, or why there are none."""
 
     model_config = ConfigDict(extra="forbid")
 
     metrics: dict[Name, Finite] = Field(default_factory=dict, max_length=1000)
-    task: Name = "default"
-    worker: Annotated[str, StringConstraints(max_length=200)] | None = None
     error: Annotated[str, StringConstraints(min_length=1, max_length=10_000)] | None = None
     samples: int | None = Field(default=None, ge=0, le=2**53)
     seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _metrics_or_error(self) -> ReportIn:
+    def _metrics_or_error(self) -> FindingIn:
         if bool(self.metrics) == (self.error is not None):
             raise ValueError("give either metrics (at least one) or error")
         return self
+
+
+class ReportIn(FindingIn):
+    """What a worker found out about a version for a task."""
+
+    task: Name = "default"
+    worker: Annotated[str, StringConstraints(max_length=200)] | None = None
 
 
 class MetricsRowOut(Out):

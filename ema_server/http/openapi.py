@@ -15,6 +15,7 @@ from ema_server.http.services import Services
 from ema_server.jobs import Job
 from ema_server.metric_store import MetricStore
 from ema_server.telemetry import Telemetry
+from ema_server.validations import Validations
 
 
 def document() -> str:
@@ -22,11 +23,13 @@ def document() -> str:
     with tempfile.TemporaryDirectory() as folder:
         metrics = MetricStore(Path(folder) / "metrics.sqlite")
         try:
+            catalog, board = Catalog(), Board()
             services = Services(
-                catalog=Catalog(),
-                board=Board(),
+                catalog=catalog,
+                board=board,
                 telemetry=Telemetry(),
                 metrics=metrics,
+                validations=Validations(catalog, board, metrics),
                 submit=_nobody,
                 data=Path(folder),
                 token=None,

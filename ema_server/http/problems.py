@@ -32,8 +32,10 @@ class Code(Enum):
     VERSION_NOT_FOUND = ("version_not_found", 404, "The average has no such version")
     NO_VERSION_YET = ("no_version_yet", 404, "The average has no version yet")
     FILE_NOT_FOUND = ("file_not_found", 404, "The version has no such file")
+    VALIDATION_NOT_FOUND = ("validation_not_found", 404, "The run has no such validation")
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "The method is not allowed at this address")
     ALIAS_RANGE = ("alias_range", 409, "A download through an alias cannot be resumed")
+    LEASE_LOST = ("lease_lost", 410, "The lease is lost")
     BODY_TOO_LARGE = ("body_too_large", 413, "The body is too large")
     RANGE_NOT_SATISFIABLE = ("range_not_satisfiable", 416, "The range lies outside the file")
     INVALID = ("invalid", 422, "The request has a wrong value")
@@ -42,6 +44,7 @@ class Code(Enum):
     DAMAGED = ("damaged", 500, "The file is damaged on the server's disk")
     NOT_READY = ("not_ready", 503, "The server is not ready")
     PUBLISH_FAILED = ("publish_failed", 503, "The run could not be published")
+    NO_EVALUATOR = ("no_evaluator", 503, "Nobody evaluates here")
     METRICS_UNAVAILABLE = ("metrics_unavailable", 503, "The metrics could not be read or written")
 
     def __init__(self, word: str, status: int, title: str) -> None:

@@ -26,7 +26,7 @@ async def keep_report(services: Services, subject: Subject, body: ReportIn) -> t
     """
     at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     report = Report(subject, body.task, body.worker, body.metrics, body.error, body.samples, body.seconds, at)
-    return row_of(report), await _answer(services.metrics.add(report))
+    return row_of(report), await answer(services.metrics.add(report))
 
 
 async def find_subject(services: Services, run: str, average: str, rev: str) -> Subject:
@@ -39,7 +39,7 @@ async def find_subject(services: Services, run: str, average: str, rev: str) -> 
         version = find_version(services, run, average, rev)
         detail = f"{rev!r} is an alias and may move: report on the version that was evaluated, now {version.id}"
         raise Problem(Code.ALIAS_NOT_ALLOWED, detail)
-    known = await _answer(services.metrics.find(run, average, rev))
+    known = await answer(services.metrics.find(run, average, rev))
     if known is not None:
         return known
     version = find_version(services, run, average, rev)
@@ -52,7 +52,7 @@ async def list_reports(services: Services, run: str) -> tuple[MetricsRowOut, ...
     Raises:
         Problem: they could not be read.
     """
-    return tuple(row_of(report) for report in await _answer(services.metrics.reports(run)))
+    return tuple(row_of(report) for report in await answer(services.metrics.reports(run)))
 
 
 def row_of(report: Report) -> MetricsRowOut:
@@ -71,13 +71,15 @@ def row_of(report: Report) -> MetricsRowOut:
     )
 
 
-async def _answer(future: Future[Result]) -> Result:
-    with _store_errors():
+async def answer(future: Future[Result]) -> Result:
+    """What the database answers, or the problem that it cannot."""
+    with store_errors():
         return await asyncio.wrap_future(future)
 
 
 @contextmanager
-def _store_errors() -> Iterator[None]:
+def store_errors() -> Iterator[None]:
+    """Errors of the database as problems."""
     try:
         yield
     except MetricStoreError as error:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from ema_server.board import Board
 from ema_server.catalog import Catalog
+from ema_server.evaluator import Evaluator
 from ema_server.http.request_counts import RequestCounts
 from ema_server.jobs import Job
 from ema_server.metric_store import MetricStore
 from ema_server.telemetry import Telemetry
+from ema_server.validations import Validations
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +26,11 @@ class Services:
         board: state of the runs.
         telemetry: counters and heartbeats of the other threads.
         metrics: evaluation metrics.
+        validations: who evaluates what.
         submit: hands a job to the averager; never blocks.
         data: the data folder.
         token: what a client must send; None when none is needed.
+        evaluator: the server's own evaluation worker, if it has one.
         stopping: set when the server has begun to stop.
     """
 
@@ -34,8 +38,10 @@ class Services:
     board: Board
     telemetry: Telemetry
     metrics: MetricStore
+    validations: Validations
     submit: Callable[[Job], None]
     data: Path
     token: str | None = field(repr=False)
     stopping: threading.Event
+    evaluator: Evaluator | None = None
     requests: RequestCounts = field(default_factory=RequestCounts)

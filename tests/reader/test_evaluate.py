@@ -153,12 +153,12 @@ def test_a_version_pruned_before_it_is_loaded_is_skipped(served: Served, reader:
     class Slow(Reader):
         """Looks, and is overtaken by the retention before it loads."""
 
-        def load(self, version: Any) -> dict[str, torch.Tensor]:
+        def load(self, version: Any, device: str = "cpu") -> dict[str, torch.Tensor]:
             if version.step == 100 and served.catalog.generations("digits")[-1].step == 100:
                 served.publish("digits", 200, ["raw"])
                 served.catalog.remove(served.catalog.generations("digits")[-1], force=True)
                 served.show("digits", 200, ["raw"], RunState.FINISHED)
-            return super().load(version)
+            return super().load(version, device)
 
     with Slow(reader.url) as slow:
         outcomes = list(worker(slow).outcomes())

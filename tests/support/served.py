@@ -21,6 +21,7 @@ from ema_server.jobs import Job
 from ema_server.metric_store import MetricStore
 from ema_server.serve_http import HttpServer
 from ema_server.telemetry import Telemetry
+from ema_server.validations import Validations
 
 WAIT_S = 20.0
 
@@ -35,12 +36,14 @@ class Served:
         self.board = Board()
         self.telemetry = Telemetry()
         self.metrics = MetricStore(data / "metrics.sqlite")
+        self.validations = Validations(self.catalog, self.board, self.metrics)
         self.stopping = threading.Event()
         self.services = Services(
             catalog=self.catalog,
             board=self.board,
             telemetry=self.telemetry,
             metrics=self.metrics,
+            validations=self.validations,
             submit=submit or _nobody,
             data=data,
             token=token,

@@ -1,0 +1,131 @@
+"""A worker's side of leases. Comes in: what it would take; goes out: a version that is its own until it is settled.
+
+While a lease is held, a thread tells the server that the worker lives. Knows nothing of weights and of metrics.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ema_reader.errors import LeaseLost, ReaderError, Unreachable
+from ema_reader.transport import Transport, path_of
+from ema_reader.values import Version
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 30.0
+SKIP_MAX = 1000  # versions; what the server takes
+_BEATS = 3  # in the time of a lease: two may be lost
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a worker would take: see `EvaluationWorker`. An empty `averages` means all, `run` None all runs."""
+
+    worker: str
+    task: str
+    run: str | None
+    averages: tuple[str, ...]
+    every: int = 1
+    lease_s: float = LEASE_S
+    poll_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A version that is this worker's to evaluate, until `expires_in_s` after the last heartbeat."""
+
+    id: str
+    version: Version
+    expires_in_s: float
+
+
+class Leases:
+    """Asks one server for leases. Safe from several threads.
+
+    Args:
+        transport: the connection to the server; it stays the caller's.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def ask(self, wanted: Wanted, skip: tuple[str, ...] = ()) -> tuple[Lease | None, int]:
+        """A lease if a version is due, and how many that are due others have.
+
+        Args:
+            wanted: what the worker would take.
+            skip: ids of versions that it has failed on.
+
+        Raises:
+            NotFound: the server does not know the run.
+        """
+        body: dict[str, object] = {
+            "worker": wanted.worker,
+            "task": wanted.task,
+            "run": wanted.run,
+            "averages": wanted.averages,
+            "every": wanted.every,
+            "skip": skip[-SKIP_MAX:],
+            "lease_s": wanted.lease_s,
+            "poll_s": wanted.poll_s,
+        }
+        found = self._transport.post(path_of("leases"), body)
+        lease = found["lease"]
+        if lease is None:
+            return None, found["held"]
+        return Lease(lease["id"], Version.from_json(lease["version"]), lease["expires_in_s"]), found["held"]
+
+    def beat(self, lease: Lease) -> None:
+        """Say that the worker lives; raises LeaseLost when another one has the version."""
+        self._transport.post(path_of("leases", lease.id, "heartbeat"))
+
+    def settle(
+        self, lease: Lease, metrics: Mapping[str, float], *, error: str | None, samples: int | None, seconds: float
+    ) -> None:
+        """End a lease by its result.
+
+        Raises:
+            LeaseLost: another worker has taken the version over.
+            RequestRefused: the server does not take it; a name or a text is too long.
+        """
+        body = {"metrics": dict(metrics), "error": error, "samples": samples, "seconds": seconds}
+        self._transport.post(path_of("leases", lease.id, "result"), body)
+
+    def give_back(self, lease: Lease) -> None:
+        """Let another worker have the version at once."""
+        self._transport.delete(path_of("leases", lease.id))
+
+
+class Heartbeat:
+    """Keeps a lease alive inside a `with` block. A server that is away is tried again at the next beat."""
+
+    def __init__(self, leases: Leases, lease: Lease) -> None:
+        self._leases = leases
+        self._lease = lease
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._lease.expires_in_s / _BEATS):
+            try:
+                self._leases.beat(self._lease)
+            except Unreachable as error:
+                log.info("heartbeat: %s", error)
+            except LeaseLost:
+                log.warning("another worker has %s: its result counts", self._lease.version)
+                return
+            except ReaderError as error:
+                log.warning("heartbeat: %s", error)
+                return
