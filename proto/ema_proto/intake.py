@@ -71,7 +71,7 @@ class Intake:
 
     def begin(self, begin: m.Begin) -> None:
         """A snapshot starts; one still filling is abandoned. A step that cannot count any more gets no slot."""
-        if self._rewinds or self._is_passed(begin.step) or any(held.step >= begin.step for held in self._held.values()):
+        if self._rewinds or not self._can_count(begin):
             return
         self._filling = None
         slot = next((index for index in range(self._slots) if index not in self._held), None)
@@ -134,7 +134,8 @@ class Intake:
         """The snapshot held in `slot` is in the averages."""
         held = self._held.pop(slot)
         self._last_step = held.step
-        self.recent.append(held.step)
+        if held.step not in self.recent:
+            self.recent.append(held.step)
         self.replies.append(m.Committed(held.step, held.attempt))
         self._grant()
 
@@ -161,6 +162,11 @@ class Intake:
 
     def _is_passed(self, step: int) -> bool:
         return self._last_step is not None and step <= self._last_step
+
+    def _can_count(self, begin: m.Begin) -> bool:
+        """Whether the step is above all before it; a `set` may also repeat the newest."""
+        lowest = begin.step + (begin.mode == "set")
+        return not self._is_passed(lowest) and all(held.step < lowest for held in self._held.values())
 
     def _is_other(self, filling: _Filling, step: int, attempt: int) -> bool:
         return (filling.begin.step, filling.begin.attempt) != (step, attempt)

@@ -107,12 +107,12 @@ class StreamQueue:
         """The step that a reconnecting session will send next."""
         for item in self._items:
             if isinstance(item, Snapshot):
-                return item.step
+                return item.step + (item.mode == "set")  # its step is already taken
         return max(first_step, self._last_step + 1)
 
     def add_snapshot(self, slot: int, step: int, mode: m.Mode) -> None:
-        """Append a snapshot; steps only grow, a rewind apart."""
-        if step <= self._last_step:
+        """Append a snapshot; steps only grow, a rewind apart. A `set` may repeat the newest step."""
+        if step + (mode == "set") <= self._last_step:
             raise LocalProtocolError(f"step {step} is not after step {self._last_step}, which was offered before")
         self._last_step = step
         self._items.append(Snapshot(slot, step, mode))
@@ -237,7 +237,7 @@ class StreamQueue:
         for item in self._items:
             if isinstance(item, Request) and isinstance(item.message, m.Rewind):
                 break
-            if isinstance(item, Snapshot) and item.step <= last:
+            if isinstance(item, Snapshot) and item.step + (item.mode == "set") <= last:
                 item.dropped = None if item.step in joined.recent else RejectCode.STEP_PASSED
                 before_rewind.append(item)
         for snapshot in before_rewind:

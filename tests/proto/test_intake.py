@@ -35,9 +35,9 @@ def put(intake: Intake, header: Header) -> int | None:
     return slot
 
 
-def send(intake: Intake, step: int, attempt: int, chunks: int = 3) -> int | None:
+def send(intake: Intake, step: int, attempt: int, chunks: int = 3, *, mode: m.Mode = "update") -> int | None:
     """A whole snapshot; returns the slot in which it is held."""
-    intake.begin(m.Begin(step, attempt))
+    intake.begin(m.Begin(step, attempt, mode))
     for index in range(chunks):
         put(intake, chunk(step, attempt, index, chunks))
     whole = intake.commit(m.Commit(step, attempt, chunks, chunks * CHUNK - 1))
@@ -78,6 +78,25 @@ def test_chunks_beyond_credit_never_reach_a_slot_that_is_held() -> None:
 
     assert held == [0, 1]
     assert intake.credit_limit <= 2 * 3
+
+
+def test_a_set_may_repeat_the_newest_step_and_no_earlier_one() -> None:
+    intake = new_intake(last_step=5, recent=(4, 5))
+
+    assert send(intake, 5, 1) is None, "an update of an applied step counts once"
+    assert send(intake, 4, 2, mode="set") is None
+    slot = send(intake, 5, 3, mode="set")
+    assert slot is not None
+    intake.applied(slot)
+    assert list(intake.recent) == [4, 5]
+    assert m.Committed(5, 3) in intake.replies
+
+
+def test_a_set_may_repeat_a_step_that_is_still_with_the_averager() -> None:
+    intake = new_intake()
+
+    assert send(intake, 1, 1) == 0
+    assert send(intake, 1, 2, mode="set") == 1
 
 
 def test_a_doubled_chunk_is_received_once() -> None:
