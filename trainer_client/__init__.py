@@ -9,6 +9,7 @@ from __future__ import annotations
 from ema_proto.specs import Ema, Raw
 from trainer_client.client import EmaClient
 from trainer_client.errors import (
+    AverageError,
     ClientClosed,
     ConnectError,
     EmaClientError,
@@ -17,9 +18,11 @@ from trainer_client.errors import (
     RewindError,
     SettingsError,
 )
+from trainer_client.remote import RemoteModelEma
 
 __all__ = [
     "EmaClient",
+    "RemoteModelEma",
     "Ema",
     "Raw",
     "EmaClientError",
@@ -28,5 +31,6 @@ __all__ = [
     "JoinError",
     "PlanError",
     "RewindError",
+    "AverageError",
     "ClientClosed",
 ]

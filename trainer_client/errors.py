@@ -6,6 +6,7 @@ EmaClientError
 ├── JoinError       the server refuses the run; `code` says why
 ├── PlanError       the model holds something that cannot be streamed, or has changed since it was joined
 ├── RewindError     the run could not be taken back to a step
+├── AverageError    an average could not be fetched from the server
 └── ClientClosed    the client was used after close() or finish()
 """
 
@@ -40,6 +41,10 @@ class PlanError(EmaClientError, ValueError):
 
 class RewindError(EmaClientError):
     """The run could not be taken back; nothing was changed."""
+
+
+class AverageError(EmaClientError):
+    """The average is not to be had from the server, or not in time."""
 
 
 class ClientClosed(EmaClientError):

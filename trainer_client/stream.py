@@ -11,7 +11,7 @@ import logging
 import torch
 from torch import nn
 
-from ema_proto.messages import Join
+from ema_proto.messages import Join, Mode
 from ema_proto.sender import SenderState
 from trainer_client.counters import Counters, Skip
 from trainer_client.errors import PlanError, SettingsError
@@ -85,24 +85,31 @@ class Stream:
         if step % self._every == 0:
             self._snapshot(model, step)
 
-    def _snapshot(self, model: nn.Module, step: int) -> None:
+    def replace(self, model: nn.Module, step: int) -> bool:
+        """Have every average become the weights of `model`, as of `step`; whether they were sent. As `advance` else."""
+        self.steps = max(step, self.steps)
+        return self._snapshot(model, step, "set")
+
+    def _snapshot(self, model: nn.Module, step: int, mode: Mode = "update") -> bool:
         try:
             slot = self._worker.acquire(self._wait_s)
             if slot is None:
                 self._counters.skipped[self._why_none()] += 1
-                return
+                return False
             try:
                 self._plan = self._plan.renewed(model)
                 self._stager.stage(self._plan.tensors(), slot)
             except BaseException:
                 self._worker.give_back(slot)
                 raise
-            self._worker.offer(slot, step)
+            self._worker.offer(slot, step, mode)
         except PlanError:
             raise
         # The trainer comes first: whatever else is wrong with a copy for an average is no reason to end a training.
         except Exception as error:  # noqa: BLE001
             self._skip(Skip.ERROR, f"step {step} was not sent, training goes on: {error!r}", error)
+            return False
+        return True
 
     def _why_none(self) -> Skip:
         state = self._worker.stats().state

@@ -1,0 +1,90 @@
+"""The way back of an average, from the server to the trainer, over HTTP. The one place where a writer reads.
+
+Comes in: run, average and step. Goes out: weights by name. The reader's side is imported when it is first needed: who
+only streams needs none of it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from trainer_client.errors import AverageError, SettingsError
+
+if TYPE_CHECKING:
+    from ema_reader import Reader
+
+_POLL_S = 0.1
+
+
+class Pull:
+    """Reads one run's averages.
+
+    Args:
+        url: the server's address for readers; default `EMA_URL`, else the reader's own default.
+        token: shared secret; default `EMA_TOKEN`.
+        run: name of the run.
+    """
+
+    def __init__(self, url: str | None, token: str | None, run: str) -> None:
+        self._reader = _reader(url, token)
+        self._run = run
+
+    def is_known(self) -> bool:
+        """Whether the server knows a snapshot of the run.
+
+        Raises:
+            AverageError: the server cannot be asked.
+        """
+        from ema_reader import NotFound, ReaderError
+
+        try:
+            return self._reader.run(self._run).step is not None
+        except NotFound:
+            return False
+        except ReaderError as error:
+            raise AverageError(self._text("its state", error)) from error
+
+    def weights(self, average: str, step: int, timeout_s: float) -> dict[str, Tensor]:
+        """The average as it stood at `step`, as soon as that is published.
+
+        Raises:
+            AverageError: it was not published in time, or cannot be read.
+        """
+        from ema_reader import NotFound, ReaderError
+
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self._reader.load(self._reader.version(self._run, average, f"step-{step}"))
+            except NotFound as error:
+                if time.monotonic() >= deadline:
+                    raise AverageError(self._text(f"{average} at step {step}", error)) from error
+            except ReaderError as error:
+                raise AverageError(self._text(average, error)) from error
+            time.sleep(_POLL_S)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._reader.close()
+
+    def _text(self, what: str, error: Exception) -> str:
+        return (
+            f"run {self._run}: {what} cannot be had from {self._reader.url}: {error}; "
+            'url= or EMA_URL is the address that the server prints as "http"'
+        )
+
+
+def _reader(url: str | None, token: str | None) -> Reader:
+    try:
+        from ema_reader import Reader, ReaderError
+    except ImportError as error:
+        raise SettingsError(
+            f"averages come back over HTTP, and {error.name} is missing: pip install 'ema-sidecar[trainer,reader]'"
+        ) from error
+    try:
+        return Reader(url, token)
+    except ReaderError as error:
+        raise SettingsError(str(error)) from error
