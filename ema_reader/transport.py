@@ -20,7 +20,14 @@ _TRY_LATER = frozenset({429, 502, 503, 504})
 
 
 def path_of(*parts: str) -> str:
-    """`/v1/` and the parts, each quoted."""
+    """`/v1/` and the parts, each quoted.
+
+    Raises:
+        UsageError: a part would lead to another address however it is written.
+    """
+    for part in parts:
+        if part in ("", ".", ".."):
+            raise UsageError(f"{part!r} is not a name: names have letters, digits, '_', '.' and '-'")
     return "/v1/" + "/".join(quote(part, safe="") for part in parts)
 
 

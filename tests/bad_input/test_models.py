@@ -113,7 +113,7 @@ def replace_by_another_shape(model: Reassigning) -> None:
 
 
 def remove_a_parameter(model: Reassigning) -> None:
-    model.linear.bias = None
+    model.linear.register_parameter("bias", None)
 
 
 @pytest.mark.parametrize(

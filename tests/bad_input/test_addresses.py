@@ -1,0 +1,161 @@
+"""Names that escape a folder or break a URL: a problem, never a file, a traceback or a redirect elsewhere."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ema_cli.app import build, run
+from ema_proto.errors import LocalProtocolError
+from ema_proto.names import check_name
+from ema_reader import Reader, ReaderError
+from support.served import Served
+
+WAIT_S = 30.0
+SECRET = b"nobody may read this"
+NAMES = [
+    "..",
+    ".",
+    "../../secret",
+    "..%2f..%2fsecret",
+    "..\\..\\secret",
+    "/etc/passwd",
+    "a/b",
+    "a b",
+    "a?b",
+    "a#b",
+    "a%b",
+    "a;b",
+    "a\nb",
+    "a\0b",
+    "\u00fc",
+    "\u202egnp",
+    "\U0001f600",
+    "",
+    "-x",
+    "x-",
+    "v1",
+    "CON" * 33,
+]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    place = tmp_path_factory.mktemp("addresses")
+    (place / "secret").write_bytes(SECRET)
+    served = Served(place / "data")
+    (place / "data" / "secret").write_bytes(SECRET)
+    served.publish("digits", 1, ["raw"])
+    served.beat()
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def url(served: Served) -> Iterator[str]:
+    with served.listening() as url:
+        yield url
+
+
+def ask(url: str, method: str, target: bytes) -> tuple[int, bytes]:
+    """Status and body for a request line that is sent as it is, which HTTP libraries would have tidied up."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
+        connection.sendall(method.encode() + b" " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = b""
+        while piece := connection.recv(1 << 16):
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"location" not in head.lower()
+    return int(head.split()[1]), body
+
+
+_UP = [b"..", b"%2e%2e", b"%2E.", b"..%2f..", b"..%5c..", b"%252e%252e", b"..%c0%af", b"....//", b"%00", b".%00."]
+
+
+@pytest.mark.parametrize("up", _UP)
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/%s/secret",
+        b"/v1/runs/%s/secret",
+        b"/v1/runs/digits/averages/%s/versions",
+        b"/v1/runs/digits/averages/raw/versions/%s",
+        b"/v1/runs/digits/averages/raw/versions/latest/files/%s%%2fsecret",
+        b"/v1/runs/digits/averages/raw/versions/%(id)s/files/%(up)s%%2f%(up)s%%2fsecret",
+        b"/v1/runs/digits/averages/raw/versions/%(id)s/files/%(up)s",
+    ],
+)
+def test_a_path_that_climbs_is_a_problem_and_gives_nothing_away(
+    served: Served, url: str, path: bytes, up: bytes
+) -> None:
+    version = served.catalog.versions("digits", "raw")[0].id.encode()
+    target = path % ({b"id": version, b"up": up} if b"%(" in path else up)
+
+    for method in ("GET", "HEAD"):
+        status, body = ask(url, method, target)
+        assert 400 <= status < 500, (target, status)
+        assert SECRET not in body
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/v1/runs/" + b"n" * 30_000,
+        b"/v1/runs/%ff%fe",
+        b"/v1/runs/%",
+        b"/v1/runs/\xc3\xbc",
+        b"/v1/runs//averages//versions",
+        b"//v1/runs",
+        b"/v1/runs/digits/averages/raw/versions/step-" + b"9" * 5000,
+        b"/v1/runs/digits/averages/raw/versions/step--1",
+        b"/v1/runs/digits/averages/raw/versions/" + b"g" * 40,
+        b"http://elsewhere/secret",
+        b"*",
+        b"secret",
+    ],
+)
+def test_a_strange_address_is_the_clients_mistake_and_never_the_servers(url: str, target: bytes) -> None:
+    status, body = ask(url, "GET", target)
+
+    assert 400 <= status < 500, (target[:60], status, body[:200])
+    assert b"Traceback" not in body
+    if body.startswith(b"{"):
+        assert json.loads(body)["status"] == status
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_no_name_of_a_run_or_average_gets_a_reader_somewhere_else(url: str, name: str) -> None:
+    with Reader(url) as reader:
+        for ask_for in (
+            lambda: reader.run(name),
+            lambda: reader.versions("digits", name),
+            lambda: reader.versions(name, "raw"),
+            lambda: reader.version("digits", "raw", name),
+        ):
+            with pytest.raises(ReaderError) as caught:
+                ask_for()
+            assert caught.value.exit_code in (2, 3), caught.value
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "\0" not in name and "/" not in name and name], ids=ascii)
+def test_no_name_on_the_command_line_makes_a_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, url: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["ema", "download", "--url", url, "--", f"{name}/raw"])
+
+    assert run(build()) in (2, 3)
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.splitlines())) == ("", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_no_such_name_gets_through_the_trainers_door(name: str) -> None:
+    with pytest.raises(LocalProtocolError):
+        check_name("run", name)

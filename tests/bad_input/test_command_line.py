@@ -1,0 +1,238 @@
+"""Every command with wrong arguments: one line that helps, exit code 2, nothing on stdout, no traceback."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ema_cli.app import ROOMS, build, run
+from ema_reader import Reader, ReaderError
+from support.processes import Process
+
+WAIT_S = 60.0
+
+
+def ema(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Carry out a command line in this process; what it says is captured by pytest."""
+    monkeypatch.setattr(sys, "argv", ["ema", *arguments])
+    return run(build())
+
+
+@pytest.mark.parametrize("command", [command for room in ROOMS for command in room.commands])
+def test_an_unknown_option_is_one_line_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    code = ema(monkeypatch, command, "--colour", "red")
+    said = capsys.readouterr()
+
+    assert (code, said.out, len(said.err.splitlines())) == (2, "", 1)
+    assert said.err.startswith(f"ema {command}: ")
+    assert "--colour" in said.err
+    assert f"ema {command} --help" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sreve"], "sreve"),
+        (["--verbose"], "--verbose"),
+        (["serve", "now"], "now"),
+        (["serve", "--keep-generation", "3"], "--keep-generations"),
+        (["serve", "--data"], "--data"),
+        (["status", "a", "b"], "b"),
+        (["status", "--url", "ftp://host"], "ftp://host"),
+        (["status", "--url", "http://[::1"], "http://[::1"),
+        (["status", "--token", "schl\u00fcssel"], "EMA_TOKEN"),
+        (["status", "--token", "from a file\n"], "EMA_TOKEN"),
+        (["versions"], "RUN[/AVERAGE]"),
+        (["download"], "RUN/AVERAGE"),
+        (["download", "digits"], "'digits' is not RUN/AVERAGE"),
+        (["download", "a/b/c"], "'a/b/c' is not RUN/AVERAGE"),
+        (["download", "a/b@"], "'a/b@' is not RUN/AVERAGE"),
+        (["evaluate"], "MODULE:FUNCTION"),
+        (["evaluate", "m:f", "--run", "r", "--poll-s", "0"], "--poll-s"),
+        (["evaluate", "m", "--run", "r"], "'m' is not module:function"),
+        (["evaluate", "json:nothing", "--run", "r"], "no function 'nothing'"),
+        (["healthcheck", "--url"], "--url"),
+        (["doctor", "all"], "all"),
+        (["demo", "--steps", "1"], "--steps"),
+        (["demo", "--steps", "many"], "--steps"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_are_one_line_that_names_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    code = ema(monkeypatch, *arguments)
+    said = capsys.readouterr()
+
+    assert (code, said.out, len(said.err.splitlines())) == (2, "", 1), said.err
+    assert said.err.startswith("ema")
+    assert says in said.err
+
+
+def test_nothing_asked_is_answered_by_the_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = ema(monkeypatch)
+    said = capsys.readouterr()
+
+    assert code == 2
+    assert "serve" in said.out + said.err
+
+
+def test_a_variable_that_is_no_switch_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMA_INSECURE", "maybe")
+
+    assert ema(monkeypatch, "serve") == 2
+    assert "EMA_INSECURE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["def f(:", "raise RuntimeError('no data')", "import no_such_package"])
+def test_a_module_that_cannot_be_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "broken_evaluation.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "broken_evaluation", raising=False)
+
+    assert ema(monkeypatch, "evaluate", "broken_evaluation:f", "--run", "r") == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert "broken_evaluation" in said.err
+
+
+@contextmanager
+def answering(body: bytes, status: int = 200) -> Iterator[str]:
+    """A server of something else, which answers everything alike; yields its URL."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join(WAIT_S)
+
+
+_FOREIGN = [b"[]", b"{}", b'"hello"', b'{"runs": 3}', b'{"runs": [{}]}', b"<html>", b"null", b'{"versions": [null]}']
+
+
+@pytest.mark.parametrize("body", _FOREIGN)
+@pytest.mark.parametrize("arguments", [["status"], ["status", "r"], ["versions", "r/raw"], ["download", "r/raw"]])
+def test_an_answer_that_is_not_an_ema_servers_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], body: bytes
+) -> None:
+    with answering(body) as url:
+        code = ema(monkeypatch, *arguments, "--url", url)
+        said = capsys.readouterr()
+
+    assert (code, said.out, len(said.err.splitlines())) == (1, "", 1), said
+    assert url in said.err
+
+
+@pytest.mark.parametrize("body", _FOREIGN)
+def test_a_server_that_answers_something_else_is_not_ready(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], body: bytes
+) -> None:
+    with answering(body, 503) as url:
+        assert ema(monkeypatch, "healthcheck", "--url", url) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["run", "average", "file"])
+@pytest.mark.parametrize("name", ["..", "../../evil", "/etc/evil", "a\\b", "a\0b", ""])
+def test_names_from_a_server_never_lead_out_of_the_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str, name: str
+) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    names = {"run": "r", "average": "raw", "file": "model.safetensors", key: name}
+    version = {
+        "id": "0" * 40,
+        "run": names["run"],
+        "average": names["average"],
+        "spec": "raw",
+        "step": 1,
+        "updates": 1,
+        "gap_steps": 0,
+        "created": "2026-01-01T00:00:00Z",
+        "files": [{"name": names["file"], "size": 2, "sha256": "0" * 64}],
+    }
+    with answering(json.dumps(version).encode()) as url, Reader(url) as reader:
+        assert ema(monkeypatch, "download", "r/raw", "--url", url) == 1
+        with pytest.raises(ReaderError, match="not a plain name"):
+            reader.version("r", "raw")
+
+    assert list(tmp_path.rglob("*")) == [inside]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["status"], ["versions", "r"], ["download", "r/raw"], ["healthcheck"], ["evaluate", "json:dumps", "--run", "r"]],
+    ids=" ".join,
+)
+def test_ctrl_c_ends_a_command_that_waits_for_the_server(tmp_path: Path, arguments: list[str]) -> None:
+    """The server takes the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with Process("-m", "ema_cli", *arguments, "--url", url, env={"NO_COLOR": "1"}) as process:
+            silent.settimeout(WAIT_S)
+            connection, _ = silent.accept()
+            with connection:
+                connection.settimeout(WAIT_S)
+                connection.recv(1)
+                process.send(signal.SIGINT)
+                code = process.wait(WAIT_S)
+
+    assert (code, list(process.lines)) == (130, [])
+    assert not any("Traceback" in line for line in process.errors), list(process.errors)
+
+
+def test_ctrl_c_ends_the_doctor(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(WAIT_S)
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with Process("-m", "ema_cli", "doctor", "--http", address, "--data", str(tmp_path)) as process:
+            silent.accept()[0].close()
+            process.send(signal.SIGINT)
+            code = process.wait(WAIT_S)
+
+    assert code in (130, 0, 1)  # it may be over before the signal comes
+    assert not any("Traceback" in line for line in process.errors), list(process.errors)
+
+
+def test_ctrl_c_while_a_command_is_being_loaded_is_no_traceback(tmp_path: Path) -> None:
+    """The interruption comes from inside an import, which takes most of the time of a short command."""
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    with Process("-m", "ema_cli", "status", env={"PYTHONPATH": path}) as process:
+        code = process.wait(WAIT_S)
+
+    assert (code, list(process.errors)) == (130, [])
