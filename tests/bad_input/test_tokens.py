@@ -1,0 +1,76 @@
+"""A token that is missing, wrong or mangled: said at every door, before anything is sent, and never shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx2
+import pytest
+
+from ema_cli.app import build, run
+from support.processes import ServerProcess
+from trainer_client import ConnectError, EmaClient, SettingsError
+
+WAIT_S = 60.0
+TOKEN = "the-right-one"
+WRONG = ["the-wrong-one", "the-right-one.", "the-right-on", "The-right-one"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with ServerProcess(tmp_path_factory.mktemp("tokens") / "data", "--token", TOKEN) as process:
+        yield process
+
+
+@pytest.mark.parametrize("token", [None, *WRONG])
+def test_a_trainer_is_told_at_construction(server: ServerProcess, token: str | None) -> None:
+    with pytest.raises(ConnectError, match="EMA_TOKEN") as caught:
+        EmaClient(server.zmq, "r", token=token, connect_timeout_s=WAIT_S)
+
+    assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", ["read from a file\n", "two words", "schl\u00fcssel", "tab\t"])
+def test_a_token_that_no_server_can_have_is_refused_before_anything_is_sent(token: str) -> None:
+    with pytest.raises(SettingsError, match="EMA_TOKEN") as caught:
+        EmaClient("tcp://127.0.0.1:9", "r", token=token)
+
+    assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize("token", [None, *WRONG])
+@pytest.mark.parametrize(
+    "command",
+    [["status"], ["status", "r"], ["versions", "r"], ["download", "r/raw"], ["evaluate", "json:dumps", "--run", "r"]],
+    ids=" ".join,
+)
+def test_every_command_that_reads_ends_with_4(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    server: ServerProcess,
+    command: list[str],
+    token: str | None,
+) -> None:
+    given = [] if token is None else ["--token", token]
+    monkeypatch.setattr("sys.argv", ["ema", *command, "--url", server.http, *given])
+
+    assert run(build()) == 4
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.splitlines())) == ("", 1)
+    assert "EMA_TOKEN" in said.err
+    assert TOKEN not in said.err
+    assert token is None or token not in said.err
+
+
+def test_a_healthcheck_needs_none(monkeypatch: pytest.MonkeyPatch, server: ServerProcess) -> None:
+    monkeypatch.setattr("sys.argv", ["ema", "healthcheck", "--url", server.http])
+
+    assert run(build()) == 0
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", f"bearer{TOKEN}", f"Basic {TOKEN}", f"Bearer {TOKEN}x"])
+def test_no_other_header_opens_the_door(server: ServerProcess, header: str) -> None:
+    for path in ("/v1/runs", "/metrics", "/v1/runs/r/averages/raw/versions/latest/files/model.safetensors"):
+        answer = httpx2.get(f"{server.http}{path}", headers={"Authorization": header}, timeout=WAIT_S)
+        assert answer.status_code == 401
+        assert TOKEN not in answer.text
