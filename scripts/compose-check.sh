@@ -17,7 +17,7 @@ INDEX=https://download.pytorch.org/whl/cpu
 
 export COMPOSE_PROJECT_NAME=ema-check-$$ COMPOSE_FILE=docker-compose.yml
 EMA_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-export EMA_TOKEN HTTP_PORT=0 ZMQ_PORT=0 DEMO_RUN=digits DEMO_STEPS=$STEPS EMA_PUBLISH_EVERY_STEPS=$((STEPS / 5))
+export EMA_TOKEN DEMO_RUN=demo HTTP_PORT=0 ZMQ_PORT=0 DEMO_STEPS=$STEPS EMA_PUBLISH_EVERY_STEPS=$((STEPS / 5))
 export EMA_PUBLISH_EVERY_SECONDS=0 # so that what is published at the end is the end's doing
 unset EMA_KEEP_GENERATIONS EMA_LOST_AFTER_SECONDS EMA_CHUNK_BYTES EMA_LOG_LEVEL
 
@@ -100,28 +100,28 @@ contained() {
 }
 
 demo() {
-  quietly compose up --detach trainer evaluator
+  quietly compose up --detach demo-trainer demo-evaluator
   local service id
-  for service in trainer evaluator; do
+  for service in demo-trainer demo-evaluator; do
     id=$(container $service)
     await "the end of the $service" has_ended "$id"
     [[ $(state "$id" ExitCode) == 0 ]] || fail "the $service ended with exit code $(state "$id" ExitCode)"
   done
-  [[ $(run_field digits state) == finished ]] || fail "the run is $(run_field digits state)"
-  [[ $(run_field digits applied) == "$STEPS" ]] || fail "$(run_field digits applied) of $STEPS steps are averaged"
-  say "  $STEPS steps averaged; $(get "$base/digits/metrics" | server_python "
+  [[ $(run_field demo state) == finished ]] || fail "the run is $(run_field demo state)"
+  [[ $(run_field demo applied) == "$STEPS" ]] || fail "$(run_field demo applied) of $STEPS steps are averaged"
+  say "  $STEPS steps averaged; $(get "$base/demo/metrics" | server_python "
 rows = json.load(sys.stdin)['metrics']
 print(len(rows), 'versions evaluated')")"
 }
 
 download() { # to the file $1
-  get --output "$1.json" "$base/digits/averages/$AVERAGE/versions/latest"
-  get --output "$1" "$base/digits/averages/$AVERAGE/versions/latest/files/model.safetensors"
+  get --output "$1.json" "$base/demo/averages/$AVERAGE/versions/latest"
+  get --output "$1" "$base/demo/averages/$AVERAGE/versions/latest/files/model.safetensors"
 }
 
 loads() { # what the evaluator said of the file $1 is what a process without a network finds in it
   local reported measured run_alone="docker run --rm --interactive --network none --read-only --tmpfs /tmp"
-  reported=$(get "$base/digits/metrics" | server_python "
+  reported=$(get "$base/demo/metrics" | server_python "
 rows = json.load(sys.stdin)['metrics']
 print(max((row['step'], row['metrics']['accuracy']) for row in rows if row['average'] == '$AVERAGE')[1])")
   measured=$($run_alone --entrypoint python ema-sidecar-demo -c '
@@ -134,10 +134,10 @@ print(accuracy(load(sys.stdin.buffer.read()))["accuracy"])' <"$1")
 }
 
 interrupted() { # SIGTERM in the middle of a run
-  quietly compose run --detach trainer --run interrupted --steps 1000000 --seed 1
+  quietly compose run --detach demo-trainer --run interrupted --steps 1000000 --seed 1
   await "step 300 of a second run" has_passed interrupted 300
   quietly docker kill "$(docker ps --quiet --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" \
-    --filter "label=com.docker.compose.service=trainer")"
+    --filter "label=com.docker.compose.service=demo-trainer")"
   local step published grace_s term_s
   step=$(run_field interrupted step) published=$(run_field interrupted published_step)
   [[ $published != "$step" ]] || fail "step $step is published already: nothing is left to show"

@@ -80,7 +80,7 @@ def test_the_ports_are_those_of_the_image_and_open_to_this_machine_only() -> Non
 
     assert published == [f"127.0.0.1:{port}:{port}" for port in sorted(inside)]
     assert f"EXPOSE {' '.join(sorted(inside))}" in _DOCKERFILE
-    assert "ports:" not in _service("trainer") + _service("evaluator")
+    assert "ports:" not in _service("demo-trainer") + _service("demo-evaluator")
 
 
 def test_the_volume_is_where_the_data_is() -> None:
@@ -90,7 +90,7 @@ def test_the_volume_is_where_the_data_is() -> None:
     assert f"--owner=10001 --group=10001 {data}\n" in _DOCKERFILE  # a new volume takes its owner from there
 
 
-@pytest.mark.parametrize("name", ["ema", "trainer", "evaluator"])
+@pytest.mark.parametrize("name", ["ema", "demo-trainer", "demo-evaluator"])
 def test_every_service_is_contained(name: str) -> None:
     contained = re.search(r"^x-contained: &contained\n((?:  .*\n)+)", _COMPOSE, flags=re.MULTILINE)
 
@@ -113,10 +113,10 @@ def test_a_token_is_needed_to_start_anything() -> None:
 
 
 def test_trainer_and_evaluator_are_those_of_the_demo() -> None:
-    job = parse(_command("trainer"))
-    evaluate, function, option, run = _command("evaluator")
+    job = parse(_command("demo-trainer"))
+    evaluate, function, option, run = _command("demo-evaluator")
 
-    assert "entrypoint: [python, -m, ema_cli.demo.train]\n" in _service("trainer")
+    assert "entrypoint: [python, -m, ema_cli.demo.train]\n" in _service("demo-trainer")
     assert (job.endpoint, job.record) == (None, None)
     assert (evaluate, option, run) == ("evaluate", "--run", job.run)
     assert callable(import_function(function))
@@ -149,6 +149,8 @@ def test_the_snippet_for_ones_own_trainer_uses_what_there_is() -> None:
     snippet = re.search(r"^```yaml\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
 
     assert snippet is not None
+    names = re.findall(r"^  ([\w-]+):$", snippet[1], flags=re.MULTILINE)
+    assert [name for name in names if f"\n  {name}:\n" in _COMPOSE] == []  # compose would merge the two
     assert re.search(r"^      EMA_ENDPOINT: tcp://ema:5555( +#.*)?$", snippet[1], flags=re.MULTILINE)
     assert re.search(r"^      EMA_TOKEN: \$\{EMA_TOKEN\}$", snippet[1], flags=re.MULTILINE)
     assert "condition: service_healthy" in snippet[1]
