@@ -58,7 +58,9 @@ def versions(
 ) -> None:
     """List the versions that can be downloaded, newest first."""
     with _exits(), Reader(url, token) as reader:
-        run, _, average = target.partition("/")
+        run, slash, average = target.partition("/")
+        if not run or "/" in average or (slash and not average):
+            raise UsageError(f"{target!r} is not RUN or RUN/AVERAGE, for example resnet34/ema-0.999")
         averages = [average] if average else [item.name for item in reader.run(run).averages]
         found = [version for name in averages for version in reader.versions(run, name)]
         typer.echo(render.as_json({"versions": found}) if json else render.versions_text(found))

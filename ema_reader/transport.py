@@ -109,6 +109,8 @@ class Transport:
         if response.status_code == 401:
             raise Unauthorized(f"{self.url} wants a token: set EMA_TOKEN or use --token")
         if response.status_code == 404:
+            if problem["code"] == "unknown":
+                raise ReaderError(f"{self.url} answers 404, and not as an ema server does: is the address right?")
             raise NotFound(text)
         if response.status_code == 410:
             raise LeaseLost(text, code=problem["code"], status=410)
@@ -131,7 +133,11 @@ class Transport:
 
 def _problem(response: httpx2.Response) -> dict[str, str]:
     """The problem in the body; for an answer that is not the server's (a proxy's), what can be said of it."""
-    known: dict[str, str] = {"title": response.reason_phrase, "detail": response.text[:200], "code": "unknown"}
+    known: dict[str, str] = {
+        "title": response.reason_phrase,
+        "detail": " ".join(response.text[:200].split()),
+        "code": "unknown",
+    }
     try:
         body = response.json()
     except ValueError:

@@ -67,6 +67,7 @@ class Ingest:
         )
         self._staging: dict[int, _Staging] = {}  # by ticket
         self._inbox: deque[Callable[[], None]] = deque()
+        self._greeted = 0  # of the receiver's count, what telemetry has been told
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="ingest", daemon=True)
 
@@ -155,6 +156,9 @@ class Ingest:
             for _ in range(count):
                 self._telemetry.reject(code)
         self._receiver.rejects.clear()
+        if self._receiver.greeted > self._greeted:
+            self._telemetry.count(Counter.CONNECTIONS, self._receiver.greeted - self._greeted)
+            self._greeted = self._receiver.greeted
 
     def _take_event(self, event: e.ReceiverEvent) -> None:
         match event:
@@ -208,7 +212,8 @@ class Ingest:
             self._staging[event.ticket] = _Staging(
                 event.run, slots, FiniteCheck(outcome.manifest).exempt(outcome.exempt)
             )
-            logger.info("run %s: %s at step %s", event.run, outcome.continuation, outcome.last_step)
+            where = "" if outcome.last_step is None else f" at step {outcome.last_step}"
+            logger.info("run %s: %s%s", event.run, outcome.continuation, where)
         self._gauge()
 
     def _drop_staging(self, run: str) -> None:

@@ -95,7 +95,8 @@ def _no_generation(join: messages.Join, known: Known) -> Refused:
     held = f"its generations are at steps {shown}" if steps else "it has no generation yet"
     text = (
         f"run {join.run!r} stands at step {known.last_step} and cannot go back before step {join.first_step}: {held}. "
-        "Continue the trainer from its checkpoint and say how many steps it has taken (step=), "
-        "set the old run aside (resume='never'), or use another run name"
+        "If the trainer goes on later than that, say how many steps it has taken (step=, load_state_dict()); else set "
+        "the old run aside (resume='never') or use another run name. There is always a generation to go back to where "
+        "ema.checkpoint(step) is called beside the trainer's own checkpoints"
     )
     return Refused(RejectCode.NO_GENERATION, text)

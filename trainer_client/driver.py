@@ -196,7 +196,8 @@ class Driver:
     def _take_joined(self, joined: Joined) -> None:
         if self._shared.joined is not None:
             self._shared.reconnects += 1
-            logger.info("ema: connected again; the server is at step %s", joined.last_step)
+            # As loud as the line that says the connection broke: most scripts show warnings only.
+            logger.warning("ema: connected again; the server is at step %s", joined.last_step)
         self._shared.joined = joined
         self._shared.last_published = joined.published_step
 

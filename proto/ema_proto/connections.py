@@ -43,6 +43,7 @@ class Connections:
     def __init__(self, *, epoch: int, token: str | None, nonce: Callable[[], str], chunk_bytes: int) -> None:
         self.outbox: deque[tuple[bytes, tuple[bytes, bytes]]] = deque()
         self.rejects: Counter[RejectCode] = Counter()
+        self.greeted = 0
         self._epoch = epoch
         self._token = token
         self._nonce = nonce
@@ -96,6 +97,7 @@ class Connections:
             text = f"this server speaks protocol {VERSION_MAJOR}, the trainer {spoken}: upgrade the older side"
             raise RemoteProtocolError(RejectCode.VERSION, text)
         if self._token is None or connection.welcomed or self._is_proven(connection, self._token, hello.proof):
+            self.greeted += not connection.welcomed
             connection.welcomed = True
             self.send(connection.peer, m.Welcome(self._epoch, self._chunk_bytes))
         else:

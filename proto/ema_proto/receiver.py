@@ -54,6 +54,11 @@ class Receiver:
         self._now = 0.0
         self._pending: tuple[Connection, Header] | None = None
 
+    @property
+    def greeted(self) -> int:
+        """How many connections have been answered by WELCOME so far."""
+        return self._connections.greeted
+
     def header(self, peer: bytes, frame: bytes, now: float) -> e.Target:
         """Take the header frame of a message from `peer`; says where its body belongs."""
         self._now = now

@@ -156,6 +156,29 @@ def test_an_answer_that_is_not_an_ema_servers_is_one_line(
     assert url in said.err
 
 
+@pytest.mark.parametrize("body", [b"<html>\n<p>404</p>\n</html>", b'{"detail": "Not Found"}', b""])
+@pytest.mark.parametrize(
+    "arguments", [["status", "r"], ["download", "r/raw"], ["evaluate", "json:dumps", "--run", "r"]]
+)
+def test_a_404_that_is_not_an_ema_servers_is_one_line_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], body: bytes
+) -> None:
+    with answering(body, status=404) as url:
+        code = ema(monkeypatch, *arguments, "--url", url)
+        said = capsys.readouterr()
+
+    assert (code, said.out, len(said.err.splitlines())) == (1, "", 1), said
+    assert f"{url} answers 404" in said.err
+
+
+@pytest.mark.parametrize("target", ["/raw", "r/", "r/raw/x"])
+def test_versions_of_what_is_no_name_of_a_run_or_an_average_are_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    assert ema(monkeypatch, "versions", target) == 2
+    assert repr(target) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("body", _FOREIGN)
 def test_a_server_that_answers_something_else_is_not_ready(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], body: bytes

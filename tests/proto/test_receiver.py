@@ -145,6 +145,17 @@ def test_a_keepers_endless_text_is_cut_so_that_the_trainer_can_read_it() -> None
     assert peer.codes(peer.heard()) == [RejectCode.MANIFEST_CHANGED]
 
 
+def test_a_connection_is_counted_once_it_is_greeted_and_only_once() -> None:
+    receiver = new_receiver()
+    peer = Peer(receiver)
+    peer.say(JOIN)
+    assert receiver.greeted == 0
+
+    peer.say(m.Hello())
+    peer.say(m.Hello())
+    assert receiver.greeted == 1
+
+
 def test_requests_after_finish_are_refused_and_goodbye_is_not() -> None:
     receiver = new_receiver()
     peer = joined_peer(receiver)

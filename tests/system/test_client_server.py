@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 from torch import Tensor, nn
@@ -210,7 +211,9 @@ def test_rewind_goes_back_to_the_newest_generation_at_or_before_the_step(server:
     assert (version.step, version.updates, version.gap_steps) == (6, 4, 2)
 
 
-def test_a_restarted_server_is_found_again_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_restarted_server_is_found_again_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = Toy()
     with ServerProcess(tmp_path / "data") as first:
         client = _client(first, "r", when_behind="skip")
@@ -226,10 +229,14 @@ def test_a_restarted_server_is_found_again_and_the_run_goes_on(tmp_path: Path) -
         client.update(model.at(30), 30)
         assert client.finish()
         step, weights = _raw(second, "r")
+        metrics = httpx2.get(f"{second.http}/metrics").text
 
     assert step == 30
     assert torch.equal(weights["first.weight"], model.first.weight)
     assert client.stats()["reconnects"] == 1
+    assert "ema_connections_total 1.0" in metrics.splitlines()
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.split(";")[0] for text in told] == ["ema: the connection broke", "ema: connected again"]
 
 
 @pytest.mark.parametrize("fate", ["stopped", "killed"])
