@@ -11,10 +11,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ema_proto.limits import CHUNK_BYTES_DEFAULT, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, SESSION_LOST_S
+from ema_proto.limits import CHUNK_BYTES_DEFAULT, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, HEARTBEAT_S, SESSION_LOST_S
 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")
+_LOST_AFTER_S_MIN = 2 * HEARTBEAT_S + 1  # a heartbeat may be late, or lost
 _TOKEN_CHARS_MAX = 256  # a request header's worth, far above any key
 
 
@@ -59,6 +60,11 @@ class ServerConfig:
         """Validate each value, then what holds between them."""
         _check_seconds("publish_every_seconds", self.publish_every_seconds, zero_is_off=True)
         _check_seconds("lost_after_seconds", self.lost_after_seconds, zero_is_off=False)
+        if self.lost_after_seconds < _LOST_AFTER_S_MIN:
+            raise ValueError(
+                f"lost_after_seconds is {self.lost_after_seconds}: trainers show life every {HEARTBEAT_S:g} s, "
+                f"use {_LOST_AFTER_S_MIN:g} or more"
+            )
         if self.publish_every_steps < 0:
             raise ValueError(f"publish_every_steps is {self.publish_every_steps}: use 0 (off) or a number of steps")
         if self.keep_generations < 1:
