@@ -12,4 +12,4 @@ def accuracy(state: dict[str, torch.Tensor]) -> dict[str, float]:
     model.eval()
     with torch.no_grad():
         right = model(digits.test_images).argmax(dim=1) == digits.test_labels
-    return {"accuracy": float(right.double().mean())}
+    return {"accuracy": float(right.double().mean()), "samples": len(right)}

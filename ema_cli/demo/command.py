@@ -129,6 +129,8 @@ def _words(report: Report) -> str:
             f"  {ema} serve --data {shlex.quote(str(report.folder / 'data'))}",
             f"  {ema} download {name} -o best --url {_URL}",
             f"  curl -fO {_URL}/{file}",
+            "Its metrics are there as well; `ema serve --evaluate` and `ema evaluate` make those of other versions:",
+            f"  {ema} validate {name} --url {_URL}",
         )
     )
 

@@ -123,10 +123,10 @@ def _watch(server: Child, trainer: Child, worker: Child, progress: Progress) -> 
 def _collect(reader: Reader, folder: Path, run: str, steps: int) -> tuple[Result, ...]:
     from ema_cli.demo.replay import largest_difference  # only now: every command of `ema` would wait for torch
 
-    accuracies = {row.version: row.metrics.get("accuracy", float("nan")) for row in reader.metrics(run)}
     results = []
     for average in reader.run(run).averages:
         version = reader.version(run, average.name, f"step-{steps}")
+        validated = reader.validate(run, average.name, version.id, timeout_s=_STALLED_S)  # the worker's, not done twice
         path = reader.download(version, folder / "downloads" / average.name)
         results.append(
             Result(
@@ -135,7 +135,7 @@ def _collect(reader: Reader, folder: Path, run: str, steps: int) -> tuple[Result
                 step=version.step,
                 updates=version.updates,
                 gap_steps=version.gap_steps,
-                accuracy=accuracies[version.id],
+                accuracy=validated.metrics["accuracy"],
                 difference=largest_difference(path, folder / "record"),
             )
         )

@@ -113,7 +113,7 @@ def _served(folder: Path, arguments: list[str]) -> Iterator[str]:
 def test_the_commands_it_prints_fetch_the_checkpoint(finished: tuple[Path, str, dict[str, Any]]) -> None:
     folder, printed, _ = finished
     lines = [shlex.split(line) for line in printed.splitlines() if line.startswith("  ")]
-    serve, download, curl = (line for line in lines if line and line[0] in ("ema", "curl"))
+    serve, download, curl, validate = (line for line in lines if line and line[0] in ("ema", "curl"))
 
     with _served(folder, serve[1:]) as url:
         here = [argument.replace("http://127.0.0.1:8080", url) for argument in download[1:]]
@@ -121,7 +121,13 @@ def test_the_commands_it_prints_fetch_the_checkpoint(finished: tuple[Path, str, 
         there = [argument.replace("http://127.0.0.1:8080", url) for argument in curl]
         subprocess.run([*there, "--silent", "--noproxy", "*"], cwd=folder, check=True, timeout=_WAIT_S)
 
+        again = [argument.replace("http://127.0.0.1:8080", url) for argument in validate[1:]]
+        ema = [sys.executable, "-m", "ema_cli", *again, "--json"]
+        told = subprocess.run(ema, cwd=folder, check=True, timeout=_WAIT_S, capture_output=True, text=True).stdout
+
+    validated = json.loads(told)
     about = json.loads((folder / "best" / "version.json").read_text())
+    assert (validated["state"], validated["version"], validated["samples"]) == ("done", about["id"], 897)
     digests = [
         hashlib.sha256((folder / name).read_bytes()).hexdigest()
         for name in ("best/model.safetensors", "model.safetensors")

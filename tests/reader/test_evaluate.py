@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from ema_reader import NotFound, Reader
+from ema_reader import LeaseLost, NotFound, Reader, WaitTimeout
 from ema_reader.errors import UsageError
 from ema_reader.evaluate import EvaluationWorker, Outcome
-from ema_reader.functions import import_function, plain_metrics
+from ema_reader.functions import Measured, check_device, import_function, measured, plain_metrics
+from ema_reader.leases import Wanted
 from ema_server.board import RunState
 from support.served import WAIT_S, Served, weights
 
@@ -197,6 +199,77 @@ def test_numbers_of_torch_become_floats() -> None:
 
     assert metrics == {"a": 0.5, "b": 1.0, "c": 1.0}
     assert all(type(value) is float for value in metrics.values())
+
+
+def test_the_number_of_samples_is_no_metric() -> None:
+    assert measured({"accuracy": 0.5, "samples": 360}) == Measured({"accuracy": 0.5}, 360)
+    assert measured({"accuracy": 0.5}) == Measured({"accuracy": 0.5}, None)
+
+
+@pytest.mark.parametrize("result", [{"samples": 3}, {"a": 1.0, "samples": -1}, {"a": 1.0, "samples": 0.5}])
+def test_a_wrong_number_of_samples_is_refused(result: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="samples"):
+        measured(result)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cpu:x"])
+def test_a_device_that_cannot_be_used_is_a_usage_error_that_names_it(device: str) -> None:
+    check_device("cpu")
+    with pytest.raises(UsageError, match=device):
+        check_device(device)
+
+
+def test_samples_reach_the_server(finished: Served, reader: Reader) -> None:
+    list(worker(reader, lambda state: {**bias(state), "samples": 12}, averages=("raw",)).outcomes())
+
+    found = reader.validate("digits", "raw")
+    assert (found.state, found.samples, found.metrics) == ("done", 12, {"bias": 200.0})
+
+
+def test_two_workers_never_evaluate_the_same_version(served: Served, reader: Reader) -> None:
+    served.publish("digits", 200, [f"ema-0.{digit}" for digit in range(1, 9)])
+    served.show("digits", 200, [f"ema-0.{digit}" for digit in range(1, 9)], RunState.FINISHED)
+    threads = [in_thread(worker(reader, worker=name)) for name in ("a", "b", "c")]
+    for thread, _ in threads:
+        thread.join(WAIT_S)
+
+    averages = [o.version.average for _, found in threads for o in found]
+    assert sorted(averages) == [f"ema-0.{digit}" for digit in range(1, 9)]
+
+
+def test_a_worker_without_a_run_takes_the_versions_of_all_runs(served: Served, reader: Reader) -> None:
+    served.publish("digits", 100, ["raw"])
+    served.publish("other", 7, ["raw"])
+    outcomes = EvaluationWorker(reader, bias, poll_s=0.02).outcomes()
+
+    assert {next(outcomes).version.run for _ in range(2)} == {"digits", "other"}
+
+
+def test_a_validation_that_nobody_finishes_ends_in_time_and_says_how_it_stood(served: Served, reader: Reader) -> None:
+    served.publish("digits", 100, ["raw"])
+    wanted = Wanted("w", "default", "digits", ())
+    lease, _ = reader.leases.ask(wanted)
+    with pytest.raises(WaitTimeout, match="running"):
+        reader.validate("digits", "raw", timeout_s=1)
+    assert lease is not None
+    reader.leases.give_back(lease)
+
+    with pytest.raises(LeaseLost):
+        reader.leases.settle(replace(lease, id="nope"), {"a": 1.0}, error=None, samples=None, seconds=0.0)
+
+
+def test_a_long_evaluation_keeps_its_lease(finished: Served, reader: Reader) -> None:
+    held = []
+
+    def long(state: dict[str, torch.Tensor]) -> dict[str, float]:
+        time.sleep(1.5)
+        held.append(reader.leases.ask(Wanted("other", "default", "digits", ("raw",))))
+        return bias(state)
+
+    outcomes = list(worker(reader, long, averages=("raw",), lease_s=1.0).outcomes())
+
+    assert held == [(None, 1)]
+    assert [o.error for o in outcomes] == [None]
 
 
 @pytest.mark.parametrize(
