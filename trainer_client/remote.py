@@ -38,7 +38,7 @@ class RemoteModelEma(nn.Module):
         use_warmup: let the decay rise to `decay`.
         warmup_gamma: of the warm-up.
         warmup_power: of the warm-up.
-        device: where `module` is; the CPU by default.
+        device: where `module` is while it is looked at, the CPU by default; between looks it waits on the CPU.
         dtype: None only: averages are float32 on the server, and `module` has the model's dtypes.
         stochastic_rounding: without effect, like its seed and `foreach`: a float32 average needs no rounding.
         stochastic_rounding_seed: without effect.
@@ -139,7 +139,7 @@ class RemoteModelEma(nn.Module):
             step = self._steps if self._client is None else self._client.publish(self._timeout_s)
             self._copy.fill(self._pull.weights(self._rule.name, step, self._timeout_s))
             self._is_stale = False
-        return self._copy.module
+        return self._copy.shown()
 
     @property
     def ema(self) -> nn.Module:
@@ -169,6 +169,7 @@ class RemoteModelEma(nn.Module):
             self._send_new(self._client, rule, number)
             self._client.update(model, number)
         self._steps, self._is_stale = max(number, self._steps), True
+        self._copy.put_away()
 
     def set(self, model: nn.Module) -> None:
         """Have the average become the weights of `model`; they go out with the next update, as of the step before."""

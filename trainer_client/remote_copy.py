@@ -17,16 +17,33 @@ from trainer_client.errors import PlanError
 from trainer_client.wrappers import canonical_name
 
 _PREFIX = "module."
+_CPU = torch.device("cpu")
 
 
 class Copy:
-    """`module`: a copy of `model` on `device`, without gradients. The device of `model` gets no second copy of it."""
+    """`module`: a copy of `model`, without gradients; on `device` from when it is shown until it is put away.
+
+    Otherwise it is on the CPU, so that no accelerator holds a second copy of the model while it trains.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        known: dict[int, Any] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            known[id(tensor)] = _on(device, tensor)
+        known: dict[int, Any] = {id(tensor): _held(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.module = copy.deepcopy(model, known).eval()
+        self._device = device
+        self._is_shown = device == _CPU
+
+    def shown(self) -> nn.Module:
+        """The module, on its device."""
+        if not self._is_shown:
+            self.module.to(self._device)
+            self._is_shown = True
+        return self.module
+
+    def put_away(self) -> None:
+        """Free the device."""
+        if self._is_shown and self._device != _CPU:
+            self.module.to(_CPU)
+            self._is_shown = False
 
     def take(self, model: nn.Module) -> None:
         """Make the copy equal to `model`."""
@@ -59,6 +76,6 @@ class Copy:
         return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
 
-def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    held = tensor.detach().to(device, copy=True)
+def _held(tensor: Tensor) -> Tensor:
+    held = tensor.detach().to(_CPU, copy=True)
     return nn.Parameter(held, requires_grad=False) if isinstance(tensor, nn.Parameter) else held

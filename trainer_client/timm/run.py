@@ -1,0 +1,98 @@
+"""Puts `RemoteModelEma` in the place of timm's class, runs a script as Python would, and finishes what it began.
+
+Comes in: a script's path and its arguments. Goes out: the script's own end. timm's files are not touched; the names are
+bound anew in this process only.
+"""
+
+from __future__ import annotations
+
+import logging
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer_client.remote import RemoteModelEma
+from trainer_client.timm.known import Known, UnknownTimm, find_known
+
+_FORCE_CPU = "--model-ema-force-cpu"
+_SHORTEST = "--model-ema-f"  # argparse takes every beginning that no other option has
+
+
+def run_script(script: Path, arguments: Sequence[str]) -> None:
+    """Run the script with these arguments; its averages are kept by the server.
+
+    Raises:
+        UnknownTimm: its average cannot be replaced, or was not although it asked for one.
+        OSError: the script cannot be read.
+        SystemExit: the script ended so.
+    """
+    known = find_known(script.read_text())
+    made: list[RemoteModelEma] = []
+    ours = _class(made)
+    for module, name in known.places:
+        setattr(module, name, ours)
+    passed = [argument for argument in arguments if not _is_force_cpu(argument)]
+    _tell(known, forced=len(passed) < len(arguments))
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # timm's script logs all that others say from INFO on
+    sys.argv = [str(script), *passed]
+    sys.path[0] = str(script.resolve().parent)
+    _run(script, made)
+    if not made and "--model-ema" in passed:
+        raise UnknownTimm(
+            f"{script} was given --model-ema and has made no {known.original.__name__}: nothing was averaged"
+        )
+
+
+def _run(script: Path, made: list[RemoteModelEma]) -> None:
+    finished = False
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+        finished = True
+    except SystemExit as end:
+        finished = not end.code
+        raise
+    finally:
+        for ema in made:
+            if finished:
+                ema.finish()
+            else:
+                ema.close()  # the run stays open, to be resumed
+
+
+def _class(made: list[RemoteModelEma]) -> type[RemoteModelEma]:
+    """A class that is called as timm's, whose module is where the model is: there it is validated."""
+
+    class OutOfProcess(RemoteModelEma):
+        """timm's averaged model, kept by the server."""
+
+        def __init__(self, model: nn.Module, *args: Any, **given: Any) -> None:
+            device = _device_of(model)
+            super().__init__(model, *args, **(given | {"device": device}))
+            made.append(self)
+            if self.run is not None:
+                _say(f"the average is kept by the server, in run {self.run}; validated on {device}")
+
+    return OutOfProcess
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _is_force_cpu(argument: str) -> bool:
+    return argument.startswith(_SHORTEST) and _FORCE_CPU.startswith(argument)
+
+
+def _tell(known: Known, *, forced: bool) -> None:
+    _say(f"timm {known.version}: {known.names} replaced by RemoteModelEma")
+    if forced:
+        _say(f"{_FORCE_CPU} is not passed on: the average is in another process anyway, and it is validated")
+
+
+def _say(text: str) -> None:
+    print(f"ema: {text}", file=sys.stderr, flush=True)
