@@ -55,6 +55,14 @@ def test_every_command_is_in_the_reference() -> None:
     assert [f"ema {name}" for name in group.commands] == _named(_REFERENCE, "Commands")
 
 
+@pytest.mark.parametrize("kind", [EmaClient, Reader])
+def test_every_public_method_is_in_the_reference(kind: type) -> None:
+    shown = [name for row in _table(_REFERENCE, kind.__name__) for name in re.findall(r"`(\w+)`", row[0])]
+    methods = [name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")]
+
+    assert sorted(shown) == sorted(methods)
+
+
 def test_every_command_that_prints_data_can_print_json() -> None:
     group: Any = typer.main.get_command(build())
 
