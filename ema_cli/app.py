@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ema_cli.main import EXIT_INTERRUPTED, EXIT_USAGE, missing_advice
+from ema_cli.main import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, missing_advice
 from ema_proto.variables import misspelt, warning
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or the copy that newer releases of typer have
@@ -63,6 +63,9 @@ def run(app: typer.Typer) -> int:
         return EXIT_USAGE
     except typer.Abort:
         return EXIT_INTERRUPTED
+    except OSError as error:  # what a command did not answer itself: a full disk under stdout, a folder that is gone
+        typer.echo(f"ema: {error}", err=True)
+        return EXIT_FAILURE
     return code if isinstance(code, int) else 0
 
 

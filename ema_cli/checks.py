@@ -69,8 +69,11 @@ def versions() -> Iterator[Check]:
 def zmq_address(endpoint: str, server_answers: bool) -> Check:
     """Whether a server could listen at `endpoint` for trainers."""
     scheme, _, address = endpoint.partition("://")
-    if scheme != "tcp":
+    if scheme == "ipc" and address:
         return Check("zmq address", State.NOTE, f"{endpoint}: only tcp addresses are tried")
+    if scheme != "tcp":
+        found = f"{endpoint!r} is not tcp://HOST:PORT or ipc://PATH"
+        return Check("zmq address", State.PROBLEM, found, "choose another with --zmq")
     return _address("zmq address", address, "--zmq", server_answers)
 
 
@@ -91,6 +94,8 @@ def answers(address: str) -> bool:
 
 def _address(name: str, address: str, option: str, server_answers: bool) -> Check:
     host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit():
+        return Check(name, State.PROBLEM, f"{address!r} is not HOST:PORT", f"choose another with {option}")
     try:
         if int(port) > 65535:  # getaddrinfo would wrap it around
             raise ValueError(f"port {port} is over 65535")
@@ -107,6 +112,9 @@ def _address(name: str, address: str, option: str, server_answers: bool) -> Chec
 
 def disk(folder: Path) -> Iterator[Check]:
     """Room, filesystem and durability of the data folder, or of the nearest folder above it that exists."""
+    if folder.exists() and not folder.is_dir():
+        yield Check("disk", State.PROBLEM, f"{folder} is no folder", "choose another with --data")
+        return
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free_gib = shutil.disk_usage(place).free / _GIB
     short = free_gib < _FREE_DISK_GIB

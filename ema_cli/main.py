@@ -20,6 +20,7 @@ _EXTRA_OF = {
     "uvicorn": "server",
     "zmq": "server",
 }
+EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 

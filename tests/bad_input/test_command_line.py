@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -63,6 +64,9 @@ def test_an_unknown_option_is_one_line_that_names_it(
         (["evaluate", "m:f", "--run", "r", "--poll-s", "0"], "--poll-s"),
         (["evaluate", "m", "--run", "r"], "'m' is not module:function"),
         (["evaluate", "json:nothing", "--run", "r"], "no function 'nothing'"),
+        (["evaluate", "m:f", "--every-versions", "0"], "--every-versions"),
+        (["validate"], "RUN/AVERAGE"),
+        (["validate", "digits"], "'digits' is not RUN/AVERAGE"),
         (["healthcheck", "--url"], "--url"),
         (["doctor", "all"], "all"),
         (["demo", "--steps", "1"], "--steps"),
@@ -218,7 +222,14 @@ def test_names_from_a_server_never_lead_out_of_the_folder(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["status"], ["versions", "r"], ["download", "r/raw"], ["healthcheck"], ["evaluate", "json:dumps", "--run", "r"]],
+    [
+        ["status"],
+        ["versions", "r"],
+        ["download", "r/raw"],
+        ["validate", "r/raw"],
+        ["healthcheck"],
+        ["evaluate", "json:dumps", "--run", "r"],
+    ],
     ids=" ".join,
 )
 def test_ctrl_c_ends_a_command_that_waits_for_the_server(tmp_path: Path, arguments: list[str]) -> None:
@@ -259,3 +270,35 @@ def test_ctrl_c_while_a_command_is_being_loaded_is_no_traceback(tmp_path: Path) 
         code = process.wait(WAIT_S)
 
     assert (code, list(process.errors)) == (130, [])
+
+
+@pytest.mark.parametrize("arguments", [["doctor", "--zmq", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0"], ["--help"]])
+def test_a_full_disk_under_stdout_is_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "ema_cli", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=WAIT_S, check=False)
+
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--zmq", "nonsense", "'nonsense' is not tcp://HOST:PORT or ipc://PATH"),
+        ("--zmq", "ipc://", "'ipc://' is not"),
+        ("--zmq", "tcp://a:b:c", "'a:b:c' is not HOST:PORT"),
+        ("--http", "", "'' is not HOST:PORT"),
+        ("--http", ":8080", "':8080' is not HOST:PORT"),
+        ("--http", "127.0.0.1:-5", "'127.0.0.1:-5' is not HOST:PORT"),
+        ("--data", "/dev/null", "/dev/null is no folder"),
+    ],
+)
+def test_the_doctor_calls_a_setting_that_no_server_takes_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str, says: str
+) -> None:
+    assert ema(monkeypatch, "doctor", option, value) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if says in line]
+    assert line.startswith("problem")
+    assert f"with {option}" in line

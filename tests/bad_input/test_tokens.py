@@ -41,7 +41,14 @@ def test_a_token_that_no_server_can_have_is_refused_before_anything_is_sent(toke
 @pytest.mark.parametrize("token", [None, *WRONG])
 @pytest.mark.parametrize(
     "command",
-    [["status"], ["status", "r"], ["versions", "r"], ["download", "r/raw"], ["evaluate", "json:dumps", "--run", "r"]],
+    [
+        ["status"],
+        ["status", "r"],
+        ["versions", "r"],
+        ["download", "r/raw"],
+        ["validate", "r/raw"],
+        ["evaluate", "json:dumps", "--run", "r"],
+    ],
     ids=" ".join,
 )
 def test_every_command_that_reads_ends_with_4(
