@@ -91,7 +91,7 @@ class Validations:
     async def give_back(self, lease_id: str) -> None:
         """The worker cannot go on with it; others may have it."""
         ask = self._asks.pop(lease_id, None)
-        if ask is not None:
+        if ask is not None and ask not in self._asks.values():  # two workers may have the same name and wishes
             self._present_until.pop(ask, None)
         await asyncio.wrap_future(self._store.give_back(lease_id))
 

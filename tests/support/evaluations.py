@@ -26,6 +26,15 @@ def gated(state: dict[str, Tensor]) -> dict[str, float]:
     return bias(state)
 
 
+def stubborn(state: dict[str, Tensor]) -> dict[str, float]:
+    """Code that swallows every request to end."""
+    while True:
+        try:
+            gated(state)
+        except SystemExit:
+            continue
+
+
 def fails(state: dict[str, Tensor]) -> dict[str, float]:
     """What a user's mistake looks like."""
     raise ValueError("the data set has no labels")

@@ -175,6 +175,27 @@ def test_the_evaluator_ends_with_the_server_however_that_ends(
     assert ended == code
 
 
+def test_an_evaluator_that_will_not_end_does_not_keep_the_server(tmp_path: Path, folder: Path) -> None:
+    with ServerProcess(tmp_path / "data", "--evaluate", "support.evaluations:stubborn") as server:
+        versions = train(server, 1)
+        child = at_work(folder)
+        server.send(signal.SIGTERM)
+        ended = server.wait(WAIT_S)
+
+    assert ended == 0
+    assert not is_alive(child)
+    assert len(versions) == len(AVERAGES)
+
+
+def test_a_server_that_listens_on_all_addresses_is_reached_by_its_evaluator(tmp_path: Path) -> None:
+    options = ("--evaluate", "support.evaluations:bias", "--insecure")
+    with ServerProcess(tmp_path / "data", *options, http="0.0.0.0:0") as server:
+        train(server, 1)
+        found = validated(server, "raw")
+
+    assert (found.state, found.worker) == ("done", "server")
+
+
 def test_the_text_of_the_functions_error_is_the_result_and_the_command_ends_with_1(tmp_path: Path) -> None:
     with evaluating(tmp_path / "data", "fails") as server:
         train(server, 1)
