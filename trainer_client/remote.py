@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any, SupportsIndex
+from typing import Any, Self, SupportsIndex
 
 import torch
 from torch import nn
@@ -175,6 +175,12 @@ class RemoteModelEma(nn.Module):
         """Have the average become the weights of `model`; they go out with the next update, as of the step before."""
         self._copy.take(model)
         self._is_new, self._is_stale = True, False
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module. `eval()` fetches the average already: a compiled `forward` then finds it in place."""
+        if not mode:
+            _ = self.module
+        return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the averaged model answers."""

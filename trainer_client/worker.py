@@ -37,7 +37,9 @@ class Worker:
         self._endpoint = endpoint
         self._shared = Shared()
         self._link = Link(endpoint)
-        self._sender = Sender(secrets.token_bytes(16), token=token, jitter=random.random)
+        self._sender = Sender(
+            secrets.token_bytes(16), token=token, jitter=random.Random().random
+        )  # not the seeded one of the training
         self._driver = Driver(self._sender, self._link, self._shared)
         self._driver.start()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -151,6 +152,18 @@ def test_the_module_is_fetched_when_looked_at_and_kept_until_the_next_update(mad
     assert torch.equal(ours(question), held(question))
 
 
+def test_compiled_it_answers_with_each_new_average(made: Any) -> None:
+    """As timm's script does: compiled once, `eval()` before each validation."""
+    walk, question = _Walk(), torch.randn(4, 6)
+    ours = made(walk.model, 0.5)
+    compiled: Any = torch.compile(ours, backend="eager")
+    for step in (1, 2, 3):
+        ours.update(walk.step(), step=step)
+        compiled.eval()
+        torch.testing.assert_close(compiled(question), ours.module(question))
+        assert largest_difference(_state(walk.model), _state(ours.module)) > 0 or step == 1
+
+
 def test_state_dicts_have_timms_names_and_go_both_ways(made: Any) -> None:
     walk, other = _Walk(), _Walk(6)
     ours, timms = made(walk.model, 0.9), model_ema().ModelEmaV3(walk.model, 0.9)
@@ -265,8 +278,10 @@ def test_without_a_server_it_fails_at_once_and_a_server_that_goes_costs_only_loo
     with ServerProcess(tmp_path_factory.mktemp("gone") / "data") as server:
         ours = made(walk.model, 0.9, endpoint=server.zmq, url=server.http, wait_timeout_s=0.2, module_timeout_s=0.5)
         ours.update(walk.step(), step=1)
+        drawn = random.getstate()
         server.kill()
     for step in range(2, 6):
         ours.update(walk.step(), step=step)
     with pytest.raises(AverageError, match="at step 5 was not published"):
         _ = ours.module
+    assert random.getstate() == drawn, "reconnecting draws nothing from the generator that a seeded training uses"
