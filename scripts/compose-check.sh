@@ -37,6 +37,8 @@ fail() {
   exit 1
 }
 clean_up() {
+  local code=$?
+  ((code == 0)) || say "ended with exit code $code; what it made is removed"
   compose down --volumes --remove-orphans >"$folder/down.log" 2>&1 || cat "$folder/down.log" >&2
   rm -rf "$folder"
 }
@@ -49,8 +51,8 @@ quietly() { # a command whose output only matters when it fails
 container() { compose ps --all --quiet "$1" | head -n 1; }
 state() { docker inspect --format "{{.State.$2}}" "$1"; }
 server() { docker exec "$ema" "$@"; }
-run_field() { # of the run $1, the field $2
-  server ema status "$1" --json | server_python "print(json.load(sys.stdin)['runs'][0]['$2'])"
+run_field() { # of the run $1, the field $2; 0 where it has no value yet
+  server ema status "$1" --json | server_python "print(json.load(sys.stdin)['runs'][0]['$2'] or 0)"
 }
 server_python() { docker exec --interactive "$ema" python -c "import json, sys; $1"; }
 get() { curl --fail --silent --show-error --location --noproxy '*' --header "Authorization: Bearer $EMA_TOKEN" "$@"; }
@@ -65,7 +67,10 @@ await() { # what is waited for, then a command that succeeds when it is there
 }
 is_healthy() { [[ $(state "$ema" Health.Status) == healthy ]]; }
 has_ended() { [[ $(state "$1" Status) == exited ]]; }
-has_passed() { [[ $(run_field "$1" step 2>/dev/null) -gt $2 ]] 2>/dev/null; }
+has_passed() { # the run $1, which need not exist yet, the step $2
+  local step
+  step=$(run_field "$1" step 2>/dev/null) && ((step > $2))
+}
 
 up() {
   quietly compose up --detach ema
@@ -141,7 +146,7 @@ interrupted() { # SIGTERM in the middle of a run
   local step published grace_s term_s
   step=$(run_field interrupted step) published=$(run_field interrupted published_step)
   [[ $published != "$step" ]] || fail "step $step is published already: nothing is left to show"
-  say "  the trainer is killed; averaged: step $step, published: $published"
+  say "  the trainer is killed; averaged is step $step, published is step $published"
   grace_s=$(docker inspect --format '{{.Config.StopTimeout}}' "$ema") term_s=$SECONDS
   quietly compose stop ema
   [[ $(state "$ema" ExitCode) == 0 ]] || fail "the server ended with exit code $(state "$ema" ExitCode)"
