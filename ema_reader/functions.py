@@ -33,7 +33,7 @@ def import_function(target: str) -> Evaluate:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise UsageError(f"cannot import {module_name!r} (also not from {here}): {error}") from error
-    except Exception as error:  # the user's module may raise anything
+    except (Exception, SystemExit) as error:  # the user's module may raise anything, a script at its end too
         raise UsageError(f"module {module_name!r} fails while it is imported: {error!r}") from error
     for part in name.split("."):
         found = getattr(found, part, None)

@@ -104,7 +104,7 @@ def test_a_variable_that_is_no_switch_is_named(
     assert "EMA_INSECURE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["def f(:", "raise RuntimeError('no data')", "import no_such_package"])
+@pytest.mark.parametrize("text", ["def f(:", "raise RuntimeError('no data')", "import no_such_package", "exit()"])
 def test_a_module_that_cannot_be_imported_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
 ) -> None:

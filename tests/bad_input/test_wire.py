@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +21,9 @@ from ema_proto.limits import FRAME_BYTES_MAX
 from ema_proto.manifest import Manifest, Role, TensorSpec, layout
 from ema_proto.specs import parse_averages
 from ema_reader import Reader
-from support.processes import ServerProcess
+from support.processes import Process, ServerProcess
 from support.toy import Toy, check_version, ledger_steps
-from trainer_client import EmaClient
+from trainer_client import EmaClient, JoinError
 
 WAIT_S = 60.0
 _Said = TypeVar("_Said", bound=m.Message)
@@ -158,3 +159,40 @@ def test_a_trainer_that_reconnects_with_another_model_is_refused_and_its_run_goe
     with Reader(server.http) as reader:
         found = load_file(reader.download(reader.version(run, "ema-0.5"), tmp_path / "out") / "model.safetensors")
     assert {name: tensor.tolist() for name, tensor in found.items()} == {"first": [2.0] * 2, "second": [2.0] * 4}
+
+
+_STREAMING = """
+import sys, time, torch
+from trainer_client import EmaClient, JoinError
+
+client = EmaClient(sys.argv[1], sys.argv[2], ["raw"], when_behind="wait")
+model = torch.nn.Linear(2, 2)
+for step in range(1, 10_000):
+    client.update(model, step)
+    if step == 3:
+        print(client.flush(durable=True), flush=True)
+    if client.stats()["state"] == "failed":
+        print("went on", flush=True)
+        break
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "suspended"])
+def test_a_trainer_that_is_gone_is_replaced_at_once_and_harms_nothing_if_it_wakes(
+    server: ServerProcess, fate: signal.Signals
+) -> None:
+    """The new one keeps to its default timeouts. The old one is evicted when it wakes, and its training goes on."""
+    run = f"gone-{fate.name}"
+    with Process("-c", _STREAMING, server.zmq, run) as old:
+        old.wait_line(lambda line: line == "True")
+        with pytest.raises(JoinError, match="live trainer"):
+            EmaClient(server.zmq, run, ["raw"], step=3).update(torch.nn.Linear(2, 2))
+        old.send(fate)
+        with EmaClient(server.zmq, run, ["raw"], step=1_000_000) as new:
+            new.update(torch.nn.Linear(2, 2))
+            assert new.flush(WAIT_S)
+            old.send(signal.SIGCONT)
+            if fate is signal.SIGSTOP:
+                old.wait_line(lambda line: line == "went on")
+            assert server.get(f"/v1/runs/{run}")["step"] == 1_000_001
