@@ -203,16 +203,13 @@ class RemoteModelEma(nn.Module):
         return loaded
 
     def finish(self, timeout_s: float = 60.0) -> bool:
-        """Have the run published and marked finished; whether that is confirmed. On other ranks it closes only."""
-        finished = self._client is not None and self._client.finish(timeout_s)
-        self._pull.close()
-        return finished
+        """Have the run published and marked finished; whether that is confirmed. `module` can be looked at still."""
+        return self._client is not None and self._client.finish(timeout_s)
 
     def close(self) -> None:
-        """Leave the run open on the server and stop."""
+        """Stop. A run that is not finished is left open on the server."""
         if self._client is not None:
             self._client.close()
-        self._pull.close()
 
     def _begin(self, model: nn.Module, rule: Ema, number: int) -> None:
         if self._client is None:

@@ -14,6 +14,7 @@ from torch import nn
 from ema_proto.specs import AverageSpec
 from trainer_client.client import EmaClient
 from trainer_client.errors import AverageError
+from trainer_client.lifecycle import State
 
 log = logging.getLogger("ema")
 
@@ -46,6 +47,8 @@ class RemoteClient(EmaClient):
         Raises:
             AverageError: that is not confirmed in time, or nothing has been applied.
         """
+        if self._life.state is State.FINISHED:
+            return self.steps  # it was published when it finished
         confirmed = self.checkpoint(self.steps, timeout_s)
         stats = self._worker.stats()
         if not confirmed or stats.last_published_step is None:

@@ -14,19 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from trainer_client.errors import PlanError
-from trainer_client.wrappers import canonical_name
+from trainer_client.wrappers import canonical_name, wrapped_attribute
 
 _PREFIX = "module."
 _CPU = torch.device("cpu")
 
 
 class Copy:
-    """`module`: a copy of `model`, without gradients; on `device` from when it is shown until it is put away.
+    """`module`: a copy of `model` without its wrappers and without gradients.
 
-    Otherwise it is on the CPU, so that no accelerator holds a second copy of the model while it trains.
+    It is on `device` from when it is shown until it is put away, and otherwise on the CPU, so that no accelerator holds
+    a second copy of the model while it trains.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
+        while (hidden := wrapped_attribute(model, "")) is not None:
+            model = getattr(model, hidden)
         known: dict[int, Any] = {id(tensor): _held(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.module = copy.deepcopy(model, known).eval()
         self._device = device

@@ -29,7 +29,9 @@ class Pull:
     """
 
     def __init__(self, url: str | None, token: str | None, run: str) -> None:
-        self._reader = _reader(url, token)
+        with _reader(url, token) as reader:  # opened anew for each look: hours may lie between two
+            self._url = reader.url
+        self._token = token
         self._run = run
 
     def is_known(self) -> bool:
@@ -41,7 +43,8 @@ class Pull:
         from ema_reader import NotFound, ReaderError
 
         try:
-            return self._reader.run(self._run).step is not None
+            with _reader(self._url, self._token) as reader:
+                return reader.run(self._run).step is not None
         except NotFound:
             return False
         except ReaderError as error:
@@ -53,26 +56,28 @@ class Pull:
         Raises:
             AverageError: it was not published in time, or cannot be read.
         """
+        deadline = time.monotonic() + timeout_s
+        with _reader(self._url, self._token) as reader:
+            while (weights := self._try(reader, average, step, is_last=time.monotonic() >= deadline)) is None:
+                time.sleep(_POLL_S)
+        return weights
+
+    def _try(self, reader: Reader, average: str, step: int, *, is_last: bool) -> dict[str, Tensor] | None:
+        """The average at `step`; None while it is not there and there is time left."""
         from ema_reader import NotFound, ReaderError
 
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                return self._reader.load(self._reader.version(self._run, average, f"step-{step}"))
-            except NotFound as error:
-                if time.monotonic() >= deadline:
-                    raise AverageError(self._text(f"{average} at step {step}", error)) from error
-            except ReaderError as error:
-                raise AverageError(self._text(average, error)) from error
-            time.sleep(_POLL_S)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._reader.close()
+        try:
+            return reader.load(reader.version(self._run, average, f"step-{step}"))
+        except NotFound as error:
+            if is_last:
+                raise AverageError(self._text(f"{average} at step {step}", error)) from error
+            return None
+        except ReaderError as error:
+            raise AverageError(self._text(average, error)) from error
 
     def _text(self, what: str, error: Exception) -> str:
         return (
-            f"run {self._run}: {what} cannot be had from {self._reader.url}: {error}; "
+            f"run {self._run}: {what} cannot be had from {self._url}: {error}; "
             'url= or EMA_URL is the address that the server prints as "http"'
         )
 

@@ -152,6 +152,27 @@ def test_the_module_is_fetched_when_looked_at_and_kept_until_the_next_update(mad
     assert torch.equal(ours(question), held(question))
 
 
+def test_after_the_run_is_finished_its_last_average_can_still_be_looked_at(made: Any) -> None:
+    walk = _Walk()
+    ours, timms = made(walk.model, 0.9), model_ema().ModelEmaV3(walk.model, 0.9)
+    for step in (1, 2, 3):
+        walk.step()
+        ours.update(walk.model, step=step)
+        timms.update(walk.model, step=step)
+    assert ours.finish()
+
+    assert largest_difference(_state(timms.module), _state(ours.module)) <= _BOUND
+
+
+def test_wrappers_are_left_out_of_the_module(made: Any) -> None:
+    walk = _Walk()
+    ours = made(nn.DataParallel(walk.model), 0.9)
+    ours.set(nn.DataParallel(walk.step()))
+    ours.update(nn.DataParallel(walk.model), step=1)
+
+    assert largest_difference(_state(walk.model), _state(ours.module)) == 0
+
+
 def test_compiled_it_answers_with_each_new_average(made: Any) -> None:
     """As timm's script does: compiled once, `eval()` before each validation."""
     walk, question = _Walk(), torch.randn(4, 6)

@@ -7,6 +7,7 @@ bound anew in this process only.
 from __future__ import annotations
 
 import logging
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -60,8 +61,7 @@ def _run(script: Path, made: list[RemoteModelEma]) -> None:
         for ema in made:
             if finished:
                 ema.finish()
-            else:
-                ema.close()  # the run stays open, to be resumed
+            ema.close()  # a run that is not finished stays open, to be resumed
 
 
 def _class(made: list[RemoteModelEma]) -> type[RemoteModelEma]:
@@ -95,4 +95,5 @@ def _tell(known: Known, *, forced: bool) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"ema: {text}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"ema: {text}", file=sys.stderr, flush=True)
