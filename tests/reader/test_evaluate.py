@@ -262,11 +262,11 @@ def test_a_long_evaluation_keeps_its_lease(finished: Served, reader: Reader) -> 
     held = []
 
     def long(state: dict[str, torch.Tensor]) -> dict[str, float]:
-        time.sleep(1.5)
+        time.sleep(3)
         held.append(reader.leases.ask(Wanted("other", "default", "digits", ("raw",))))
         return bias(state)
 
-    outcomes = list(worker(reader, long, averages=("raw",), lease_s=1.0).outcomes())
+    outcomes = list(worker(reader, long, averages=("raw",), lease_s=2.0).outcomes())
 
     assert held == [(None, 1)]
     assert [o.error for o in outcomes] == [None]
