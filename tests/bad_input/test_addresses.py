@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from ema_cli.app import build, run
@@ -159,3 +160,52 @@ def test_no_name_on_the_command_line_makes_a_folder(
 def test_no_such_name_gets_through_the_trainers_door(name: str) -> None:
     with pytest.raises(LocalProtocolError):
         check_name("run", name)
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"\0" * 100 + b"\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n",
+        b"POST /v1/runs/digits/versions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/runs/digits/versions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /v1/runs\r\nHost x\r\n: :\r\n\r\n",
+    ],
+)
+def test_what_is_not_even_http_is_refused_and_others_are_served(url: str, request_bytes: bytes) -> None:
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
+        connection.sendall(request_bytes)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
+    with Reader(url) as reader:
+        assert [run.run for run in reader.runs()] == ["digits"]
+
+
+_BODIES = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xff\xfe",
+    b"[" * 5000,
+    b'{"metrics": {}}',
+    b'{"metrics": {"a": NaN}}',
+    b'{"metrics": {"a": 1e999}}',
+    b'{"metrics": {"a": "x"}}',
+    b'{"metrics": {"\\ud800": 1}}',
+    b'{"metrics": {"a": 1}, "samples": 1e400}',
+    b'{"metrics": {"a": 1}, "seconds": -1}',
+    b'{"metrics": {"a": 1}, "task": "' + b"t" * 5000 + b'"}',
+]
+
+
+@pytest.mark.parametrize("body", _BODIES, ids=lambda body: ascii(body[:40]))
+def test_a_report_that_is_none_is_a_problem_that_says_where(served: Served, url: str, body: bytes) -> None:
+    version = served.catalog.versions("digits", "raw")[0].id
+    address = f"{url}/v1/runs/digits/averages/raw/versions/{version}/metrics"
+    answer = httpx2.post(address, content=body, headers={"Content-Type": "application/json"}, timeout=WAIT_S)
+
+    assert answer.status_code in (400, 422)
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["detail"]
