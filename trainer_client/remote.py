@@ -47,6 +47,7 @@ class RemoteModelEma(nn.Module):
         endpoint: the server's address for trainers; default `EMA_ENDPOINT`.
         url: its address for readers; default `EMA_URL`.
         run: name of the run; default `EMA_RUN`, else generated.
+        name: name of the average; default: made of its parameters.
         token: shared secret; default `EMA_TOKEN`.
         rank: only rank 0 streams; default: torch.distributed's, else `RANK`, else 0.
         resume: as of `EmaClient`.
@@ -80,6 +81,7 @@ class RemoteModelEma(nn.Module):
         endpoint: str | None = None,
         url: str | None = None,
         run: str | None = None,
+        name: str = "",
         token: str | None = None,
         rank: int | None = None,
         resume: Resume = "auto",
@@ -93,7 +95,7 @@ class RemoteModelEma(nn.Module):
         _refuse(unknown | ({} if dtype is None else {"dtype": dtype}))
         self.device = device
         self._by_step, self._constant = _rules(
-            decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, exclude_buffers
+            decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, exclude_buffers, name
         )
         self._rule: Ema | None = None
         self._timeout_s = check_timeout("module_timeout_s", module_timeout_s)
@@ -236,13 +238,13 @@ def _refuse(unknown: Mapping[str, object]) -> None:
 
 
 def _rules(
-    decay: float, least: float, after: int, warmup: bool, gamma: float, power: float, exclude_buffers: bool
+    decay: float, least: float, after: int, warmup: bool, gamma: float, power: float, exclude_buffers: bool, name: str
 ) -> tuple[Ema, Ema]:
     """What timm's parameters mean with `step=`, and without."""
     buffers: Any = "copy" if exclude_buffers else "average"
     warm: dict[str, Any] = {"warmup": "timm", "gamma": gamma, "power": power, "min_decay": least} if warmup else {}
     try:
-        return Ema(decay, update_after=after, buffers=buffers, **warm), Ema(decay, buffers=buffers)
+        return Ema(decay, name, update_after=after, buffers=buffers, **warm), Ema(decay, name, buffers=buffers)
     except LocalProtocolError as error:
         raise SettingsError(str(error)) from None
 

@@ -92,7 +92,7 @@ def test_k_steps_at_once_weigh_as_much_as_k_single_ones() -> None:
 def test_a_gap_in_the_warmup_weighs_the_exact_product(
     power: float, gamma: float, decay: float, least: float, update_after: int, then: int, delta: int
 ) -> None:
-    rule = Ema(decay, warmup="timm", gamma=gamma, power=power, min_decay=least, update_after=update_after)
+    rule = Ema(decay, "x", warmup="timm", gamma=gamma, power=power, min_decay=least, update_after=update_after)
     kept, weight = _kept(rule, then, then + delta), weight_of(rule, then, then + delta)
 
     if kept == 0:

@@ -164,6 +164,17 @@ def test_after_the_run_is_finished_its_last_average_can_still_be_looked_at(made:
     assert largest_difference(_state(timms.module), _state(ours.module)) <= _BOUND
 
 
+def test_an_average_whose_parameters_make_too_long_a_name_can_be_given_one(made: Any) -> None:
+    walk, curve = _Walk(), {"warmup_gamma": 1.2345678901234567, "warmup_power": 0.1234567890123456, "min_decay": 1 / 3}
+    with pytest.raises(SettingsError, match="give it one with name="):
+        made(walk.model, 0.9998765432101, use_warmup=True, **curve, exclude_buffers=True)
+    ours = made(walk.model, 0.9998765432101, use_warmup=True, **curve, exclude_buffers=True, name="slow")
+    ours.update(walk.model, step=1)
+
+    assert ours.average == "slow"
+    assert largest_difference(_state(walk.model), _state(ours.module)) == 0
+
+
 def test_wrappers_are_left_out_of_the_module(made: Any) -> None:
     walk = _Walk()
     ours = made(nn.DataParallel(walk.model), 0.9)
