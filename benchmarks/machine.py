@@ -25,7 +25,7 @@ def description(*, quick: bool) -> str:
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     lines = [
-        f"machine: {_processor()}, {len(all_cores())} cores, {gib:.0f} GiB, {platform.system()} {platform.release()}",
+        f"machine: {_processor()}, {len(all_cores())} cores, {gib:.0f} GiB, {platform.system()}",
         f"versions: Python {platform.python_version()}, torch {torch.__version__}, "
         f"pyzmq {zmq.pyzmq_version()}, libzmq {zmq.zmq_version()}",
         f"date: {today}; load when it began: {os.getloadavg()[0]:.2f}",

@@ -71,10 +71,9 @@ class Averager:
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
         self._deadline = 0.0
 
-    @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether its thread and the publisher's run."""
+        return self._thread.is_alive() and self._publisher.is_alive()
 
     def listen(self, listener: Callable[[str, int], None]) -> None:
         """Call `listener(run, step)` for every generation that becomes durable. Before `start`; it must not block."""

@@ -81,6 +81,10 @@ class Ingest:
         self._thread.start()
         return endpoint
 
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def stop(self, timeout_s: float) -> None:
         """Stop receiving. A snapshot that is not whole leaves no trace."""
         self._stopping = True

@@ -98,6 +98,10 @@ class Publisher:
         """Start the thread."""
         self._thread.start()
 
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def submit(self, order: SealOrder | LinkOrder) -> None:
         """Queue an order. `done` is called from the publisher's thread."""
         self._orders.put(order)

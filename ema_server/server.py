@@ -31,6 +31,7 @@ from ema_server.publisher import Publisher
 from ema_server.serve_http import HttpServer, loop_factory
 from ema_server.telemetry import Telemetry
 from ema_server.validations import Validations
+from ema_server.watch import until_over
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def run(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
     """Serve until SIGTERM or SIGINT; call `announce` once, when everything is up.
 
     Returns:
-        Whether every run was durable at the end.
+        Whether it ended because it was asked to, and every run was durable then.
 
     Raises:
         DataDirError, MetricStoreError, HttpListenError, OSError: it cannot start; the text says what to change.
@@ -84,10 +85,12 @@ async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> boo
             services.evaluator.start(http_url)
             stack.push_async_callback(services.evaluator.stop)
         announce(Ready(endpoint, http_url, str(config.data.absolute()), os.getpid()))
-        await asked.wait()
+        dead = await until_over(asked, {"ingest": ingest.is_alive, "averager": averager.is_alive})
+        if dead:
+            log.critical("thread %s has died (see above): stopping, so that whoever supervises me can restart me", dead)
         log.info("stopping: no more snapshots; every run is published")
         services.stopping.set()
-    return all(stopped)
+    return all(stopped) and not dead
 
 
 def _build(config: ServerConfig, data_dir: DataDir, stack: AsyncExitStack) -> tuple[Services, Averager, Ingest]:

@@ -94,7 +94,7 @@ class Stream:
         try:
             slot = self._worker.acquire(self._wait_s)
             if slot is None:
-                self._counters.skipped[self._why_none()] += 1
+                self._skip_none(step)
                 return False
             try:
                 self._plan = self._plan.renewed(model)
@@ -116,6 +116,14 @@ class Stream:
         if state == SenderState.STREAMING.value:
             return Skip.BUSY
         return Skip.STOPPED if state in (SenderState.FAILED.value, SenderState.CLOSED.value) else Skip.OFFLINE
+
+    def _skip_none(self, step: int) -> None:
+        reason = self._why_none()
+        if reason is Skip.BUSY:
+            text = f"step {step} was skipped, the snapshots before it are still on their way"
+            self._skip(reason, text + "; when_behind='wait' waits for them, every= sends fewer")
+        else:
+            self._counters.skipped[reason] += 1  # the connection's thread says what is wrong
 
     def _skip(self, reason: Skip, text: str, error: Exception | None = None) -> None:
         self._counters.skipped[reason] += 1

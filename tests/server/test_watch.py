@@ -1,0 +1,35 @@
+"""The end of the server: asked for, or forced by a dead thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from ema_server.watch import until_over
+
+WAIT_S = 20.0
+
+
+def test_a_signal_ends_the_wait_with_nothing_dead() -> None:
+    async def scene() -> tuple[str, ...]:
+        asked = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.05, asked.set)
+        return await asyncio.wait_for(until_over(asked, {"averager": lambda: True}, 60.0), WAIT_S)
+
+    assert asyncio.run(scene()) == ()
+
+
+def test_a_thread_that_dies_ends_the_wait_and_is_named() -> None:
+    release = threading.Event()
+    threads = {"ingest": threading.Thread(target=release.wait, args=(WAIT_S,)), "averager": threading.Thread()}
+    threads["averager"].start()
+    threads["averager"].join(WAIT_S)
+    threads["ingest"].start()
+
+    async def scene() -> tuple[str, ...]:
+        alive = {name: thread.is_alive for name, thread in threads.items()}
+        return await asyncio.wait_for(until_over(asyncio.Event(), alive, 0.01), WAIT_S)
+
+    assert asyncio.run(scene()) == ("averager",)
+    release.set()
+    threads["ingest"].join(WAIT_S)
