@@ -273,7 +273,7 @@ from torch import nn
 from trainer_client import EmaClient
 model = nn.Linear(512, 512)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-client = EmaClient(sys.argv[1], sys.argv[2], ["raw"])
+client = EmaClient(sys.argv[1], sys.argv[2], ["raw"], when_behind="wait")
 client.attach(model, optimizer)
 print("joined", flush=True)
 if sys.argv[3] == "wait":
