@@ -18,6 +18,7 @@ import torch
 
 from ema_proto import receiver as machine
 from ema_proto import receiver_events as e
+from ema_proto.auth import NONCE_BYTES
 from ema_proto.errors import RejectCode
 from ema_proto.limits import SLOTS
 from ema_server import jobs
@@ -32,7 +33,6 @@ logger = logging.getLogger("ema")
 
 _TICK_S = 0.25
 _BURST = 64  # messages taken before the averager's answers are looked at
-_NONCE_BYTES = 32
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +61,7 @@ class Ingest:
         self._receiver = machine.Receiver(
             epoch=secrets.randbits(63) | 1,
             token=config.token,
-            nonce=lambda: secrets.token_hex(_NONCE_BYTES),
+            nonce=lambda: secrets.token_hex(NONCE_BYTES),
             chunk_bytes=config.chunk_bytes,
             lost_after_s=config.lost_after_seconds,
         )

@@ -45,7 +45,7 @@ class Toy(nn.Module):
         return self
 
 
-def replay(ledger: dict[str, Any], spec: str, weights: dict[int, dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
+def replay(ledger: dict[str, Any], spec: str) -> dict[str, Tensor]:
     """The average after a ledger's last step, in float64, over the toy's weights."""
     rule, _, parameter = spec.partition(":")
     model, average, before = Toy(), {}, 0
