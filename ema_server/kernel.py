@@ -14,10 +14,8 @@ from typing import Protocol
 import torch
 
 from ema_proto.dtypes import ITEM_BYTES
-from ema_server.dtypes import view
+from ema_server.dtypes import TORCH_DTYPES, view
 from ema_server.layout import Form, Segment, held_dtype
-
-_HALF = frozenset({"BF16", "F16"})
 
 
 class BlockSink(Protocol):
@@ -29,22 +27,23 @@ class BlockSink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One average: its bytes (uint8, 1-D), their form, and the snapshot's weight; None copies the snapshot.
+    """One average: its bytes (uint8, 1-D), their form, and the snapshot's weight; None copies it all, 0 leaves all.
 
-    With `copies_buffers` the blocks that are buffers are copied.
+    `number` is that of its bit in a segment's mask; blocks that it does not average are copied.
     """
 
     data: torch.Tensor
     form: Form
     weight: float | None
-    copies_buffers: bool = False
+    number: int = 0
 
 
 class Kernel:
-    """One thread's arithmetic, and its scratch block, in which half floats become float32 once for all averages."""
+    """One thread's arithmetic, and scratch blocks, in which a snapshot's floats become wider once for all averages."""
 
     def __init__(self, block_elements: int) -> None:
-        self._scratch = torch.empty(block_elements, dtype=torch.float32)
+        self._block_elements = block_elements
+        self._scratch: dict[str, torch.Tensor] = {}  # by dtype, made when a run first needs one
 
     def update(
         self,
@@ -59,24 +58,27 @@ class Kernel:
         where `decay * average + (1 - decay) * snapshot` drifts because the two rounded factors do not add up to 1.
         """
         for block in blocks:
-            source = view(snapshot, block.dtype, block.wire_offset, block.count)
-            wide = self._widened(block, source, targets)
+            sources = {block.dtype: view(snapshot, block.dtype, block.wire_offset, block.count)}
             for index, target in enumerate(targets):
                 begin, dtype = block.offset(target.form), held_dtype(target.form, block.dtype)
                 if sink is not None:
                     sink.write(index, begin, begin + block.count * ITEM_BYTES[dtype])
+                if target.weight == 0.0:
+                    continue
                 held = view(target.data, dtype, begin, block.count)
-                if target.weight is not None and block.averaged and not (block.buffer and target.copies_buffers):
-                    held.lerp_(wide, target.weight)
+                if target.weight is not None and block.averaged >> target.number & 1:
+                    held.lerp_(self._widened(sources, block, dtype), target.weight)
                 else:
-                    held.copy_(wide if dtype != block.dtype else source)
+                    held.copy_(sources[block.dtype])
 
-    def _widened(self, block: Segment, source: torch.Tensor, targets: Sequence[Target]) -> torch.Tensor:
-        if block.dtype not in _HALF or all(target.form is Form.WIRE for target in targets):
-            return source
-        scratch = self._scratch.narrow(0, 0, block.count)
-        scratch.copy_(source)
-        return scratch
+    def _widened(self, sources: dict[str, torch.Tensor], block: Segment, dtype: str) -> torch.Tensor:
+        """The block's elements as `dtype`, converted at its first use."""
+        if dtype not in sources:
+            whole = self._scratch.get(dtype)
+            if whole is None:
+                whole = self._scratch[dtype] = torch.empty(self._block_elements, dtype=TORCH_DTYPES[dtype])
+            sources[dtype] = whole.narrow(0, 0, block.count).copy_(sources[block.dtype])
+        return sources[dtype]
 
 
 def show(blocks: Iterable[Segment], forms: Sequence[Form], sink: BlockSink) -> None:

@@ -3,14 +3,14 @@
 Comes in: the manifest of a run and the names of its exempt tensors. Goes out: `Segment`s, long runs of elements that
 are treated alike, for the kernel. It allocates nothing of a model's size and has never seen a tensor.
 
-An average is held in one of two forms. `WIRE` is the snapshot's own bytes. `WIDE` has every float as float32, or
-float64 where the wire says float64; the rest is as on the wire. Both keep the order of the wire, in which item sizes
-fall, so every element stays aligned to its own size.
+An average is held in one of three forms. `WIRE` is the snapshot's own bytes. `WIDE` has every float as float32, or
+float64 where the wire says float64; `EXACT` has every float as float64; the rest is as on the wire. Tensors lie by item
+size, large first, and then in the order of the wire, so every element is aligned to its own size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -23,6 +23,7 @@ class Form(Enum):
 
     WIRE = "wire"
     WIDE = "wide"
+    EXACT = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,26 +42,34 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`count` elements of one wire dtype, side by side in the snapshot and in both forms, all treated alike.
+    """`count` elements of one wire dtype, side by side in the snapshot and in every form, all treated alike.
 
-    `buffer` says that all are of buffers; where buffers need not be told apart, it is False.
+    Bit i of `averaged` says that average number i averages them; the others copy them.
     """
 
     dtype: str
-    averaged: bool
+    averaged: int
     count: int
     wire_offset: int
     wide_offset: int
-    buffer: bool = False
+    exact_offset: int
 
     def offset(self, form: Form) -> int:
         """First byte of the segment in an average of this form."""
-        return self.wire_offset if form is Form.WIRE else self.wide_offset
+        match form:
+            case Form.WIRE:
+                return self.wire_offset
+            case Form.WIDE:
+                return self.wide_offset
+            case Form.EXACT:
+                return self.exact_offset
 
 
 def held_dtype(form: Form, dtype: str) -> str:
     """The dtype in which an average of this form holds a tensor of wire dtype `dtype`."""
-    return "F32" if form is Form.WIDE and dtype in FLOATS and dtype != "F64" else dtype
+    if form is Form.WIRE or dtype not in FLOATS:
+        return dtype
+    return "F64" if form is Form.EXACT or dtype == "F64" else "F32"
 
 
 def places(manifest: Manifest, form: Form) -> tuple[Place, ...]:
@@ -78,25 +87,27 @@ def is_averaged(tensor: TensorSpec, exempt: frozenset[str]) -> bool:
     return tensor.is_float and tensor.role is not Role.STRUCTURAL and tensor.name not in exempt
 
 
-def segments(
-    manifest: Manifest, exempt: frozenset[str] = frozenset(), *, buffers_apart: bool = False
-) -> tuple[Segment, ...]:
+def averaged_by_all(tensor: TensorSpec) -> int:
+    """The mask of a tensor where no average differs from another and no tensor is exempt."""
+    return -1 if is_averaged(tensor, frozenset()) else 0
+
+
+def segments(manifest: Manifest, averaged_by: Callable[[TensorSpec], int] = averaged_by_all) -> tuple[Segment, ...]:
     """The snapshot as few long runs, in memory order. Empty tensors are in none.
 
     Args:
         manifest: the run's manifest.
-        exempt: names of tensors that are copied.
-        buffers_apart: no run holds buffers together with weights; needed where an average copies its buffers.
+        averaged_by: the mask of a tensor: bit i says that average number i averages it.
     """
+    offsets = {form: {place.tensor.name: place.offset for place in _places(manifest, form)} for form in Form}
     merged: list[Segment] = []
-    for place in _places(manifest, Form.WIDE):
-        tensor = place.tensor
+    for tensor in manifest.by_offset:
         if not tensor.elements:
             continue
-        averaged, buffer = is_averaged(tensor, exempt), buffers_apart and tensor.role is Role.BUFFER
-        new = Segment(tensor.dtype, averaged, tensor.elements, tensor.offset, place.offset, buffer)
+        starts = (offsets[form][tensor.name] for form in (Form.WIRE, Form.WIDE, Form.EXACT))
+        new = Segment(tensor.dtype, averaged_by(tensor), tensor.elements, *starts)
         last = merged[-1] if merged else None
-        if last is not None and (last.dtype, last.averaged, last.buffer) == (new.dtype, averaged, buffer):
+        if last is not None and (last.dtype, last.averaged) == (new.dtype, new.averaged):
             merged[-1] = replace(last, count=last.count + new.count)
         else:
             merged.append(new)
@@ -106,17 +117,16 @@ def segments(
 def cut(runs: Iterable[Segment], block_elements: int) -> Iterator[Segment]:
     """The same elements in the same order, in pieces of at most `block_elements`."""
     for run in runs:
-        item = ITEM_BYTES[run.dtype]
-        wide_item = ITEM_BYTES[held_dtype(Form.WIDE, run.dtype)]
+        items = [(run.offset(form), ITEM_BYTES[held_dtype(form, run.dtype)]) for form in Form]
         for start in range(0, run.count, block_elements):
             count = min(block_elements, run.count - start)
-            wire_offset, wide_offset = run.wire_offset + start * item, run.wide_offset + start * wide_item
-            yield Segment(run.dtype, run.averaged, count, wire_offset, wide_offset, run.buffer)
+            yield Segment(run.dtype, run.averaged, count, *(begin + start * item for begin, item in items))
 
 
 def _places(manifest: Manifest, form: Form) -> Iterator[Place]:
     position = 0
-    for tensor in manifest.by_offset:
-        place = Place(tensor, held_dtype(form, tensor.dtype), position)
+    held = ((tensor, held_dtype(form, tensor.dtype)) for tensor in manifest.by_offset)
+    for tensor, dtype in sorted(held, key=lambda pair: -ITEM_BYTES[pair[1]]):
+        place = Place(tensor, dtype, position)
         position += place.nbytes
         yield place

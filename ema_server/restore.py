@@ -13,8 +13,9 @@ from ema_server.generation import AVERAGES_FOLDER, read_manifest, read_record, v
 from ema_server.ledger import Ledger
 from ema_server.memory import Memory
 from ema_server.records import CONFIG_FILE, AverageRecord, BrokenGeneration
-from ema_server.run import Average, Run, new_average, segments_for
+from ema_server.run import Average, Run, new_average
 from ema_server.tensorfile import TensorFile
+from ema_server.treatment import segments_for
 
 
 def load_run(generation: Generation, memories: dict[str, Memory]) -> Run:

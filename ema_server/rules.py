@@ -9,20 +9,9 @@ from __future__ import annotations
 import math
 
 from ema_proto.specs import AverageSpec, Ema, Raw
-from ema_server.layout import Form
 
 _NEGLIGIBLE = math.log(2.0**-60)  # a share so small that 1 minus it is 1 in float64
 _EXACT_BITS = 16
-
-
-def form_of(rule: AverageSpec) -> Form:
-    """How an average of this rule is held: `raw` keeps the wire's bytes, the others are wide."""
-    return Form.WIRE if isinstance(rule, Raw) else Form.WIDE
-
-
-def copies_buffers(rule: AverageSpec) -> bool:
-    """Whether the rule takes the newest value of buffers instead of averaging them."""
-    return isinstance(rule, Ema) and rule.buffers == "copy"
 
 
 def weight_of(rule: AverageSpec, then: int, now: int) -> float | None:

@@ -6,7 +6,6 @@ stand. Threads, files, sessions and schedules are not known here. Memory is take
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +17,13 @@ from ema_proto.messages import Mode
 from ema_proto.specs import AverageSpec
 from ema_server.crew import Crew
 from ema_server.kernel import BlockSink, Target
-from ema_server.layout import Form, Segment, held_nbytes, segments
+from ema_server.layout import Form, Segment, held_nbytes
 from ema_server.ledger import Ledger
 from ema_server.memory import Memory, allocate
 from ema_server.records import AverageRecord, RunRecord
-from ema_server.rules import copies_buffers, form_of, weight_of
+from ema_server.rules import weight_of
 from ema_server.tensorfile import TensorFile, files_of
+from ema_server.treatment import form_of, segments_for
 
 
 @dataclass(slots=True)
@@ -38,10 +38,10 @@ class Average:
     updates: int = 0
     gap_steps: int = 0
 
-    def target(self, then: int | None, now: int) -> Target:
+    def target(self, number: int, then: int | None, now: int) -> Target:
         """What the kernel is to do at time `now`; `then` is the time of the last update, None for a replacement."""
         weight = None if then is None else weight_of(self.rule, then, now)
-        return Target(self.memory.data, self.form, weight, copies_buffers(self.rule))
+        return Target(self.memory.data, self.form, weight, number)
 
     def record(self) -> AverageRecord:
         """The average as values, a copy."""
@@ -119,7 +119,8 @@ class Run:
         last = self.last_step
         replaces = last is None or mode == "set"
         then = None if last is None or replaces else last - self.origin
-        targets = [average.target(then, step - self.origin) for average in self.averages]
+        now = step - self.origin
+        targets = [average.target(number, then, now) for number, average in enumerate(self.averages)]
         missing = 0 if last is None or replaces else (step - 1) // self.every - last // self.every
         for average in self.averages:
             average.ledger.append(step, replaces=replaces)
@@ -144,11 +145,6 @@ class Run:
             quarantined=self.quarantined,
             averages=tuple(average.record() for average in self.averages),
         )
-
-
-def segments_for(manifest: Manifest, exempt: frozenset[str], rules: Iterable[AverageSpec]) -> tuple[Segment, ...]:
-    """The snapshot's segments; buffers are told apart only where a rule copies them, since that makes many."""
-    return segments(manifest, exempt, buffers_apart=any(copies_buffers(rule) for rule in rules))
 
 
 def new_average(manifest: Manifest, rule: AverageSpec, ledger: Ledger, memory: Memory | None = None) -> Average:

@@ -73,12 +73,12 @@ def files_of(manifest: Manifest, form: Form) -> tuple[TensorFile, ...]:
     """
     held = places(manifest, form)
     model = _file(MODEL_FILE, held, {place.dtype: _published(form, place.dtype) for place in held})
-    exact = [place for place in held if form is Form.WIDE and place.dtype == "F64"]
+    exact = [place for place in held if form is not Form.WIRE and place.dtype == "F64"]
     return (model, _file(STATE_FILE, exact, {"F64": "F64"})) if exact else (model,)
 
 
 def _published(form: Form, dtype: str) -> str:
-    return "F32" if form is Form.WIDE and dtype in FLOATS else dtype
+    return dtype if form is Form.WIRE or dtype not in FLOATS else "F32"
 
 
 def _file(name: str, held: Iterable[Place], stored: dict[str, str]) -> TensorFile:

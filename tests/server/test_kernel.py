@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_proto.manifest import Manifest, Role
+from ema_proto.manifest import Manifest, Role, TensorSpec
 from ema_server.crew import BLOCK_ELEMENTS, Crew
 from ema_server.dtypes import view
 from ema_server.kernel import Target
-from ema_server.layout import Form, held_nbytes, places, segments
+from ema_server.layout import Form, averaged_by_all, held_nbytes, places, segments
 from support.keeper import encode, manifest_of
 
 
@@ -75,19 +75,20 @@ class _Recorder:
         self.ranges[index].append((begin, end))
 
 
+@pytest.mark.parametrize("form", [Form.WIDE, Form.EXACT])
 @pytest.mark.parametrize("weight", [0.001, 0.3, 0.75, 1.0])
-def test_a_pass_equals_a_float64_loop(crew: Crew, weight: float) -> None:
+def test_a_pass_equals_a_float64_loop(crew: Crew, form: Form, weight: float) -> None:
     """Within three roundings of values below 8: 3 * 8 * eps of the accumulator's dtype."""
-    target = _filled(crew, Form.WIDE, weight, 1)
+    target = _filled(crew, form, weight, 1)
     crew.update(segments(_MANIFEST), encode(_MANIFEST, _tensors(2)), [target], None)
 
-    old, new, held = _tensors(1), _tensors(2), _held(_MANIFEST, Form.WIDE, target.data)
+    old, new, held = _tensors(1), _tensors(2), _held(_MANIFEST, form, target.data)
     for name, value in held.items():
         if name in ("u", "count", "small", "flags"):
             assert torch.equal(value, new[name]), name
             continue
         expected = old[name].double() * (1 - weight) + new[name].double() * weight
-        assert value.dtype is (torch.float64 if name == "double" else torch.float32)
+        assert value.dtype is (torch.float64 if name == "double" or form is Form.EXACT else torch.float32)
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=24 * torch.finfo(value.dtype).eps)
 
 
@@ -102,7 +103,7 @@ def test_without_a_weight_a_pass_copies_exactly(crew: Crew, form: Form) -> None:
 
 
 def test_several_averages_in_one_pass_are_what_each_is_alone(crew: Crew) -> None:
-    plan = [(Form.WIDE, 0.1), (Form.WIRE, None), (Form.WIDE, 0.9), (Form.WIDE, None)]
+    plan = [(Form.WIDE, 0.1), (Form.WIRE, None), (Form.EXACT, 0.9), (Form.WIDE, None), (Form.EXACT, None)]
     together = [_filled(crew, form, weight, 5) for form, weight in plan]
     alone = [_filled(crew, form, weight, 5) for form, weight in plan]
     snapshot = encode(_MANIFEST, _tensors(6))
@@ -123,15 +124,37 @@ def test_a_constant_is_a_fixed_point_bit_for_bit(crew: Crew) -> None:
     assert torch.equal(target.data, before)
 
 
-def test_an_exempt_tensor_is_copied(crew: Crew) -> None:
-    target = _filled(crew, Form.WIDE, 0.25, 1)
-    crew.update(segments(_MANIFEST, frozenset({"brain"})), encode(_MANIFEST, _tensors(2)), [target], None)
+@pytest.mark.parametrize("form", list(Form))
+def test_a_weight_of_zero_leaves_every_byte(crew: Crew, form: Form) -> None:
+    target = _filled(crew, form, 0.0, 7)
+    before = target.data.clone()
+    crew.update(segments(_MANIFEST), encode(_MANIFEST, _tensors(8)), [target], None)
 
-    assert torch.equal(_held(_MANIFEST, Form.WIDE, target.data)["brain"], _tensors(2)["brain"].float())
+    assert torch.equal(target.data, before)
+
+
+def test_what_an_average_does_not_average_it_copies(crew: Crew) -> None:
+    """Three averages in one pass, each with its own bit: the one with number 1 averages all but `brain`."""
+    targets = [_filled(crew, form, 0.25, 1) for form in (Form.WIDE, Form.WIDE, Form.EXACT)]
+    targets = [Target(target.data, target.form, 0.25, number) for number, target in enumerate(targets)]
+
+    def averaged_by(tensor: TensorSpec) -> int:
+        return averaged_by_all(tensor) & (0b101 if tensor.name == "brain" else 0b111)
+
+    crew.update(segments(_MANIFEST, averaged_by), encode(_MANIFEST, _tensors(2)), targets, None)
+
+    held = [_held(_MANIFEST, target.form, target.data) for target in targets]
+    new = _tensors(2)["brain"].float()
+    expected = torch.lerp(_tensors(1)["brain"].float(), new, 0.25)
+    assert torch.equal(held[1]["brain"], new)
+    assert torch.equal(held[0]["brain"], expected)
+    torch.testing.assert_close(held[2]["brain"].float(), expected)
+    assert torch.equal(held[0]["single"], held[1]["single"])
 
 
 def test_the_sink_sees_every_byte_once_and_before_it_changes(crew: Crew) -> None:
-    targets = [_filled(crew, Form.WIDE, 0.5, 1), _filled(crew, Form.WIRE, None, 1)]
+    plan = [(Form.WIDE, 0.5), (Form.WIRE, None), (Form.EXACT, 0.5), (Form.WIDE, 0.0)]
+    targets = [_filled(crew, form, weight, 1) for form, weight in plan]
     before = [target.data.clone() for target in targets]
     riding, alone = _Recorder(targets), _Recorder(targets)
     crew.write(segments(_MANIFEST), [target.form for target in targets], alone)
@@ -146,7 +169,7 @@ def test_the_sink_sees_every_byte_once_and_before_it_changes(crew: Crew) -> None
 
 
 def test_passes_take_no_memory_of_a_models_size() -> None:
-    """128 MiB of bfloat16 into three averages: after the first pass the peak of the process stays where it is."""
+    """128 MiB of bfloat16 into four averages, one in float64: after the first pass the process does not grow."""
     script = """
         import resource, torch
         from ema_proto.manifest import Role, TensorSpec, layout
@@ -155,8 +178,9 @@ def test_passes_take_no_memory_of_a_models_size() -> None:
         from ema_server.layout import Form, held_nbytes, segments
         from ema_server.memory import allocate
         manifest = layout([TensorSpec("w", "BF16", (64 << 20,), Role.PARAM, 0)])
-        memories = [allocate(held_nbytes(manifest, form)) for form in (Form.WIRE, Form.WIDE, Form.WIDE)]
-        targets = [Target(memories[0].data, Form.WIRE, None), *(Target(m.data, Form.WIDE, 0.1) for m in memories[1:])]
+        forms = (Form.WIRE, Form.WIDE, Form.WIDE, Form.EXACT)
+        weights = (None, 0.1, 0.1, 0.1)
+        targets = [Target(allocate(held_nbytes(manifest, f)).data, f, w) for f, w in zip(forms, weights)]
         snapshot = allocate(manifest.nbytes).data.fill_(60)
         crew = Crew(2)
         crew.update(segments(manifest), snapshot, targets, None)

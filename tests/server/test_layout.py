@@ -37,36 +37,36 @@ def _manifest(tensors: list[tuple[str, tuple[int, ...], Role, bool]]) -> Manifes
     )
 
 
-@given(_TENSORS, st.integers(1, 7))
-def test_blocks_cover_both_forms_once_in_order_and_aligned(
-    tensors: list[tuple[str, tuple[int, ...], Role, bool]], block_elements: int
+@given(_TENSORS, st.integers(1, 7), st.sampled_from(list(Form)))
+def test_blocks_cover_every_form_once_and_aligned(
+    tensors: list[tuple[str, tuple[int, ...], Role, bool]], block_elements: int, form: Form
 ) -> None:
     manifest = _manifest(tensors)
-    wire = wide = 0
+    covered: list[tuple[int, int]] = []
     for block in cut(segments(manifest), block_elements):
+        begin, item = block.offset(form), ITEM_BYTES[held_dtype(form, block.dtype)]
         assert 0 < block.count <= block_elements
-        assert (block.wire_offset, block.wide_offset) == (wire, wide)
-        assert wire % ITEM_BYTES[block.dtype] == 0
-        assert wide % ITEM_BYTES[held_dtype(Form.WIDE, block.dtype)] == 0
-        wire += block.count * ITEM_BYTES[block.dtype]
-        wide += block.count * ITEM_BYTES[held_dtype(Form.WIDE, block.dtype)]
+        assert begin % item == 0
+        covered.append((begin, begin + block.count * item))
 
-    assert wire == manifest.nbytes == held_nbytes(manifest, Form.WIRE)
-    assert wide == held_nbytes(manifest, Form.WIDE)
+    covered.sort()
+    assert [begin for begin, _ in covered] == [0, *(end for _, end in covered[:-1])]
+    assert covered[-1][1] == held_nbytes(manifest, form)
+    assert held_nbytes(manifest, Form.WIRE) == manifest.nbytes
 
 
-@given(_TENSORS)
+@given(_TENSORS, st.sampled_from(list(Form)))
 def test_each_tensor_lies_in_a_segment_that_treats_it_as_its_role_and_dtype_ask(
-    tensors: list[tuple[str, tuple[int, ...], Role, bool]],
+    tensors: list[tuple[str, tuple[int, ...], Role, bool]], form: Form
 ) -> None:
     manifest = _manifest(tensors)
     found = segments(manifest)
-    for place in places(manifest, Form.WIDE):
+    for place in places(manifest, form):
         tensor = place.tensor
         if tensor.elements:
-            (home,) = [s for s in found if s.wide_offset <= place.offset < s.wide_offset + _wide_bytes(s)]
+            (home,) = [s for s in found if s.offset(form) <= place.offset < s.offset(form) + _held_bytes(s, form)]
             assert home.dtype == tensor.dtype
-            assert home.averaged == (tensor.dtype in FLOATS and tensor.role is not Role.STRUCTURAL)
+            assert bool(home.averaged) == (tensor.dtype in FLOATS and tensor.role is not Role.STRUCTURAL)
 
 
 @given(_TENSORS, st.sampled_from(list(Form)))
@@ -84,22 +84,22 @@ def test_the_files_of_an_average_hold_every_byte_once_and_every_name(
 
     assert position == model.nbytes
     assert sum(span.end - span.begin for span in model.spans) == held_nbytes(manifest, form)
-    doubles = any(spec.dtype == "F64" for spec in manifest.tensors)
-    assert bool(state) == (form is Form.WIDE and doubles)
+    doubles = any(place.dtype == "F64" for place in places(manifest, form))
+    assert bool(state) == (form is not Form.WIRE and doubles)
 
 
 def test_neighbours_that_are_treated_alike_are_one_segment() -> None:
     manifest = layout(_spec(f"layer{i}", "F32", (3, i + 1)) for i in range(1000))
 
-    assert segments(manifest) == (Segment("F32", True, manifest.nbytes // 4, 0, 0),)
+    assert segments(manifest) == (Segment("F32", -1, manifest.nbytes // 4, 0, 0, 0),)
 
 
-def test_an_exempt_tensor_splits_its_segment() -> None:
-    manifest = layout([_spec("a", "F32", (2,)), _spec("mask", "F32", (3,), Role.BUFFER), _spec("b", "F32", (4,))])
+def test_a_tensor_that_averages_treat_differently_splits_its_segment() -> None:
+    manifest = layout([_spec("a", "F32", (2,)), _spec("b", "F32", (3,), Role.BUFFER), _spec("c", "F32", (4,))])
 
-    found = segments(manifest, frozenset({"mask"}))
+    found = segments(manifest, lambda tensor: 0b01 if tensor.role is Role.BUFFER else 0b11)
 
-    assert [(s.averaged, s.count) for s in found] == [(True, 2), (False, 3), (True, 4)]
+    assert [(s.averaged, s.count) for s in found] == [(0b11, 2), (0b01, 3), (0b11, 4)]
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "BF16"])
@@ -113,7 +113,7 @@ def test_a_tensor_beyond_2_to_the_31_bytes_goes_through_the_arithmetic(dtype: st
 
     assert manifest.nbytes == (count + 3) * item + 5
     assert held_nbytes(manifest, Form.WIDE) == (count + 3) * wide_item + 5
-    assert runs[-1] == Segment("BOOL", False, 5, (count + 3) * item, (count + 3) * wide_item)
+    assert runs[-1] == Segment("BOOL", 0, 5, (count + 3) * item, (count + 3) * wide_item, (count + 3) * 8)
     last = [block for block in blocks if block.dtype == dtype][-1]
     assert last.wire_offset + last.count * item == (count + 3) * item
     for form in Form:
@@ -123,8 +123,8 @@ def test_a_tensor_beyond_2_to_the_31_bytes_goes_through_the_arithmetic(dtype: st
         assert model.spans[-1].file_offset + _stored_bytes(model.spans[-1]) == model.nbytes
 
 
-def _wide_bytes(segment: Segment) -> int:
-    return segment.count * ITEM_BYTES[held_dtype(Form.WIDE, segment.dtype)]
+def _held_bytes(segment: Segment, form: Form) -> int:
+    return segment.count * ITEM_BYTES[held_dtype(form, segment.dtype)]
 
 
 def _stored_bytes(span: Span) -> int:

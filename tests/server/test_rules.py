@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ema_proto.specs import Ema, Raw
-from ema_server.layout import Form
-from ema_server.rules import copies_buffers, form_of, weight_of
+from ema_server.rules import weight_of
 
 
 def _kept(rule: Ema, then: int, now: int) -> Fraction:
@@ -139,14 +138,8 @@ def test_a_huge_gap_takes_the_new_weights_and_no_huge_time(rule: Ema) -> None:
     assert time.monotonic() - started < 60
 
 
-def test_raw_has_no_weight_and_keeps_the_wires_bytes() -> None:
+def test_raw_has_no_weight() -> None:
     assert weight_of(Raw(), 0, 7) is None
-    assert form_of(Raw()) is Form.WIRE
-    assert form_of(Ema(0.9)) is Form.WIDE
-
-
-def test_buffers_are_averaged_unless_the_rule_copies_them() -> None:
-    assert [copies_buffers(rule) for rule in (Raw(), Ema(0.9), Ema(0.9, buffers="copy"))] == [False, False, True]
 
 
 @pytest.mark.parametrize("now", [5, 2])
