@@ -57,5 +57,6 @@ $(STAMP): pyproject.toml | $(BIN)/python
 	       $(BIN)/pip install --quiet 'torch==$(TORCH)'; }
 	@echo "installing this project and its tools"
 	$(BIN)/pip install --quiet --editable '.[demo]' --group dev
-	@$(BIN)/pip install --quiet --no-deps 'timm>=1.0.29' || echo "no timm: the tests that compare with it are skipped"
+	@$(BIN)/pip install --quiet --no-deps --group parity \
+	  || echo "without other averaging libraries: the tests that compare with them are skipped"
 	@touch $@

@@ -1,0 +1,102 @@
+"""Each rule gives what the real library gives: the same weights for the same steps, and so the same tensors.
+
+The profile (see `ParityModel`) shows the weights in float64; what a tensor of another dtype must be follows from it and
+the recorded history, in float64. Against that, float32 is allowed what its rounding does:
+
+- `LERP`: each update errs by at most one unit roundoff of the largest value, at random while the weights move, so after
+  n updates by the square root of n of them (root mean square).
+- `SCALED`: float32(d) + float32(1 - d) is not 1, which scales the average by that at each update; n such factors for
+  n updates that still count are allowed on top, to the library. Ours is always held to LERP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from support.library_peers import Form, Peer
+from support.oracle import EPS32
+from support.parity_model import STEPS
+from support.parity_table import PEERS
+
+from .conftest import Compared
+
+_EPS64 = 2.0**-53
+_each_peer = pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.label)
+
+
+def _rms(difference: Tensor) -> float:
+    return difference.square().mean().sqrt().item()
+
+
+def _rounding(compared: Compared, name: str) -> float:
+    largest = max(state[name].abs().max().item() for state in compared.walk.history)
+    return math.sqrt(STEPS) * EPS32 * largest
+
+
+def _scaling(peer: Peer) -> float:
+    """How far `SCALED` scales an average away, relatively, until its steady state or the last step."""
+    if peer.form is Form.LERP:
+        return 0.0
+    kept, taken = torch.tensor(peer.decay).item(), torch.tensor(1 - peer.decay).item()
+    return abs(kept + taken - 1) * (1 - peer.decay**STEPS) / (1 - peer.decay)
+
+
+def _floats(state: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, value in state.items() if value.is_floating_point()]
+
+
+@_each_peer
+def test_the_steps_have_the_weights_that_they_have_in_the_library(compared: Compared, peer: Peer) -> None:
+    """Both are averaged in float64; ours is published as float32.
+
+    A decay that is known to a unit roundoff of float32 only makes a weight `1 - d` of at least 0.01 wrong by 100 of
+    them, and the product of 1,000 of them by 1,000.
+    """
+    ours, theirs = compared.pair(peer)
+
+    for name in ("profile", "wide"):
+        roundoffs = 1.0 + (peer.float32_decay and 100 + STEPS)
+        bound = roundoffs * EPS32 * theirs[name].abs() + 4 * STEPS * _EPS64
+        assert ((ours[name].double() - theirs[name]).abs() <= bound).all(), name
+    assert abs(ours["profile"].double().sum().item() - 1) <= 2 * EPS32
+
+
+@_each_peer
+def test_every_tensor_of_the_library_is_ours(compared: Compared, peer: Peer) -> None:
+    ours, theirs = compared.pair(peer)
+    for name in set(_floats(theirs)) - set(peer.differs):
+        largest = max(state[name].abs().max().item() for state in compared.walk.history)
+        bound = _rounding(compared, name) * 2 + _scaling(peer) * largest
+        assert _rms(ours[name].double() - theirs[name].double()) <= bound, name
+
+
+@_each_peer
+def test_every_tensor_is_the_mean_that_its_weights_say(compared: Compared, peer: Peer) -> None:
+    """Also where the library's is not; buffers are averaged, or as they were at the last step."""
+    ours, theirs = compared.pair(peer)
+    buffers = {name for name, _ in compared.walk.model.named_buffers()}
+    copied = buffers if "buffers=copy" in peer.rule else set()
+    for name in _floats(ours):
+        expected = compared.walk.exact(theirs["profile"], name)
+        if name in copied:
+            expected = compared.walk.history[-1][name].double()
+        assert _rms(ours[name].double() - expected) <= _rounding(compared, name), name
+    for name in set(ours) - set(_floats(ours)):
+        assert torch.equal(ours[name], compared.walk.history[-1][name]), name
+
+
+@_each_peer
+def test_where_the_library_is_said_to_be_wrong_it_is(compared: Compared, peer: Peer) -> None:
+    """Otherwise an exception from the comparison above would be hiding something."""
+    _, theirs = compared.pair(peer)
+    for name in set(peer.differs) & set(theirs):
+        if theirs[name].is_floating_point():
+            expected = compared.walk.exact(theirs["profile"], name)
+        else:
+            expected = compared.walk.history[-1][name]
+        assert _rms(theirs[name].double() - expected.double()) > 1000 * EPS32, name
