@@ -16,6 +16,7 @@ from ema_server.board import RunState
 from ema_server.catalog import Generation
 from ema_server.course import Course, Outcome, Want
 from ema_server.courses import Courses
+from ema_server.device import Device
 from ema_server.flights import Flights
 from ema_server.jobs import Durable, Failed, Join, Joined, Refused, Rewind, Rewound
 from ema_server.joining import Continue, GoBack, Known, SetAside, Start, decide
@@ -31,6 +32,7 @@ class Admission:
 
     courses: Courses
     flights: Flights
+    device: Device
 
     def join(self, job: Join) -> None:
         """Let the session in, or say why not."""
@@ -84,7 +86,7 @@ class Admission:
     def _start(self, job: Join) -> None:
         course = self.courses.open(job.run)
         course.run = None  # one without a snapshot may be there: its memory goes first
-        run = new_run(job.join, rfc3339(self.flights.publisher.wall()))
+        run = new_run(job.join, rfc3339(self.flights.publisher.wall()), self.device)
         course.saved, course.begun_step = 0, run.origin
         self._admit(course, run, job, "new")
 
@@ -157,7 +159,7 @@ class Admission:
     def _load(self, course: Course, generation: Generation) -> Run:
         old = course.run
         memories = {} if old is None else {average.rule.name: average.memory for average in old.averages}
-        run = load_run(generation, memories)
+        run = load_run(generation, memories, self.device)
         if old is not None:
             run.every, run.config = old.every, old.config
         course.saved, course.generation = run.applied, generation

@@ -11,8 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import torch
-
 from ema_server.admission import Admission
 from ema_server.applying import Applying
 from ema_server.board import Board, RunState
@@ -20,7 +18,8 @@ from ema_server.catalog import Catalog
 from ema_server.config import ServerConfig
 from ema_server.course import Course, Outcome, Want
 from ema_server.courses import Courses
-from ema_server.crew import WORKERS_MAX, Crew
+from ema_server.crew import Crew
+from ema_server.device import HOST, Device
 from ema_server.flights import Flights
 from ema_server.inbox import Inbox, Item, Landing, Stop
 from ema_server.jobs import Apply, Durable, Failed, Finish, Job, Join, Leave, Publish, Quarantined, Rewind
@@ -45,6 +44,7 @@ class Averager:
         publisher: started and stopped with the averager.
         board: where statuses are shown.
         telemetry: where to count.
+        device: where the averages are kept.
         clock: monotonic seconds.
     """
 
@@ -55,6 +55,8 @@ class Averager:
         publisher: Publisher,
         board: Board,
         telemetry: Telemetry,
+        *,
+        device: Device = HOST,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -63,10 +65,10 @@ class Averager:
         self._inbox = Inbox()
         self._publisher = publisher
         self._listeners: list[Callable[[str, int], None]] = []
-        self._crew = Crew(min(torch.get_num_threads(), WORKERS_MAX))
+        self._crew = Crew(device.workers, device.block_elements, device)
         self._courses = Courses(catalog, board, publisher, clock)
         self._flights = Flights(publisher, self._inbox, self._crew, clock, self._courses.show, self._announce)
-        self._admission = Admission(self._courses, self._flights)
+        self._admission = Admission(self._courses, self._flights, device)
         self._applying = Applying(self._courses, self._flights, self._crew, telemetry)
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
         self._deadline = 0.0

@@ -10,16 +10,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
+from ema_server.device import BLOCK_ELEMENTS, HOST, Device, Feed
 from ema_server.kernel import BlockSink, Kernel, Target, show
 from ema_server.layout import Form, Segment, cut
 
-# 2 MiB of float32: a block's work dwarfs the Python around it, and the block stays in cache for all averages.
-BLOCK_ELEMENTS = 512 << 10
 
-WORKERS_MAX = 8  # memory is saturated by then, and Python's lock is not
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """What one thread has for itself."""
+
+    kernel: Kernel
+    feed: Feed
 
 
 class Crew:
@@ -28,18 +33,26 @@ class Crew:
     Args:
         workers: threads that share a pass, at least 1.
         block_elements: what one thread takes at a time.
+        device: where the averages are.
     """
 
-    def __init__(self, workers: int, block_elements: int = BLOCK_ELEMENTS) -> None:
+    def __init__(self, workers: int, block_elements: int = BLOCK_ELEMENTS, device: Device = HOST) -> None:
         self._block_elements = block_elements
-        self._kernels = tuple(Kernel(block_elements) for _ in range(workers))
+        self._workers = tuple(
+            _Worker(Kernel(block_elements, device.torch_device), device.feed(block_elements)) for _ in range(workers)
+        )
         self._pool = ThreadPoolExecutor(workers, "averaging", initializer=torch.set_num_threads, initargs=(1,))
 
     def update(
         self, segments: Sequence[Segment], snapshot: torch.Tensor, targets: Sequence[Target], sink: BlockSink | None
     ) -> None:
-        """Bring the whole snapshot into every target; see `Kernel.update`."""
-        self._share(segments, lambda kernel, blocks: kernel.update(blocks, snapshot, targets, sink))
+        """Bring the whole snapshot (uint8, 1-D, in host memory) into every target; see `Kernel.update`."""
+
+        def update(worker: _Worker, blocks: Iterator[Segment]) -> None:
+            with worker.feed.turn():
+                worker.kernel.update(worker.feed.blocks(snapshot, blocks), targets, sink)
+
+        self._share(segments, update)
 
     def write(self, segments: Sequence[Segment], forms: Sequence[Form], sink: BlockSink) -> None:
         """Show every block of every average to `sink` and change nothing."""
@@ -49,9 +62,9 @@ class Crew:
         """End the threads."""
         self._pool.shutdown()
 
-    def _share(self, segments: Sequence[Segment], work: Callable[[Kernel, Iterator[Segment]], None]) -> None:
+    def _share(self, segments: Sequence[Segment], work: Callable[[_Worker, Iterator[Segment]], None]) -> None:
         blocks = _Shared(cut(segments, self._block_elements))
-        for done in [self._pool.submit(work, kernel, blocks) for kernel in self._kernels]:
+        for done in [self._pool.submit(work, worker, blocks) for worker in self._workers]:
             done.result()
 
 

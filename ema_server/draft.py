@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ema_server.disk import copy_within, pwrite_all
 from ema_server.dtypes import view
-from ema_server.memory import Memory, allocate
+from ema_server.memory import HostMemory, Memory, allocate
 from ema_server.tensorfile import Span, TensorFile
 
 _NARROW_ELEMENTS = 64 << 10  # 256 KiB of float32 scratch, for float64 averages alone
@@ -53,7 +55,7 @@ class Draft:
         self.error: OSError | None = None
         self._averages = averages
         self._open: list[list[_OpenFile]] = []
-        self._scratch: Memory | None = None
+        self._scratch: HostMemory | None = None
         self._narrowing = threading.Lock()
         try:
             self._create()
@@ -109,18 +111,20 @@ class Draft:
 
     def _store(self, fd: int, memory: Memory, span: Span, first: int, last: int) -> None:
         if not span.narrows:
-            pwrite_all(fd, memory.view[first:last], span.file_offset + first - span.begin)
+            memory.show(first, last, lambda data, at: pwrite_all(fd, data, span.file_offset + at - span.begin))
             return
         with self._narrowing:
-            self._narrow(fd, memory, span, first, last)
+            memory.show(first, last, lambda data, at: self._narrow(fd, data, span.file_offset + (at - span.begin) // 2))
 
-    def _narrow(self, fd: int, memory: Memory, span: Span, first: int, last: int) -> None:
+    def _narrow(self, fd: int, data: memoryview, offset: int) -> None:
+        """Write float64 as float32."""
         if self._scratch is None:
             self._scratch = allocate(_NARROW_ELEMENTS * 4)
-        for begin in range(first, last, _NARROW_ELEMENTS * 8):
-            count = min(_NARROW_ELEMENTS, (last - begin) // 8)
-            view(self._scratch.data, "F32", 0, count).copy_(view(memory.data, "F64", begin, count))
-            pwrite_all(fd, self._scratch.view[: count * 4], span.file_offset + (begin - span.begin) // 2)
+        wide = torch.frombuffer(data, dtype=torch.float64)
+        for begin in range(0, len(wide), _NARROW_ELEMENTS):
+            count = min(_NARROW_ELEMENTS, len(wide) - begin)
+            view(self._scratch.data, "F32", 0, count).copy_(wide.narrow(0, begin, count))
+            pwrite_all(fd, self._scratch.view[: count * 4], offset + begin * 4)
 
     def _all(self) -> Iterator[_OpenFile]:
         return (opened for files in self._open for opened in files)

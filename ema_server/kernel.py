@@ -1,8 +1,9 @@
 """The averaging arithmetic on blocks: each block of a snapshot updates every average while it is in cache.
 
-Comes in: a snapshot's bytes, blocks of a run's segments, for each average its memory and the snapshot's weight. Goes
-out: the same memory, updated. A sink, if there is one, sees each block before it changes. Nothing of a model's size is
-allocated, and nothing here knows of threads, runs, steps or files.
+Comes in: blocks of a run's segments, each with its elements of the snapshot, for each average its memory and the
+snapshot's weight. Goes out: the same memory, updated. A sink, if there is one, sees each block before it changes.
+Nothing of a model's size is allocated, and nothing here knows of threads, runs, steps or files, nor on which device the
+tensors are.
 """
 
 from __future__ import annotations
@@ -41,24 +42,24 @@ class Target:
 class Kernel:
     """One thread's arithmetic, and scratch blocks, in which a snapshot's floats become wider once for all averages."""
 
-    def __init__(self, block_elements: int) -> None:
-        self._block_elements = block_elements
-        self._scratch: dict[str, torch.Tensor] = {}  # by dtype, made when a run first needs one
+    def __init__(self, block_elements: int, device: torch.device) -> None:
+        self._scratch = {
+            dtype: torch.empty(block_elements, dtype=TORCH_DTYPES[dtype], device=device) for dtype in ("F32", "F64")
+        }
 
     def update(
         self,
-        blocks: Iterable[Segment],
-        snapshot: torch.Tensor,
+        blocks: Iterable[tuple[Segment, torch.Tensor]],
         targets: Sequence[Target],
         sink: BlockSink | None = None,
     ) -> None:
-        """Bring these blocks of `snapshot` (uint8, 1-D, the wire's layout) into every target.
+        """Bring these blocks, each with its elements of the snapshot (1-D, the wire's dtype), into every target.
 
         `average += weight * (snapshot - average)`, in the accumulator's dtype: the form that stays unbiased in float32,
         where `decay * average + (1 - decay) * snapshot` drifts because the two rounded factors do not add up to 1.
         """
-        for block in blocks:
-            sources = {block.dtype: view(snapshot, block.dtype, block.wire_offset, block.count)}
+        for block, source in blocks:
+            sources = {block.dtype: source}
             for index, target in enumerate(targets):
                 begin, dtype = block.offset(target.form), held_dtype(target.form, block.dtype)
                 if sink is not None:
@@ -74,10 +75,7 @@ class Kernel:
     def _widened(self, sources: dict[str, torch.Tensor], block: Segment, dtype: str) -> torch.Tensor:
         """The block's elements as `dtype`, converted at its first use."""
         if dtype not in sources:
-            whole = self._scratch.get(dtype)
-            if whole is None:
-                whole = self._scratch[dtype] = torch.empty(self._block_elements, dtype=TORCH_DTYPES[dtype])
-            sources[dtype] = whole.narrow(0, 0, block.count).copy_(sources[block.dtype])
+            sources[dtype] = self._scratch[dtype].narrow(0, 0, block.count).copy_(sources[block.dtype])
         return sources[dtype]
 
 

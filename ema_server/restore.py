@@ -8,27 +8,29 @@ from pathlib import Path
 from ema_proto.errors import LocalProtocolError
 from ema_proto.specs import AverageSpec, parse_average
 from ema_server.catalog import Generation
+from ema_server.device import Device
 from ema_server.disk import pread_into
 from ema_server.generation import AVERAGES_FOLDER, read_manifest, read_record, verify
 from ema_server.ledger import Ledger
 from ema_server.memory import Memory
 from ema_server.records import CONFIG_FILE, AverageRecord, BrokenGeneration
 from ema_server.run import Average, Run, new_average
-from ema_server.tensorfile import TensorFile
+from ema_server.tensorfile import Span, TensorFile
 from ema_server.treatment import segments_for
 
 
-def load_run(generation: Generation, memories: dict[str, Memory]) -> Run:
+def load_run(generation: Generation, memories: dict[str, Memory], device: Device) -> Run:
     """The run as it stood at `generation`.
 
     Args:
         generation: a whole generation.
         memories: memory to use again, by the name of the average; others are taken anew. Overwritten even on failure.
+        device: where the averages are to be, and those of `memories` are.
 
     Raises:
         BrokenGeneration: a file is not what it should be.
         OSError: the disk fails.
-        MemoryError: the system has not enough.
+        MemoryError: the device has not enough.
     """
     folder, name = generation.folder, generation.run
     record = read_record(folder)
@@ -36,7 +38,7 @@ def load_run(generation: Generation, memories: dict[str, Memory]) -> Run:
     manifest = read_manifest(folder, record)
     averages: list[Average] = []
     for kept in record.run.averages:
-        held = new_average(manifest, _rule(kept), _ledger(kept), memories.get(kept.name))
+        held = new_average(manifest, _rule(kept), _ledger(kept), device, memories.get(kept.name))
         held.updates, held.gap_steps = kept.updates, kept.gap_steps
         for file in held.files:
             _read(folder / AVERAGES_FOLDER / kept.name / file.name, file, held.memory)
@@ -81,8 +83,12 @@ def _read(path: Path, file: TensorFile, memory: Memory) -> None:
             raise BrokenGeneration(f"{path.name} of average {path.parent.name} has another layout than the manifest")
         for span in file.spans:
             if not span.narrows:
-                pread_into(fd, memory.view[span.begin : span.end], span.file_offset)
+                _fill(fd, span, memory)
     except EOFError as error:
         raise BrokenGeneration(f"{path.name} of average {path.parent.name}: {error}") from None
     finally:
         os.close(fd)
+
+
+def _fill(fd: int, span: Span, memory: Memory) -> None:
+    memory.fill(span.begin, span.end, lambda data, at: pread_into(fd, data, span.file_offset + at - span.begin))

@@ -16,10 +16,11 @@ from ema_proto.manifest import Manifest
 from ema_proto.messages import Mode
 from ema_proto.specs import AverageSpec
 from ema_server.crew import Crew
+from ema_server.device import Device
 from ema_server.kernel import BlockSink, Target
 from ema_server.layout import Form, Segment, held_nbytes
 from ema_server.ledger import Ledger
-from ema_server.memory import Memory, allocate
+from ema_server.memory import Memory
 from ema_server.records import AverageRecord, RunRecord
 from ema_server.rules import weight_of
 from ema_server.tensorfile import TensorFile, files_of
@@ -147,35 +148,39 @@ class Run:
         )
 
 
-def new_average(manifest: Manifest, rule: AverageSpec, ledger: Ledger, memory: Memory | None = None) -> Average:
+def new_average(
+    manifest: Manifest, rule: AverageSpec, ledger: Ledger, device: Device, memory: Memory | None = None
+) -> Average:
     """An average without content.
 
     Args:
         manifest: the run's manifest.
         rule: its rule.
         ledger: its history.
-        memory: bytes to use; None takes new ones.
+        device: where it is to be.
+        memory: bytes to use, of that device; None takes new ones.
 
     Raises:
-        MemoryError: the system has not enough.
+        MemoryError: the device has not enough.
     """
     form = form_of(rule)
-    held = memory if memory is not None else allocate(held_nbytes(manifest, form), touch=True)
+    held = memory if memory is not None else device.allocate(held_nbytes(manifest, form))
     return Average(rule, form, held, files_of(manifest, form), ledger)
 
 
-def new_run(join: messages.Join, created: str) -> Run:
+def new_run(join: messages.Join, created: str, device: Device) -> Run:
     """The run that a first JOIN asks for. Steps up to the one before `first_step` are its origin.
 
     Raises:
-        MemoryError: the system has not enough; the text says how much the averages need.
+        MemoryError: the device has not enough; the text says how much the averages need.
     """
     origin = join.first_step - 1
     try:
-        averages = tuple(new_average(join.manifest, rule, Ledger(origin)) for rule in join.averages)
+        averages = tuple(new_average(join.manifest, rule, Ledger(origin), device) for rule in join.averages)
     except MemoryError:
         needed = sum(held_nbytes(join.manifest, form_of(rule)) for rule in join.averages)
-        raise MemoryError(f"{len(join.averages)} averages of this model need {needed} bytes of memory") from None
+        text = f"{len(join.averages)} averages of this model need {needed} bytes of memory on {device.name}"
+        raise MemoryError(text) from None
     return Run(
         name=join.run,
         manifest=join.manifest,

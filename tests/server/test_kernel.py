@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ema_proto.manifest import Manifest, Role, TensorSpec
-from ema_server.crew import BLOCK_ELEMENTS, Crew
+from ema_server.crew import Crew
+from ema_server.device import BLOCK_ELEMENTS
 from ema_server.dtypes import view
 from ema_server.kernel import Target
 from ema_server.layout import Form, averaged_by_all, held_nbytes, places, segments

@@ -23,6 +23,7 @@ from ema_server.board import Board, RunStatus
 from ema_server.catalog import Catalog, Version
 from ema_server.config import ServerConfig
 from ema_server.datadir import open_data_dir
+from ema_server.device import HOST, Device
 from ema_server.finite import FiniteCheck
 from ema_server.jobs import (
     Applied,
@@ -91,7 +92,9 @@ def encode(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Tensor:
 class Keeper:
     """Jobs in, answers out; each call waits for its answer."""
 
-    def __init__(self, data: Path, clock: Callable[[], float] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, data: Path, clock: Callable[[], float] | None = None, device: Device = HOST, **settings: Any
+    ) -> None:
         config = ServerConfig(data=data, **{"publish_every_seconds": 0.0, **settings})
         self.data_dir = open_data_dir(data)
         self.telemetry = Telemetry()
@@ -104,8 +107,10 @@ class Keeper:
             telemetry=self.telemetry,
             wall=lambda: float(next(_walls)),
         )
-        clocks = {} if clock is None else {"clock": clock}
-        self.averager = Averager(config, self.catalog, self.publisher, self.board, self.telemetry, **clocks)
+        clock = time.monotonic if clock is None else clock
+        self.averager = Averager(
+            config, self.catalog, self.publisher, self.board, self.telemetry, device=device, clock=clock
+        )
         self.announced: list[tuple[str, int]] = []
         self.averager.listen(lambda run, step: self.announced.append((run, step)))
         self.manifests: dict[str, Manifest] = {}
