@@ -21,7 +21,7 @@ import typer
 from ema_reader import render
 from ema_reader.errors import ReaderError, UsageError
 from ema_reader.evaluate import EvaluationWorker
-from ema_reader.functions import check_device, import_function
+from ema_reader.functions import Evaluate, check_device, import_function
 from ema_reader.leases import LEASE_S
 from ema_reader.reader import DEFAULT_URL, Reader
 
@@ -61,7 +61,7 @@ def versions(
         run, slash, average = target.partition("/")
         if not run or "/" in average or (slash and not average):
             raise UsageError(f"{target!r} is not RUN or RUN/AVERAGE, for example resnet34/ema-0.999")
-        averages = [average] if average else [item.name for item in reader.run(run).averages]
+        averages = [average] if average else reader.run(run).average_names
         found = [version for name in averages for version in reader.versions(run, name)]
         typer.echo(render.as_json({"versions": found}) if json else render.versions_text(found))
 
@@ -93,6 +93,14 @@ def evaluate(
         float, typer.Option("--lease-s", min=1, max=900, help="Silent for so long, others take its version over.")
     ] = LEASE_S,
     device: Annotated[str, typer.Option("--device", help="Where the weights are loaded to: cpu, cuda:0, ...")] = "cpu",
+    recalibrate_bn: Annotated[
+        str | None,
+        typer.Option(
+            "--recalibrate-bn",
+            metavar="MODULE:LOADER",
+            help="Recompute BatchNorm statistics first; the loader returns (model, batches).",
+        ),
+    ] = None,
     until_eof: Annotated[
         bool, typer.Option("--until-stdin-closes", help="End then, as when the process dies that started this one.")
     ] = False,
@@ -110,7 +118,7 @@ def evaluate(
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     with _exits(), Reader(url, token) as reader:
         names = () if averages == "all" else tuple(name.strip() for name in averages.split(","))
-        evaluator = import_function(function)
+        evaluator = _evaluator(function, recalibrate_bn)
         check_device(device)
         evaluation = EvaluationWorker(
             reader,
@@ -182,6 +190,18 @@ def _exits(code: int | None = None) -> Iterator[None]:
     except ReaderError as error:
         typer.echo(f"ema: {error}", err=True)
         raise typer.Exit(error.exit_code if code is None else code) from None
+
+
+def _evaluator(function: str, loader: str | None) -> Evaluate:
+    """The user's function; with a loader, it gets the weights with BatchNorm statistics recomputed."""
+    evaluator = import_function(function)
+    if loader is None:
+        return evaluator
+    try:
+        from ema_reader.batchnorm import recalibrating
+    except ImportError as error:
+        raise ReaderError("recomputing BatchNorm statistics needs torch: install it") from error
+    return recalibrating(evaluator, loader, import_function(loader))
 
 
 def _terminated(number: int, frame: object) -> None:

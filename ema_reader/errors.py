@@ -41,6 +41,10 @@ class VerificationFailed(ReaderError):
     exit_code = 6
 
 
+class RecalibrationFailed(ReaderError):
+    """BatchNorm statistics could not be recomputed; the text names the function that gives model and batches."""
+
+
 class RequestRefused(ReaderError):
     """The server understood and refused; `code` is its word for why, `status` the HTTP status."""
 

@@ -1,4 +1,4 @@
-"""The user's evaluation function. Comes in: `module:function`; goes out: a callable, and its result as plain floats."""
+"""The user's functions. Comes in: `module:function`; goes out: a callable, and what it measured as plain floats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SAMPLES = "samples"
 Evaluate = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
-def import_function(target: str) -> Evaluate:
+def import_function(target: str) -> Callable[..., Any]:
     """Import `module:function`; modules in the current directory are found too.
 
     Raises:
@@ -39,7 +39,7 @@ def import_function(target: str) -> Evaluate:
         found = getattr(found, part, None)
     if not callable(found):
         raise UsageError(f"module {module_name!r} has no function {name!r}")
-    function: Evaluate = found
+    function: Callable[..., Any] = found
     return function
 
 

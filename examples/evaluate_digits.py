@@ -13,3 +13,10 @@ def accuracy(state: dict[str, torch.Tensor]) -> dict[str, float]:
     with torch.no_grad():
         right = model(digits.test_images).argmax(dim=1) == digits.test_labels
     return {"accuracy": float(right.double().mean()), "samples": len(right)}
+
+
+def training_batches() -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """For `--recalibrate-bn evaluate_digits:training_batches`: a model, and the batches to take its statistics from."""
+    images = load().train_images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return DigitNet(), [images[part] for part in order.split(90)]

@@ -65,6 +65,7 @@ def test_an_unknown_option_is_one_line_that_names_it(
         (["evaluate", "m", "--run", "r"], "'m' is not module:function"),
         (["evaluate", "json:nothing", "--run", "r"], "no function 'nothing'"),
         (["evaluate", "m:f", "--every-versions", "0"], "--every-versions"),
+        (["evaluate", "json:dumps", "--recalibrate-bn", "m"], "'m' is not module:function"),
         (["validate"], "RUN/AVERAGE"),
         (["validate", "digits"], "'digits' is not RUN/AVERAGE"),
         (["healthcheck", "--url"], "--url"),

@@ -10,6 +10,7 @@ from support.processes import Process, ServerProcess
 
 _EXAMPLES = Path(__file__).parents[2] / "examples"
 _STEPS = 60
+_TASKS = ("default", "recalibrated")
 
 
 def _training(server: ServerProcess) -> str:
@@ -27,15 +28,19 @@ def test_the_examples_train_evaluate_and_report(tmp_path: Path) -> None:
             assert trainer.wait() == 0, list(trainer.errors)
         arguments = ("evaluate_digits:accuracy", "--run", "digits", "--url", server.http, "--json")
         evaluated = ema("evaluate", *arguments, cwd=_EXAMPLES)
+        anew = ("--recalibrate-bn", "evaluate_digits:training_batches", "--task", "recalibrated")
+        recalibrated = ema("evaluate", *arguments, *anew, cwd=_EXAMPLES)
         reported = server.get("/v1/runs/digits/metrics")["metrics"]
 
     outcomes = [json.loads(line) for line in evaluated.stdout.splitlines()]
     assert evaluated.returncode == 0, evaluated.stderr
     assert {outcome["version"]["average"] for outcome in outcomes} == {"raw", "ema-0.99", "ema-0.999"}
-    assert {row["average"]: row["metrics"] for row in reported} == {
-        outcome["version"]["average"]: outcome["metrics"] for outcome in outcomes
-    }
+    found = {task: {r["average"]: r["metrics"] for r in reported if r["task"] == task} for task in _TASKS}
+    assert found["default"] == {outcome["version"]["average"]: outcome["metrics"] for outcome in outcomes}
     assert all(row["step"] == _STEPS and 0.05 < row["metrics"]["accuracy"] <= 1 for row in reported)
+    assert recalibrated.returncode == 0, recalibrated.stderr
+    assert "recomputed 3 of 3 layers over 10 batches; called with ([90, 1, 8, 8])" in recalibrated.stderr
+    assert all(found["recalibrated"][name] != found["default"][name] for name in found["default"])
 
 
 def test_about_five_lines_of_the_training_script_are_ours() -> None:

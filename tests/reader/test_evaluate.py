@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ema_reader import LeaseLost, NotFound, Reader, WaitTimeout
+from ema_reader.batchnorm import recalibrating
 from ema_reader.errors import UsageError
 from ema_reader.evaluate import EvaluationWorker, Outcome
 from ema_reader.functions import Measured, check_device, import_function, measured, plain_metrics
@@ -125,6 +126,17 @@ def test_a_function_that_raises_is_reported_for_that_version_and_the_worker_live
     rows = [(row.step, row.metrics, row.error) for row in reader.metrics("digits")]
     assert rows == [(100, {}, "RuntimeError: out of cheese"), (200, {"bias": 200.0}, None)]
     assert work.failures == ()
+
+
+def test_a_loader_that_raises_is_the_error_of_the_evaluation_and_is_named(finished: Served, reader: Reader) -> None:
+    def loader() -> tuple[torch.nn.Module, list[torch.Tensor]]:
+        raise FileNotFoundError("no such data set")
+
+    work = worker(reader, recalibrating(bias, "my_data:calibration", loader), averages=("raw",))
+    list(work.outcomes())
+
+    errors = [row.error for row in reader.metrics("digits")]
+    assert errors == ["RecalibrationFailed: my_data:calibration: FileNotFoundError: no such data set"]
 
 
 def test_a_last_version_that_could_not_be_evaluated_is_named(finished: Served, reader: Reader) -> None:
