@@ -30,16 +30,14 @@ class RemoteClient(EmaClient):
             JoinError: the server refuses the run.
             ClientClosed: the client was closed or finished.
         """
-        if self._life.usable() and self._stream is None:
-            self._settings = dataclasses.replace(self._settings, averages=(average,))
-            self._join(model, steps)
+        session = self._session
+        if session.life.usable() and not session.joined:
+            session.settings = dataclasses.replace(session.settings, averages=(average,))
+            session.join(model, steps)
 
     def replace(self, model: nn.Module, step: int) -> bool:
         """Have the averages become the weights of `model`, as of `step`; False when they could not be sent."""
-        if not self._life.usable() or self._stream is None:
-            return False
-        with self._counters:
-            return self._stream.replace(model, step)
+        return self._session.life.usable() and self._session.replace(model, step)
 
     def publish(self, timeout_s: float) -> int:
         """Have everything that was sent published, and kept with the newest checkpoints; the step where that stands.
@@ -47,10 +45,10 @@ class RemoteClient(EmaClient):
         Raises:
             AverageError: that is not confirmed in time, or nothing has been applied.
         """
-        if self._life.state is State.FINISHED:
+        if self._session.life.state is State.FINISHED:
             return self.steps  # it was published when it finished
         confirmed = self.checkpoint(self.steps, timeout_s)
-        stats = self._worker.stats()
+        stats = self._session.worker.stats()
         if not confirmed or stats.last_published_step is None:
             raise AverageError(
                 f"run {self.run}: the average at step {self.steps} was not published within {timeout_s:g} s "

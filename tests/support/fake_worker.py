@@ -11,6 +11,7 @@ from ema_proto.messages import Join, Joined
 from support.snapshots import decode
 from trainer_client import EmaClient
 from trainer_client.errors import JoinError, RewindError
+from trainer_client.session import Session
 from trainer_client.settings import Settings
 from trainer_client.shared import WorkerStats
 from trainer_client.slots import Slot, make_slots
@@ -96,13 +97,14 @@ class OfflineClient(EmaClient):
     """An EmaClient on a FakeWorker."""
 
     @staticmethod
-    def _open_worker(settings: Settings) -> Worker:
+    def _open(settings: Settings) -> Session:
         worker = FakeWorker(slots=64)
         worker.greet(settings.connect_timeout_s)
-        return worker
+        return Session(settings, worker)
 
     @property
     def worker(self) -> FakeWorker:
         """What stands in for the connection."""
-        assert isinstance(self._worker, FakeWorker)
-        return self._worker
+        worker = self._session.worker
+        assert isinstance(worker, FakeWorker)
+        return worker

@@ -1,0 +1,174 @@
+"""One client at work: its settings, its connection, the run that it joined, and the order in which these end.
+
+Comes in: what the client was asked for, arguments checked. Goes out: snapshots through a worker, answers, counts. What
+a script may write, and whether it may at this moment, is decided by the client in front of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from functools import partial
+from typing import Any, Self
+
+from torch import nn
+from torch.optim import Optimizer
+
+from trainer_client.counters import Counters
+from trainer_client.errors import JoinError, RewindError, SettingsError
+from trainer_client.hooks import Attachment
+from trainer_client.lifecycle import Lifecycle, State, when_forgotten
+from trainer_client.settings import Settings
+from trainer_client.stream import Stream, steps_before
+from trainer_client.worker import Worker
+
+log = logging.getLogger("ema")
+
+CLOSE_TIMEOUT_S = 5.0
+
+
+class Session:
+    """What an `EmaClient` stands in front of.
+
+    Args:
+        settings: the client's.
+        worker: connected, has joined nothing.
+    """
+
+    def __init__(self, settings: Settings, worker: Worker) -> None:
+        self.settings = settings
+        self.life = Lifecycle()
+        self.worker = worker
+        self._steps_known = settings.step
+        self._counters = Counters()
+        self._stream: Stream | None = None
+        self._attachment = Attachment((), lambda: None)
+        # The hooks of an optimizer keep a session alive: a script may drop the client and go on training.
+        self._cancel_forgotten = when_forgotten(self, self.life, partial(worker.close, CLOSE_TIMEOUT_S))
+
+    @classmethod
+    def open(cls, settings: Settings) -> Self:
+        """Connect, and be greeted.
+
+        Raises:
+            ConnectError: the server cannot be reached, speaks another version, or refuses the token.
+        """
+        worker = Worker(settings.endpoint, token=settings.token)
+        try:
+            worker.greet(settings.connect_timeout_s)
+        except BaseException:
+            worker.close(0.0)
+            raise
+        return cls(settings, worker)
+
+    @property
+    def joined(self) -> bool:
+        """Whether a run is joined."""
+        return self._stream is not None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken so far, those before this client included."""
+        if self._stream is not None:
+            return self._stream.steps
+        return 0 if self._steps_known is None else self._steps_known
+
+    def attach(self, model: nn.Module, optimizers: tuple[Optimizer, ...]) -> Attachment:
+        """Join unless that was done, and send a snapshot after every step of the first optimizer."""
+        if self._attachment.attached:
+            raise SettingsError("the client is attached already: call remove() on the handle that attach() returned")
+        if self._stream is None:
+            self.join(model, self.steps)
+        self._attachment = Attachment(optimizers, partial(self._after_step, model))
+        return self._attachment
+
+    def update(self, model: nn.Module, step: int | None) -> None:
+        """Join unless that was done, and send a snapshot as of `step`, by default the one after the last."""
+        stream = self.join(model, steps_before(step, self._steps_known)) if self._stream is None else self._stream
+        with self._counters:
+            stream.advance(model, stream.steps + 1 if step is None else step)
+
+    def replace(self, model: nn.Module, step: int) -> bool:
+        """Have the averages become the weights of `model`, as of `step`; False when they could not be sent."""
+        if self._stream is None:
+            return False
+        with self._counters:
+            return self._stream.replace(model, step)
+
+    def join(self, model: nn.Module, steps: int) -> Stream:
+        """Join the run of `model` after `steps` steps; what fails here closes the session, which asks only once."""
+        try:
+            self._stream = Stream.join(self.worker, model, self.settings, self._counters, steps)
+        except JoinError:
+            self.close(CLOSE_TIMEOUT_S)
+            raise
+        return self._stream
+
+    def flush(self, timeout_s: float, *, durable: bool) -> bool:
+        """Wait until all that was sent is applied, or published."""
+        return self._stream is None or self.worker.flush(timeout_s, durable=durable)
+
+    def checkpoint(self, step: int, timeout_s: float) -> bool:
+        """Publish a generation at `step`, to be kept; False with a warning when the run is not there."""
+        if self._stream is None or step < self.steps:
+            log.warning("ema: no checkpoint at step %d: the run is at step %d", step, self.steps)
+            return False
+        return self.worker.checkpoint(timeout_s)
+
+    def rewind(self, step: int, timeout_s: float) -> int | None:
+        """Take the run back, and count steps from there.
+
+        Raises:
+            RewindError: nothing is joined, or the server did not do it.
+        """
+        if self._stream is None:
+            raise RewindError("no run is joined yet: pass step= or call load_state_dict() before attach() or update()")
+        reached = self.worker.rewind(step, timeout_s)
+        self._stream.steps = step
+        return reached
+
+    def finish(self, timeout_s: float) -> bool:
+        """Have the run finished, and close; whether the server confirmed it."""
+        finished = self._stream is not None and self.worker.finish(timeout_s)
+        if self._stream is not None and not finished:
+            log.warning(
+                "ema: run %s is not finished on the server; what it has applied is kept there", self.settings.run
+            )
+        self.close(CLOSE_TIMEOUT_S)
+        self.life.state = State.FINISHED if finished else State.CLOSED
+        return finished
+
+    def close(self, timeout_s: float) -> None:
+        """Stop; the run stays open on the server."""
+        self._attachment.remove()
+        self.worker.close(timeout_s)
+        self._cancel_forgotten()
+        self.life.state = State.CLOSED
+
+    def load(self, run: str, step: int, timeout_s: float) -> None:
+        """Go on at `step` of `run`: before joining these are set, afterwards the run is rewound.
+
+        Raises:
+            SettingsError: another run is joined already.
+        """
+        if self.settings.run_generated and run != self.settings.run:
+            if self._stream is not None:
+                joined = self.settings.run
+                raise SettingsError(f"run {joined!r} is joined and the state is of {run!r}: load it before attach()")
+            self.settings = dataclasses.replace(self.settings, run=run, run_generated=False)
+        if self._stream is None:
+            self._steps_known = step
+        elif step != self.steps:
+            self.rewind(step, timeout_s)
+
+    def stats(self) -> dict[str, Any]:
+        """Everything that is counted, as plain values."""
+        worker = {} if self.life.forked() else dataclasses.asdict(self.worker.stats())
+        own = {"run": self.settings.run, "client": self.life.state.value, "steps": self.steps}
+        return own | self._counters.to_json() | worker
+
+    def _after_step(self, model: nn.Module) -> None:
+        if self.life.forked() or self._stream is None:
+            return
+        with self._counters:
+            self._stream.advance(model, self._stream.steps + 1)
