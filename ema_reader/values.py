@@ -20,7 +20,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One average at one step, immutable; `id` has 40 hex digits."""
+    """One average at one step, immutable; `id` has 40 hex digits, `derived` says how it was made of other versions."""
 
     id: str
     run: str
@@ -31,6 +31,7 @@ class Version:
     gap_steps: int
     created: str
     files: tuple[File, ...]
+    derived: str | None = None
 
     def __str__(self) -> str:
         return f"{self.run}/{self.average} at step {self.step} ({self.id[:12]})"
@@ -60,6 +61,7 @@ class Version:
             gap_steps=value["gap_steps"],
             created=value["created"],
             files=files,
+            derived=value["derived"],
         )
 
 
@@ -76,7 +78,10 @@ class Average:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run; `state` is `active`, `waiting` (no trainer), `lost` (silent) or `finished`."""
+    """One run; `state` is `active`, `waiting` (no trainer), `lost` (silent) or `finished`.
+
+    `derived` names the averages whose versions were made of others after them.
+    """
 
     run: str
     state: str
@@ -88,11 +93,17 @@ class Run:
     quarantined: int
     publish_error: str | None
     averages: tuple[Average, ...]
+    derived: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:
         """Whether its trainer said that it is complete."""
         return self.state == "finished"
+
+    @property
+    def average_names(self) -> tuple[str, ...]:
+        """What it has versions of: its averages, then those that were made after them."""
+        return (*(average.name for average in self.averages), *self.derived)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Run:
@@ -112,6 +123,7 @@ class Run:
             quarantined=value["quarantined"],
             publish_error=value["publish_error"],
             averages=averages,
+            derived=tuple(value["derived"]),
         )
 
 

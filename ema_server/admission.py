@@ -119,7 +119,7 @@ class Admission:
         publisher, courses = self.flights.publisher, self.courses
         stamp = datetime.fromtimestamp(publisher.wall(), UTC).strftime("%Y%m%dT%H%M%SZ")
         new_name = publisher.data_dir.set_run_aside(job.run, stamp)
-        courses.catalog.move(job.run, new_name, publisher.data_dir.generations_folder(new_name))
+        courses.catalog.move(job.run, new_name, publisher.data_dir.run_folder(new_name))
         courses.board.drop(job.run)
         courses.show_from_disk(new_name)
         if course is not None:

@@ -1,7 +1,7 @@
-"""Which generations and versions are on disk. Comes in: whole generations, from the publisher. Goes out: values.
+"""Which generations and versions are on disk. Comes in: whole generations and derived versions. Goes out: values.
 
-Safe from any thread. It knows nothing of how files are written or deleted, but it decides which may go: a generation
-that a reader holds, or has held a moment ago, stays.
+Safe from any thread. It knows nothing of how files are written or deleted, but it decides which may go: what a reader
+holds, or has held a moment ago, stays.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One average at one step, immutable. `id` is 40 hex digits of its content, `folder` holds `files`."""
+    """One average at one step, immutable. `id` is 40 hex digits of its content, `folder` holds `files`.
+
+    `seq` is its generation's. A version made of others after them has the word for how in `derived` (`synthesized`,
+    ...), an average name of its own, and a `seq` that counts the run's derived versions.
+    """
 
     id: str
     run: str
@@ -44,6 +48,7 @@ class Version:
     files: tuple[FileEntry, ...]
     folder: Path
     seq: int
+    derived: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +69,13 @@ class VersionGone(LookupError):
 
 
 class Catalog:
-    """The generations of every run. Readers ask, the publisher adds and removes."""
+    """The generations and the derived versions of every run. Readers ask, those who write them add and remove."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._generations: dict[str, tuple[Generation, ...]] = {}  # newest (highest seq) first
+        self._derived: dict[str, tuple[Version, ...]] = {}  # newest (highest seq) first
         self._holds: dict[Path, int] = {}
         self._released_at: dict[Path, float] = {}
         self._on_move: list[Callable[[str, str], None]] = []
@@ -90,6 +96,15 @@ class Catalog:
         generations = self.generations(run)
         return tuple(version.average for version in generations[0].versions) if generations else ()
 
+    def derived(self, run: str) -> tuple[Version, ...]:
+        """The derived versions of `run`, newest (highest seq) first."""
+        with self._lock:
+            return self._derived.get(run, ())
+
+    def derived_averages(self, run: str) -> tuple[str, ...]:
+        """Names of the averages that have derived versions, sorted."""
+        return tuple(sorted({version.average for version in self.derived(run)}))
+
     def versions(self, run: str, average: str) -> tuple[Version, ...]:
         """Versions of one average, newest (highest seq) first, the same id once."""
         found: dict[str, Version] = {}
@@ -97,6 +112,9 @@ class Catalog:
             for version in generation.versions:
                 if version.average == average:
                     found.setdefault(version.id, version)
+        for version in self.derived(run):
+            if version.average == average:
+                found.setdefault(version.id, version)
         return tuple(found.values())
 
     def find(self, run: str, average: str, rev: str) -> Version | None:
@@ -116,11 +134,11 @@ class Catalog:
         """Keep the files of `version` on disk inside the `with` block and for a minute after it.
 
         Raises:
-            VersionGone: its generation has been removed already.
+            VersionGone: it has been removed already.
         """
         key = version.folder
         with self._lock:
-            if not any(version in generation.versions for generation in self._generations.get(version.run, ())):
+            if not self._has(version):
                 raise VersionGone(f"version {version.id} of {version.run}/{version.average} is gone: list again")
             self._holds[key] = self._holds.get(key, 0) + 1
         try:
@@ -147,6 +165,29 @@ class Catalog:
             ordered = sorted([generation, *others], key=lambda known: known.seq, reverse=True)
             self._generations[generation.run] = tuple(ordered)
 
+    def add_derived(self, version: Version) -> None:
+        """Make a derived version visible.
+
+        Raises:
+            VersionGone: its folder is not there any more: the run was set aside meanwhile.
+        """
+        with self._lock:
+            if not version.folder.exists():
+                raise VersionGone(f"run {version.run} was set aside while {version.average} was made: ask again")
+            others = [known for known in self._derived.get(version.run, ()) if known.seq != version.seq]
+            ordered = sorted([version, *others], key=lambda known: known.seq, reverse=True)
+            self._derived[version.run] = tuple(ordered)
+
+    def remove_derived(self, version: Version) -> bool:
+        """Make a derived version invisible unless a reader holds it; returns whether its files may be deleted."""
+        with self._lock:
+            if self._is_held(version):
+                return False
+            known = self._derived.get(version.run, ())
+            self._derived[version.run] = tuple(other for other in known if other != version)
+            self._released_at.pop(version.folder, None)
+            return True
+
     def remove(self, generation: Generation, *, force: bool = False) -> bool:
         """Make a generation invisible unless a reader holds it (publisher only).
 
@@ -167,12 +208,20 @@ class Catalog:
             return True
 
     def move(self, run: str, new_run: str, new_folder: Path) -> None:
-        """Show the generations of `run` under `new_run`, whose generations now lie in `new_folder` (publisher only)."""
+        """Show what `run` has under `new_run`; its folder has been renamed to `new_folder` (averager only)."""
+        folders = new_folder.with_name(run), new_folder
         with self._lock:
             moved = self._generations.pop(run, ())
-            self._generations[new_run] = tuple(_moved(generation, new_run, new_folder) for generation in moved)
+            self._generations[new_run] = tuple(_moved(generation, new_run, folders) for generation in moved)
+            derived = self._derived.pop(run, ())
+            self._derived[new_run] = tuple(_moved_version(version, new_run, folders) for version in derived)
         for listener in self._on_move:
             listener(run, new_run)
+
+    def _has(self, version: Version) -> bool:
+        return version in self._derived.get(version.run, ()) or any(
+            version in generation.versions for generation in self._generations.get(version.run, ())
+        )
 
     def _is_held(self, version: Version) -> bool:
         released_at = self._released_at.get(version.folder)
@@ -180,10 +229,12 @@ class Catalog:
         return recent or version.folder in self._holds or any(is_needed(version) for is_needed in self._guards)
 
 
-def _moved(generation: Generation, run: str, parent: Path) -> Generation:
-    folder = parent / generation.folder.name
-    versions = tuple(
-        replace(version, run=run, folder=folder / version.folder.relative_to(generation.folder))
-        for version in generation.versions
-    )
-    return replace(generation, run=run, folder=folder, versions=versions)
+def _moved(generation: Generation, run: str, folders: tuple[Path, Path]) -> Generation:
+    old, new = folders
+    versions = tuple(_moved_version(version, run, folders) for version in generation.versions)
+    return replace(generation, run=run, folder=new / generation.folder.relative_to(old), versions=versions)
+
+
+def _moved_version(version: Version, run: str, folders: tuple[Path, Path]) -> Version:
+    old, new = folders
+    return replace(version, run=run, folder=new / version.folder.relative_to(old))

@@ -1,6 +1,7 @@
 """The data folder: its lock, its format, its runs' folders. Comes in: a path. Goes out: paths and whole generations.
 
     LOCK  format.json  runs/{run}/generations/{seq}-{step}/
+                       runs/{run}/derived/{seq}-{step}/     versions made of others after them
 
 What a crash leaves is swept when the folder is opened; a generation that is not whole is moved out of the way as
 `.bad-...`, for a person to look at, and said so in the log.
@@ -27,7 +28,7 @@ from ema_server.records import FORMAT, BrokenGeneration
 
 _LOCK_FILE = "LOCK"
 _FORMAT_FILE = "format.json"
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
 _ROOM_BYTES = 256 << 10  # what a database takes before it holds anything
 _BAD = ".bad-"
 
@@ -57,6 +58,14 @@ class DataDir:
         """Where the generations of `run` lie; it may not exist yet."""
         return self._runs / run / "generations"
 
+    def run_folder(self, run: str) -> Path:
+        """Where everything of `run` lies."""
+        return self._runs / run
+
+    def derived_folder(self, run: str) -> Path:
+        """Where the derived versions of `run` lie; it may not exist yet."""
+        return self._runs / run / "derived"
+
     def create_run(self, run: str) -> None:
         """Make the folder of a run durable, if it is new."""
         folder = self.generations_folder(run)
@@ -78,19 +87,17 @@ class DataDir:
                 self.set_bad(path, error)
 
     def set_bad(self, folder: Path, error: BrokenGeneration) -> None:
-        """Move a broken generation out of the way."""
-        logger.error("generation %s is broken and set aside: %s", folder, error)
+        """Move a broken generation, or whatever else is kept like one, out of the way."""
+        logger.error("%s is broken and set aside: %s", folder, error)
         folder.rename(folder.with_name(_BAD + folder.name))
 
     def next_seq(self, run: str) -> int:
-        """One above every seq in use or set aside, counting from 1."""
-        folder = self.generations_folder(run)
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        return max((seq for name in names if (seq := seq_in(name)) is not None), default=0) + 1
+        """One above every seq of a generation in use or set aside, counting from 1."""
+        return next_seq_in(self.generations_folder(run))
 
     def temporary(self, run: str, name: str) -> Path:
         """A path beside the generations of `run` that is swept if a crash leaves it."""
-        return self.generations_folder(run) / (_TEMPORARY + name)
+        return self.generations_folder(run) / (TEMPORARY + name)
 
     def set_run_aside(self, run: str, stamp: str) -> str:
         """Rename a run to its own name and a date; return the new name.
@@ -107,14 +114,19 @@ class DataDir:
     def sweep(self) -> None:
         """Delete what unfinished writes left."""
         for run in self.runs():
-            folder = self.generations_folder(run)
-            for path in folder.glob(_TEMPORARY + "*") if folder.is_dir() else ():
+            for path in self._runs.joinpath(run).glob(f"*/{TEMPORARY}*"):
                 logger.info("sweeping %s, left by an earlier process", path)
                 shutil.rmtree(path)
 
     @property
     def _runs(self) -> Path:
         return self.root / "runs"
+
+
+def next_seq_in(folder: Path) -> int:
+    """One above every seq in the names of what lies in `folder`, which may not exist, counting from 1."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((seq for name in names if (seq := seq_in(name)) is not None), default=0) + 1
 
 
 def open_data_dir(root: Path) -> DataDir:

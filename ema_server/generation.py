@@ -128,6 +128,7 @@ def version_of(run: str, folder: Path, seq: int, data: bytes, own: FileEntry) ->
             files=files,
             folder=folder,
             seq=seq,
+            derived=str(value["derived"]["kind"]) if "derived" in value else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenGeneration(f"{VERSION_FILE} is not a version: {error!r}") from None

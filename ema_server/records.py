@@ -98,6 +98,11 @@ def version_bytes(record: RunRecord, average: AverageRecord, created: str, files
         "ledger": average.ledger,
         "files": [asdict(entry) for entry in files],
     }
+    return identified(content, created)
+
+
+def identified(content: Mapping[str, Any], created: str) -> bytes:
+    """The content of a `version.json`, with the id that follows from it."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     return dump({"id": hashlib.sha256(canonical).hexdigest()[:40], "created": created, **content})
 

@@ -22,6 +22,7 @@ from ema_server.board import Board
 from ema_server.catalog import Catalog
 from ema_server.config import ServerConfig
 from ema_server.datadir import DataDir, open_data_dir
+from ema_server.derived import DerivedStore
 from ema_server.evaluator import Evaluator
 from ema_server.http.app import create_app
 from ema_server.http.services import Services
@@ -78,6 +79,7 @@ async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> boo
         http_url = await http.start()
         stack.push_async_callback(http.stop)
         await asyncio.to_thread(averager.start)
+        await asyncio.to_thread(services.derived.restore)
         stack.push_async_callback(_publish_all, averager, stopped)
         endpoint = ingest.start()
         stack.push_async_callback(asyncio.to_thread, ingest.stop, INGEST_STOP_S)
@@ -110,6 +112,7 @@ def _build(config: ServerConfig, data_dir: DataDir, stack: AsyncExitStack) -> tu
         telemetry=telemetry,
         metrics=metrics,
         validations=validations,
+        derived=DerivedStore(data_dir, catalog),
         evaluator=evaluator,
         submit=averager.submit,
         data=config.data,

@@ -132,9 +132,11 @@ class Validations:
         for run in self._catalog.runs() if ask.run is None else (ask.run,):
             status = self._board.get(run)
             finished = status is not None and status.state is RunState.FINISHED
-            for average in ask.averages or self._catalog.averages(run):
+            names = (*self._catalog.averages(run), *self._catalog.derived_averages(run))
+            for average in ask.averages or names:
                 versions = self._catalog.versions(run, average)
-                taken = (item for item in versions if (item.seq - 1) % every == 0 or (finished and item is versions[0]))
+                ends = versions[:1] if finished else ()
+                taken = (item for item in versions if item.derived or (item.seq - 1) % every == 0 or item in ends)
                 for version in list(taken)[:1]:
                     yield Subject(run, average, version.id, version.step)
 

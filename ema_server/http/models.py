@@ -25,7 +25,7 @@ class FileOut(Out):
 
 
 class VersionOut(Out):
-    """One average at one step, immutable."""
+    """One average at one step, immutable. `derived` says how, if it was made of other versions after them."""
 
     id: str
     run: str
@@ -35,6 +35,7 @@ class VersionOut(Out):
     updates: int
     gap_steps: int
     created: str
+    derived: str | None
     files: tuple[FileOut, ...]
 
 
@@ -71,7 +72,7 @@ class QuarantineOut(Out):
 
 
 class RunOut(Out):
-    """State, steps, rates and gaps of a run."""
+    """State, steps, rates and gaps of a run. `derived` names the averages whose versions were made after them."""
 
     run: str
     state: Literal["active", "waiting", "lost", "finished"]
@@ -91,6 +92,7 @@ class RunOut(Out):
     memory_bytes: int
     publish_error: str | None
     averages: tuple[AverageOut, ...]
+    derived: tuple[str, ...] = ()
 
 
 class RunsOut(Out):

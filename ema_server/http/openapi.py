@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ema_server.board import Board
 from ema_server.catalog import Catalog
+from ema_server.datadir import open_data_dir
+from ema_server.derived import DerivedStore
 from ema_server.http.app import create_app
 from ema_server.http.services import Services
 from ema_server.jobs import Job
@@ -21,7 +23,7 @@ from ema_server.validations import Validations
 def document() -> str:
     """The OpenAPI document of the server as it is, as text."""
     with tempfile.TemporaryDirectory() as folder:
-        metrics = MetricStore(Path(folder) / "metrics.sqlite")
+        data_dir, metrics = open_data_dir(Path(folder)), MetricStore(Path(folder) / "metrics.sqlite")
         try:
             catalog, board = Catalog(), Board()
             services = Services(
@@ -30,6 +32,7 @@ def document() -> str:
                 telemetry=Telemetry(),
                 metrics=metrics,
                 validations=Validations(catalog, board, metrics),
+                derived=DerivedStore(data_dir, catalog),
                 submit=_nobody,
                 data=Path(folder),
                 token=None,
@@ -38,6 +41,7 @@ def document() -> str:
             return json.dumps(create_app(services).openapi(), indent=2) + "\n"
         finally:
             metrics.close()
+            data_dir.close()
 
 
 def _nobody(job: Job) -> None:

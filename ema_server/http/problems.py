@@ -35,6 +35,8 @@ class Code(Enum):
     VALIDATION_NOT_FOUND = ("validation_not_found", 404, "The run has no such validation")
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "The method is not allowed at this address")
     ALIAS_RANGE = ("alias_range", 409, "A download through an alias cannot be resumed")
+    NOT_DERIVED = ("not_derived", 409, "Only derived versions can be deleted")
+    VERSION_HELD = ("version_held", 409, "The version is being read")
     LEASE_LOST = ("lease_lost", 410, "The lease is lost")
     BODY_TOO_LARGE = ("body_too_large", 413, "The body is too large")
     RANGE_NOT_SATISFIABLE = ("range_not_satisfiable", 416, "The range lies outside the file")

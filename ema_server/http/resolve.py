@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from ema_server.board import RunStatus
 from ema_server.catalog import FileEntry, Version
+from ema_server.http.models import RunOut
 from ema_server.http.problems import Code, Problem
 from ema_server.http.services import Services
 
@@ -28,11 +29,17 @@ def run_status(services: Services, run: str) -> RunStatus:
     return status
 
 
+def shown_run(services: Services, status: RunStatus) -> RunOut:
+    """The JSON of a run."""
+    shown: RunOut = RunOut.model_validate(status)
+    return shown.model_copy(update={"derived": services.catalog.derived_averages(status.run)})
+
+
 def average_versions(services: Services, run: str, average: str) -> tuple[Version, ...]:
     """Versions of an average, newest first (none yet: empty), or the problem that run or average is unknown."""
     status = run_status(services, run)
     versions = services.catalog.versions(run, average)
-    names = [item.name for item in status.averages]
+    names = [*(item.name for item in status.averages), *services.catalog.derived_averages(run)]
     if not versions and average not in names:
         raise Problem(Code.AVERAGE_NOT_FOUND, f"run {run!r} has no average {average!r}; it has {', '.join(names)}")
     return versions

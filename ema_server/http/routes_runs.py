@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from ema_server.http.models import RunOut, RunsOut
-from ema_server.http.resolve import run_status
+from ema_server.http.resolve import run_status, shown_run
 from ema_server.http.services import Services
 
 
@@ -16,11 +16,11 @@ def router(services: Services) -> APIRouter:
     @routes.get("/runs", operation_id="list_runs")
     async def list_runs() -> RunsOut:
         """All runs, by name."""
-        return RunsOut(runs=tuple(RunOut.model_validate(status) for status in services.board.all()))
+        return RunsOut(runs=tuple(shown_run(services, status) for status in services.board.all()))
 
     @routes.get("/runs/{run}", operation_id="get_run")
     async def get_run(run: str) -> RunOut:
         """State, steps, rates, gaps and averages of one run."""
-        return RunOut.model_validate(run_status(services, run))
+        return shown_run(services, run_status(services, run))
 
     return routes

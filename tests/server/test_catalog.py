@@ -118,7 +118,7 @@ def test_a_broken_generation_goes_even_if_it_is_held(catalog: Catalog) -> None:
 
 
 def test_a_run_that_is_moved_is_found_under_its_new_name_only(catalog: Catalog) -> None:
-    catalog.move("r", "r.old", Path("/data/runs/r.old/generations"))
+    catalog.move("r", "r.old", Path("/data/runs/r.old"))
 
     assert catalog.runs() == ("r.old",)
     assert catalog.versions("r", "a") == ()

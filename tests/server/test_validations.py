@@ -271,7 +271,7 @@ def test_leases_and_requests_outlive_the_server(desk: Desk, tmp_path: Path) -> N
 
 def test_leases_and_requests_follow_a_run_to_its_new_name(desk: Desk) -> None:
     lease, asked = desk.take(), desk.request(100)
-    desk.served.catalog.move("digits", "digits.old", desk.served.data / "runs" / "digits.old" / "generations")
+    desk.served.catalog.move("digits", "digits.old", desk.served.data / "runs" / "digits.old")
     desk.settle(lease)
 
     moved = run(desk.validations.find("digits.old", asked.id))

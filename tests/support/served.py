@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from ema_server.board import AverageStatus, Board, RunState, RunStatus
 from ema_server.catalog import Catalog, FileEntry, Generation, Version
+from ema_server.datadir import open_data_dir
+from ema_server.derived import DerivedStore
 from ema_server.http.app import create_app
 from ema_server.http.services import Services
 from ema_server.jobs import Job
@@ -37,6 +39,8 @@ class Served:
         self.telemetry = Telemetry()
         self.metrics = MetricStore(data / "metrics.sqlite")
         self.validations = Validations(self.catalog, self.board, self.metrics)
+        self.data_dir = open_data_dir(data)
+        self.derived = DerivedStore(self.data_dir, self.catalog)
         self.stopping = threading.Event()
         self.services = Services(
             catalog=self.catalog,
@@ -44,6 +48,7 @@ class Served:
             telemetry=self.telemetry,
             metrics=self.metrics,
             validations=self.validations,
+            derived=self.derived,
             submit=submit or _nobody,
             data=data,
             token=token,
@@ -108,8 +113,9 @@ class Served:
             loop.close()
 
     def close(self) -> None:
-        """Close the database."""
+        """Close the database and the folder."""
         self.metrics.close()
+        self.data_dir.close()
 
 
 def weights(name: str, step: int, size: int) -> dict[str, torch.Tensor]:

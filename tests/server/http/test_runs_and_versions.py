@@ -50,6 +50,7 @@ def test_versions_are_listed_newest_first_with_their_files(client: TestClient, s
     assert sorted(versions[0]) == [
         "average",
         "created",
+        "derived",
         "files",
         "gap_steps",
         "id",

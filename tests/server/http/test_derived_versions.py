@@ -1,0 +1,76 @@
+"""Derived versions over HTTP: listed, downloaded and evaluated like all others, and deleted by whoever asks."""
+
+from __future__ import annotations
+
+import pytest
+from safetensors.torch import load, save
+from starlette.testclient import TestClient
+
+from ema_server.catalog import Version
+from ema_server.derived import Derivation
+from support.served import Served, weights
+
+_BASE = "/v1/runs/digits/averages/best/versions"
+
+
+@pytest.fixture
+def version(served: Served) -> Version:
+    """A version `digits/best` beside the run's own, which is at step 100."""
+    served.publish("digits", 100)
+    what = Derivation("digits", "best", "ema:0.9", 90, 9, 0, "synthesized", {})
+    return served.derived.write(what, [save(weights("best", 90, 8))], None)
+
+
+def test_it_is_listed_with_how_it_was_made(client: TestClient, version: Version) -> None:
+    run = client.get("/v1/runs/digits").json()
+    assert [item["name"] for item in run["averages"]] == ["ema-0.9"]
+    assert run["derived"] == ["best"]
+    assert client.get("/v1/runs").json()["runs"] == [run]
+
+    found = client.get(_BASE).json()["versions"]
+    assert [(item["id"], item["derived"]) for item in found] == [(version.id, "synthesized")]
+    assert client.get("/v1/runs/digits/averages/ema-0.9/versions").json()["versions"][0]["derived"] is None
+    problem = client.get("/v1/runs/digits/averages/worst/versions").json()
+    assert problem["detail"].endswith("it has ema-0.9, best")
+
+
+@pytest.mark.parametrize("rev", ["latest", "step-90"])
+def test_its_aliases_lead_to_its_files(client: TestClient, version: Version, rev: str) -> None:
+    moved = client.get(f"{_BASE}/{rev}/files/model.safetensors")
+    assert (moved.status_code, moved.headers["Location"]) == (307, f"../../{version.id}/files/model.safetensors")
+
+    path = f"{_BASE}/{version.id}/files/model.safetensors"
+    whole = client.get(path)
+    assert load(whole.content)["bias"].tolist() == [90.0] * 3
+    part = client.get(path, headers={"Range": "bytes=8-15"})
+    assert (part.status_code, part.content) == (206, whole.content[8:16])
+    assert client.get(path, headers={"If-None-Match": whole.headers["ETag"]}).status_code == 304
+
+
+def test_a_worker_gets_it_even_if_it_takes_every_tenth_version_only(client: TestClient, version: Version) -> None:
+    asked = {"worker": "w", "every": 10}
+    given = [client.post("/v1/leases", json=asked).json()["lease"]["version"]["average"] for _ in range(2)]
+
+    assert sorted(given) == ["best", "ema-0.9"]
+
+
+def test_it_is_deleted_by_its_id_alone(client: TestClient, served: Served, version: Version) -> None:
+    refused = client.delete(f"{_BASE}/latest")
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid")
+    assert version.id in refused.json()["detail"]
+    assert client.delete(f"{_BASE}/{version.id}").status_code == 204
+
+    assert not version.folder.exists()
+    assert served.catalog.derived("digits") == ()
+    assert client.delete(f"{_BASE}/{version.id}").status_code == 404
+    assert client.get("/v1/runs/digits").json()["derived"] == []
+
+
+def test_what_is_read_and_what_a_generation_has_stay(client: TestClient, served: Served, version: Version) -> None:
+    with served.catalog.hold(version):
+        held = client.delete(f"{_BASE}/{version.id}")
+    assert (held.status_code, held.json()["code"]) == (409, "version_held")
+    tracked = served.catalog.versions("digits", "ema-0.9")[0]
+    refused = client.delete(f"/v1/runs/digits/averages/ema-0.9/versions/{tracked.id}")
+    assert (refused.status_code, refused.json()["code"]) == (409, "not_derived")
+    assert tracked.folder.exists()
