@@ -22,7 +22,7 @@ from ema_server.layout import Form, Segment, held_nbytes
 from ema_server.ledger import Ledger
 from ema_server.memory import Memory
 from ema_server.records import AverageRecord, RunRecord
-from ema_server.rules import weight_of
+from ema_server.rules import Span, weight_of
 from ema_server.tensorfile import TensorFile, files_of
 from ema_server.treatment import form_of, segments_for
 
@@ -41,7 +41,7 @@ class Average:
 
     def target(self, number: int, then: int | None, now: int) -> Target:
         """What the kernel is to do at time `now`; `then` is the time of the last update, None for a replacement."""
-        weight = None if then is None else weight_of(self.rule, then, now)
+        weight = None if then is None else weight_of(self.rule, Span(then, now, 0))
         return Target(self.memory.data, self.form, weight, number)
 
     def record(self) -> AverageRecord:

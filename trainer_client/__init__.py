@@ -6,7 +6,7 @@ The way of a snapshot, file by file: `hooks` (a step has ended) → `client` →
 
 from __future__ import annotations
 
-from ema_proto.specs import Ema, Raw
+from ema_proto.specs import Ema, PowerEma, Raw, Uniform, Window, Wsd
 from trainer_client.client import EmaClient
 from trainer_client.errors import (
     AverageError,
@@ -24,6 +24,10 @@ __all__ = [
     "EmaClient",
     "RemoteModelEma",
     "Ema",
+    "PowerEma",
+    "Uniform",
+    "Window",
+    "Wsd",
     "Raw",
     "EmaClientError",
     "SettingsError",

@@ -218,8 +218,7 @@ class RemoteModelEma(nn.Module):
             return
         steps = number - 1
         # The server counts a run's time from its first JOIN, and timm from step 0, also when the run is joined later.
-        is_timed = rule.warmup is not None or rule.update_after > 0
-        if steps and is_timed and (self._resume == "never" or not self._pull.is_known()):
+        if steps and rule is self._by_step and (self._resume == "never" or not self._pull.is_known()):
             steps = 0
         self._client.begin(model, rule, steps)
 
@@ -244,7 +243,7 @@ def _rules(
     buffers: Any = "copy" if exclude_buffers else "average"
     warm: dict[str, Any] = {"warmup": "timm", "gamma": gamma, "power": power, "min_decay": least} if warmup else {}
     try:
-        return Ema(decay, name, update_after=after, buffers=buffers, **warm), Ema(decay, name, buffers=buffers)
+        return Ema(decay, name, update_after=after, buffers=buffers, **warm), Ema(decay, name, init="start", buffers=buffers)
     except LocalProtocolError as error:
         raise SettingsError(str(error)) from None
 

@@ -32,6 +32,7 @@ def largest_difference(version: Path, record: Path) -> float:
     Raises:
         OSError: a file is missing.
         KeyError: the version lacks a tensor of the record.
+        ValueError: the version's decay is not constant.
     """
     about = json.loads((version / "version.json").read_text())
     columns, rows = read(record)
@@ -50,6 +51,8 @@ def replay(ledger: Mapping[str, Any], spec: str, columns: tuple[Column, ...], ro
     average: Values = rows[steps[-1] - 1].astype(np.float64)
     if not isinstance(rule, Ema):
         return average
+    if rule.decay is None or rule.warmup is not None:
+        raise ValueError(f"{spec} has no constant decay: this replay knows no other")
     copied = np.concatenate([np.full(column.stop - column.start, not column.is_float) for column in columns])
     newest, before = average[copied], 0
     for step in steps:

@@ -1,0 +1,56 @@
+"""How far back an average reaches, for people: its decay and half-life at a step. Pure; shown, never computed with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ema_proto.averages import AverageSpec, Raw, Uniform, Window
+from ema_proto.exponential import Ema
+from ema_proto.pace import Pace
+from ema_server.decays import log_decay
+from ema_server.rules import Span, points, weight_of
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Decay per step, in [0, 1], and the half-life of that decay in steps: infinite for 1, 0 for 0."""
+
+    decay: float
+    half_life_steps: float
+
+
+def reach_now(rule: AverageSpec, step: int, origin: int, pace: Pace) -> Reach | None:
+    """The reach of an average at `step`; None for `raw` and windows, which have no decay.
+
+    Args:
+        rule: its rule.
+        step: the last applied step.
+        origin: the steps already taken when the average began.
+        pace: what the trainer told of its steps.
+
+    Raises:
+        ValueError: the rule needs a pace that is not known.
+    """
+    if isinstance(rule, Raw | Window):
+        return None
+    if isinstance(rule, Uniform):
+        held = points(rule.every, max(origin, rule.start - 1), step)
+        return _reach(math.log1p(-1 / held) / rule.every if held > 1 else -math.inf)
+    now = max(step, origin + 1)
+    weight = weight_of(rule, Span(now - 1, now, origin), pace)
+    return _reach(-math.inf if weight is None else math.log1p(-weight))
+
+
+def reach_settled(rule: AverageSpec, pace: Pace) -> Reach | None:
+    """The reach of an exponential moving average after its warm-up; None for other rules.
+
+    Raises:
+        ValueError: the rule needs a pace that is not known.
+    """
+    return _reach(log_decay(rule, pace)) if isinstance(rule, Ema) else None
+
+
+def _reach(logarithm: float) -> Reach:
+    half_life = math.inf if logarithm == 0 else -math.log(2.0) / logarithm
+    return Reach(math.exp(logarithm), half_life)

@@ -1,0 +1,60 @@
+"""How fast a trainer goes, for rules that are given in samples or epochs. Values in, refusals out; no clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ema_proto.averages import AverageSpec
+from ema_proto.errors import LocalProtocolError
+from ema_proto.exponential import Ema
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What the trainer told of one optimizer step: the samples in it, and how many of them are an epoch.
+
+    Raises:
+        LocalProtocolError: one of them is not a number above 0.
+    """
+
+    samples_per_step: float | None = None
+    steps_per_epoch: float | None = None
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for name in ("samples_per_step", "steps_per_epoch"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise LocalProtocolError(f"{name} {value!r} is not a number above 0")
+            object.__setattr__(self, name, float(value))
+
+
+UNKNOWN = Pace()
+
+
+def needed_of(rule: AverageSpec) -> str | None:
+    """The field of `Pace` without which the rule means nothing; None where it needs none."""
+    if not isinstance(rule, Ema):
+        return None
+    if rule.half_life_samples is not None:
+        return "samples_per_step"
+    return "steps_per_epoch" if rule.half_life_epochs is not None else None
+
+
+def check_pace(rules: Iterable[AverageSpec], pace: Pace) -> None:
+    """Refuse rules whose unit the trainer has not told.
+
+    Raises:
+        LocalProtocolError: the text names the rule, what is missing and what to do.
+    """
+    for rule in rules:
+        needed = needed_of(rule)
+        if needed is not None and getattr(pace, needed) is None:
+            raise LocalProtocolError(
+                f"average {rule.name!r} ({rule.spec}) needs to know {needed.replace('_', ' ')}: "
+                f"pass {needed}= to EmaClient, or give its half-life in steps (ema:half_life=5000)"
+            )

@@ -1,0 +1,75 @@
+"""What other libraries compute, as one table: each preset is parameters of a rule, put in when a string is read.
+
+A preset keeps no trace: the spec and the default name are those of what it stands for. What is given beside it wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ema_proto.errors import LocalProtocolError
+
+_SHOWN_CHARS = 80
+_LENGTHS = ("decay", "half_life", "half_life_samples", "half_life_epochs", "sigma_rel", "gamma")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Parameters of a rule by their keys, as text.
+
+    Args:
+        rule: whose they are, `"ema"`, `"swa"` or `"power"`.
+        original: what computes so.
+        parameters: what differs from the rule's defaults.
+        length: the original's own default, where it has one: used if no length is given.
+    """
+
+    rule: str
+    original: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    length: Mapping[str, str] = field(default_factory=dict)
+
+
+_START, _COPY = {"init": "start"}, {"buffers": "copy"}
+
+PRESETS: Mapping[str, Preset] = {
+    "timm-v2": Preset("ema", "timm `ModelEmaV2`", _START, {"decay": "0.9999"}),
+    "timm-v3": Preset("ema", "timm `ModelEmaV3` with a step, as `train.py` calls it", {}, {"decay": "0.9999"}),
+    "torch-ema": Preset("ema", "`AveragedModel` with `get_ema_multi_avg_fn`", _COPY, {"decay": "0.999"}),
+    "torch-swa": Preset("swa", "`torch.optim.swa_utils.AveragedModel`", _COPY),
+    "diffusers": Preset("ema", "diffusers `EMAModel`", _COPY, {"decay": "0.9999"}),
+    "ema-pytorch": Preset("ema", "ema-pytorch `EMA`", {"warmup": "timm", "update_after": "100"}, {"decay": "0.9999"}),
+    "tf": Preset("ema", "TensorFlow `ExponentialMovingAverage` with `num_updates`", {"warmup": "tf"} | _START | _COPY),
+    "keras": Preset("ema", "Keras `use_ema=True`", _COPY, {"decay": "0.99"}),
+    "edm2": Preset("power", "EDM2 `PowerFunctionEMA`", _COPY, {"sigma_rel": "0.05"}),
+    "composer": Preset("ema", "composer `EMA`", _START, {"half_life": "1000"}),
+    "nemo": Preset("ema", "NeMo `EMA`", _START | _COPY),
+    "lightning": Preset("ema", "Lightning `EMAWeightAveraging`", {}, {"decay": "0.999"}),
+    "torchvision": Preset("ema", "torchvision's reference `train.py`", {}),
+}
+
+
+def expanded(rule: str, given: Mapping[str, str]) -> dict[str, str]:
+    """`given` with what its `preset` stands for; as it is where it has none.
+
+    Args:
+        rule: keyword of the rule that the parameters are of.
+        given: parameters by key, as text.
+
+    Raises:
+        LocalProtocolError: the preset is unknown, or of another rule.
+    """
+    own = {key: value for key, value in given.items() if key != "preset"}
+    if "preset" not in given:
+        return own
+    name = given["preset"]
+    preset = PRESETS.get(name)
+    if preset is None:
+        raise LocalProtocolError(f"preset {name[:_SHOWN_CHARS]!r} is unknown: use {', '.join(PRESETS)}")
+    if preset.rule != rule:
+        raise LocalProtocolError(
+            f"preset {name!r} is one of {preset.rule}, not of {rule}: use {preset.rule}:…,preset={name}"
+        )
+    length = {} if any(key in own for key in _LENGTHS) else dict(preset.length)
+    return length | dict(preset.parameters) | own
