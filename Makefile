@@ -59,4 +59,6 @@ $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[demo]' --group dev
 	@$(BIN)/pip install --quiet --no-deps --group parity \
 	  || echo "without other averaging libraries: the tests that compare with them are skipped"
+	@$(BIN)/pip install --quiet --only-binary numba,llvmlite --editable '.[fast]' \
+	  || echo "without numba: the tests of the compiled kernel are skipped"
 	@touch $@
