@@ -38,12 +38,14 @@ PRESETS: Mapping[str, Preset] = {
     "timm-v3": Preset("ema", "timm `ModelEmaV3` with a step, as `train.py` calls it", {}, {"decay": "0.9999"}),
     "torch-ema": Preset("ema", "`AveragedModel` with `get_ema_multi_avg_fn`", _COPY, {"decay": "0.999"}),
     "torch-swa": Preset("swa", "`torch.optim.swa_utils.AveragedModel`", _COPY),
-    "diffusers": Preset("ema", "diffusers `EMAModel`", _COPY, {"decay": "0.9999"}),
+    "diffusers": Preset(
+        "ema", "diffusers `EMAModel`", {"warmup": "tf", "update_after": "1"} | _START | _COPY, {"decay": "0.9999"}
+    ),
     "ema-pytorch": Preset("ema", "ema-pytorch `EMA`", {"warmup": "timm", "update_after": "100"}, {"decay": "0.9999"}),
     "tf": Preset("ema", "TensorFlow `ExponentialMovingAverage` with `num_updates`", {"warmup": "tf"} | _START | _COPY),
     "keras": Preset("ema", "Keras `use_ema=True`", _COPY, {"decay": "0.99"}),
     "edm2": Preset("power", "EDM2 `PowerFunctionEMA`", _COPY, {"sigma_rel": "0.05"}),
-    "composer": Preset("ema", "composer `EMA`", _START, {"half_life": "1000"}),
+    "composer": Preset("ema", "composer `EMA`", {}, {"half_life": "1000"}),
     "nemo": Preset("ema", "NeMo `EMA`", _START | _COPY),
     "lightning": Preset("ema", "Lightning `EMAWeightAveraging`", {}, {"decay": "0.999"}),
     "torchvision": Preset("ema", "torchvision's reference `train.py`", {}),
