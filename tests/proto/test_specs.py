@@ -75,7 +75,8 @@ def test_a_preset_leaves_no_trace(text: str, spec: str, name: str) -> None:
 def test_every_preset_reads_alone_or_with_a_decay() -> None:
     for name, preset in PRESETS.items():
         needs = preset.rule == "ema" and not preset.length
-        assert parse_average(f"{preset.rule}:{'0.99,' if needs else ''}preset={name}")
+        average = parse_average(f"{preset.rule}:{'0.99,' if needs else ''}preset={name}")
+        assert parse_average(average.spec) == average
 
 
 @given(st.floats(1e-60, 1.0, exclude_max=True))

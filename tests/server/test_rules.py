@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -255,9 +256,9 @@ def test_an_imitated_decay_follows_the_weights_averages_its_steps_and_stands_sti
 def test_an_imitated_decay_gives_the_weights_that_scaled_updates_give(steps: int, shape: str, seed: int) -> None:
     """Each update of a random walk times the rate's factor at its step, against the average of the walk."""
     walk = np.cumsum(np.random.default_rng(seed).normal(size=steps + 2))
-    factor = {
+    factor: dict[str, Callable[[float], float]] = {
         "linear": lambda x: 1 - x,
-        "sqrt": lambda x: 1 - x**0.5,
+        "sqrt": lambda x: 1 - math.sqrt(x),
         "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
     }
     annealed, average = walk[1], walk[1]

@@ -73,7 +73,7 @@ def _half_life(rule: Ema, pace: Pace) -> float:
 
 def _decay(rule: Ema, constant: float, n: int, pace: Pace) -> float:
     if rule.warmup == "timm":
-        return max(min(1 - (1 + (n - 1) / rule.gamma) ** -rule.power, constant), rule.min_decay)
+        return max(min(1 - float((1 + (n - 1) / rule.gamma) ** -rule.power), constant), rule.min_decay)
     if rule.warmup == "tf":
         return min((1 + n) / (10 + n), constant)
     if rule.warmup == "exponential":
