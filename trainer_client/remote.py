@@ -243,7 +243,8 @@ def _rules(
     buffers: Any = "copy" if exclude_buffers else "average"
     warm: dict[str, Any] = {"warmup": "timm", "gamma": gamma, "power": power, "min_decay": least} if warmup else {}
     try:
-        return Ema(decay, name, update_after=after, buffers=buffers, **warm), Ema(decay, name, init="start", buffers=buffers)
+        by_step = Ema(decay, name, update_after=after, buffers=buffers, **warm)
+        return by_step, Ema(decay, name, init="start", buffers=buffers)
     except LocalProtocolError as error:
         raise SettingsError(str(error)) from None
 

@@ -10,6 +10,7 @@ from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.intake import Intake
 from ema_proto.limits import PROBE_S, RUNS_REMEMBERED_MAX
 from ema_proto.names import check_name
+from ema_proto.pace import check_pace
 from ema_proto.specs import parse_averages
 
 
@@ -149,6 +150,6 @@ def check_join(join: m.Join) -> None:
     except LocalProtocolError as error:
         raise RemoteProtocolError(RejectCode.BAD_RUN, str(error)) from None
     try:
-        parse_averages(join.averages)
+        check_pace(parse_averages(join.averages), join.pace)
     except LocalProtocolError as error:
         raise RemoteProtocolError(RejectCode.BAD_AVERAGE, str(error)) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from sys import float_info
 from typing import Any, TypeVar
 
 from ema_proto.bodies import shown
@@ -53,6 +54,13 @@ class Fields:
     def optional_step(self, key: str) -> int | None:
         """A step, or None when null or missing."""
         return self.optional_integer(key, 0, STEP_MAX)
+
+    def optional_number(self, key: str) -> float | None:
+        """A number above 0, or None when null or missing."""
+        value = self.values.get(key)
+        if value is not None and (type(value) not in (int, float) or not 0 < value <= float_info.max):
+            raise self.bad(key)
+        return None if value is None else float(value)
 
     def request(self) -> int:
         """The number of a request."""

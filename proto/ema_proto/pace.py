@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,9 +28,14 @@ class Pace:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
                 raise LocalProtocolError(f"{name} {value!r} is not a number above 0")
             object.__setattr__(self, name, float(value))
+
+    def over(self, before: Pace) -> Pace:
+        """This pace, with what it leaves open as it was before."""
+        samples = before.samples_per_step if self.samples_per_step is None else self.samples_per_step
+        return Pace(samples, before.steps_per_epoch if self.steps_per_epoch is None else self.steps_per_epoch)
 
 
 UNKNOWN = Pace()

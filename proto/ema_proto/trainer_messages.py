@@ -25,6 +25,7 @@ from ema_proto.limits import (
     VERSION_MINOR,
 )
 from ema_proto.manifest import Manifest
+from ema_proto.pace import UNKNOWN, Pace
 from ema_proto.specs import AverageSpec, parse_average
 
 Mode: TypeAlias = Literal["update", "set"]
@@ -73,7 +74,7 @@ class Join:
 
     `first_step` is the steps already taken + 1 in a session's first JOIN (`reconnect` false) and the next step to be
     sent in its later ones. `config` is the text of the versions' `config.json`. `rank` and `world` are reserved for
-    sharded trainers.
+    sharded trainers. `pace` holds until a later JOIN tells another.
     """
 
     type: ClassVar[int] = 2
@@ -89,6 +90,7 @@ class Join:
     config: str | None = None
     rank: int = 0
     world: int = 1
+    pace: Pace = UNKNOWN
 
     def body(self) -> dict[str, Any]:
         """JSON body."""
@@ -101,6 +103,8 @@ class Join:
             "incarnation": self.incarnation,
             "checksum": "crc32" if self.checksum else None,
             "config": self.config,
+            "samples_per_step": self.pace.samples_per_step,
+            "steps_per_epoch": self.pace.steps_per_epoch,
             "rank": self.rank,
             "world": self.world,
             "averages": [{"name": average.name, "spec": average.spec} for average in self.averages],
@@ -124,6 +128,7 @@ class Join:
             config=_config(fields),
             rank=fields.integer("rank", 0, _U32),
             world=fields.integer("world", 1, _U32),
+            pace=Pace(fields.optional_number("samples_per_step"), fields.optional_number("steps_per_epoch")),
             averages=tuple(_average(item) for item in fields.items("averages", AVERAGES_MAX)),
             manifest=manifests.from_json(fields.value("manifest")),
         )

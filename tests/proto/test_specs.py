@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ema_proto.errors import LocalProtocolError
+from ema_proto.claims import check_join
+from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.pace import Pace, check_pace
 from ema_proto.patterns import check_patterns, is_chosen, unmatched
 from ema_proto.presets import PRESETS
 from ema_proto.profiles import gamma_of, sigma_rel_of
 from ema_proto.specs import AverageSpec, Ema, PowerEma, Raw, Uniform, Window, Wsd, parse_average, parse_averages
 from support.any_rule import any_rules
+from support.peers import JOIN
 
 decays = st.floats(0.0, 1.0, exclude_max=True)
 
@@ -368,3 +371,18 @@ def test_what_cannot_be_a_pattern_is_refused(value: object) -> None:
     with pytest.raises(LocalProtocolError, match="include"):
         check_patterns("include", value)
     assert check_patterns("include", "a.*") == ("a.*",)
+
+
+def test_a_pace_keeps_what_a_later_one_leaves_open() -> None:
+    assert Pace(samples_per_step=64).over(Pace(32, 100)) == Pace(64, 100)
+    assert Pace().over(Pace(32, 100)) == Pace(32, 100)
+    assert Pace(steps_per_epoch=7).over(Pace()) == Pace(None, 7)
+
+
+def test_a_join_that_does_not_tell_the_unit_of_an_average_is_refused() -> None:
+    asked = replace(JOIN, averages=(Ema(half_life_samples=9), Raw()))
+
+    with pytest.raises(RemoteProtocolError, match="samples_per_step=") as caught:
+        check_join(asked)
+    assert caught.value.code is RejectCode.BAD_AVERAGE
+    check_join(replace(asked, pace=Pace(samples_per_step=32)))
