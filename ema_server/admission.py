@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from ema_proto.errors import RejectCode
+from ema_proto.manifest import Manifest
 from ema_proto.messages import Continuation
 from ema_server.board import RunState
 from ema_server.catalog import Generation
@@ -20,8 +21,9 @@ from ema_server.device import Device
 from ema_server.flights import Flights
 from ema_server.jobs import Durable, Failed, Join, Joined, Refused, Rewind, Rewound
 from ema_server.joining import Continue, GoBack, Known, SetAside, Start, decide
+from ema_server.membership import carried_back
 from ema_server.publisher import Landed
-from ema_server.records import BrokenGeneration, rfc3339
+from ema_server.records import BrokenGeneration, RunRecord, rfc3339
 from ema_server.restore import load_run
 from ema_server.run import Run, new_run
 
@@ -75,19 +77,16 @@ class Admission:
         held_steps = tuple(generation.step for generation in self.courses.catalog.generations(name))
         course = self.courses.get(name)
         if course is not None and course.run is not None and course.run.last_step is not None:
-            run = course.run
-            specs = {average.rule.name: average.rule.spec for average in run.averages}
-            return Known(course.run.last_step, run.manifest, specs, held_steps)
-        for generation, record, manifest in self.courses.readable(name):
-            specs = {average.name: average.spec for average in record.run.averages}
-            return Known(generation.step, manifest, specs, held_steps)
+            return _known(course.run.record(course.run.last_step), course.run.manifest, held_steps)
+        for _, record, manifest in self.courses.readable(name):
+            return _known(record.run, manifest, held_steps)
         return None
 
     def _start(self, job: Join) -> None:
         course = self.courses.open(job.run)
         course.run = None  # one without a snapshot may be there: its memory goes first
         run = new_run(job.join, rfc3339(self.flights.publisher.wall()), self.device)
-        course.saved, course.begun_step = 0, run.origin
+        course.saved, course.begun_step = run.mark, run.ledger.origin
         self._admit(course, run, job, "new")
 
     def _continue(self, job: Join) -> None:
@@ -133,6 +132,8 @@ class Admission:
             then(Failed(f"run {course.name!r} has no generation at or before step {step}"))
             return
 
+        now = self._record(course)
+
         def land(landed: Landed) -> None:
             course.barrier = False
             if landed.broken:
@@ -143,7 +144,14 @@ class Admission:
                 then(self._load_or_drop(course, landed.generation))
 
         course.barrier = True
-        self.flights.link(course, target, "rewind", land)
+        amend = (lambda old: carried_back(old, now)) if now is not None else (lambda old: old)
+        self.flights.link(course, target, "rewind", amend, land)
+
+    def _record(self, course: Course) -> RunRecord | None:
+        """The run as it stands, in memory or in its newest generation."""
+        if course.run is not None and course.run.last_step is not None:
+            return course.run.record(course.run.last_step)
+        return next((record.run for _, record, _ in self.courses.readable(course.name)), None)
 
     def _load_or_drop(self, course: Course, generation: Generation) -> Run | Failed:
         """Load over the memory of the run; after a failure half-way nothing of it may be used."""
@@ -158,11 +166,11 @@ class Admission:
 
     def _load(self, course: Course, generation: Generation) -> Run:
         old = course.run
-        memories = {} if old is None else {average.rule.name: average.memory for average in old.averages}
-        run = load_run(generation, memories, self.device)
+        averages = {} if old is None else {average.rule.name: average for average in old.averages}
+        run = load_run(generation, averages, self.device)
         if old is not None:
             run.every, run.config = old.every, old.config
-        course.saved, course.generation = run.applied, generation
+        course.saved, course.generation = run.mark, generation
         course.begun_at, course.begun_step = self.courses.clock(), generation.step
         course.rate.reset()
         return run
@@ -195,6 +203,12 @@ class Admission:
         course = self.courses.get(job.run)
         if course is not None:
             self.courses.settle(course)
+
+
+def _known(run: RunRecord, manifest: Manifest, held_steps: tuple[int, ...]) -> Known:
+    averages = {average.name: average.spec for average in run.averages}
+    removed = frozenset((average.name, average.spec) for average in run.removed)
+    return Known(run.step, manifest, averages, held_steps, removed)
 
 
 def _rewound(back: Run | Failed) -> Rewound | Failed:

@@ -15,6 +15,7 @@ from ema_server.admission import Admission
 from ema_server.applying import Applying
 from ema_server.board import Board, RunState
 from ema_server.catalog import Catalog
+from ema_server.changing import Changing
 from ema_server.config import ServerConfig
 from ema_server.course import Course, Outcome, Want
 from ema_server.courses import Courses
@@ -22,7 +23,22 @@ from ema_server.crew import Crew
 from ema_server.device import HOST, Device
 from ema_server.flights import Flights
 from ema_server.inbox import Inbox, Item, Landing, Stop
-from ema_server.jobs import Apply, Durable, Failed, Finish, Job, Join, Leave, Publish, Quarantined, Rewind
+from ema_server.jobs import (
+    AddAverage,
+    Apply,
+    Durable,
+    Failed,
+    Finish,
+    Job,
+    Join,
+    Leave,
+    Publish,
+    Quarantined,
+    RemoveAverage,
+    Rewind,
+    Unchanged,
+    WhyNot,
+)
 from ema_server.publisher import Publisher
 from ema_server.schedule import is_due
 from ema_server.telemetry import Gauge, Telemetry
@@ -69,6 +85,7 @@ class Averager:
         self._courses = Courses(catalog, board, publisher, clock)
         self._flights = Flights(publisher, self._inbox, self._crew, clock, self._courses.show, self._announce)
         self._admission = Admission(self._courses, self._flights, device)
+        self._changing = Changing(self._courses, self._flights, device)
         self._applying = Applying(self._courses, self._flights, self._crew, telemetry)
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
         self._deadline = 0.0
@@ -162,6 +179,8 @@ class Averager:
                 self._finish(course, job)
             case Leave():
                 self._leave(course, job)
+            case AddAverage() | RemoveAverage():
+                self._change(course, job)
 
     def _apply(self, course: Course | None, job: Apply) -> None:
         if course is None or course.run is None:
@@ -206,6 +225,15 @@ class Averager:
         self._courses.show(course)
         if course.is_changed:
             self._flights.publish(course, Want("lost" if job.lost else "leave", lambda _: None))
+
+    def _change(self, course: Course | None, job: AddAverage | RemoveAverage) -> None:
+        if course is None or course.run is None or course.departed:
+            text = f"run {job.run!r} has no trainer: its averages are changed while one streams"
+            job.reply(Unchanged(WhyNot.NOT_STREAMING, text))
+        elif isinstance(job, AddAverage):
+            self._changing.add(course, course.run, job)
+        else:
+            self._changing.remove(course, course.run, job)
 
     def _publish_due(self) -> None:
         now = self._clock()

@@ -43,11 +43,11 @@ class Want:
 class Airborne:
     """A generation that the publisher is working on.
 
-    `applied` is the run's count of applied snapshots that it holds, None for an older generation made the newest;
+    `mark` is the run's as it holds it, None for an older generation made the newest;
     `land` is called with how it ended.
     """
 
-    applied: int | None
+    mark: tuple[int, int] | None
     pinned: bool
     finished: bool
     land: Callable[[Landed], None]
@@ -79,7 +79,7 @@ class Course:
     session: int = 0
     departed: bool = False
     generation: Generation | None = None
-    saved: int = 0
+    saved: tuple[int, int] = (0, 0)
     begun_step: int = 0
     airborne: Airborne | None = None
     boarding: Boarding | None = None
@@ -103,7 +103,12 @@ class Course:
     @property
     def is_changed(self) -> bool:
         """Whether memory holds more than the newest generation."""
-        return self.run is not None and self.run.applied != self.saved
+        return self.run is not None and self.run.mark != self.saved
+
+    @property
+    def has_news(self) -> bool:
+        """Whether memory holds snapshots that the newest generation does not."""
+        return self.run is not None and self.run.applied != self.saved[0]
 
     @property
     def is_quiet(self) -> bool:

@@ -27,7 +27,7 @@ _NARROW_ELEMENTS = 64 << 10  # 256 KiB of float32 scratch, for float64 averages 
 
 @dataclass(frozen=True, slots=True)
 class DraftAverage:
-    """One average to write: the folder of its files, its memory, and the files."""
+    """One average to write, or one of its snapshots: the folder of its files, its memory, and the files, if any."""
 
     folder: Path
     memory: Memory
@@ -100,10 +100,10 @@ class Draft:
     def _create(self) -> None:
         self.folder.mkdir()
         for average in self._averages:
-            average.folder.mkdir(parents=True)
             files: list[_OpenFile] = []
             self._open.append(files)
             for file in average.files:
+                average.folder.mkdir(parents=True, exist_ok=True)
                 path = average.folder / file.name
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
                 files.append(_OpenFile(file, path, fd, [span.begin for span in file.spans]))

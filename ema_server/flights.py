@@ -8,15 +8,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from ema_server.average import Holding
 from ema_server.catalog import Generation
 from ema_server.course import Airborne, Boarding, Course, Outcome, Want
 from ema_server.crew import Crew
 from ema_server.draft import Draft, DraftAverage
-from ema_server.generation import AVERAGES_FOLDER
+from ema_server.generation import AVERAGES_FOLDER, WINDOWS_FOLDER
 from ema_server.inbox import Inbox, Landing
 from ema_server.jobs import Durable, Failed, Reason
 from ema_server.publisher import Flight, Landed, LinkOrder, Publisher, SealOrder
+from ema_server.records import RunRecord
 from ema_server.run import Run
 from ema_server.sealing import Content
 
@@ -41,24 +44,32 @@ class Flights:
         airborne = course.airborne
         if course.run is None or course.last_step is None:
             want.then(Durable(None, (), new=False))
-        elif airborne is not None and _covers(airborne, want) and airborne.applied == course.run.applied:
+        elif airborne is not None and _covers(airborne, want) and airborne.mark == course.run.mark:
             airborne.wants.append(want)
         else:
             course.waiting.append(want)
             if course.is_quiet:
                 self._begin(course, course.run)
 
-    def link(self, course: Course, source: Generation, reason: Reason, land: Callable[[Landed], None]) -> None:
-        """Make an older generation the newest. The run must be quiet; what is in memory is not touched."""
+    def link(
+        self,
+        course: Course,
+        source: Generation,
+        reason: Reason,
+        amend: Callable[[RunRecord], RunRecord],
+        land: Callable[[Landed], None],
+    ) -> None:
+        """Make an older generation the newest, with an amended record. The run must be quiet; memory stays as it is."""
         flight = Flight(course.name, course.take_seq(), reason, pinned=source.pinned, finished=False)
         course.airborne = Airborne(None, source.pinned, False, land, [])
-        self.publisher.submit(LinkOrder(flight, source, None, self._lander(course)))
+        self.publisher.submit(LinkOrder(flight, source, amend, self._lander(course)))
 
     def write_alone(self, course: Course) -> None:
         """Write a boarding generation without a snapshot to ride on."""
         if course.boarding is None or course.run is None:
             return
-        self.crew.write(course.run.segments, course.run.forms, course.boarding.draft)
+        forms = [holding.form for holding in course.run.holdings]
+        self.crew.write(course.run.segments, forms, course.boarding.draft)
         self.take_off(course)
 
     def take_off(self, course: Course) -> None:
@@ -82,12 +93,13 @@ class Flights:
         wants, course.waiting = course.waiting, []
         pinned, finished = any(want.pins for want in wants), any(want.finishes for want in wants)
         newest, last_step = course.generation, run.last_step
-        if course.is_changed or newest is None or last_step is None:
+        if course.has_news or newest is None or last_step is None:
             self._board(course, run, wants, pinned, finished)
-        elif (pinned and not newest.pinned) or (finished and not newest.finished):
+        elif course.is_changed or (pinned and not newest.pinned) or (finished and not newest.finished):
             flight = Flight(course.name, course.take_seq(), wants[0].reason, pinned, finished)
             self._lift(course, run, wants, pinned, finished)
-            self.publisher.submit(LinkOrder(flight, newest, run.record(last_step), self._lander(course)))
+            record = run.record(last_step)
+            self.publisher.submit(LinkOrder(flight, newest, lambda _: record, self._lander(course)))
         else:
             _answer(wants, Durable(newest.step, newest.versions, new=False))
 
@@ -104,13 +116,14 @@ class Flights:
     def _draft(self, run: Run, seq: int) -> Draft:
         folder = self.publisher.data_dir.temporary(run.name, f"{seq:08d}")
         averages = (
-            DraftAverage(folder / AVERAGES_FOLDER / average.rule.name, average.memory, average.files)
+            DraftAverage(_folder(folder, holding) / average.rule.name, holding.memory, holding.files)
             for average in run.averages
+            for holding in average.holdings
         )
         return Draft(folder, tuple(averages))
 
     def _lift(self, course: Course, run: Run, wants: list[Want], pinned: bool, finished: bool) -> None:
-        applied, is_new = run.applied, course.is_changed
+        mark, is_new = run.mark, course.has_news
 
         def land(landed: Landed) -> None:
             generation = landed.generation
@@ -119,17 +132,21 @@ class Flights:
                 self.show(course)
                 _answer(wants, Failed(landed.error))
                 return
-            course.saved = applied
+            course.saved = mark
             logger.info("run %s: step %d is published (%s)", course.name, generation.step, wants[0].reason)
             self.show(course)
             self.announce(course.name, generation.step)
             _answer(wants, Durable(generation.step, generation.versions, new=is_new))
 
-        course.airborne = Airborne(applied, pinned, finished, land, wants)
+        course.airborne = Airborne(mark, pinned, finished, land, wants)
 
     def _lander(self, course: Course) -> Callable[[Landed], None]:
         inbox, name = self.inbox, course.name
         return lambda landed: inbox.put(Landing(name, landed))
+
+
+def _folder(generation: Path, holding: Holding) -> Path:
+    return generation / (WINDOWS_FOLDER if holding.is_snapshot else AVERAGES_FOLDER)
 
 
 def _covers(airborne: Airborne, want: Want) -> bool:

@@ -26,6 +26,7 @@ from ema_server.records import (
 )
 
 AVERAGES_FOLDER = "averages"
+WINDOWS_FOLDER = "windows"  # of window averages, the snapshots that are inside
 
 _NAME = re.compile(r"([0-9]{8,})-([0-9]{12,})")
 
@@ -75,7 +76,8 @@ def open_generation(run: str, folder: Path) -> Generation:
             raise BrokenGeneration(f"{path} is missing")
         if file.stat().st_size != entry.size:
             raise BrokenGeneration(f"{path} has {file.stat().st_size} bytes instead of {entry.size}")
-    versions = tuple(_version(run, folder, record, average.name) for average in record.run.averages)
+    names = [average.name for average in record.run.averages if average.has_content]
+    versions = tuple(_version(run, folder, record, name) for name in names)
     return Generation(run, record.seq, record.run.step, record.pinned, record.finished, folder, versions)
 
 

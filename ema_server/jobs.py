@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal, TypeAlias
 
 import torch
 
 from ema_proto import messages
+from ema_proto.averages import AverageSpec
 from ema_proto.errors import RejectCode
 from ema_proto.manifest import Manifest
 from ema_proto.messages import Continuation, Mode
 from ema_server.catalog import Version
 
-Reason: TypeAlias = Literal["schedule", "request", "checkpoint", "finish", "lost", "leave", "shutdown", "rewind"]
+Reason: TypeAlias = Literal[
+    "schedule", "request", "checkpoint", "finish", "lost", "leave", "shutdown", "rewind", "change"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,31 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Changed:
+    """The run has one average more, or one less, and that is durable."""
+
+    average: str
+
+
+class WhyNot(Enum):
+    """Why the averages of a run were not changed."""
+
+    NOT_STREAMING = "not_streaming"
+    NO_SUCH_AVERAGE = "no_such_average"
+    CONFLICT = "conflict"
+    OUT_OF_MEMORY = "out_of_memory"
+    NOT_DURABLE = "not_durable"
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """The averages of the run are what they were; `text` says why."""
+
+    why: WhyNot
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Join:
     """A session wants to stream the run."""
 
@@ -145,4 +174,22 @@ class Leave:
     lost: bool
 
 
-Job: TypeAlias = Join | Apply | Publish | Rewind | Finish | Leave
+@dataclass(frozen=True, slots=True)
+class AddAverage:
+    """Average the run by one more rule, from its next snapshot on."""
+
+    run: str
+    rule: AverageSpec
+    reply: Callable[[Changed | Unchanged], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveAverage:
+    """Average it no longer by the rule of this name. Versions stay as long as their generations do."""
+
+    run: str
+    average: str
+    reply: Callable[[Changed | Unchanged], None]
+
+
+Job: TypeAlias = Join | Apply | Publish | Rewind | Finish | Leave | AddAverage | RemoveAverage

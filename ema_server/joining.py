@@ -16,12 +16,17 @@ _STEPS_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A run that has had a snapshot. `averages` maps names to specs; `held_steps` are those of its generations."""
+    """A run that has had a snapshot.
+
+    `averages` maps names to specs, `removed` has name and spec of those that it had; `held_steps` are those of its
+    generations.
+    """
 
     last_step: int
     manifest: Manifest
     averages: Mapping[str, str]
     held_steps: tuple[int, ...]
+    removed: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,8 @@ def _changed(join: messages.Join, known: Known) -> Refused | None:
         text = f"run {join.run!r} was started with another model: {difference}; {ways_out}"
         return Refused(RejectCode.MANIFEST_CHANGED, text)
     for average in join.averages:
+        if (average.name, average.spec) in known.removed:
+            continue
         spec = known.averages.get(average.name)
         if spec is None:
             names = ", ".join(known.averages)

@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 
 from ema_proto.dtypes import ITEM_BYTES
-from ema_server.dtypes import TORCH_DTYPES, view
+from ema_server.arithmetic import Arithmetic, Elements, Weighted
+from ema_server.dtypes import view
 from ema_server.layout import Form, Segment, held_dtype
 
 
@@ -30,22 +31,25 @@ class BlockSink(Protocol):
 class Target:
     """One average: its bytes (uint8, 1-D), their form, and the snapshot's weight; None copies it all, 0 leaves all.
 
-    `number` is that of its bit in a segment's mask; blocks that it does not average are copied.
+    `number` is that of its bit in a segment's mask; blocks that it does not average are copied. With a `mix` the blocks
+    that it averages are made anew of these snapshots (uint8, 1-D, the wire's layout), which are earlier targets: each
+    is blended into those before it with its weight, the first with 1.
     """
 
     data: torch.Tensor
     form: Form
     weight: float | None
     number: int = 0
+    mix: tuple[tuple[torch.Tensor, float], ...] = ()
 
 
 class Kernel:
-    """One thread's arithmetic, and scratch blocks, in which a snapshot's floats become wider once for all averages."""
+    """One thread's pass over blocks, and scratch, in which a block's floats become wider once for all averages."""
 
-    def __init__(self, block_elements: int, device: torch.device) -> None:
-        self._scratch = {
-            dtype: torch.empty(block_elements, dtype=TORCH_DTYPES[dtype], device=device) for dtype in ("F32", "F64")
-        }
+    def __init__(self, block_elements: int, device: torch.device, arithmetic: Arithmetic) -> None:
+        self._arithmetic = arithmetic
+        wide = (torch.float32, torch.float64)
+        self._scratch = {dtype: torch.empty(block_elements, dtype=dtype, device=device) for dtype in wide}
 
     def update(
         self,
@@ -55,11 +59,10 @@ class Kernel:
     ) -> None:
         """Bring these blocks, each with its elements of the snapshot (1-D, the wire's dtype), into every target.
 
-        `average += weight * (snapshot - average)`, in the accumulator's dtype: the form that stays unbiased in float32,
-        where `decay * average + (1 - decay) * snapshot` drifts because the two rounded factors do not add up to 1.
+        A block is averaged last, for all targets that average it at once; see `Arithmetic.lerp`.
         """
         for block, source in blocks:
-            sources = {block.dtype: source}
+            averaged: list[Weighted] = []
             for index, target in enumerate(targets):
                 begin, dtype = block.offset(target.form), held_dtype(target.form, block.dtype)
                 if sink is not None:
@@ -67,16 +70,23 @@ class Kernel:
                 if target.weight == 0.0:
                     continue
                 held = view(target.data, dtype, begin, block.count)
-                if target.weight is not None and block.averaged >> target.number & 1:
-                    held.lerp_(self._widened(sources, block, dtype), target.weight)
+                if not block.averaged >> target.number & 1:
+                    held.copy_(source)
+                elif target.mix:
+                    self._blend(held, block, target.mix)
+                elif target.weight is None:
+                    held.copy_(source)
                 else:
-                    held.copy_(sources[block.dtype])
+                    averaged.append((held, target.weight))
+            self._arithmetic.lerp(Elements(source, self._scratch), averaged)
 
-    def _widened(self, sources: dict[str, torch.Tensor], block: Segment, dtype: str) -> torch.Tensor:
-        """The block's elements as `dtype`, converted at its first use."""
-        if dtype not in sources:
-            sources[dtype] = self._scratch[dtype].narrow(0, 0, block.count).copy_(sources[block.dtype])
-        return sources[dtype]
+    def _blend(self, held: torch.Tensor, block: Segment, mix: Sequence[tuple[torch.Tensor, float]]) -> None:
+        for index, (snapshot, weight) in enumerate(mix):
+            elements = Elements(view(snapshot, block.dtype, block.wire_offset, block.count), self._scratch)
+            if index == 0:
+                held.copy_(elements.source)
+            else:
+                self._arithmetic.lerp(elements, [(held, weight)])
 
 
 def show(blocks: Iterable[Segment], forms: Sequence[Form], sink: BlockSink) -> None:

@@ -58,11 +58,11 @@ class SealOrder:
 
 @dataclass(frozen=True, slots=True)
 class LinkOrder:
-    """Make `source` the newest generation; `record` is the run as it stands, None for as it stood then."""
+    """Make `source` the newest generation; `amend` makes its record of what it was. No average begins with weights."""
 
     flight: Flight
     source: Generation
-    record: RunRecord | None
+    amend: Callable[[RunRecord], RunRecord]
     done: Callable[[Landed], None]
 
 
@@ -132,7 +132,7 @@ class Publisher:
         try:
             if isinstance(order, SealOrder):
                 return Landed(seal(order.draft, order.content, label))
-            return Landed(link(order.source, self._temporary(flight), label, order.record))
+            return Landed(link(order.source, self._temporary(flight), label, order.amend))
         except BrokenGeneration as error:
             return self._give_up(order, error)
         except OSError as error:

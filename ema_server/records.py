@@ -29,26 +29,46 @@ class BrokenGeneration(Exception):
 
 @dataclass(frozen=True, slots=True)
 class AverageRecord:
-    """One average as it stood; `ledger` as JSON values."""
+    """One average as it stood; `ledger` as JSON values.
+
+    `age_steps` is the mean age of the weights inside, `initial_share` the share of those it began from; `window` has
+    step and count of the snapshots inside, oldest first.
+    """
 
     name: str
     spec: str
     updates: int
     gap_steps: int
+    age_steps: float
+    initial_share: float
+    window: tuple[tuple[int, int], ...]
     ledger: dict[str, Any]
+
+    @property
+    def has_content(self) -> bool:
+        """Whether it had had a snapshot; there are no files of it otherwise."""
+        return self.updates > 0
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedRecord:
+    """An average that a run had: a trainer that was started with it may still list it."""
+
+    name: str
+    spec: str
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """A run as it stood at `step`: everything a restart needs besides the averages' own bytes.
 
-    `created` is when the run was first joined, in RFC 3339; `origin` the steps already taken then.
+    `created` is when the run was first joined, in RFC 3339; `ledger`, as JSON values, has every applied step.
     """
 
     run: str
     step: int
     created: str
-    origin: int
+    ledger: dict[str, Any]
     every: int
     manifest_digest: str
     exempt: tuple[str, ...]
@@ -56,6 +76,7 @@ class RunRecord:
     gap_steps: int
     quarantined: int
     averages: tuple[AverageRecord, ...]
+    removed: tuple[RemovedRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +142,13 @@ def generation_bytes(record: GenerationRecord) -> bytes:
             "pinned": record.pinned,
             "finished": record.finished,
             "run_created": run.created,
-            "origin": run.origin,
+            "ledger": run.ledger,
             "every": run.every,
             "manifest_digest": run.manifest_digest,
             "exempt": list(run.exempt),
             "counters": {"applied": run.applied, "gap_steps": run.gap_steps, "quarantined": run.quarantined},
             "averages": [asdict(average) for average in run.averages],
+            "removed": [asdict(average) for average in run.removed],
             "files": {path: {"size": entry.size, "sha256": entry.sha256} for path, entry in record.files.items()},
         }
     )
@@ -177,7 +199,7 @@ def _run_record(value: Mapping[str, Any]) -> RunRecord:
         run=str(value["run"]),
         step=int(value["step"]),
         created=str(value["run_created"]),
-        origin=int(value["origin"]),
+        ledger=dict(value["ledger"]),
         every=int(value["every"]),
         manifest_digest=str(value["manifest_digest"]),
         exempt=tuple(map(str, value["exempt"])),
@@ -185,6 +207,7 @@ def _run_record(value: Mapping[str, Any]) -> RunRecord:
         gap_steps=int(counters["gap_steps"]),
         quarantined=int(counters["quarantined"]),
         averages=tuple(_average_record(average) for average in value["averages"]),
+        removed=tuple(RemovedRecord(str(gone["name"]), str(gone["spec"])) for gone in value["removed"]),
     )
 
 
@@ -194,5 +217,8 @@ def _average_record(value: Mapping[str, Any]) -> AverageRecord:
         spec=str(value["spec"]),
         updates=int(value["updates"]),
         gap_steps=int(value["gap_steps"]),
+        age_steps=float(value["age_steps"]),
+        initial_share=float(value["initial_share"]),
+        window=tuple((int(step), int(count)) for step, count in value["window"]),
         ledger=dict(value["ledger"]),
     )

@@ -3,62 +3,81 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ema_proto.errors import LocalProtocolError
+from ema_proto.manifest import Manifest
 from ema_proto.specs import AverageSpec, parse_average
+from ema_server.average import Average, new_average
 from ema_server.catalog import Generation
 from ema_server.device import Device
 from ema_server.disk import pread_into
-from ema_server.generation import AVERAGES_FOLDER, read_manifest, read_record, verify
+from ema_server.generation import AVERAGES_FOLDER, WINDOWS_FOLDER, read_manifest, read_record, verify
 from ema_server.ledger import Ledger
 from ema_server.memory import Memory
 from ema_server.records import CONFIG_FILE, AverageRecord, BrokenGeneration
-from ema_server.run import Average, Run, new_average
+from ema_server.run import Run
 from ema_server.tensorfile import Span, TensorFile
-from ema_server.treatment import segments_for
+from ema_server.window import restored
 
 
-def load_run(generation: Generation, memories: dict[str, Memory], device: Device) -> Run:
+def load_run(generation: Generation, old: Mapping[str, Average], device: Device) -> Run:
     """The run as it stood at `generation`.
 
     Args:
         generation: a whole generation.
-        memories: memory to use again, by the name of the average; others are taken anew. Overwritten even on failure.
-        device: where the averages are to be, and those of `memories` are.
+        old: averages of the run, by name, whose memory is used again where it fits. Overwritten even on failure.
+        device: where the averages are to be, and those of `old` are.
 
     Raises:
         BrokenGeneration: a file is not what it should be.
         OSError: the disk fails.
         MemoryError: the device has not enough.
     """
-    folder, name = generation.folder, generation.run
+    folder = generation.folder
     record = read_record(folder)
     verify(folder, record)
     manifest = read_manifest(folder, record)
-    averages: list[Average] = []
-    for kept in record.run.averages:
-        held = new_average(manifest, _rule(kept), _ledger(kept), device, memories.get(kept.name))
-        held.updates, held.gap_steps = kept.updates, kept.gap_steps
-        for file in held.files:
-            _read(folder / AVERAGES_FOLDER / kept.name / file.name, file, held.memory)
-        averages.append(held)
-    config = folder / AVERAGES_FOLDER / averages[0].rule.name / CONFIG_FILE
-    exempt = frozenset(record.run.exempt)
+    run = record.run
     return Run(
-        name=name,
+        name=generation.run,
         manifest=manifest,
-        segments=segments_for(manifest, exempt, [average.rule for average in averages]),
-        averages=tuple(averages),
-        created=record.run.created,
-        origin=record.run.origin,
-        every=record.run.every,
-        config=config.read_bytes().decode() if config.exists() else None,
-        exempt=exempt,
-        applied=record.run.applied,
-        gap_steps=record.run.gap_steps,
-        quarantined=record.run.quarantined,
+        averages=tuple(_average(folder, manifest, kept, device, old.get(kept.name)) for kept in run.averages),
+        ledger=_ledger("the run", run.ledger),
+        created=run.created,
+        every=run.every,
+        config=_config(folder, run.averages),
+        exempt=frozenset(run.exempt),
+        applied=run.applied,
+        gap_steps=run.gap_steps,
+        quarantined=run.quarantined,
+        removed=run.removed,
     )
+
+
+def _average(folder: Path, manifest: Manifest, kept: AverageRecord, device: Device, old: Average | None) -> Average:
+    held = new_average(manifest, _rule(kept), _ledger(f"average {kept.name}", kept.ledger), device, old)
+    held.updates, held.gap_steps = kept.updates, kept.gap_steps
+    held.age_steps, held.initial_share = kept.age_steps, kept.initial_share
+    try:
+        held.entries = restored(kept.window, len(held.slots))
+    except ValueError as error:
+        raise BrokenGeneration(f"average {kept.name}: {error}") from None
+    for holding in held.holdings:
+        inside = folder / (WINDOWS_FOLDER if holding.is_snapshot else AVERAGES_FOLDER) / kept.name
+        for file in holding.files:
+            _read(inside / file.name, file, holding.memory)
+    return held
+
+
+def _config(folder: Path, averages: Iterable[AverageRecord]) -> str | None:
+    """The text of `config.json`, which every version of a generation has, or none."""
+    for average in averages:
+        path = folder / AVERAGES_FOLDER / average.name / CONFIG_FILE
+        if average.has_content and path.exists():
+            return path.read_bytes().decode()
+    return None
 
 
 def _rule(kept: AverageRecord) -> AverageSpec:
@@ -68,11 +87,11 @@ def _rule(kept: AverageRecord) -> AverageSpec:
         raise BrokenGeneration(f"average {kept.name}: {error}") from None
 
 
-def _ledger(kept: AverageRecord) -> Ledger:
+def _ledger(whose: str, kept: object) -> Ledger:
     try:
-        return Ledger.from_json(kept.ledger)
+        return Ledger.from_json(kept)
     except ValueError as error:
-        raise BrokenGeneration(f"average {kept.name}: {error}") from None
+        raise BrokenGeneration(f"{whose}: {error}") from None
 
 
 def _read(path: Path, file: TensorFile, memory: Memory) -> None:

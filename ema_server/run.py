@@ -6,7 +6,7 @@ stand. Threads, files, sessions and schedules are not known here. Memory is take
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,92 +14,113 @@ from ema_proto import messages
 from ema_proto.limits import RECENT_STEPS
 from ema_proto.manifest import Manifest
 from ema_proto.messages import Mode
-from ema_proto.specs import AverageSpec
+from ema_proto.pace import UNKNOWN, Pace
+from ema_server.average import Average, Holding, needed_nbytes, new_average
 from ema_server.crew import Crew
 from ema_server.device import Device
-from ema_server.kernel import BlockSink, Target
-from ema_server.layout import Form, Segment, held_nbytes
+from ema_server.kernel import BlockSink
+from ema_server.layout import Segment
 from ema_server.ledger import Ledger
-from ema_server.memory import Memory
-from ema_server.records import AverageRecord, RunRecord
-from ema_server.rules import Span, weight_of
-from ema_server.tensorfile import TensorFile, files_of
-from ema_server.treatment import form_of, segments_for
+from ema_server.records import RemovedRecord, RunRecord
+from ema_server.treatment import segments_for
 
-
-@dataclass(slots=True)
-class Average:
-    """One average of a run, as it stands."""
-
-    rule: AverageSpec
-    form: Form
-    memory: Memory
-    files: tuple[TensorFile, ...]
-    ledger: Ledger
-    updates: int = 0
-    gap_steps: int = 0
-
-    def target(self, number: int, then: int | None, now: int) -> Target:
-        """What the kernel is to do at time `now`; `then` is the time of the last update, None for a replacement."""
-        weight = None if then is None else weight_of(self.rule, Span(then, now, 0))
-        return Target(self.memory.data, self.form, weight, number)
-
-    def record(self) -> AverageRecord:
-        """The average as values, a copy."""
-        return AverageRecord(self.rule.name, self.rule.spec, self.updates, self.gap_steps, self.ledger.to_json())
+REMOVED_MAX = 1000  # trainers that list one of them still are few, and every generation carries them
 
 
 @dataclass(slots=True)
 class Run:
     """All averages of one run. Build with `new_run` or `restore.load_run`.
 
-    `created` in RFC 3339; `origin` the steps already taken when it was first joined; `config` the text of its versions'
-    `config.json`.
+    `ledger` has every applied step, whatever averages there were at the time; its origin is the steps already taken
+    when the run was first joined. `created` in RFC 3339; `config` the text of its versions' `config.json`. `removed`
+    are averages that it had; `edits` counts, since the run came into memory, how often its averages were others.
     """
 
     name: str
     manifest: Manifest
-    segments: tuple[Segment, ...]
     averages: tuple[Average, ...]
+    ledger: Ledger
     created: str
-    origin: int
     every: int
     config: str | None
     exempt: frozenset[str] = frozenset()
     applied: int = 0
     gap_steps: int = 0
     quarantined: int = 0
+    pace: Pace = UNKNOWN
+    removed: tuple[RemovedRecord, ...] = ()
+    edits: int = 0
+    segments: tuple[Segment, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Lay the segments out."""
+        self._lay_out()
 
     @property
     def last_step(self) -> int | None:
         """The last applied step, None before the first snapshot."""
-        return self.averages[0].ledger.last_step
+        return self.ledger.last_step
 
     @property
     def first_step(self) -> int | None:
         """The first applied step, None before the first snapshot."""
-        return self.averages[0].ledger.first_step
+        return self.ledger.first_step
 
     @property
     def recent(self) -> tuple[int, ...]:
         """The newest applied steps, increasing."""
-        return self.averages[0].ledger.tail(RECENT_STEPS)
+        return self.ledger.tail(RECENT_STEPS)
 
     @property
-    def forms(self) -> tuple[Form, ...]:
-        """How each average is held."""
-        return tuple(average.form for average in self.averages)
+    def mark(self) -> tuple[int, int]:
+        """What tells a state of the run from an earlier one: snapshots applied, changes of its averages."""
+        return self.applied, self.edits
+
+    @property
+    def present(self) -> tuple[Average, ...]:
+        """The averages without those that are leaving."""
+        return tuple(average for average in self.averages if not average.leaving)
+
+    @property
+    def holdings(self) -> tuple[Holding, ...]:
+        """What the averages hold, in the order of the crew's targets."""
+        return tuple(holding for average in self.averages for holding in average.holdings)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes that the averages hold."""
-        return sum(average.memory.nbytes for average in self.averages)
+        return sum(average.nbytes for average in self.averages)
 
     def exempt_also(self, names: frozenset[str]) -> None:
         """Copy these tensors from now on instead of averaging them."""
         if names - self.exempt:
             self.exempt |= names
-            self.segments = segments_for(self.manifest, self.exempt, [average.rule for average in self.averages])
+            self._lay_out()
+
+    def add(self, average: Average) -> None:
+        """Have one more average. Its origin is the last applied step."""
+        self.averages += (average,)
+        self.edits += 1
+        self._lay_out()
+
+    def leave(self, average: Average) -> None:
+        """Record the run without this average from now on; it is still updated, for `stay` or `drop` to follow."""
+        average.leaving = True
+        self.edits += 1
+        gone = RemovedRecord(average.rule.name, average.rule.spec)
+        self.removed = (*(removed for removed in self.removed if removed != gone), gone)[-REMOVED_MAX:]
+
+    def stay(self, average: Average) -> None:
+        """Record it again."""
+        average.leaving = False
+        self.edits += 1
+        self.removed = tuple(gone for gone in self.removed if gone.name != average.rule.name)
+
+    def drop(self, average: Average) -> None:
+        """Have it no longer."""
+        self.edits += not average.leaving
+        self.averages = tuple(other for other in self.averages if other is not average)
+        self._lay_out()
 
     def apply(self, crew: Crew, step: int, mode: Mode, snapshot: torch.Tensor, sink: BlockSink | None) -> None:
         """Bring the snapshot of `step` into every average.
@@ -117,16 +138,14 @@ class Run:
         Raises:
             ValueError: `step` does not follow the last one.
         """
-        last = self.last_step
-        replaces = last is None or mode == "set"
-        then = None if last is None or replaces else last - self.origin
-        now = step - self.origin
-        targets = [average.target(number, then, now) for number, average in enumerate(self.averages)]
+        last, replaces = self.last_step, mode == "set"
         missing = 0 if last is None or replaces else (step - 1) // self.every - last // self.every
-        for average in self.averages:
-            average.ledger.append(step, replaces=replaces)
-            average.updates += 1
-            average.gap_steps += missing
+        self.ledger.append(step, replaces=replaces)
+        targets = [
+            target
+            for number, average in enumerate(self.averages)
+            for target in average.advance(number, step, missing, self.pace, replaces=replaces)
+        ]
         self.applied += 1
         self.gap_steps += missing
         crew.update(self.segments, snapshot, targets, sink)
@@ -137,35 +156,19 @@ class Run:
             run=self.name,
             step=last_step,
             created=self.created,
-            origin=self.origin,
+            ledger=self.ledger.to_json(),
             every=self.every,
             manifest_digest=self.manifest.digest,
             exempt=tuple(sorted(self.exempt)),
             applied=self.applied,
             gap_steps=self.gap_steps,
             quarantined=self.quarantined,
-            averages=tuple(average.record() for average in self.averages),
+            averages=tuple(average.record() for average in self.present),
+            removed=self.removed,
         )
 
-
-def new_average(
-    manifest: Manifest, rule: AverageSpec, ledger: Ledger, device: Device, memory: Memory | None = None
-) -> Average:
-    """An average without content.
-
-    Args:
-        manifest: the run's manifest.
-        rule: its rule.
-        ledger: its history.
-        device: where it is to be.
-        memory: bytes to use, of that device; None takes new ones.
-
-    Raises:
-        MemoryError: the device has not enough.
-    """
-    form = form_of(rule)
-    held = memory if memory is not None else device.allocate(held_nbytes(manifest, form))
-    return Average(rule, form, held, files_of(manifest, form), ledger)
+    def _lay_out(self) -> None:
+        self.segments = segments_for(self.manifest, self.exempt, [average.rule for average in self.averages])
 
 
 def new_run(join: messages.Join, created: str, device: Device) -> Run:
@@ -178,16 +181,7 @@ def new_run(join: messages.Join, created: str, device: Device) -> Run:
     try:
         averages = tuple(new_average(join.manifest, rule, Ledger(origin), device) for rule in join.averages)
     except MemoryError:
-        needed = sum(held_nbytes(join.manifest, form_of(rule)) for rule in join.averages)
+        needed = sum(needed_nbytes(join.manifest, rule) for rule in join.averages)
         text = f"{len(join.averages)} averages of this model need {needed} bytes of memory on {device.name}"
         raise MemoryError(text) from None
-    return Run(
-        name=join.run,
-        manifest=join.manifest,
-        segments=segments_for(join.manifest, frozenset(), join.averages),
-        averages=averages,
-        created=created,
-        origin=origin,
-        every=join.every,
-        config=join.config,
-    )
+    return Run(join.run, join.manifest, averages, Ledger(origin), created, join.every, join.config)

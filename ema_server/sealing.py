@@ -6,7 +6,7 @@ makes it crash-safe: files, `version.json`, `generation.json`, the folders, then
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,15 @@ from ema_proto.manifest import Manifest
 from ema_server.catalog import FileEntry, Generation, Version
 from ema_server.disk import link_or_copy, sha256, sync_folders, write_durably
 from ema_server.draft import Draft
-from ema_server.generation import AVERAGES_FOLDER, folder_name, open_generation, read_record, verify, version_of
+from ema_server.generation import (
+    AVERAGES_FOLDER,
+    WINDOWS_FOLDER,
+    folder_name,
+    open_generation,
+    read_record,
+    verify,
+    version_of,
+)
 from ema_server.records import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -60,23 +68,26 @@ def seal(draft: Draft, content: Content, label: Label) -> Generation:
     folder, record = draft.folder, content.record
     write_durably(folder / MANIFEST_FILE, manifest_bytes(content.manifest))
     files = {MANIFEST_FILE: _entry(MANIFEST_FILE, folder / MANIFEST_FILE)}
-    versions: list[Version] = []
     for average in record.averages:
+        if not average.has_content:
+            continue
+        windows = folder / WINDOWS_FOLDER / average.name
+        inside = sorted(windows.iterdir()) if average.window else []
+        files |= {(path := f"{WINDOWS_FOLDER}/{average.name}/{f.name}"): _entry(path, f) for f in inside}
         version = _seal_average(folder / AVERAGES_FOLDER / average.name, content, average, label)
         files |= {(path := f"{AVERAGES_FOLDER}/{average.name}/{f.name}"): replace(f, name=path) for f in version.files}
-        versions.append(version)
     final = GenerationRecord(label.seq, label.created, label.reason, label.pinned, label.finished, record, files)
-    return _publish(record.run, folder, final, versions)
+    return _publish(record.run, folder, final)
 
 
-def link(source: Generation, folder: Path, label: Label, record: RunRecord | None) -> Generation:
+def link(source: Generation, folder: Path, label: Label, amend: Callable[[RunRecord], RunRecord]) -> Generation:
     """Make a new generation of the files of an older one, after checking their bytes.
 
     Args:
         source: the older generation.
         folder: temporary folder to build it in; must not exist.
         label: what is new about it.
-        record: the run as it stands; None for the run as it stood then.
+        amend: makes the new record of the old one; the files of averages that it leaves out are left out.
 
     Raises:
         BrokenGeneration: a file of the source is not what it should be.
@@ -85,13 +96,13 @@ def link(source: Generation, folder: Path, label: Label, record: RunRecord | Non
     old = read_record(source.folder)
     verify(source.folder, old)
     folder.mkdir()
-    for path in old.files:
+    record = amend(old.run)
+    files = {path: entry for path, entry in old.files.items() if _belongs(path, record)}
+    for path in files:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(source.folder / path, folder / path)
-    new = GenerationRecord(
-        label.seq, label.created, label.reason, label.pinned, label.finished, record or old.run, old.files
-    )
-    return _publish(source.run, folder, new, source.versions)
+    new = GenerationRecord(label.seq, label.created, label.reason, label.pinned, label.finished, record, files)
+    return _publish(source.run, folder, new)
 
 
 def _seal_average(folder: Path, content: Content, average: AverageRecord, label: Label) -> Version:
@@ -104,15 +115,20 @@ def _seal_average(folder: Path, content: Content, average: AverageRecord, label:
     return version_of(content.record.run, folder, label.seq, data, own)
 
 
-def _publish(run: str, folder: Path, record: GenerationRecord, versions: Iterable[Version]) -> Generation:
+def _publish(run: str, folder: Path, record: GenerationRecord) -> Generation:
     write_durably(folder / GENERATION_FILE, generation_bytes(record))
-    averages = folder / AVERAGES_FOLDER
-    names = [version.average for version in versions]
-    sync_folders([*(averages / name for name in names), averages, folder])
+    inner = {(folder / path).parent for path in record.files} - {folder}
+    sync_folders([*sorted(inner), *sorted({path.parent for path in inner}), folder])
     final = folder.with_name(folder_name(record.seq, record.run.step))
     folder.rename(final)
     sync_folders([final.parent])
     return open_generation(run, final)
+
+
+def _belongs(path: str, record: RunRecord) -> bool:
+    """Whether a file of a generation, `manifest.json` or `averages/NAME/...`, is part of the run as recorded."""
+    parts = path.split("/")
+    return len(parts) == 1 or parts[1] in {average.name for average in record.averages if average.has_content}
 
 
 def _entry(name: str, path: Path) -> FileEntry:

@@ -44,14 +44,14 @@ def status_on_disk(generation: Generation, record: GenerationRecord, manifest: M
         ValueError: a ledger in the record cannot be read.
     """
     run = record.run
-    ledgers = [Ledger.from_json(average.ledger) for average in run.averages]
+    ledger = Ledger.from_json(run.ledger)
     return RunStatus(
         run=generation.run,
         state=RunState.FINISHED if record.finished else RunState.WAITING,
         created=run.created,
         step=run.step,
         published_step=run.step,
-        first_step=ledgers[0].first_step,
+        first_step=ledger.first_step,
         every=run.every,
         steps_per_second=None,
         applied=run.applied,

@@ -77,6 +77,12 @@ def files_of(manifest: Manifest, form: Form) -> tuple[TensorFile, ...]:
     return (model, _file(STATE_FILE, exact, {"F64": "F64"})) if exact else (model,)
 
 
+def snapshot_file(manifest: Manifest, name: str) -> TensorFile:
+    """The file that holds one snapshot of a window, as it was sent."""
+    held = places(manifest, Form.WIRE)
+    return _file(name, held, {place.dtype: place.dtype for place in held})
+
+
 def _published(form: Form, dtype: str) -> str:
     return dtype if form is Form.WIRE or dtype not in FLOATS else "F32"
 

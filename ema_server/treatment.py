@@ -8,21 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ema_proto.averages import AverageSpec, Raw
 from ema_proto.manifest import Manifest, Role, TensorSpec
-from ema_proto.specs import AverageSpec, Raw
+from ema_proto.patterns import is_chosen
 from ema_server.layout import Form, Segment, is_averaged, segments
 
 
 def form_of(rule: AverageSpec) -> Form:
-    """How an average of this rule is held: `raw` keeps the wire's bytes, the others are wide."""
-    return Form.WIRE if isinstance(rule, Raw) else Form.WIDE
+    """How an average of this rule is held: `raw` keeps the wire's bytes, the others are as wide as they ask for."""
+    if isinstance(rule, Raw):
+        return Form.WIRE
+    return Form.EXACT if rule.accumulator == "float64" else Form.WIDE
 
 
 def averages(rule: AverageSpec, tensor: TensorSpec) -> bool:
     """Whether an average of this rule averages a tensor that can be; otherwise it takes the tensor's newest value."""
-    if isinstance(rule, Raw):
+    if isinstance(rule, Raw) or (tensor.role is Role.BUFFER and rule.buffers == "copy"):
         return False
-    return tensor.role is not Role.BUFFER or rule.buffers == "average"
+    return is_chosen(tensor.name, rule.include, rule.exclude)
 
 
 def segments_for(manifest: Manifest, exempt: frozenset[str], rules: Sequence[AverageSpec]) -> tuple[Segment, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ema_proto import messages
 from ema_proto.manifest import Manifest, Role, TensorSpec, layout
 from ema_proto.messages import Mode, Resume
-from ema_proto.specs import parse_averages
+from ema_proto.specs import parse_average, parse_averages
 from ema_server.averager import Averager
 from ema_server.board import Board, RunStatus
 from ema_server.catalog import Catalog, Version
@@ -26,8 +26,10 @@ from ema_server.datadir import open_data_dir
 from ema_server.device import HOST, Device
 from ema_server.finite import FiniteCheck
 from ema_server.jobs import (
+    AddAverage,
     Applied,
     Apply,
+    Changed,
     Durable,
     Failed,
     Finish,
@@ -38,10 +40,13 @@ from ema_server.jobs import (
     Quarantined,
     Reason,
     Refused,
+    RemoveAverage,
     Rewind,
     Rewound,
+    Unchanged,
 )
 from ema_server.publisher import Publisher
+from ema_server.ring import Ring
 from ema_server.telemetry import Telemetry
 
 WAIT_S = 30.0
@@ -100,11 +105,15 @@ class Keeper:
         self.telemetry = Telemetry()
         self.board = Board()
         self.catalog = Catalog() if clock is None else Catalog(clock)
+        self.ring = Ring(self.data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
+        self.ring.restore()
+        self.catalog.listen(self.ring.rename)
         self.publisher = Publisher(
             self.data_dir,
             self.catalog,
             keep_generations=config.keep_generations,
             telemetry=self.telemetry,
+            ring=self.ring,
             wall=lambda: float(next(_walls)),
         )
         clock = time.monotonic if clock is None else clock
@@ -184,6 +193,16 @@ class Keeper:
     def finish(self, run: str) -> Durable | Failed:
         """Finish a run."""
         answer: Durable | Failed = self._ask(lambda reply: Finish(run, reply))
+        return answer
+
+    def add(self, run: str, spec: str) -> Changed | Unchanged:
+        """Add an average."""
+        answer: Changed | Unchanged = self._ask(lambda reply: AddAverage(run, parse_average(spec), reply))
+        return answer
+
+    def remove(self, run: str, average: str) -> Changed | Unchanged:
+        """Remove an average."""
+        answer: Changed | Unchanged = self._ask(lambda reply: RemoveAverage(run, average, reply))
         return answer
 
     def leave(self, run: str, *, lost: bool = False) -> None:

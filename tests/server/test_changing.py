@@ -1,0 +1,263 @@
+"""Averages come and go while a run streams; what was answered survives a restart, and nothing half-done does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ema_server.jobs import Applied, Changed, Failed, Refused, Unchanged, WhyNot
+from support.keeper import Keeper, durable, joined, keeping, manifest_of, versions_by_average
+from support.oracle import bound, largest_difference, replay
+
+
+def _weights(step: int) -> dict[str, Tensor]:
+    return {"w": torch.sin(torch.arange(30.0) * step), "seen": torch.tensor(step)}
+
+
+_MANIFEST = manifest_of(_weights(1))
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Iterator[Keeper]:
+    with keeping(tmp_path) as keeper:
+        yield keeper
+
+
+def _stream(keeper: Keeper, *steps: int) -> None:
+    for step in steps:
+        assert isinstance(keeper.apply("r", step, _weights(step)), Applied)
+
+
+def _names(keeper: Keeper) -> list[str]:
+    status = keeper.board.get("r")
+    assert status is not None
+    return [average.name for average in status.averages]
+
+
+def _ledger(keeper: Keeper, average: str) -> dict[str, Any]:
+    version = keeper.catalog.find("r", average, "latest")
+    assert version is not None
+    ledger: dict[str, Any] = json.loads((version.folder / "version.json").read_text())["ledger"]
+    return ledger
+
+
+def _check(keeper: Keeper, average: str, decay: float) -> None:
+    version = versions_by_average(keeper.publish("r"))[average]
+    ledger = _ledger(keeper, average)
+    assert largest_difference(replay(ledger, decay, _weights), keeper.load(version)) <= bound(ledger, decay, 1.0)
+
+
+def test_an_added_average_begins_with_the_next_snapshot(keeper: Keeper) -> None:
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9"]))
+    _stream(keeper, 1, 2, 3)
+
+    assert keeper.add("r", "ema:0.5") == Changed("ema-0.5")
+    assert _names(keeper) == ["ema-0.9", "ema-0.5"]
+    assert [version.average for version in durable(keeper.publish("r")).versions] == ["ema-0.9"]
+    _stream(keeper, 6, 7)
+    _check(keeper, "ema-0.5", 0.5)
+    _check(keeper, "ema-0.9", 0.9)
+    assert _ledger(keeper, "ema-0.5") == {"origin": 3, "set": [6], "ranges": [[6, 7, 1]]}
+    added, status = keeper.catalog.find("r", "ema-0.5", "latest"), keeper.board.get("r")
+    assert added is not None
+    assert status is not None
+    assert (added.updates, added.gap_steps, status.gap_steps) == (2, 0, 2)
+
+
+def test_an_added_average_survives_a_restart_before_its_first_snapshot(tmp_path: Path) -> None:
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, ["ema:0.9"]))
+        _stream(keeper, 1, 2)
+        durable(keeper.publish("r"))
+        assert isinstance(keeper.add("r", "window:2"), Changed)
+        keeper.leave("r", lost=True)
+    with keeping(tmp_path) as keeper:
+        assert _names(keeper) == ["ema-0.9", "window-2"]
+        joined(keeper.join("r", _MANIFEST, ["ema:0.9"], first_step=3))
+        _stream(keeper, 3, 4, 5)
+        loaded = keeper.load(versions_by_average(keeper.publish("r"))["window-2"])
+        torch.testing.assert_close(loaded["w"], (_weights(4)["w"] + _weights(5)["w"]) / 2)
+        _check(keeper, "ema-0.9", 0.9)
+
+
+def test_a_removed_average_is_gone_and_its_versions_stay(keeper: Keeper) -> None:
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9", "window:5"]))
+    _stream(keeper, 1, 2)
+    before = versions_by_average(keeper.publish("r"))["window-5"]
+    memory = keeper.board.get("r")
+
+    assert keeper.remove("r", "window-5") == Changed("window-5")
+    assert _names(keeper) == ["ema-0.9"]
+    after = keeper.board.get("r")
+    assert memory is not None
+    assert after is not None
+    assert after.memory_bytes < memory.memory_bytes - 5 * _MANIFEST.nbytes
+    assert keeper.catalog.find("r", "window-5", "latest") == before
+    _stream(keeper, 3)
+    assert list(versions_by_average(keeper.publish("r"))) == ["ema-0.9"]
+    _check(keeper, "ema-0.9", 0.9)
+
+
+def test_the_first_average_can_be_removed(keeper: Keeper) -> None:
+    """Nothing about the run depends on any one average: not its steps, not what it acknowledges."""
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"]))
+    _stream(keeper, 1, 2)
+    assert isinstance(keeper.remove("r", "ema-0.9"), Changed)
+    assert isinstance(keeper.add("r", "swa"), Changed)
+
+    assert isinstance(keeper.apply("r", 2, _weights(99)), Applied)
+    answer = joined(keeper.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"], first_step=3, reconnect=True))
+    assert (answer.last_step, answer.recent) == (2, (1, 2))
+    _stream(keeper, 3)
+    _check(keeper, "ema-0.5", 0.5)
+
+
+def test_a_trainer_that_still_lists_a_removed_average_is_let_in(tmp_path: Path) -> None:
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"]))
+        _stream(keeper, 1)
+        assert isinstance(keeper.remove("r", "ema-0.9"), Changed)
+        joined(keeper.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"], first_step=2, reconnect=True))
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"], first_step=2))
+        assert _names(keeper) == ["ema-0.5"]
+        answer = keeper.join("r", _MANIFEST, ["ema:0.99"], first_step=2)
+        assert isinstance(answer, Refused)
+        assert "has no average 'ema-0.99'" in answer.text
+        answer = keeper.join("r", _MANIFEST, ["ema:0.8,name=ema-0.9"], first_step=2)
+        assert isinstance(answer, Refused)
+
+
+def test_a_name_can_be_used_again_after_its_removal(keeper: Keeper) -> None:
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9", "ema:0.5,name=short"]))
+    _stream(keeper, 1, 2)
+    assert isinstance(keeper.remove("r", "short"), Changed)
+    assert isinstance(keeper.add("r", "ema:0.6,name=short"), Changed)
+    _stream(keeper, 3, 4)
+
+    _check(keeper, "short", 0.6)
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9", "ema:0.5,name=short"], first_step=5, reconnect=True))
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9", "ema:0.6,name=short"], first_step=5, reconnect=True))
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("ema:0.9", "has an average 'ema-0.9': remove it first"),
+        ("swa:name=EMA-0.9", "has an average 'EMA-0.9': remove it first"),
+        ("ema:half_life_samples=1000", "needs to know samples per step"),
+    ],
+)
+def test_what_cannot_be_added_is_refused_with_what_to_do(keeper: Keeper, spec: str, text: str) -> None:
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9", "raw"]))
+    _stream(keeper, 1)
+
+    answer = keeper.add("r", spec)
+    assert isinstance(answer, Unchanged)
+    assert answer.why is WhyNot.CONFLICT
+    assert text in answer.text
+    assert _names(keeper) == ["ema-0.9", "raw"]
+
+
+def test_a_run_has_at_most_64_averages(keeper: Keeper) -> None:
+    joined(keeper.join("r", _MANIFEST, [f"ema:0.9,name=a{index}" for index in range(64)]))
+    _stream(keeper, 1)
+
+    answer = keeper.add("r", "raw")
+    assert isinstance(answer, Unchanged)
+    assert "has 64 averages, the most that a run may have" in answer.text
+
+
+def test_what_does_not_fit_is_refused_and_the_run_goes_on(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9"]))
+    _stream(keeper, 1)
+    monkeypatch.setattr("ema_server.memory.available_bytes", lambda: 10)
+
+    answer = keeper.add("r", "window:3")
+    assert isinstance(answer, Unchanged)
+    assert answer.why is WhyNot.OUT_OF_MEMORY
+    assert f"needs {4 * _MANIFEST.nbytes} bytes of memory" in answer.text
+    _stream(keeper, 2)
+    _check(keeper, "ema-0.9", 0.9)
+
+
+def test_only_a_run_that_streams_changes_its_averages(keeper: Keeper) -> None:
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9", "raw"]))
+    early = keeper.add("r", "swa")
+    assert isinstance(early, Unchanged)
+    assert "has had no snapshot yet" in early.text
+    _stream(keeper, 1)
+    durable(keeper.finish("r"))
+
+    for answer in (keeper.add("r", "swa"), keeper.remove("r", "raw"), keeper.add("unknown", "swa")):
+        assert isinstance(answer, Unchanged)
+        assert answer.why is WhyNot.NOT_STREAMING
+
+
+def test_the_last_average_with_weights_cannot_be_removed(keeper: Keeper) -> None:
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9"]))
+    _stream(keeper, 1)
+    assert isinstance(keeper.add("r", "swa"), Changed)
+
+    answer = keeper.remove("r", "ema-0.9")
+    assert isinstance(answer, Unchanged)
+    assert "is the only one of run 'r' that has weights" in answer.text
+    _stream(keeper, 2)
+    assert isinstance(keeper.remove("r", "ema-0.9"), Changed)
+    missing = keeper.remove("r", "ema-0.9")
+    assert isinstance(missing, Unchanged)
+    assert (missing.why, missing.text) == (
+        WhyNot.NO_SUCH_AVERAGE,
+        "run 'r' has no average 'ema-0.9': it has swa",
+    )
+
+
+def test_what_cannot_be_made_durable_does_not_happen(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9", "raw"]))
+    _stream(keeper, 1, 2)
+    durable(keeper.publish("r"))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ema_server.sealing.write_durably", fail)
+        for answer in (keeper.add("r", "swa"), keeper.remove("r", "raw")):
+            assert isinstance(answer, Unchanged)
+            assert answer.why is WhyNot.NOT_DURABLE
+            assert "No space left on device" in answer.text
+            assert _names(keeper) == ["ema-0.9", "raw"]
+    _stream(keeper, 3)
+    assert set(versions_by_average(keeper.publish("r"))) == {"ema-0.9", "raw"}
+    assert isinstance(keeper.remove("r", "raw"), Changed)
+    _check(keeper, "ema-0.9", 0.9)
+
+
+def test_a_rewind_keeps_the_averages_of_today(tmp_path: Path) -> None:
+    """Back at step 2: one added since begins anew, one removed stays so, one made anew is not the old one."""
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, ["ema:0.9", "ema:0.5", "ema:0.7"]))
+        _stream(keeper, 1, 2)
+        durable(keeper.publish("r", "checkpoint"))
+        _stream(keeper, 3)
+        assert isinstance(keeper.remove("r", "ema-0.5"), Changed)
+        assert isinstance(keeper.remove("r", "ema-0.7"), Changed)
+        assert isinstance(keeper.add("r", "ema:0.7"), Changed)
+        assert isinstance(keeper.add("r", "swa"), Changed)
+        _stream(keeper, 4)
+        assert not isinstance(keeper.rewind("r", 2), Failed)
+        assert _names(keeper) == ["ema-0.9", "ema-0.7", "swa"]
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"], first_step=3))
+        _stream(keeper, 3, 4)
+        _check(keeper, "ema-0.9", 0.9)
+        _check(keeper, "ema-0.7", 0.7)
+        assert _ledger(keeper, "ema-0.9")["set"] == [1]
+        assert _ledger(keeper, "ema-0.7") == {"origin": 2, "set": [3], "ranges": [[3, 4, 1]]}
+        assert _ledger(keeper, "swa") == {"origin": 2, "set": [3], "ranges": [[3, 4, 1]]}

@@ -1,0 +1,202 @@
+"""A run that was written, forgotten and read back goes on bit for bit as one that was never interrupted."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ema_proto import messages
+from ema_proto.manifest import Role
+from ema_proto.messages import Mode
+from ema_proto.specs import parse_averages
+from ema_server.crew import Crew
+from ema_server.device import HOST
+from ema_server.draft import Draft, DraftAverage
+from ema_server.restore import load_run
+from ema_server.run import Run, new_run
+from ema_server.sealing import Content, Label, seal
+from ema_server.window import Entry
+from support.keeper import encode, joined, keeping, manifest_of, versions_by_average
+from support.oracle import EPS32
+
+_RULES = (
+    "raw",
+    "ema:0.9",
+    "ema:0.999,warmup=timm,buffers=copy",
+    "ema:half_life=50,warmup=tf,acc=float64",
+    "ema:0.99,warmup=debias,exclude=head.*",
+    "power:sigma_rel=0.05,acc=float64",
+    "swa",
+    "swa:start=6,every=4,include=*e",
+    "window:3",
+    "window:4,every=5,acc=float64,buffers=copy",
+    "wsd:start=5,steps=20,shape=cosine",
+)
+_NAMED = tuple(f"{rule}{',' if ':' in rule else ':'}name=a{index}" for index, rule in enumerate(_RULES))
+
+
+def _weights(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "double": torch.rand(3, generator=generator, dtype=torch.float64),
+        "single": torch.rand(7, generator=generator) * 8 - 4,
+        "head.half": torch.rand(5, generator=generator).bfloat16(),
+        "statistic": torch.rand(5, generator=generator),
+        "u": torch.rand(2, generator=generator),
+        "seen": torch.tensor(step),
+    }
+
+
+_MANIFEST = manifest_of(_weights(1), {"statistic": Role.BUFFER, "u": Role.STRUCTURAL})
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Crew]:
+    """Two threads, small blocks."""
+    crew = Crew(2, 4)
+    yield crew
+    crew.close()
+
+
+def _new_run(origin: int) -> Run:
+    asked = messages.Join("r", origin + 1, _MANIFEST, parse_averages(_NAMED))
+    return new_run(asked, "2026-01-01T00:00:00Z", HOST)
+
+
+def _written_and_read(run: Run, crew: Crew, folder: Path) -> Run:
+    """The run, through the files of a generation, into memory of its own."""
+    temporary, step = folder / ".tmp-1", run.last_step or 0
+    averages = tuple(
+        DraftAverage(
+            temporary / ("windows" if holding.is_snapshot else "averages") / average.rule.name,
+            holding.memory,
+            holding.files,
+        )
+        for average in run.averages
+        for holding in average.holdings
+    )
+    draft = Draft(temporary, averages)
+    crew.write(run.segments, [holding.form for holding in run.holdings], draft)
+    label = Label(1, "request", pinned=False, finished=False, created="2026-01-01T00:00:00Z")
+    return load_run(seal(draft, Content(run.record(step), run.manifest, run.config), label), {}, HOST)
+
+
+def _content(run: Run) -> list[Tensor]:
+    """The bytes of every average, of a window's snapshots too, oldest first."""
+    held: list[Tensor] = []
+    for average in run.averages:
+        held.append(average.memory.data)
+        held += [average.slots[entry.slot].data for entry in average.entries]
+    return held
+
+
+def _apply(run: Run, crew: Crew, step: int, mode: Mode) -> None:
+    run.apply(crew, step, mode, encode(_MANIFEST, _weights(step)), None)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    strides=st.lists(st.tuples(st.integers(1, 7), st.sampled_from(["update"] * 9 + ["set"])), min_size=2, max_size=25),
+    breaks=st.sets(st.integers(1, 24), min_size=1, max_size=2),
+    origin=st.integers(0, 9),
+)
+def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
+    crew: Crew, strides: Sequence[tuple[int, Mode]], breaks: set[int], origin: int
+) -> None:
+    """For every rule, with gaps and sets, at any place: bytes, ledgers, ages and shares."""
+    whole, broken, step = _new_run(origin), _new_run(origin), origin
+    with tempfile.TemporaryDirectory() as folder:
+        for index, (stride, mode) in enumerate(strides):
+            if index in breaks:
+                (Path(folder) / str(index)).mkdir()
+                broken = _written_and_read(broken, crew, Path(folder) / str(index))
+            step += stride
+            _apply(whole, crew, step, mode)
+            _apply(broken, crew, step, mode)
+
+    assert broken.record(step) == whole.record(step)
+    assert all(torch.equal(one, other) for one, other in zip(_content(broken), _content(whole), strict=True))
+
+
+def test_a_window_is_read_back_oldest_first(crew: Crew, tmp_path: Path) -> None:
+    run = _new_run(0)
+    for step in (1, 2, 3, 4, 5):
+        _apply(run, crew, step, "update")
+    (tmp_path / "g").mkdir()
+    back = _written_and_read(run, crew, tmp_path / "g")
+
+    assert back.averages[8].entries == (Entry(3, 1, 0), Entry(4, 1, 1), Entry(5, 1, 2))
+    assert [entry.slot for entry in run.averages[8].entries] != [0, 1, 2]
+
+
+def test_ages_and_shares_follow_the_weights_of_the_rule(crew: Crew) -> None:
+    """`age' = (1 - w) (age + delta)`, `share' = (1 - w) share`; those of a window are those of its snapshots."""
+    run = _new_run(0)
+    for step in (1, 2, 5):
+        _apply(run, crew, step, "update")
+    found = {average.rule.spec: (average.age_steps, average.initial_share) for average in run.averages}
+
+    assert found["raw"] == (0.0, 0.0)
+    assert found["ema:0.9"] == pytest.approx((0.9**3 * (0.9 * 1 + 3), 0.9**4))
+    assert found["swa"] == pytest.approx((1 / 5 * 4 + 1 / 5 * 3, 1 / 5))
+    assert found["window:3"] == (0.0, 0.0)
+    _apply(run, crew, 6, "update")
+    assert (run.averages[8].age_steps, run.averages[8].initial_share) == pytest.approx((2 / 3, 0.0))
+    _apply(run, crew, 9, "set")
+    assert {(average.age_steps, average.initial_share) for average in run.averages} == {(0.0, 1.0)}
+
+
+def test_past_0_99999_only_a_float64_accumulator_still_moves(tmp_path: Path) -> None:
+    """Weights 0.05 % away from an average at 1: each update is below half a unit in the last place of float32."""
+    there = {"w": torch.full((50,), 1.0005)}
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", manifest_of(there), ["ema:0.999999,name=narrow", "ema:0.999999,acc=float64,name=wide"]))
+        keeper.apply("r", 1, {"w": torch.ones(50)})
+        for step in range(2, 2002):
+            keeper.apply("r", step, there)
+        versions = versions_by_average(keeper.publish("r"))
+        narrow, wide = (keeper.load(versions[name])["w"] for name in ("narrow", "wide"))
+
+    expected = 1 + (1 - 0.999999**2000) * (there["w"].double() - 1)
+    assert torch.equal(narrow, torch.ones(50))
+    assert (wide.double() - expected).abs().max().item() <= EPS32
+    assert expected[0] - 1 > 10 * EPS32
+
+
+def test_a_float64_average_is_float32_for_readers_and_whole_for_a_restart(tmp_path: Path) -> None:
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, ["ema:0.9,acc=float64", "ema:0.9"]))
+        for step in (1, 2, 3):
+            keeper.apply("r", step, _weights(step))
+        versions = versions_by_average(keeper.publish("r"))
+        published = keeper.load(versions["ema-0.9-acc-float64"])
+
+    assert {value.dtype for value in published.values()} == {torch.float32, torch.int64}
+    assert {file.name for file in versions["ema-0.9-acc-float64"].files} >= {"model.safetensors", "state.safetensors"}
+    exact = _weights(1)["single"].double()
+    for step in (2, 3):
+        exact = exact * 0.9 + _weights(step)["single"].double() * 0.1
+    assert (published["single"].double() - exact).abs().max().item() <= 4 * EPS32
+
+
+def test_a_parameter_that_does_not_change_stays_bit_for_bit(tmp_path: Path) -> None:
+    """Frozen parameters are averaged like others: nothing happens to one, until it is unfrozen; then it is averaged."""
+    frozen = {"w": torch.rand(500) * 8 - 4}
+    rules = ["ema:0.999", "power:sigma_rel=0.1", "swa", "window:3", "ema:0.99,acc=float64"]
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", manifest_of(frozen, {"w": Role.FROZEN}), rules))
+        for step in range(1, 60):
+            keeper.apply("r", step, frozen)
+        versions = versions_by_average(keeper.publish("r"))
+        assert all(torch.equal(keeper.load(version)["w"], frozen["w"]) for version in versions.values())
+        keeper.apply("r", 60, {"w": frozen["w"] + 1})
+        thawed = keeper.load(versions_by_average(keeper.publish("r"))["ema-0.999"])["w"]
+
+    torch.testing.assert_close(thawed, frozen["w"] + 0.001, rtol=0, atol=1e-5)
