@@ -16,66 +16,72 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba.core.errors import NumbaError
+
+from ema_server.arithmetic import BY_TORCH, Elements, Weighted
 
 GROUP_MAX = 4  # averages in one loop: more pointers than these and LLVM stops vectorising it
 
 _SOURCES = frozenset({torch.bfloat16, torch.float32, torch.float64})
 _SMALL_WEIGHT = 0.5  # from here on torch computes new - (1 - weight) * (new - old)
 
-Mixed = tuple[torch.Tensor, float]
 
+class ByLoops:
+    """Compiled loops on the CPU; torch for large weights, which only the first steps of a run and wide gaps have.
 
-def mixes(source: torch.dtype, held: torch.dtype, weight: float) -> bool:
-    """Whether `mix` computes this: not for float16 weights, and not from a weight of one half on."""
-    return source in _SOURCES and source.itemsize <= held.itemsize and abs(_rounded(weight, held)) < _SMALL_WEIGHT
+    The loop that most runs need is compiled here, the others at their first use, each in some tenths of a second.
+    Nothing is kept for the next process: numba's cache would be pickles in a folder that may not be writable.
 
-
-def mix(source: torch.Tensor, averages: Iterable[Mixed]) -> None:
-    """`average += weight * (source - average)` for each average, in its own dtype.
-
-    Args:
-        source: 1-D, contiguous, bfloat16, float32 or float64.
-        averages: pairs of an average (1-D, contiguous, float32 or float64, of the source's length) and its weight, for
-            which `mixes` says yes.
+    Raises:
+        RuntimeError: this machine cannot compile the loops, or they compute nonsense.
     """
-    loop, elements = _loop(source)
+
+    name = "compiled"
+
+    def __init__(self) -> None:
+        average = torch.zeros(3)
+        try:
+            _lerp(torch.tensor([1.0, 2.0, 4.0]), [(average, 0.25)])
+        except NumbaError as error:
+            raise RuntimeError(f"numba {numba.__version__} cannot compile here: {error}") from error
+        if average.tolist() != [0.25, 0.5, 1.0]:
+            raise RuntimeError(f"numba {numba.__version__} computes {average.tolist()} where [0.25, 0.5, 1.0] is right")
+
+    def lerp(self, elements: Elements, averages: Sequence[Weighted]) -> None:
+        """See `Arithmetic.lerp`."""
+        source = elements.source
+        if source.dtype is torch.float16:
+            source = elements.to(torch.float32)
+        ours = [pair for pair in averages if _takes(source.dtype, *pair)]
+        _lerp(source, ours)
+        if len(ours) < len(averages):
+            BY_TORCH.lerp(elements, [pair for pair in averages if not _takes(source.dtype, *pair)])
+
+
+def _takes(source: torch.dtype, average: torch.Tensor, weight: float) -> bool:
+    """Whether the loops compute this as torch does, which rounds the weight to the average's dtype."""
+    rounded = float(np.float32(weight)) if average.dtype is torch.float32 else weight
+    return source in _SOURCES and source.itemsize <= average.itemsize and abs(rounded) < _SMALL_WEIGHT
+
+
+def _lerp(source: torch.Tensor, averages: Iterable[Weighted]) -> None:
+    if source.dtype is torch.bfloat16:
+        loop, elements = _lerp_bfloat16, source.view(torch.uint16).numpy()  # numpy has no bfloat16
+    else:
+        loop, elements = _lerp_same, source.numpy()
     for group in _groups(averages):
         held = tuple(average.numpy() for average, _ in group)
         loop(elements, held, tuple(held[0].dtype.type(weight) for _, weight in group))
 
 
-def warm_up() -> None:
-    """Compile the loop that most runs need; the others are compiled at their first use, in about 0.2 s each.
-
-    Raises:
-        ImportError, OSError, RuntimeError: this machine cannot compile it, or it computes nonsense.
-    """
-    average = torch.zeros(3)
-    mix(torch.tensor([1.0, 2.0, 4.0]), [(average, 0.25)])
-    if average.tolist() != [0.25, 0.5, 1.0]:
-        raise RuntimeError(f"numba {numba.__version__} computes {average.tolist()} where [0.25, 0.5, 1.0] is right")
-
-
-def _loop(source: torch.Tensor) -> tuple[Callable[..., None], Any]:
-    """The loop for the source's dtype, and the source as numpy knows it, which has no bfloat16."""
-    if source.dtype is torch.bfloat16:
-        return _mix_bfloat16, source.view(torch.uint16).numpy()
-    return _mix_same, source.numpy()
-
-
-def _groups(averages: Iterable[Mixed]) -> Iterator[Sequence[Mixed]]:
+def _groups(averages: Iterable[Weighted]) -> Iterator[Sequence[Weighted]]:
     """Averages of one dtype, at most `GROUP_MAX` of them."""
-    by_dtype: dict[torch.dtype, list[Mixed]] = {}
+    by_dtype: dict[torch.dtype, list[Weighted]] = {}
     for pair in averages:
         by_dtype.setdefault(pair[0].dtype, []).append(pair)
     for alike in by_dtype.values():
         for first in range(0, len(alike), GROUP_MAX):
             yield alike[first : first + GROUP_MAX]
-
-
-def _rounded(weight: float, held: torch.dtype) -> float:
-    """The weight as torch takes it: in the average's dtype."""
-    return float(np.float32(weight)) if held is torch.float32 else weight
 
 
 def _same(source: Any, averages: Any, weights: Any) -> None:
@@ -96,5 +102,5 @@ def _bfloat16(source: Any, averages: Any, weights: Any) -> None:
 
 # `contract` lets LLVM fuse the multiplication with the addition, as torch's own loops do; nothing else is relaxed.
 _compiled = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
-_mix_same: Callable[..., None] = _compiled(_same)
-_mix_bfloat16: Callable[..., None] = _compiled(_bfloat16)
+_lerp_same: Callable[..., None] = _compiled(_same)
+_lerp_bfloat16: Callable[..., None] = _compiled(_bfloat16)

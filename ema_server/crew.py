@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ema_server.arithmetic import BY_TORCH, Arithmetic
 from ema_server.device import BLOCK_ELEMENTS, HOST, Device, Feed
 from ema_server.kernel import BlockSink, Kernel, Target, show
 from ema_server.layout import Form, Segment, cut
@@ -34,12 +35,20 @@ class Crew:
         workers: threads that share a pass, at least 1.
         block_elements: what one thread takes at a time.
         device: where the averages are.
+        arithmetic: what the kernels compute with.
     """
 
-    def __init__(self, workers: int, block_elements: int = BLOCK_ELEMENTS, device: Device = HOST) -> None:
+    def __init__(
+        self,
+        workers: int,
+        block_elements: int = BLOCK_ELEMENTS,
+        device: Device = HOST,
+        arithmetic: Arithmetic = BY_TORCH,
+    ) -> None:
         self._block_elements = block_elements
         self._workers = tuple(
-            _Worker(Kernel(block_elements, device.torch_device), device.feed(block_elements)) for _ in range(workers)
+            _Worker(Kernel(block_elements, device.torch_device, arithmetic), device.feed(block_elements))
+            for _ in range(workers)
         )
         self._pool = ThreadPoolExecutor(workers, "averaging", initializer=torch.set_num_threads, initargs=(1,))
 
