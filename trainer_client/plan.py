@@ -16,6 +16,7 @@ from ema_proto.manifest import Manifest, Role, TensorSpec, layout
 from trainer_client.admission import WIRE_DTYPES, wire_dtype
 from trainer_client.errors import PlanError
 from trainer_client.roles import structural_buffers
+from trainer_client.selection import WHOLE, Selection
 from trainer_client.sources import Identity, Node, Source, check_state_dict, identity, walk
 
 _WHAT_TO_DO = "a run keeps the tensors that it was joined with: close this client and stream to a run of another name"
@@ -30,29 +31,36 @@ class Plan:
     _sources: tuple[Source, ...] = field(repr=False)
     _ties: tuple[tuple[Source, Source], ...] = field(repr=False)
     _nodes: tuple[Node, ...] = field(repr=False)
+    _selection: Selection = field(repr=False)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Plan:
+    def of(cls, model: nn.Module, selection: Selection = WHOLE) -> Plan:
         """Plan the snapshots of `model` as it is now.
+
+        Args:
+            model: what is to be streamed, or holds it.
+            selection: which part of it; what is not chosen may be of any kind.
 
         Raises:
             PlanError: it holds a tensor that cannot be streamed, its state dict is not simply its tensors, two names
-                collide, or there is nothing to stream.
+                collide, a pattern matches nothing, or there is nothing to stream.
         """
         if not isinstance(model, nn.Module):
             raise PlanError(f"{type(model).__name__} is not a torch.nn.Module: pass the model itself")
-        nodes, sources = walk(model)
-        if not sources:
+        nodes, found = walk(model)
+        if not found:
             raise PlanError("the model has no parameters and no buffers: there is nothing to average")
+        sources = selection.of(found)
         dtypes = {source.name: wire_dtype(source.name, _required(source)) for source in sources}
-        check_state_dict(model, {source.name: _required(source) for source in sources})
+        chosen = {source.name: _required(source) for source in sources}
+        check_state_dict(model, chosen, whole=selection.is_whole)
         groups = _tied(sources)
         try:
             manifest = layout(_spec(group, dtypes[group[0].name]) for group in groups)
         except LocalProtocolError as error:
             raise PlanError(str(error)) from None
         ties = tuple((group[0], alias) for group in groups for alias in group[1:])
-        return cls(manifest, model, tuple(group[0] for group in groups), ties, nodes)
+        return cls(manifest, model, tuple(group[0] for group in groups), ties, nodes, selection.settled(found))
 
     def renewed(self, model: nn.Module) -> Plan:
         """This plan if it still describes `model`, else a new one of the same manifest (modules replaced by like ones).
@@ -62,7 +70,7 @@ class Plan:
         """
         if model is self.model and all(node.is_intact() for node in self._nodes) and self._ties_hold():
             return self
-        fresh = Plan.of(model)
+        fresh = Plan.of(model, self._selection)
         difference = self.manifest.first_difference(fresh.manifest)
         if difference is not None:
             raise PlanError(f"the model has changed: {difference}; {_WHAT_TO_DO}")

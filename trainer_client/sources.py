@@ -90,7 +90,7 @@ def identity(tensor: Tensor) -> Identity | None:
     return (*place, tensor.dtype, tensor.shape, tensor.stride())
 
 
-def check_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: bool = True) -> None:
     """Compare the walked tensors with what the model itself says its state is.
 
     A module may rename, add or compute entries of its state dict; a stream of its parameters and buffers would then
@@ -98,7 +98,8 @@ def check_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
     Args:
         model: the model that was walked.
-        tensors: its tensors by canonical name.
+        tensors: its tensors by canonical name, or some of them.
+        whole: whether they are all; entries of others are not looked at.
 
     Raises:
         PlanError: an entry of the state dict is not one of the tensors, or one of them is missing there.
@@ -106,6 +107,8 @@ def check_state_dict(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     missing = dict(tensors)
     for key, value in model.state_dict().items():
         name = canonical_name(model, key)
+        if not whole and name not in tensors:
+            continue
         if name.rpartition(".")[2] == "_extra_state":
             raise PlanError(
                 f"the state dict has {name!r} (get_extra_state of the module), which is no tensor: "

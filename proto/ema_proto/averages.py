@@ -5,17 +5,30 @@ The arithmetic lives in the server; here is only what both ends, the files and t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal, TypeAlias, cast
 
 from ema_proto.errors import LocalProtocolError
 from ema_proto.exponential import Ema
 from ema_proto.names import check_name
-from ema_proto.parameters import Count, Number, Treatment, Word, check_fields, of_kind, settle_name, spec_of
+from ema_proto.parameters import (
+    SHOWN_CHARS,
+    Count,
+    Number,
+    Treatment,
+    Word,
+    check_fields,
+    of_kind,
+    settle_name,
+    spec_of,
+)
+from ema_proto.patterns import unmatched
 from ema_proto.profiles import GAMMA_MAX, SIGMA_REL_MAX, SIGMA_REL_MIN, gamma_of, sigma_rel_of
 
 WINDOW_MAX = 256  # bounds the memory that one average can ask for: so many snapshots
 
+_NAMES_SHOWN = 5
 _SIGMA_REL = Number(
     f"in [{SIGMA_REL_MIN:f}, 1/sqrt(12))",
     "for example power:sigma_rel=0.05",
@@ -216,3 +229,24 @@ class Raw:
 
 
 AverageSpec: TypeAlias = Ema | PowerEma | Uniform | Window | Wsd | Raw
+
+
+def check_matches(rules: Iterable[AverageSpec], names: Sequence[str]) -> None:
+    """Refuse rules with a pattern that means no tensor: it was meant to mean some.
+
+    Args:
+        rules: the rules.
+        names: canonical names of a run's tensors.
+
+    Raises:
+        LocalProtocolError: the text names the pattern, and some of the names.
+    """
+    for rule in rules:
+        if isinstance(rule, Raw):
+            continue
+        for what, patterns in (("include", rule.include), ("exclude", rule.exclude)):
+            for pattern in unmatched(patterns, names):
+                raise LocalProtocolError(
+                    f"the pattern {pattern[:SHOWN_CHARS]!r} of {what}= of average {rule.name!r} matches no tensor: use "
+                    f"names like {', '.join(name[:SHOWN_CHARS] for name in names[:_NAMES_SHOWN])}"
+                )

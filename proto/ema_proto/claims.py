@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ema_proto import messages as m
+from ema_proto.averages import check_matches
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.intake import Intake
 from ema_proto.limits import PROBE_S, RUNS_REMEMBERED_MAX
@@ -150,6 +151,8 @@ def check_join(join: m.Join) -> None:
     except LocalProtocolError as error:
         raise RemoteProtocolError(RejectCode.BAD_RUN, str(error)) from None
     try:
-        check_pace(parse_averages(join.averages), join.pace)
+        averages = parse_averages(join.averages)
+        check_pace(averages, join.pace)
+        check_matches(averages, [tensor.name for tensor in join.manifest.tensors])
     except LocalProtocolError as error:
         raise RemoteProtocolError(RejectCode.BAD_AVERAGE, str(error)) from None

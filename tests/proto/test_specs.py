@@ -386,3 +386,14 @@ def test_a_join_that_does_not_tell_the_unit_of_an_average_is_refused() -> None:
         check_join(asked)
     assert caught.value.code is RejectCode.BAD_AVERAGE
     check_join(replace(asked, pace=Pace(samples_per_step=32)))
+
+
+def test_a_join_of_an_average_whose_pattern_means_no_tensor_is_refused_with_names_that_there_are() -> None:
+    name = JOIN.manifest.tensors[0].name
+
+    for what in ("include", "exclude"):
+        rule = Ema(0.9, "x", **{what: (name, "haed.*")})  # type: ignore[arg-type]
+        with pytest.raises(RemoteProtocolError, match=rf"'haed\.\*' of {what}= of average 'x' .* {name}") as caught:
+            check_join(replace(JOIN, averages=(Raw(), rule)))
+        assert caught.value.code is RejectCode.BAD_AVERAGE
+    check_join(replace(JOIN, averages=(Ema(0.9, "x", include=(name,)),)))
