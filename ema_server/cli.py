@@ -35,7 +35,9 @@ Token = Annotated[str | None, _option("token", "Secret that trainers and readers
 Insecure = Annotated[bool, _option("insecure", "Allow other machines to connect without a token.")]
 EverySeconds = Annotated[str, _option("publish-every-seconds", "Publish at least so often; 0: never.", "SECONDS")]
 EverySteps = Annotated[str, _option("publish-every-steps", "Publish every so many steps; 0: never.", "STEPS")]
-Keep = Annotated[str, _option("keep-generations", "How many of a run's newest generations stay.", "COUNT")]
+Keep = Annotated[
+    str, _option("keep-generations", "How many newest generations of a run stay, and older ones.", "COUNT")
+]
 LostAfter = Annotated[str, _option("lost-after-seconds", "When a silent trainer counts as lost.", "SECONDS")]
 ChunkBytes = Annotated[str, _option("chunk-bytes", "Size of the chunks that trainers send.", "BYTES")]
 Evaluate = Annotated[

@@ -31,7 +31,7 @@ class ServerConfig:
         insecure: allow an address other than loopback without a token.
         publish_every_seconds: a generation of every changed run at least this often; 0 switches the timer off.
         publish_every_steps: a generation every so many steps; 0 switches it off.
-        keep_generations: how many of the newest generations of a run stay on disk.
+        keep_generations: how many of a run's newest generations stay on disk, and how many older ones at most.
         lost_after_seconds: a trainer silent for so long is lost; its run is published and leaves memory.
         chunk_bytes: size of the chunks asked from trainers.
         evaluate: `module:function` that the server's own evaluation worker calls; None: it has no worker.

@@ -72,7 +72,7 @@ class Publisher:
     Args:
         data_dir: where they lie.
         catalog: where they are shown.
-        keep_generations: how many of the newest ones of a run stay.
+        keep_generations: how many of the newest ones of a run stay, and how many older ones at most.
         telemetry: where to count.
         wall: seconds since the epoch, for `created`.
     """

@@ -1,4 +1,8 @@
-"""Which generations of a run may go. Pure: generations in, generations out; who holds them is the catalog's to say."""
+"""Which generations of a run may go. Pure: generations in, generations out; who holds them is the catalog's to say.
+
+Besides the newest some older ones stay, the first among them, for a trainer that resumes from a checkpoint of which
+nobody told the server: the farther back it goes, the farther it may be to the generation before it.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,38 @@ KEEP_PINNED = 10  # those a trainer asked for, to go with its own checkpoints
 
 
 def expired(generations: Sequence[Generation], keep: int) -> tuple[Generation, ...]:
-    """All but the newest `keep` and, besides, the newest ten pinned ones. What a newer one repeats does not count.
+    """All but the newest `keep`, the newest ten pinned ones besides, and `keep` older ones spread over the run.
+
+    What a newer one repeats, or a rewind has left behind, takes nobody's place; a pinned one can be a spread one too.
 
     Args:
         generations: those of one run, newest first.
         keep: at least 1.
     """
     distinct = [new for index, new in enumerate(generations) if not _is_repeated(new, generations[:index])]
-    older = distinct[keep:]
+    newest, older = distinct[:keep], distinct[keep:]
     pinned = [generation for generation in older if generation.pinned][:KEEP_PINNED]
-    kept = {generation.seq for generation in (*distinct[:keep], *pinned)}
+    kept = {generation.seq for generation in (*newest, *pinned, *_spread(newest, older, keep))}
     return tuple(generation for generation in generations if generation.seq not in kept)
+
+
+def _spread(newest: Sequence[Generation], older: Sequence[Generation], count: int) -> list[Generation]:
+    """At most `count` of `older`, their ages in steps about a geometric series; the oldest is always one of them.
+
+    One after another goes the one between whose neighbours' ages the ratio is smallest: who has to go back beyond it
+    loses least. It needs no memory: applied at every publication, the ratios that it left only shrink as time passes.
+    """
+    reachable: list[Generation] = []
+    earliest = min((generation.step for generation in newest), default=0)
+    for generation in older:
+        if generation.step < earliest:  # else a newer one serves whoever goes back to it, or beyond it
+            reachable.append(generation)
+            earliest = generation.step
+    while len(reachable) > count:
+        ages = [max(1, newest[0].step - generation.step) for generation in (newest[-1], *reachable)]
+        ratios = [ages[index + 2] / ages[index] for index in range(len(reachable) - 1)]
+        del reachable[ratios.index(min(ratios))]
+    return reachable
 
 
 def _is_repeated(generation: Generation, newer: Sequence[Generation]) -> bool:

@@ -6,6 +6,8 @@ from ema_server.config import ServerConfig
 from ema_server.course import Course
 from ema_server.jobs import Reason
 
+FIRST_S = 10.0  # a run's first generation comes this early: no trainer goes back before it
+
 
 def is_due(course: Course, config: ServerConfig, now: float) -> Reason | None:
     """Why the run should be published at `now` (monotonic seconds); None while there is no reason."""
@@ -16,7 +18,8 @@ def is_due(course: Course, config: ServerConfig, now: float) -> Reason | None:
         return None
     if course.publish_error is not None or course.departed:
         return "schedule"
-    if config.publish_every_seconds and now - course.begun_at >= config.publish_every_seconds:
+    every_s = config.publish_every_seconds if course.generation else min(config.publish_every_seconds, FIRST_S)
+    if every_s and now - course.begun_at >= every_s:
         return "schedule"
     if config.publish_every_steps and last_step - course.begun_step >= config.publish_every_steps:
         return "schedule"

@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from support.command import ema
 from support.processes import Process, ServerProcess
 
 _EXAMPLES = Path(__file__).parents[2] / "examples"
 _STEPS = 60
 _TASKS = ("default", "recalibrated")
+_VERSIONS = "/v1/runs/resumed-digits/averages"
+
+
+def _script(name: str, *changes: tuple[str, str]) -> str:
+    """An example with other values."""
+    script = (_EXAMPLES / name).read_text()
+    for printed, here in changes:
+        assert script.count(printed) == 1
+        script = script.replace(printed, here)
+    return script
 
 
 def _training(server: ServerProcess) -> str:
     """The training script for this server, and short."""
-    script = (_EXAMPLES / "train_digits.py").read_text()
-    for printed, here in (("tcp://127.0.0.1:5555", server.zmq), ("STEPS = 5000", f"STEPS = {_STEPS}")):
-        assert script.count(printed) == 1
-        script = script.replace(printed, here)
-    return script
+    return _script("train_digits.py", ("tcp://127.0.0.1:5555", server.zmq), ("STEPS = 5000", f"STEPS = {_STEPS}"))
 
 
 def test_the_examples_train_evaluate_and_report(tmp_path: Path) -> None:
@@ -41,6 +49,28 @@ def test_the_examples_train_evaluate_and_report(tmp_path: Path) -> None:
     assert recalibrated.returncode == 0, recalibrated.stderr
     assert "recomputed 3 of 3 layers over 10 batches; called with ([90, 1, 8, 8])" in recalibrated.stderr
     assert all(found["recalibrated"][name] != found["default"][name] for name in found["default"])
+
+
+def test_a_training_that_is_killed_goes_on_from_its_checkpoint_with_the_averages_of_that_step(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "data") as server:
+        here = (("tcp://127.0.0.1:5555", server.zmq), ('Path("digits.pt")', f"Path({str(tmp_path / 'digits.pt')!r})"))
+        endless = _script(
+            "resume_digits.py", *here, ("STEPS = 5000", "STEPS = 1 << 40"), ("_EVERY = 500", "_EVERY = 40")
+        )
+        with Process("-c", endless) as trainer:
+            trainer.wait_line(lambda line: line.startswith("saved step 80:"))
+            trainer.kill()
+        saved = torch.load(tmp_path / "digits.pt")["step"]
+        short = _script("resume_digits.py", *here, ("STEPS = 5000", f"STEPS = {saved + 20}"))
+        with Process("-c", short) as trainer:
+            trainer.wait_line(lambda line: line == f"going on after step {saved}")
+            assert trainer.wait() == 0, list(trainer.errors)
+        run = server.get("/v1/runs/resumed-digits")
+        steps = [version["step"] for version in server.get(f"{_VERSIONS}/ema-0.99/versions")["versions"]]
+
+    assert (run["state"], run["step"]) == ("finished", saved + 20)
+    assert steps[0] == saved + 20
+    assert any(saved - 40 < step <= saved for step in steps), "steps may be skipped where the machine is busy"
 
 
 def test_about_five_lines_of_the_training_script_are_ours() -> None:

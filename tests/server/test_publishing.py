@@ -22,6 +22,7 @@ from ema_server.crew import Crew
 from ema_server.jobs import Applied, Durable, Failed, Publish, Quarantined, Rewound
 from ema_server.kernel import BlockSink
 from ema_server.layout import Form, Segment
+from ema_server.schedule import FIRST_S
 from support.keeper import WAIT_S, Keeper, durable, joined, keeping, manifest_of, versions_by_average
 from support.oracle import bound, largest_difference, ledger_steps, replay
 
@@ -145,6 +146,21 @@ def test_the_timer_publishes_what_has_changed_and_only_that(tmp_path: Path) -> N
         assert keeper.announced == [("r", 1), ("r", 2)]
 
 
+def test_the_first_generation_comes_early_so_that_there_is_one_to_go_back_to(tmp_path: Path) -> None:
+    clock = _Clock()
+    with keeping(tmp_path, clock=clock, publish_every_seconds=300) as keeper:
+        joined(keeper.join("r", _MANIFEST))
+        _apply(keeper, 1)
+        clock.now += FIRST_S + 1
+        keeper.settled("r", lambda status: status.published_step == 1)
+        _apply(keeper, 2)
+        clock.now += FIRST_S + 1
+        _apply(keeper, 3)
+        assert keeper.announced == [("r", 1)]
+        clock.now += 300
+        keeper.settled("r", lambda status: status.published_step == 3)
+
+
 def test_a_generation_every_so_many_steps(tmp_path: Path) -> None:
     with keeping(tmp_path, publish_every_steps=10) as keeper:
         joined(keeper.join("r", _MANIFEST, first_step=101))
@@ -207,7 +223,7 @@ def test_a_run_that_left_during_a_full_disk_stays_in_memory_until_it_is_durable(
         assert (status.published_step, status.publish_error) == (2, None)
 
 
-def test_the_newest_generations_stay_and_pinned_ones_besides(tmp_path: Path) -> None:
+def test_the_newest_generations_stay_and_pinned_ones_and_the_first_besides(tmp_path: Path) -> None:
     with keeping(tmp_path, keep_generations=2) as keeper:
         joined(keeper.join("r", _MANIFEST))
         for step in range(1, 16):
@@ -215,7 +231,7 @@ def test_the_newest_generations_stay_and_pinned_ones_besides(tmp_path: Path) -> 
             durable(keeper.publish("r", "checkpoint" if step <= 12 else "request"))
 
         kept = [generation.step for generation in keeper.catalog.generations("r")]
-        assert kept == [15, 14, *range(12, 2, -1)]
+        assert kept == [15, 14, *range(12, 2, -1), 1]
         folders = keeper.data_dir.generations_folder("r").glob("0*")
         assert {int(folder.name.split("-")[1]) for folder in folders} == set(kept)
 
@@ -242,6 +258,8 @@ def test_a_version_that_a_reader_holds_keeps_its_files(tmp_path: Path) -> None:
     with keeping(tmp_path, clock=clock, keep_generations=1) as keeper:
         joined(keeper.join("r", _MANIFEST))
         _apply(keeper, 1)
+        durable(keeper.publish("r"))  # the first stays anyway
+        _apply(keeper, 2)
         old = versions_by_average(keeper.publish("r"))["raw"]
 
         def publish(step: int) -> None:
@@ -250,13 +268,13 @@ def test_a_version_that_a_reader_holds_keeps_its_files(tmp_path: Path) -> None:
 
         with keeper.catalog.hold(old):
             clock.now += 1000
-            publish(2)
-            assert largest_difference(_weights(1), keeper.load(old)) == 0
+            publish(3)
+            assert largest_difference(_weights(2), keeper.load(old)) == 0
         clock.now += 59
-        publish(3)
+        publish(4)
         assert old in keeper.catalog.versions("r", "raw"), "a download in parts comes back"
         clock.now += 2
-        publish(4)
+        publish(5)
         assert keeper.catalog.find("r", "raw", old.id) is None
         assert not old.folder.exists()
 

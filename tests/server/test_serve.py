@@ -109,31 +109,31 @@ def test_publishing_that_fails_is_answered_with_the_reason_and_succeeds_once_the
 
 def test_a_version_outlives_its_retention_while_it_is_downloaded(server: ServerProcess, tmp_path: Path) -> None:
     with client_of(server) as client, Reader(server.http) as reader:
-        send(client, 1)
-        publish(server)
+        for step in (1, 2):  # the first stays anyway
+            send(client, step)
+            publish(server)
         version, unread = reader.version("r", "raw"), reader.version("r", "ema-0.5")
         _read_a_part(server, version)
-        for step in (2, 3, 4):
+        for step in (3, 4, 5):
             send(client, step)
             publish(server)
         folder = reader.download(version, tmp_path / "out")
         held = [item.step for item in reader.versions("r", "raw")]
 
     assert (folder / "model.safetensors").stat().st_size == version.files[0].size
-    assert held == [4, 1]
-    assert unread.step == 1
+    assert held == [5, 2, 1]
+    assert unread.step == 2
 
 
 def test_versions_beyond_those_kept_are_pruned(server: ServerProcess) -> None:
     with client_of(server) as client, Reader(server.http) as reader:
-        send(client, 1)
-        publish(server)
-        old = reader.version("r", "raw")
-        send(client, 2)
-        publish(server)
-
+        for step in (1, 2, 3):
+            send(client, step)
+            publish(server)
         with pytest.raises(NotFound):
-            reader.version("r", "raw", old.id)
+            reader.version("r", "raw", "step-2")
+
+        assert [version.step for version in reader.versions("r", "raw")] == [3, 1]
 
 
 def test_a_rerun_under_the_same_name_starts_without_the_metrics_of_the_old_run(server: ServerProcess) -> None:
