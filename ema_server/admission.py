@@ -170,6 +170,7 @@ class Admission:
         run = load_run(generation, averages, self.device)
         if old is not None:
             run.every, run.config = old.every, old.config
+            run.tell(old.pace)
         course.saved, course.generation = run.mark, generation
         course.begun_at, course.begun_step = self.courses.clock(), generation.step
         course.rate.reset()
@@ -187,6 +188,7 @@ class Admission:
         course.quarantine = None
         course.rate.reset()
         run.every = job.join.every
+        run.tell(job.join.pace)
         run.config = job.join.config if job.join.config is not None else run.config
         self.courses.show(course)
         steps = (run.last_step, course.published_step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ema_proto.averages import AverageSpec
+from ema_proto.averages import AverageSpec, check_matches
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import AVERAGES_MAX
 from ema_proto.pace import check_pace
@@ -108,6 +108,7 @@ class Changing:
             return Unchanged(WhyNot.CONFLICT, text)
         try:
             check_pace([rule], run.pace)
+            check_matches([rule], [tensor.name for tensor in run.manifest.tensors])
         except LocalProtocolError as error:
             return Unchanged(WhyNot.CONFLICT, str(error))
         return None

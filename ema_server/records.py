@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from ema_proto.errors import LocalProtocolError
 from ema_proto.manifest import Manifest
+from ema_proto.pace import UNKNOWN, Pace
 from ema_server.catalog import FileEntry
 
 FORMAT = 1
@@ -59,10 +61,30 @@ class RemovedRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PaceRecord:
+    """What the trainer told of its steps; snapshots of `from_step` and later were counted with it."""
+
+    from_step: int
+    samples_per_step: float | None
+    steps_per_epoch: float | None
+
+    @property
+    def pace(self) -> Pace:
+        """The pace itself."""
+        return Pace(self.samples_per_step, self.steps_per_epoch)
+
+
+def pace_of(paces: Sequence[PaceRecord]) -> Pace:
+    """The newest of them."""
+    return paces[-1].pace if paces else UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """A run as it stood at `step`: everything a restart needs besides the averages' own bytes.
 
-    `created` is when the run was first joined, in RFC 3339; `ledger`, as JSON values, has every applied step.
+    `created` is when the run was first joined, in RFC 3339; `ledger`, as JSON values, has every applied step; `paces`,
+    oldest first, all that the trainers told of their steps.
     """
 
     run: str
@@ -77,6 +99,7 @@ class RunRecord:
     quarantined: int
     averages: tuple[AverageRecord, ...]
     removed: tuple[RemovedRecord, ...]
+    paces: tuple[PaceRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +140,7 @@ def version_bytes(record: RunRecord, average: AverageRecord, created: str, files
         "updates": average.updates,
         "gap_steps": average.gap_steps,
         "ledger": average.ledger,
+        "paces": [asdict(told) for told in record.paces],
         "files": [asdict(entry) for entry in files],
     }
     return identified(content, created)
@@ -149,6 +173,7 @@ def generation_bytes(record: GenerationRecord) -> bytes:
             "counters": {"applied": run.applied, "gap_steps": run.gap_steps, "quarantined": run.quarantined},
             "averages": [asdict(average) for average in run.averages],
             "removed": [asdict(average) for average in run.removed],
+            "paces": [asdict(told) for told in run.paces],
             "files": {path: {"size": entry.size, "sha256": entry.sha256} for path, entry in record.files.items()},
         }
     )
@@ -208,7 +233,17 @@ def _run_record(value: Mapping[str, Any]) -> RunRecord:
         quarantined=int(counters["quarantined"]),
         averages=tuple(_average_record(average) for average in value["averages"]),
         removed=tuple(RemovedRecord(str(gone["name"]), str(gone["spec"])) for gone in value["removed"]),
+        paces=tuple(_pace_record(told) for told in value["paces"]),
     )
+
+
+def _pace_record(value: Mapping[str, Any]) -> PaceRecord:
+    told = PaceRecord(int(value["from_step"]), value["samples_per_step"], value["steps_per_epoch"])
+    try:
+        _ = told.pace
+    except LocalProtocolError as error:
+        raise ValueError(str(error)) from None
+    return told
 
 
 def _average_record(value: Mapping[str, Any]) -> AverageRecord:

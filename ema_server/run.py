@@ -14,17 +14,18 @@ from ema_proto import messages
 from ema_proto.limits import RECENT_STEPS
 from ema_proto.manifest import Manifest
 from ema_proto.messages import Mode
-from ema_proto.pace import UNKNOWN, Pace
+from ema_proto.pace import Pace
 from ema_server.average import Average, Holding, needed_nbytes, new_average
 from ema_server.crew import Crew
 from ema_server.device import Device
 from ema_server.kernel import BlockSink
 from ema_server.layout import Segment
 from ema_server.ledger import Ledger
-from ema_server.records import RemovedRecord, RunRecord
+from ema_server.records import PaceRecord, RemovedRecord, RunRecord, pace_of
 from ema_server.treatment import segments_for
 
 REMOVED_MAX = 1000  # trainers that list one of them still are few, and every generation carries them
+PACES_MAX = 1000  # sessions that change it are few, likewise
 
 
 @dataclass(slots=True)
@@ -33,7 +34,8 @@ class Run:
 
     `ledger` has every applied step, whatever averages there were at the time; its origin is the steps already taken
     when the run was first joined. `created` in RFC 3339; `config` the text of its versions' `config.json`. `removed`
-    are averages that it had; `edits` counts, since the run came into memory, how often its averages were others.
+    are averages that it had, `paces` what trainers told of their steps, oldest first; `edits` counts, since the run
+    came into memory, how often its averages were others.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Run:
     applied: int = 0
     gap_steps: int = 0
     quarantined: int = 0
-    pace: Pace = UNKNOWN
+    paces: tuple[PaceRecord, ...] = ()
     removed: tuple[RemovedRecord, ...] = ()
     edits: int = 0
     segments: tuple[Segment, ...] = field(init=False)
@@ -70,6 +72,11 @@ class Run:
     def recent(self) -> tuple[int, ...]:
         """The newest applied steps, increasing."""
         return self.ledger.tail(RECENT_STEPS)
+
+    @property
+    def pace(self) -> Pace:
+        """What the trainer told of its steps."""
+        return pace_of(self.paces)
 
     @property
     def mark(self) -> tuple[int, int]:
@@ -122,6 +129,15 @@ class Run:
         self.averages = tuple(other for other in self.averages if other is not average)
         self._lay_out()
 
+    def tell(self, pace: Pace) -> None:
+        """Count with this pace from the next step on; what it leaves open stays as it was."""
+        now = pace.over(self.pace)
+        if now != self.pace:
+            from_step = 1 + (self.ledger.origin if self.last_step is None else self.last_step)
+            before = tuple(told for told in self.paces if told.from_step < from_step)
+            told = PaceRecord(from_step, now.samples_per_step, now.steps_per_epoch)
+            self.paces = (*before, told)[-PACES_MAX:]
+
     def apply(self, crew: Crew, step: int, mode: Mode, snapshot: torch.Tensor, sink: BlockSink | None) -> None:
         """Bring the snapshot of `step` into every average.
 
@@ -165,6 +181,7 @@ class Run:
             quarantined=self.quarantined,
             averages=tuple(average.record() for average in self.present),
             removed=self.removed,
+            paces=self.paces,
         )
 
     def _lay_out(self) -> None:

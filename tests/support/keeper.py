@@ -17,6 +17,7 @@ from torch import Tensor
 from ema_proto import messages
 from ema_proto.manifest import Manifest, Role, TensorSpec, layout
 from ema_proto.messages import Mode, Resume
+from ema_proto.pace import UNKNOWN, Pace
 from ema_proto.specs import parse_average, parse_averages
 from ema_server.averager import Averager
 from ema_server.board import Board, RunStatus
@@ -148,11 +149,12 @@ class Keeper:
         reconnect: bool = False,
         config: str | None = None,
         world: int = 1,
+        pace: Pace = UNKNOWN,
     ) -> Joined | Refused:
         """Join a run."""
         specs = parse_averages(averages)
         asked = messages.Join(
-            run, first_step, manifest, specs, every, resume, reconnect=reconnect, config=config, world=world
+            run, first_step, manifest, specs, every, resume, reconnect=reconnect, config=config, world=world, pace=pace
         )
         answer: Joined | Refused = self._ask(lambda reply: Join(run, asked, reply))
         if isinstance(answer, Joined):
