@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ema_cli.app import build
-from ema_reader.cli import parse_target
 from ema_reader.errors import UsageError
+from ema_reader.options import parse_target
 from ema_server.board import RunState
 from support.served import WAIT_S, Served
 
