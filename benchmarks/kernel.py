@@ -6,8 +6,8 @@ Rivals are `torch.Tensor.lerp_` over one flat tensor of torch's own memory, and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -15,10 +15,12 @@ from benchmarks.machine import all_cores
 from benchmarks.result import Row, Section, Spread, interleaved
 from ema_proto.limits import CHUNK_BYTES_DEFAULT
 from ema_proto.manifest import Manifest, Role, TensorSpec
+from ema_server.arithmetic import Arithmetic, ByTorch
 from ema_server.crew import Crew
 from ema_server.finite import FiniteCheck
 from ema_server.kernel import Target
-from ema_server.layout import Form, held_nbytes, segments
+from ema_server.kernel_choice import KernelUnavailableError, choose
+from ema_server.layout import Form, segments
 from ema_server.memory import allocate
 from ema_server.slots import Slot
 
@@ -26,84 +28,92 @@ _ELEMENTS = 86_567_656  # a ViT-B/16
 _ELEMENTS_QUICK = 100_000
 _WEIGHT = 0.001
 _ITEM_BYTES = {"F32": 4, "BF16": 2}
+_MOVED_BYTES = {"F32": 4 + 4 + 4, "BF16": 2 + 4 + 4}  # by element: weights read, average read and written
+_ARMS = ("one", "three", "half")
 
-
-@dataclass(frozen=True, slots=True)
-class _Times:
-    """Seconds of each arm, by round."""
-
-    threads: int
-    lerp: list[float]
-    one: list[float]
-    three: list[float]
-    half: list[float]
-    finite: list[float]
+Seconds = dict[str, list[float]]
+"""Of each arm, by round."""
 
 
 def measure(*, quick: bool) -> Section:
-    """With one thread, then with all."""
+    """Each kernel with one thread, then with all."""
     elements = _ELEMENTS_QUICK if quick else _ELEMENTS
-    rows: list[Row] = []
+    kernels, rows = arithmetics(), list[Row]()
     before = torch.get_num_threads()
     for threads in sorted({1, len(all_cores())}):
         torch.set_num_threads(threads)
-        label = "1 thread" if threads == 1 else f"{threads} threads"
-        rows += _rows(f"{elements / 1e6:.3g} M, {label}", elements, _times(elements, threads, rounds=2 if quick else 9))
+        what = f"{elements / 1e6:.3g} M, {threads} {'thread' if threads == 1 else 'threads'}"
+        seconds = _seconds(elements, threads, kernels, rounds=2 if quick else 9)
+        for kernel in kernels:
+            rows += _rows(f"{what}, {kernel.name}", elements, seconds, kernel.name)
+        if threads == 1:  # the server's check has one thread whatever the machine has
+            rows.append(_row(f"{what}: finite check", seconds["finite"], seconds["torch one"], "one average", "none"))
     torch.set_num_threads(before)
-    note = "bf16 is compared by snapshot bytes per second. The finite check reads memory here, cache in the server."
+    note = "bf16 is compared by bytes moved per second. The finite check reads memory here, cache in the server."
+    if len(kernels) == 1:
+        note += " **Without the compiled kernel: numba is not installed.**"
     return Section("kernel: one pass over the averages", "rival", tuple(rows), note)
 
 
-def _times(elements: int, threads: int, rounds: int) -> _Times:
-    crew = Crew(threads)
+def arithmetics() -> tuple[Arithmetic, ...]:
+    """Torch's, and the compiled one where it can be had."""
+    try:
+        return ByTorch(), choose("compiled", torch.device("cpu"))
+    except KernelUnavailableError:
+        return (ByTorch(),)
+
+
+def _seconds(elements: int, threads: int, kernels: Sequence[Arithmetic], rounds: int) -> Seconds:
     average, weights = torch.zeros(elements), torch.randn(elements)
-    whole, check = _slot(elements, "F32"), FiniteCheck(_manifest(elements, "F32"))
-
-    def check_chunks() -> None:
-        nbytes = len(whole.view)
-        for offset in range(0, nbytes, CHUNK_BYTES_DEFAULT):
-            check.check(offset, min(CHUNK_BYTES_DEFAULT, nbytes - offset), whole.tensor)
-
-    found = interleaved(
-        rounds,
-        lerp=_timed(lambda: average.lerp_(weights, _WEIGHT)),
-        one=_timed(_pass(crew, whole, _manifest(elements, "F32"), averages=1)),
-        three=_timed(_pass(crew, whole, _manifest(elements, "F32"), averages=3)),
-        half=_timed(_pass(crew, _slot(elements, "BF16"), _manifest(elements, "BF16"), averages=1)),
-        finite=_timed(check_chunks),
-    )
-    crew.close()
-    return _Times(threads, **found)
+    slots = {dtype: _slot(elements, dtype) for dtype in _ITEM_BYTES}
+    averages = [allocate(4 * elements).data for _ in range(3)]
+    arms = {"lerp": _timed(lambda: average.lerp_(weights, _WEIGHT)), "finite": _timed(_checks(elements, slots["F32"]))}
+    with ExitStack() as stack:
+        for kernel in kernels:
+            crew = Crew(threads, arithmetic=kernel)
+            stack.callback(crew.close)
+            for arm, dtype, number in zip(_ARMS, ("F32", "F32", "BF16"), (1, 3, 1), strict=True):
+                arms[f"{kernel.name} {arm}"] = _timed(_pass(crew, elements, dtype, slots[dtype], averages[:number]))
+        return interleaved(rounds, **arms)
 
 
-def _rows(what: str, elements: int, times: _Times) -> list[Row]:
-    def row(name: str, ours: list[float], rival: list[float], against: str, aim: str) -> Row:
-        shown = f"{Spread.of(rival).show('ms', 1e3)}, {against}"
-        return Row(f"{what}: {name}", Spread.of(ours).show("ms", 1e3), shown, Spread.ratio(ours, rival), aim)
-
-    whole_rate = [elements * _ITEM_BYTES["F32"] / second / 1e9 for second in times.one]
-    half_rate = [elements * _ITEM_BYTES["BF16"] / second / 1e9 for second in times.half]
-    rows = [
-        row("one average", times.one, times.lerp, "`lerp_`", "≤ 1.1"),
-        row("three averages", times.three, times.one, "one average", "≤ 2.4"),
+def _rows(what: str, elements: int, seconds: Seconds, kernel: str) -> list[Row]:
+    one, three, half = (seconds[f"{kernel} {arm}"] for arm in _ARMS)
+    whole_rate = [elements * _MOVED_BYTES["F32"] / second / 1e9 for second in one]
+    half_rate = [elements * _MOVED_BYTES["BF16"] / second / 1e9 for second in half]
+    return [
+        _row(f"{what}: one average", one, seconds["lerp"], "`lerp_`", "≤ 1.1"),
+        _row(f"{what}: three averages", three, one, "one average", "≤ 2.4"),
         Row(
             f"{what}: bf16 input",
             Spread.of(half_rate).show("GB/s"),
             f"{Spread.of(whole_rate).show('GB/s')}, float32 input",
             Spread.ratio(half_rate, whole_rate),
-            "≥ 0.7, later 0.95",
+            "≥ 0.7, better 0.95",
         ),
     ]
-    if times.threads == 1:  # the server's check has one thread whatever the machine has
-        rows.append(row("finite check", times.finite, times.one, "one average", "none"))
-    return rows
 
 
-def _pass(crew: Crew, slot: Slot, manifest: Manifest, averages: int) -> Callable[[], None]:
-    memories = [allocate(held_nbytes(manifest, Form.WIDE)) for _ in range(averages)]
-    targets = [Target(memory.data, Form.WIDE, _WEIGHT) for memory in memories]
-    blocks = segments(manifest)
+def _row(name: str, ours: list[float], rival: list[float], against: str, aim: str) -> Row:
+    shown = f"{Spread.of(rival).show('ms', 1e3)}, {against}"
+    return Row(name, Spread.of(ours).show("ms", 1e3), shown, Spread.ratio(ours, rival), aim)
+
+
+def _pass(crew: Crew, elements: int, dtype: str, slot: Slot, averages: Sequence[torch.Tensor]) -> Callable[[], None]:
+    targets = [Target(average, Form.WIDE, _WEIGHT) for average in averages]
+    blocks = segments(_manifest(elements, dtype))
     return lambda: crew.update(blocks, slot.tensor, targets, None)
+
+
+def _checks(elements: int, slot: Slot) -> Callable[[], None]:
+    """The finite check of a whole snapshot, chunk by chunk."""
+    check, nbytes = FiniteCheck(_manifest(elements, "F32")), len(slot.view)
+
+    def work() -> None:
+        for offset in range(0, nbytes, CHUNK_BYTES_DEFAULT):
+            check.check(offset, min(CHUNK_BYTES_DEFAULT, nbytes - offset), slot.tensor)
+
+    return work
 
 
 def _slot(elements: int, dtype: str) -> Slot:

@@ -39,6 +39,7 @@ from ema_server.jobs import (
     Unchanged,
     WhyNot,
 )
+from ema_server.kernel_choice import choose
 from ema_server.publisher import Publisher
 from ema_server.schedule import is_due
 from ema_server.telemetry import Gauge, Telemetry
@@ -62,6 +63,9 @@ class Averager:
         telemetry: where to count.
         device: where the averages are kept.
         clock: monotonic seconds.
+
+    Raises:
+        KernelUnavailableError: the kernel that is asked for cannot be had; the text says why.
     """
 
     def __init__(
@@ -81,7 +85,9 @@ class Averager:
         self._inbox = Inbox()
         self._publisher = publisher
         self._listeners: list[Callable[[str, int], None]] = []
-        self._crew = Crew(device.workers, device.block_elements, device)
+        arithmetic = choose(config.kernel, device.torch_device)
+        self._crew = Crew(device.workers, device.block_elements, device, arithmetic)
+        self.kernel = arithmetic.name
         self._courses = Courses(catalog, board, publisher, clock)
         self._flights = Flights(publisher, self._inbox, self._crew, clock, self._courses.show, self._announce)
         self._admission = Admission(self._courses, self._flights, device)

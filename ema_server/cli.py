@@ -40,6 +40,7 @@ Keep = Annotated[
 ]
 LostAfter = Annotated[str, _option("lost-after-seconds", "When a silent trainer counts as lost.", "SECONDS")]
 ChunkBytes = Annotated[str, _option("chunk-bytes", "Size of the chunks that trainers send.", "BYTES")]
+KernelName = Annotated[str, _option("kernel", "What averages are computed with: auto, torch or compiled.", "KERNEL")]
 Evaluate = Annotated[
     str | None, _option("evaluate", "Evaluate versions by this function, in a process of its own.", "MODULE:FUNCTION")
 ]
@@ -64,6 +65,7 @@ def serve(
     keep_generations: Keep = "3",
     lost_after_seconds: LostAfter = "60",
     chunk_bytes: ChunkBytes = "4194304",
+    kernel: KernelName = "auto",
     evaluate: Evaluate = None,
     evaluate_device: EvaluateDevice = "cpu",
     evaluate_every_versions: EvaluateEvery = "1",
@@ -86,6 +88,7 @@ def serve(
             keep_generations=_whole("keep_generations", keep_generations),
             lost_after_seconds=_number("lost_after_seconds", lost_after_seconds),
             chunk_bytes=_whole("chunk_bytes", chunk_bytes),
+            kernel=kernel,
             evaluate=evaluate,
             evaluate_device=evaluate_device,
             evaluate_every_versions=_whole("evaluate_every_versions", evaluate_every_versions),
@@ -100,12 +103,16 @@ def serve(
 def _run(config: ServerConfig) -> int:
     # Imported only now: torch takes a second, which `ema --help` need not.
     from ema_server.datadir import DataDirError
+    from ema_server.kernel_choice import KernelUnavailableError
     from ema_server.metric_store import MetricStoreError
     from ema_server.serve_http import HttpListenError
     from ema_server.server import run
 
     try:
         durable = run(config, lambda ready: print(ready.line(), flush=True))
+    except KernelUnavailableError as error:
+        typer.echo(f"ema serve: {error}", err=True)
+        return EXIT_USAGE
     except (DataDirError, MetricStoreError, HttpListenError) as error:
         typer.echo(f"ema serve: {error}", err=True)
         return EXIT_FAILURE

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ema_proto.limits import CHUNK_BYTES_DEFAULT, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, HEARTBEAT_S, SESSION_LOST_S
 
+KERNELS = ("auto", "torch", "compiled")
+
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")
 _LOST_AFTER_S_MIN = 2 * HEARTBEAT_S + 1  # a heartbeat may be late, or lost
@@ -34,6 +36,7 @@ class ServerConfig:
         keep_generations: how many of a run's newest generations stay on disk, and how many older ones at most.
         lost_after_seconds: a trainer silent for so long is lost; its run is published and leaves memory.
         chunk_bytes: size of the chunks asked from trainers.
+        kernel: what averages are computed with: `torch`, `compiled` (needs numba), or `auto`, the best there is.
         evaluate: `module:function` that the server's own evaluation worker calls; None: it has no worker.
         evaluate_device: where that worker loads weights to, `cpu`, `cuda:1`, ...
         evaluate_every_versions: of each average it takes every so-manieth version, and the last one.
@@ -52,6 +55,7 @@ class ServerConfig:
     keep_generations: int = 3
     lost_after_seconds: float = SESSION_LOST_S
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
+    kernel: str = "auto"
     evaluate: str | None = None
     evaluate_device: str = "cpu"
     evaluate_every_versions: int = 1
@@ -71,6 +75,8 @@ class ServerConfig:
             raise ValueError(f"keep_generations is {self.keep_generations}: a run needs at least 1 to resume from")
         if not CHUNK_BYTES_MIN <= self.chunk_bytes <= CHUNK_BYTES_MAX:
             raise ValueError(f"chunk_bytes is {self.chunk_bytes}: use {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX}")
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel is {self.kernel!r}: use {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
         _check_evaluator(self.evaluate, self.evaluate_device, self.evaluate_every_versions)
         _check_token(self.token)
         for setting, host in (("zmq", _zmq_host(self.zmq)), ("http", split_host_port("http", self.http)[0])):

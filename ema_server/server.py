@@ -62,7 +62,8 @@ def run(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
         Whether it ended because it was asked to, and every run was durable then.
 
     Raises:
-        DataDirError, MetricStoreError, HttpListenError, OSError: it cannot start; the text says what to change.
+        DataDirError, MetricStoreError, HttpListenError, KernelUnavailableError, OSError: it cannot start; the text
+            says what to change.
     """
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_serve(config, announce))
@@ -114,6 +115,7 @@ def _build(config: ServerConfig, data_dir: DataDir, stack: AsyncExitStack) -> tu
         validations=validations,
         derived=DerivedStore(data_dir, catalog),
         evaluator=evaluator,
+        kernel=averager.kernel,
         submit=averager.submit,
         data=config.data,
         token=config.token,

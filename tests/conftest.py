@@ -22,3 +22,4 @@ def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("EMA_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("EMA_KERNEL", "torch")  # the compiled one takes each server that is started a second

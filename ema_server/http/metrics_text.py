@@ -58,7 +58,8 @@ class _Snapshot(Collector):
         self._services = services
 
     def collect(self) -> Iterator[Metric]:
-        yield InfoMetricFamily("ema_build", "Release of the server", {"version": _release()})
+        labels = {"version": _release(), "kernel": self._services.kernel}
+        yield InfoMetricFamily("ema_build", "Release of the server, and what it computes with", labels)
         yield from _process(self._services)
         statuses = self._services.board.all()
         yield from _runs(statuses)

@@ -32,6 +32,7 @@ class Services:
         submit: hands a job to the averager; never blocks.
         data: the data folder.
         token: what a client must send; None when none is needed.
+        kernel: what averages are computed with, `torch` or `compiled`.
         evaluator: the server's own evaluation worker, if it has one.
         stopping: set when the server has begun to stop.
     """
@@ -46,5 +47,6 @@ class Services:
     data: Path
     token: str | None = field(repr=False)
     stopping: threading.Event
+    kernel: str = "torch"
     evaluator: Evaluator | None = None
     requests: RequestCounts = field(default_factory=RequestCounts)

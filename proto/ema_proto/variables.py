@@ -21,6 +21,7 @@ VARIABLES: Final = frozenset(
         "EMA_HTTP",
         "EMA_INSECURE",
         "EMA_KEEP_GENERATIONS",
+        "EMA_KERNEL",
         "EMA_LOG_LEVEL",
         "EMA_LOST_AFTER_SECONDS",
         "EMA_PUBLISH_EVERY_SECONDS",
