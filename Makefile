@@ -3,11 +3,13 @@
 #   make test    all tests (ARGS="-k name" is passed on to pytest)
 #   make check   format, lint, types, import contracts       make fix   format and repair what can be repaired
 #   make bench   the benchmarks
-# PYTHON: the interpreter to build .venv from (3.11 or newer).  TORCH: the torch release to install.
+# PYTHON: the interpreter to build .venv from (3.11 or newer).  TORCH: the torch release to install.  WORKERS: tests at a time.
 
 PYTHON ?= python3
 TORCH  ?= 2.13.0
 ARGS   ?=
+# Many tests start processes and wait for them: three at a time keep two cores busy.
+WORKERS ?= 3
 
 BIN   := .venv/bin
 STAMP := .venv/.installed-torch-$(TORCH)
@@ -21,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/ema demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
