@@ -22,7 +22,7 @@ from ema_server.flights import Flights
 from ema_server.jobs import Durable, Failed, Join, Joined, Refused, Rewind, Rewound
 from ema_server.joining import Continue, GoBack, Known, SetAside, Start, decide
 from ema_server.membership import carried_back
-from ema_server.publisher import Landed
+from ema_server.publisher import CutOrder, Landed
 from ema_server.records import BrokenGeneration, RunRecord, rfc3339
 from ema_server.restore import load_run
 from ema_server.run import Run, new_run
@@ -87,6 +87,7 @@ class Admission:
         course.run = None  # one without a snapshot may be there: its memory goes first
         run = new_run(job.join, rfc3339(self.flights.publisher.wall()), self.device)
         course.saved, course.begun_step = run.mark, run.ledger.origin
+        self.flights.publisher.submit(CutOrder(course.name, -1))  # what another run of this name may have left
         self._admit(course, run, job, "new")
 
     def _continue(self, job: Join) -> None:
@@ -173,6 +174,7 @@ class Admission:
             run.tell(old.pace)
         course.saved, course.generation = run.mark, generation
         course.begun_at, course.begun_step = self.courses.clock(), generation.step
+        self.flights.publisher.submit(CutOrder(course.name, generation.step))
         course.rate.reset()
         return run
 

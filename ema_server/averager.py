@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from ema_proto.averages import PowerEma
 from ema_server.admission import Admission
 from ema_server.applying import Applying
 from ema_server.board import Board, RunState
@@ -244,9 +245,15 @@ class Averager:
     def _publish_due(self) -> None:
         now = self._clock()
         for course in self._courses.all():
-            reason = is_due(course, self._config, now)
+            reason = is_due(course, self._config, now, self._ring_due_at(course))
             if reason is not None:
                 self._flights.publish(course, Want(reason, lambda _: None))
+
+    def _ring_due_at(self, course: Course) -> int | None:
+        rules = () if course.run is None else (average.rule for average in course.run.averages)
+        if not any(isinstance(rule, PowerEma) for rule in rules):
+            return None
+        return self._publisher.ring.due_at(course.name, course.begun_step)
 
     def _publish_all(self) -> None:
         """Make everything durable once, then wait for it until the deadline."""

@@ -107,12 +107,9 @@ class Catalog:
 
     def versions(self, run: str, average: str) -> tuple[Version, ...]:
         """Versions of one average, newest (highest seq) first, the same id once."""
+        kept = (version for generation in self.generations(run) for version in generation.versions)
         found: dict[str, Version] = {}
-        for generation in self.generations(run):
-            for version in generation.versions:
-                if version.average == average:
-                    found.setdefault(version.id, version)
-        for version in self.derived(run):
+        for version in (*kept, *self.derived(run)):
             if version.average == average:
                 found.setdefault(version.id, version)
         return tuple(found.values())

@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
-from ema_server.config import ServerConfig
+from ema_server.config import RingDtype, ServerConfig
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -38,6 +38,9 @@ EverySteps = Annotated[str, _option("publish-every-steps", "Publish every so man
 Keep = Annotated[
     str, _option("keep-generations", "How many newest generations of a run stay, and older ones.", "COUNT")
 ]
+RingSize = Annotated[str, _option("ring-size", "Snapshots of power averages kept for synthesis; 0: none.", "COUNT")]
+RingEvery = Annotated[str, _option("ring-every-steps", "Steps between two of them; 0: every generation.", "STEPS")]
+RingKind = Annotated[str, _option("ring-dtype", "Their dtype: float32 or bfloat16.", "DTYPE")]
 LostAfter = Annotated[str, _option("lost-after-seconds", "When a silent trainer counts as lost.", "SECONDS")]
 ChunkBytes = Annotated[str, _option("chunk-bytes", "Size of the chunks that trainers send.", "BYTES")]
 KernelName = Annotated[str, _option("kernel", "What averages are computed with: auto, torch or compiled.", "KERNEL")]
@@ -63,6 +66,9 @@ def serve(
     publish_every_seconds: EverySeconds = "300",
     publish_every_steps: EverySteps = "0",
     keep_generations: Keep = "3",
+    ring_size: RingSize = "32",
+    ring_every_steps: RingEvery = "0",
+    ring_dtype: RingKind = "float32",
     lost_after_seconds: LostAfter = "60",
     chunk_bytes: ChunkBytes = "4194304",
     kernel: KernelName = "auto",
@@ -86,6 +92,9 @@ def serve(
             publish_every_seconds=_number("publish_every_seconds", publish_every_seconds),
             publish_every_steps=_whole("publish_every_steps", publish_every_steps),
             keep_generations=_whole("keep_generations", keep_generations),
+            ring_size=_whole("ring_size", ring_size),
+            ring_every_steps=_whole("ring_every_steps", ring_every_steps),
+            ring_dtype=cast(RingDtype, ring_dtype),  # the config refuses what is none
             lost_after_seconds=_number("lost_after_seconds", lost_after_seconds),
             chunk_bytes=_whole("chunk_bytes", chunk_bytes),
             kernel=kernel,

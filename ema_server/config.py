@@ -10,10 +10,15 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
 from ema_proto.limits import CHUNK_BYTES_DEFAULT, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, HEARTBEAT_S, SESSION_LOST_S
 
 KERNELS = ("auto", "torch", "compiled")
+
+RingDtype: TypeAlias = Literal["float32", "bfloat16"]
+RING_SIZE_MIN = 2  # the first and the newest
+RING_SIZE_MAX = 256  # shares of more averages are not worth their solution
 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")
@@ -34,6 +39,9 @@ class ServerConfig:
         publish_every_seconds: a generation of every changed run at least this often; 0 switches the timer off.
         publish_every_steps: a generation every so many steps; 0 switches it off.
         keep_generations: how many of a run's newest generations stay on disk, and how many older ones at most.
+        ring_size: how many snapshots of a run's power averages stay for later synthesis; 0: none.
+        ring_every_steps: steps from one of them to the next, also a reason to publish; 0: one of every generation.
+        ring_dtype: `float32` (hard links to the generations' files) or `bfloat16` (half the bytes, less exact).
         lost_after_seconds: a trainer silent for so long is lost; its run is published and leaves memory.
         chunk_bytes: size of the chunks asked from trainers.
         kernel: what averages are computed with: `torch`, `compiled` (needs numba), or `auto`, the best there is.
@@ -53,6 +61,9 @@ class ServerConfig:
     publish_every_seconds: float = 300.0
     publish_every_steps: int = 0
     keep_generations: int = 3
+    ring_size: int = 32
+    ring_every_steps: int = 0
+    ring_dtype: RingDtype = "float32"
     lost_after_seconds: float = SESSION_LOST_S
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
     kernel: str = "auto"
@@ -73,6 +84,7 @@ class ServerConfig:
             raise ValueError(f"publish_every_steps is {self.publish_every_steps}: use 0 (off) or a number of steps")
         if self.keep_generations < 1:
             raise ValueError(f"keep_generations is {self.keep_generations}: a run needs at least 1 to resume from")
+        _check_ring(self.ring_size, self.ring_every_steps, self.ring_dtype)
         if not CHUNK_BYTES_MIN <= self.chunk_bytes <= CHUNK_BYTES_MAX:
             raise ValueError(f"chunk_bytes is {self.chunk_bytes}: use {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX}")
         if self.kernel not in KERNELS:
@@ -136,6 +148,15 @@ def _check_seconds(setting: str, value: float, *, zero_is_off: bool) -> None:
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero_is_off):
         allowed = "0 (off) or a positive number" if zero_is_off else "a positive number"
         raise ValueError(f"{setting} is {value!r}: use {allowed} of seconds")
+
+
+def _check_ring(size: int, every_steps: int, dtype: str) -> None:
+    if size != 0 and not RING_SIZE_MIN <= size <= RING_SIZE_MAX:
+        raise ValueError(f"ring_size is {size}: use 0 (no ring) or {RING_SIZE_MIN} to {RING_SIZE_MAX}")
+    if every_steps < 0:
+        raise ValueError(f"ring_every_steps is {every_steps}: use 0 (every generation) or a number of steps")
+    if dtype not in get_args(RingDtype):
+        raise ValueError(f"ring_dtype is {dtype!r}: use one of {', '.join(get_args(RingDtype))}")
 
 
 def _check_evaluator(function: str | None, device: str, every_versions: int) -> None:

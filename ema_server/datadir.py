@@ -2,6 +2,7 @@
 
     LOCK  format.json  runs/{run}/generations/{seq}-{step}/
                        runs/{run}/derived/{seq}-{step}/     versions made of others after them
+                       runs/{run}/ring/{seq}-{step}/        power averages to make others of
 
 What a crash leaves is swept when the folder is opened; a generation that is not whole is moved out of the way as
 `.bad-...`, for a person to look at, and said so in the log.
@@ -65,6 +66,10 @@ class DataDir:
     def derived_folder(self, run: str) -> Path:
         """Where the derived versions of `run` lie; it may not exist yet."""
         return self._runs / run / "derived"
+
+    def ring_folder(self, run: str) -> Path:
+        """Where the ring of `run` lies; it may not exist yet."""
+        return self._runs / run / "ring"
 
     def create_run(self, run: str) -> None:
         """Make the folder of a run durable, if it is new."""

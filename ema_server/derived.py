@@ -11,6 +11,7 @@ along.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ema_proto.names import check_name
 from ema_server.catalog import Catalog, FileEntry, Version, VersionGone
@@ -28,6 +29,12 @@ from ema_server.disk import sha256, sync_folders, write_durably
 from ema_server.generation import folder_name, is_folder_name, seq_in, version_of
 from ema_server.records import CONFIG_FILE, VERSION_FILE, BrokenGeneration, identified, read_json, rfc3339
 from ema_server.tensorfile import MODEL_FILE
+
+Piece: TypeAlias = bytes | bytearray | memoryview
+
+_SUPERSEDED = ".superseded"
+
+logger = logging.getLogger("ema")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,7 @@ class DerivedStore:
                 if is_folder_name(path.name):
                     self._restore(run, path)
 
-    def write(self, what: Derivation, pieces: Iterable[bytes | memoryview], config: bytes | None) -> Version:
+    def write(self, what: Derivation, pieces: Iterable[Piece], config: bytes | None) -> Version:
         """Write a version and show it. The same content as that of a version that is there gives that version.
 
         Args:
@@ -122,6 +129,19 @@ class DerivedStore:
             raise BrokenGeneration(f"{version.folder / VERSION_FILE} does not say what it was made of")
         return found
 
+    def supersede(self, run: str, step: int) -> None:
+        """The run goes on from `step` on another way: what was made for later steps is of a history left behind."""
+        for version in self.catalog.derived(run):
+            if version.step > step:
+                try:
+                    (version.folder / _SUPERSEDED).touch()
+                except OSError as error:
+                    logger.warning("%s could not be marked as superseded: %s", version.folder, error)
+
+    def is_superseded(self, version: Version) -> bool:
+        """Whether the run has gone back before the version's step since it was made."""
+        return (version.folder / _SUPERSEDED).exists()
+
     def delete(self, version: Version) -> bool:
         """Delete a derived version; False while a reader holds it, or has a moment ago.
 
@@ -146,9 +166,7 @@ class DerivedStore:
             folder.mkdir(parents=True, exist_ok=True)
             sync_folders([folder.parent])
 
-    def _fill(
-        self, folder: Path, what: Derivation, pieces: Iterable[bytes | memoryview], config: bytes | None
-    ) -> Version:
+    def _fill(self, folder: Path, what: Derivation, pieces: Iterable[Piece], config: bytes | None) -> Version:
         """Write the files into a temporary folder; the version as it would be there."""
         folder.chmod(0o755)
         with (folder / MODEL_FILE).open("xb") as file:

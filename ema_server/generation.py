@@ -42,6 +42,18 @@ def seq_in(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def step_in(name: str) -> int:
+    """The step in the name of a generation's folder.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is not the name of a generation's folder")
+    return int(match[2])
+
+
 def is_folder_name(name: str) -> bool:
     """Whether `name` is what `folder_name` makes."""
     return _NAME.fullmatch(name) is not None

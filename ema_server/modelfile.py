@@ -101,13 +101,14 @@ def replaced(path: Path, tensors: Mapping[str, bytes]) -> Iterator[bytes]:
             raise BadModelFile(f"tensor {name!r} has {len(data)} bytes, {path} has {stored[name].nbytes} for it")
     with path.open("rb") as file:
         for item in sorted((stored[name] for name in tensors), key=lambda item: item.offset):
-            yield from _pieces(file.fileno(), file.tell(), item.offset)
+            yield from pieces_of(file.fileno(), file.tell(), item.offset)
             yield tensors[item.name]
             file.seek(item.offset + item.nbytes)
-        yield from _pieces(file.fileno(), file.tell(), path.stat().st_size)
+        yield from pieces_of(file.fileno(), file.tell(), path.stat().st_size)
 
 
-def _pieces(fd: int, begin: int, end: int) -> Iterator[bytes]:
+def pieces_of(fd: int, begin: int, end: int) -> Iterator[bytes]:
+    """Bytes `begin` to `end` of an open file, 4 MiB at a time."""
     for at in range(begin, end, CHUNK_BYTES):
         yield os.pread(fd, min(CHUNK_BYTES, end - at), at)
 

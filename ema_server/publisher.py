@@ -20,6 +20,7 @@ from ema_server.datadir import DataDir
 from ema_server.draft import Draft
 from ema_server.records import BrokenGeneration, RunRecord, rfc3339
 from ema_server.retention import expired
+from ema_server.ring import Ring
 from ema_server.sealing import Content, Label, link, seal
 from ema_server.telemetry import Counter, Telemetry
 
@@ -66,6 +67,14 @@ class LinkOrder:
     done: Callable[[Landed], None]
 
 
+@dataclass(frozen=True, slots=True)
+class CutOrder:
+    """The run goes on from `step`: what its ring holds of later ones is of a history left behind."""
+
+    run: str
+    step: int
+
+
 class Publisher:
     """Owns the files of all generations once they are written.
 
@@ -74,6 +83,7 @@ class Publisher:
         catalog: where they are shown.
         keep_generations: how many of the newest ones of a run stay, and how many older ones at most.
         telemetry: where to count.
+        ring: where power averages are kept besides.
         wall: seconds since the epoch, for `created`.
     """
 
@@ -84,14 +94,16 @@ class Publisher:
         *,
         keep_generations: int,
         telemetry: Telemetry,
+        ring: Ring,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.data_dir = data_dir
         self.catalog = catalog
+        self.ring = ring
         self.wall = wall
         self._keep = keep_generations
         self._telemetry = telemetry
-        self._orders: queue.SimpleQueue[SealOrder | LinkOrder | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[SealOrder | LinkOrder | CutOrder | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
     def start(self) -> None:
@@ -102,8 +114,8 @@ class Publisher:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    def submit(self, order: SealOrder | LinkOrder) -> None:
-        """Queue an order. `done` is called from the publisher's thread."""
+    def submit(self, order: SealOrder | LinkOrder | CutOrder) -> None:
+        """Queue an order. `done`, of one that has it, is called from the publisher's thread."""
         self._orders.put(order)
 
     def stop(self, timeout_s: float) -> bool:
@@ -114,6 +126,9 @@ class Publisher:
 
     def _run(self) -> None:
         while (order := self._orders.get()) is not None:
+            if isinstance(order, CutOrder):
+                self.ring.cut(order.run, order.step)
+                continue
             started = time.perf_counter_ns()
             landed = self._carry_out(order)
             self._telemetry.count(Counter.GENERATION_NS, time.perf_counter_ns() - started)
@@ -121,6 +136,7 @@ class Publisher:
             expired_folders: list[Path] = []
             if landed.generation is not None:
                 self.catalog.add(landed.generation)
+                self.ring.keep(landed.generation)
                 expired_folders = list(self._set_expired_aside(landed.generation.run))
             order.done(landed)
             for folder in expired_folders:

@@ -23,12 +23,14 @@ from ema_server.catalog import Catalog
 from ema_server.config import ServerConfig
 from ema_server.datadir import DataDir, open_data_dir
 from ema_server.derived import DerivedStore
+from ema_server.deriving import Deriving
 from ema_server.evaluator import Evaluator
 from ema_server.http.app import create_app
 from ema_server.http.services import Services
 from ema_server.ingest import Ingest
 from ema_server.metric_store import MetricStore
 from ema_server.publisher import Publisher
+from ema_server.ring import Ring
 from ema_server.serve_http import HttpServer, loop_factory
 from ema_server.telemetry import Telemetry
 from ema_server.validations import Validations
@@ -79,8 +81,8 @@ async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> boo
         http = HttpServer(create_app(services), config.http_host, config.http_port)
         http_url = await http.start()
         stack.push_async_callback(http.stop)
+        await asyncio.to_thread(services.deriving.restore)
         await asyncio.to_thread(averager.start)
-        await asyncio.to_thread(services.derived.restore)
         stack.push_async_callback(_publish_all, averager, stopped)
         endpoint = ingest.start()
         stack.push_async_callback(asyncio.to_thread, ingest.stop, INGEST_STOP_S)
@@ -100,7 +102,14 @@ def _build(config: ServerConfig, data_dir: DataDir, stack: AsyncExitStack) -> tu
     metrics = MetricStore(config.data / _METRICS_FILE)
     stack.callback(metrics.close)
     catalog, board, telemetry = Catalog(), Board(), Telemetry()
-    publisher = Publisher(data_dir, catalog, keep_generations=config.keep_generations, telemetry=telemetry)
+    ring = Ring(data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
+    stopping = threading.Event()
+    deriving = Deriving(DerivedStore(data_dir, catalog), ring, stopping)
+    stack.callback(deriving.stop)
+    ring.listen(deriving.store.supersede)
+    catalog.listen(ring.rename)
+    keep = config.keep_generations
+    publisher = Publisher(data_dir, catalog, keep_generations=keep, telemetry=telemetry, ring=ring)
     averager = Averager(config, catalog, publisher, board, telemetry)
     ingest = Ingest(config, averager, telemetry)
     averager.listen(ingest.published)
@@ -113,13 +122,13 @@ def _build(config: ServerConfig, data_dir: DataDir, stack: AsyncExitStack) -> tu
         telemetry=telemetry,
         metrics=metrics,
         validations=validations,
-        derived=DerivedStore(data_dir, catalog),
+        deriving=deriving,
         evaluator=evaluator,
         kernel=averager.kernel,
         submit=averager.submit,
         data=config.data,
         token=config.token,
-        stopping=threading.Event(),
+        stopping=stopping,
     )
     return services, averager, ingest
 

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 from ema_server.http import (
     problems,
+    routes_derived,
     routes_files,
     routes_health,
     routes_leases,
@@ -28,6 +29,7 @@ _ROUTERS = (
     routes_runs,
     routes_versions,
     routes_files,
+    routes_derived,
     routes_metrics,
     routes_validations,
     routes_leases,

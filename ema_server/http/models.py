@@ -71,6 +71,15 @@ class QuarantineOut(Out):
     at: str
 
 
+class RingOut(Out):
+    """Stored snapshots of the run's power averages; `error` says why no more are stored, if that is so."""
+
+    snapshots: int
+    first_step: int | None
+    last_step: int | None
+    error: str | None
+
+
 class RunOut(Out):
     """State, steps, rates and gaps of a run. `derived` names the averages whose versions were made after them."""
 
@@ -93,6 +102,7 @@ class RunOut(Out):
     publish_error: str | None
     averages: tuple[AverageOut, ...]
     derived: tuple[str, ...] = ()
+    ring: RingOut | None = None
 
 
 class RunsOut(Out):

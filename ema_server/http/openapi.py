@@ -12,10 +12,12 @@ from ema_server.board import Board
 from ema_server.catalog import Catalog
 from ema_server.datadir import open_data_dir
 from ema_server.derived import DerivedStore
+from ema_server.deriving import Deriving
 from ema_server.http.app import create_app
 from ema_server.http.services import Services
 from ema_server.jobs import Job
 from ema_server.metric_store import MetricStore
+from ema_server.ring import Ring
 from ema_server.telemetry import Telemetry
 from ema_server.validations import Validations
 
@@ -25,18 +27,18 @@ def document() -> str:
     with tempfile.TemporaryDirectory() as folder:
         data_dir, metrics = open_data_dir(Path(folder)), MetricStore(Path(folder) / "metrics.sqlite")
         try:
-            catalog, board = Catalog(), Board()
+            catalog, board, stopping = Catalog(), Board(), threading.Event()
             services = Services(
                 catalog=catalog,
                 board=board,
                 telemetry=Telemetry(),
                 metrics=metrics,
                 validations=Validations(catalog, board, metrics),
-                derived=DerivedStore(data_dir, catalog),
+                deriving=Deriving(DerivedStore(data_dir, catalog), Ring(data_dir, size=0), stopping),
                 submit=_nobody,
                 data=Path(folder),
                 token=None,
-                stopping=threading.Event(),
+                stopping=stopping,
             )
             return json.dumps(create_app(services).openapi(), indent=2) + "\n"
         finally:

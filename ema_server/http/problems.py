@@ -35,6 +35,8 @@ class Code(Enum):
     VALIDATION_NOT_FOUND = ("validation_not_found", 404, "The run has no such validation")
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "The method is not allowed at this address")
     ALIAS_RANGE = ("alias_range", 409, "A download through an alias cannot be resumed")
+    CANNOT_SYNTHESIZE = ("cannot_synthesize", 409, "What is stored of the run does not suffice")
+    NAME_TAKEN = ("name_taken", 409, "The name is that of another average")
     NOT_DERIVED = ("not_derived", 409, "Only derived versions can be deleted")
     VERSION_HELD = ("version_held", 409, "The version is being read")
     LEASE_LOST = ("lease_lost", 410, "The lease is lost")
@@ -47,7 +49,9 @@ class Code(Enum):
     NOT_READY = ("not_ready", 503, "The server is not ready")
     PUBLISH_FAILED = ("publish_failed", 503, "The run could not be published")
     NO_EVALUATOR = ("no_evaluator", 503, "Nobody evaluates here")
+    DERIVE_FAILED = ("derive_failed", 503, "The version could not be made")
     METRICS_UNAVAILABLE = ("metrics_unavailable", 503, "The metrics could not be read or written")
+    NO_ROOM = ("no_room", 507, "There is no room on the server's disk")
 
     def __init__(self, word: str, status: int, title: str) -> None:
         self.word = word

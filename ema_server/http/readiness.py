@@ -21,7 +21,7 @@ FREE_BYTES_MIN = 64 << 20  # room for the metrics, and for the first generation 
 
 async def check_all(services: Services) -> dict[str, CheckOut]:
     """Every check by name."""
-    needed = FREE_BYTES_MIN + sum(status.memory_bytes for status in services.board.all())
+    needed = needed_bytes(services)
     checks = {name: _thread(services, name) for name in THREADS}
     checks["data"] = await anyio.to_thread.run_sync(_writable, services.data)
     checks["publishing"] = _publishing(services)
@@ -29,6 +29,11 @@ async def check_all(services: Services) -> dict[str, CheckOut]:
     if services.stopping.is_set():
         checks["stopping"] = CheckOut(ok=False, detail="the server has been asked to stop")
     return checks
+
+
+def needed_bytes(services: Services) -> int:
+    """Room on the disk for a generation of every run in memory, which stopping the server writes."""
+    return FREE_BYTES_MIN + sum(status.memory_bytes for status in services.board.all())
 
 
 def _thread(services: Services, name: str) -> CheckOut:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from ema_server.board import RunStatus
 from ema_server.catalog import FileEntry, Version
-from ema_server.http.models import RunOut
+from ema_server.http.models import RingOut, RunOut
 from ema_server.http.problems import Code, Problem
 from ema_server.http.services import Services
 
@@ -32,7 +32,9 @@ def run_status(services: Services, run: str) -> RunStatus:
 def shown_run(services: Services, status: RunStatus) -> RunOut:
     """The JSON of a run."""
     shown: RunOut = RunOut.model_validate(status)
-    return shown.model_copy(update={"derived": services.catalog.derived_averages(status.run)})
+    ring = services.deriving.ring.status(status.run)
+    shown_ring = None if ring is None else RingOut.model_validate(ring)
+    return shown.model_copy(update={"derived": services.catalog.derived_averages(status.run), "ring": shown_ring})
 
 
 def average_versions(services: Services, run: str, average: str) -> tuple[Version, ...]:

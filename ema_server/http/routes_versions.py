@@ -6,8 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from ema_server.http.conditional import immutable_headers, is_current
-from ema_server.http.derive import delete_derived
-from ema_server.http.models import ProblemOut, PublishedOut, VersionOut, VersionsOut
+from ema_server.http.models import PublishedOut, VersionOut, VersionsOut
 from ema_server.http.publish import publish_now
 from ema_server.http.resolve import average_versions, find_version, is_alias, redirect, run_status
 from ema_server.http.services import Services
@@ -38,16 +37,6 @@ def router(services: Services) -> APIRouter:
         if is_current(request.headers, headers["ETag"]):
             return Response(status_code=304, headers=headers)
         return JSONResponse(VersionOut.model_validate(version).model_dump(mode="json"), headers=headers)
-
-    @routes.delete(
-        "/averages/{average}/versions/{id}",
-        operation_id="delete_version",
-        status_code=204,
-        responses={409: {"model": ProblemOut, "description": "It is not a derived one, or someone is reading it"}},
-    )
-    async def delete(run: str, average: str, id: str) -> None:
-        """Delete a derived version, named by its 40 hex digits. The others go by themselves, as newer ones come."""
-        await delete_derived(services, run, average, id)
 
     @routes.post(
         "/versions",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ema_server.board import Board
 from ema_server.catalog import Catalog
-from ema_server.derived import DerivedStore
+from ema_server.deriving import Deriving
 from ema_server.evaluator import Evaluator
 from ema_server.http.request_counts import RequestCounts
 from ema_server.jobs import Job
@@ -28,7 +28,7 @@ class Services:
         telemetry: counters and heartbeats of the other threads.
         metrics: evaluation metrics.
         validations: who evaluates what.
-        derived: versions made of other versions after them.
+        deriving: makes versions of other versions after them.
         submit: hands a job to the averager; never blocks.
         data: the data folder.
         token: what a client must send; None when none is needed.
@@ -42,7 +42,7 @@ class Services:
     telemetry: Telemetry
     metrics: MetricStore
     validations: Validations
-    derived: DerivedStore
+    deriving: Deriving
     submit: Callable[[Job], None]
     data: Path
     token: str | None = field(repr=False)

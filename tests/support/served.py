@@ -17,10 +17,12 @@ from ema_server.board import AverageStatus, Board, RunState, RunStatus
 from ema_server.catalog import Catalog, FileEntry, Generation, Version
 from ema_server.datadir import open_data_dir
 from ema_server.derived import DerivedStore
+from ema_server.deriving import Deriving
 from ema_server.http.app import create_app
 from ema_server.http.services import Services
 from ema_server.jobs import Job
 from ema_server.metric_store import MetricStore
+from ema_server.ring import Ring
 from ema_server.serve_http import HttpServer
 from ema_server.telemetry import Telemetry
 from ema_server.validations import Validations
@@ -41,14 +43,16 @@ class Served:
         self.validations = Validations(self.catalog, self.board, self.metrics)
         self.data_dir = open_data_dir(data)
         self.derived = DerivedStore(self.data_dir, self.catalog)
+        self.ring = Ring(self.data_dir, size=32)
         self.stopping = threading.Event()
+        self.deriving = Deriving(self.derived, self.ring, self.stopping)
         self.services = Services(
             catalog=self.catalog,
             board=self.board,
             telemetry=self.telemetry,
             metrics=self.metrics,
             validations=self.validations,
-            derived=self.derived,
+            deriving=self.deriving,
             submit=submit or _nobody,
             data=data,
             token=token,
@@ -114,6 +118,7 @@ class Served:
 
     def close(self) -> None:
         """Close the database and the folder."""
+        self.deriving.stop()
         self.metrics.close()
         self.data_dir.close()
 

@@ -1,0 +1,47 @@
+"""Routes for versions that are made of others after them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from ema_server.http.derive import delete_derived
+from ema_server.http.derive_models import SynthesizedOut, SynthesizeIn
+from ema_server.http.models import ProblemOut
+from ema_server.http.services import Services
+from ema_server.http.synthesize import synthesize
+
+
+def router(services: Services) -> APIRouter:
+    """`…/synthesize`, and the end of a derived version."""
+    routes = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
+
+    @routes.post(
+        "/synthesize",
+        operation_id="synthesize",
+        status_code=201,
+        responses={
+            200: {"model": SynthesizedOut, "description": "It has been made before: the version that exists"},
+            409: {"model": ProblemOut, "description": "What is stored does not suffice, or the name is taken"},
+        },
+    )
+    async def make(run: str, body: SynthesizeIn, response: Response) -> SynthesizedOut:
+        """Make a power-function average that was not kept, of those that were. Answers once it is durable."""
+        made, is_new = await synthesize(services, run, body)
+        version = made.version
+        response.headers["Location"] = f"/v1/runs/{version.run}/averages/{version.average}/versions/{version.id}"
+        if not is_new:
+            response.status_code = 200
+        return made
+
+    @routes.delete(
+        "/averages/{average}/versions/{id}",
+        operation_id="delete_version",
+        status_code=204,
+        responses={409: {"model": ProblemOut, "description": "It is not a derived one, or someone is reading it"}},
+    )
+    async def delete(run: str, average: str, id: str) -> None:
+        """Delete a derived version, named by its 40 hex digits. The others go by themselves, as newer ones come."""
+        await delete_derived(services, run, average, id)
+
+    return routes

@@ -1,0 +1,73 @@
+"""From a wish for another power average to its version, or to the problem that says why the ring does not suffice."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ema_proto.averages import PowerEma
+from ema_proto.errors import LocalProtocolError
+from ema_server.board import RunStatus
+from ema_server.deriving import Synthesized
+from ema_server.http.derive import derive
+from ema_server.http.derive_models import InputOut, SynthesizedOut, SynthesizeIn
+from ema_server.http.models import VersionOut
+from ema_server.http.problems import Code, Problem
+from ema_server.http.resolve import run_status
+from ema_server.http.services import Services
+from ema_server.synthesis import CannotSynthesize
+
+
+async def synthesize(services: Services, run: str, body: SynthesizeIn) -> tuple[SynthesizedOut, bool]:
+    """Make a power average of what is stored of a run; returns it and whether it is new.
+
+    Raises:
+        Problem: it cannot be made, or not under this name.
+    """
+    status = run_status(services, run)
+    rule = _rule(body)
+    _check_name(services, status, rule)
+    if body.step is not None and body.step > (status.published_step or 0):
+        detail = f"run {run!r} is published up to step {status.published_step}: step {body.step} lies beyond it"
+        raise Problem(Code.CANNOT_SYNTHESIZE, detail)
+    work = partial(services.deriving.synthesize, status.run, rule, body.step)
+    try:
+        made = await derive(services, 2 * status.snapshot_bytes, work)  # float32 of what may be sent in 16 bits
+    except CannotSynthesize as error:
+        raise Problem(Code.CANNOT_SYNTHESIZE, f"run {run!r}: {error}") from None
+    return _shown(made), made.is_new
+
+
+def _rule(body: SynthesizeIn) -> PowerEma:
+    try:
+        return PowerEma(body.sigma_rel, name=body.name or "", gamma=body.gamma)
+    except LocalProtocolError as error:
+        raise Problem(Code.INVALID, str(error)) from None
+
+
+def _check_name(services: Services, status: RunStatus, rule: PowerEma) -> None:
+    known = services.catalog.versions(status.run, rule.name)
+    if rule.name in {average.name for average in status.averages} or any(item.derived is None for item in known):
+        detail = (
+            f"run {status.run!r} keeps an average {rule.name!r} itself: download that, or ask for this one under "
+            "another name"
+        )
+        raise Problem(Code.NAME_TAKEN, detail)
+    other = next((item for item in known if item.spec != rule.spec), None)
+    if other is not None:
+        detail = f"{rule.name!r} of run {status.run!r} is {other.spec} already, not {rule.spec}: use another name"
+        raise Problem(Code.NAME_TAKEN, detail)
+
+
+def _shown(made: Synthesized) -> SynthesizedOut:
+    facts = made.facts
+    return SynthesizedOut(
+        version=VersionOut.model_validate(made.version),
+        sigma_rel=facts["sigma_rel"],
+        gamma=facts["gamma"],
+        origin=facts["origin"],
+        estimated_error=facts["estimated_error"],
+        amplification=facts["amplification"],
+        rounding=facts["rounding"],
+        warning=facts["warning"],
+        inputs=tuple(InputOut(**part) for part in facts["inputs"]),
+    )

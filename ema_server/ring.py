@@ -1,0 +1,229 @@
+"""A bounded ring of a run's power-function averages, so that others of the kind can be made after the run.
+
+Comes in: generations as they become durable, and the steps to which runs go back. Goes out: `RingSnapshot`s. Hard links
+make a snapshot cost only what the generations no longer hold. A disk that refuses stops the ring, and nothing else.
+
+    runs/{run}/ring/{seq}-{step}/    snapshot.json  config.json  {average}.safetensors...
+
+The publisher's thread alone writes, anyone may read. What a snapshot is, is known in `ring_snapshot`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ema_server.catalog import Generation
+from ema_server.config import RingDtype
+from ema_server.datadir import TEMPORARY, DataDir
+from ema_server.disk import sync_folders
+from ema_server.generation import is_folder_name, step_in
+from ema_server.modelfile import BadModelFile
+from ema_server.records import BrokenGeneration
+from ema_server.ring_snapshot import RingSnapshot, powers_of, read_snapshot, write_snapshot
+
+logger = logging.getLogger("ema")
+
+
+@dataclass(frozen=True, slots=True)
+class RingStatus:
+    """How many snapshots a run's ring has, from which step to which; `error` says why it stands still, if it does."""
+
+    snapshots: int
+    first_step: int | None
+    last_step: int | None
+    error: str | None
+
+
+class Ring:
+    """The rings of all runs.
+
+    Args:
+        data_dir: where they lie.
+        size: how many snapshots a ring has at most; 0 keeps none.
+        every_steps: from one snapshot to the next it is at least so many steps; the last of a run is kept always.
+        dtype: in which averaged tensors are kept.
+    """
+
+    def __init__(self, data_dir: DataDir, size: int, every_steps: int = 0, dtype: RingDtype = "float32") -> None:
+        self._data_dir = data_dir
+        self._size = size
+        self._every_steps = every_steps
+        self._dtype: RingDtype = dtype
+        self._lock = threading.Lock()
+        self._statuses: dict[str, RingStatus] = {}
+        self._offered: dict[str, int] = {}
+        self._readers: dict[str, int] = {}
+        self._on_cut: list[Callable[[str, int], None]] = []
+        self._cuts: dict[str, int] = {}  # those that could not be made yet
+
+    def restore(self) -> None:
+        """Look at what is on the disk.
+
+        Raises:
+            OSError: the data folder cannot be read.
+        """
+        for run in self._data_dir.runs():
+            self._show(run)
+            status = self.status(run)
+            if status is not None and status.last_step is not None:
+                self._offered[run] = status.last_step
+
+    def listen(self, on_cut: Callable[[str, int], None]) -> None:
+        """Call `on_cut(run, step)` whenever a run goes on from an earlier step. It runs on the publisher's thread."""
+        self._on_cut.append(on_cut)
+
+    def due_at(self, run: str, begun_step: int) -> int | None:
+        """The step at which a run with power averages is due for a snapshot; None where publications set the pace.
+
+        Args:
+            run: its name.
+            begun_step: what counts as the last one where there has been none.
+        """
+        if not self._size or not self._every_steps:
+            return None
+        return self._offered.get(run, begun_step) + self._every_steps
+
+    def keep(self, generation: Generation) -> None:
+        """Put a generation's power averages into the ring if one is due, and thin it out (publisher only)."""
+        run, due_at = generation.run, self.due_at(generation.run, -self._every_steps)
+        is_early = due_at is not None and generation.step < due_at and not generation.finished
+        if not self._size or is_early or not powers_of(generation):
+            return
+        self._offered[run] = generation.step
+        try:
+            self._cut_now(run)
+            self._add(generation)
+            self._thin_out(run)
+        except (OSError, BrokenGeneration, BadModelFile) as error:
+            self._fail(run, f"step {generation.step} could not be kept: {_reason(error)}")
+        else:
+            self._show(run)
+
+    def cut(self, run: str, step: int) -> None:
+        """Drop what lies beyond `step`: the run goes on from there, on another way (publisher only).
+
+        What cannot be dropped now is dropped before the next snapshot comes in: the two are never mixed.
+        """
+        self._cuts[run] = min(step, self._cuts.get(run, step))
+        if run in self._offered:
+            self._offered[run] = min(step, self._offered[run])
+        for listener in self._on_cut:
+            listener(run, step)
+        try:
+            self._cut_now(run)
+            self._show(run)
+        except OSError as error:
+            self._fail(run, f"what lies beyond step {step} could not be dropped: {_reason(error)}")
+
+    def snapshots(self, run: str) -> tuple[RingSnapshot, ...]:
+        """What the ring of a run holds, by step.
+
+        Raises:
+            OSError: the disk fails, or a snapshot was dropped a moment ago.
+            BrokenGeneration: a snapshot cannot be read.
+        """
+        found = [read_snapshot(path) for path in self._folders(run)]
+        return tuple(sorted(found, key=lambda snapshot: snapshot.step))
+
+    def status(self, run: str) -> RingStatus | None:
+        """How the ring of a run stands; None where there is none."""
+        with self._lock:
+            return self._statuses.get(run)
+
+    def rename(self, run: str, new_run: str) -> None:
+        """The run and its folder have another name."""
+        with self._lock:
+            self._offered.pop(run, None)
+            moved = self._statuses.pop(run, None)
+            if moved is not None:
+                self._statuses[new_run] = moved
+
+    @contextmanager
+    def reading(self, run: str) -> Iterator[None]:
+        """Inside the block the ring is not thinned out; it may grow beyond its size meanwhile."""
+        with self._lock:
+            self._readers[run] = self._readers.get(run, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers[run] -= 1
+
+    def _add(self, generation: Generation) -> None:
+        parent = self._data_dir.ring_folder(generation.run)
+        folder = parent / generation.folder.name
+        if any(step_in(path.name) == generation.step for path in self._folders(generation.run)):
+            return
+        temporary = parent / (TEMPORARY + folder.name)
+        try:
+            write_snapshot(temporary, generation, self._dtype)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # renamed, where all went well
+        sync_folders([parent, parent.parent])
+
+    def _thin_out(self, run: str) -> None:
+        with self._lock:
+            if self._readers.get(run):
+                return
+        by_step = {step_in(path.name): path for path in self._folders(run)}
+        for step in thinned(sorted(by_step), self._size):
+            self._drop(by_step[step])
+
+    def _cut_now(self, run: str) -> None:
+        if run not in self._cuts:
+            return
+        for path in self._folders(run):
+            if step_in(path.name) > self._cuts[run]:
+                self._drop(path)
+        del self._cuts[run]
+
+    def _drop(self, folder: Path) -> None:
+        aside = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)  # what stays is swept at the next start
+
+    def _folders(self, run: str) -> list[Path]:
+        folder = self._data_dir.ring_folder(run)
+        return [path for path in folder.iterdir() if is_folder_name(path.name)] if folder.is_dir() else []
+
+    def _fail(self, run: str, error: str) -> None:
+        known = self.status(run)
+        if known is None or known.error is None:
+            logger.error("run %s: its ring for later synthesis stands still, averaging goes on: %s", run, error)
+        self._show(run, error)
+
+    def _show(self, run: str, error: str | None = None) -> None:
+        steps = [step_in(path.name) for path in self._folders(run)]
+        with self._lock:
+            known = self._statuses.pop(run, None)
+            if steps or error is not None:
+                self._statuses[run] = RingStatus(len(steps), min(steps, default=None), max(steps, default=None), error)
+        if known is not None and known.error is not None and error is None:
+            logger.info("run %s: its ring for later synthesis goes on", run)
+
+
+def thinned(steps: Sequence[int], size: int) -> list[int]:
+    """The steps to drop, so that `size` of them stay spread over the run: the first and the newest always do.
+
+    One after another goes the one whose neighbours are closest together, of several the earliest.
+
+    Args:
+        steps: increasing.
+        size: at least 2.
+    """
+    left, dropped = list(steps), []
+    while len(left) > size:
+        spans = [after - before for before, after in zip(left, left[2:], strict=False)]
+        dropped.append(left.pop(1 + spans.index(min(spans))))
+    return dropped
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

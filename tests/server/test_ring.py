@@ -1,0 +1,241 @@
+"""The ring keeps snapshots of power averages beyond their generations, bounded, and never of two histories at once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ema_proto.manifest import Role
+from ema_server.catalog import Version
+from ema_server.jobs import Applied, Rewound
+from ema_server.ring import RingStatus, thinned
+from support.keeper import WAIT_S, Keeper, durable, joined, keeping, manifest_of, versions_by_average
+
+_POWERS = ("power:sigma_rel=0.05", "power:sigma_rel=0.1,name=wide", "raw")
+
+
+def _weights(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "w": torch.rand(5000, generator=generator),
+        "mean": torch.rand(3, generator=generator),
+        "n": torch.tensor(step),
+    }
+
+
+_MANIFEST = manifest_of(_weights(1), roles={"mean": Role.BUFFER})
+
+
+def _apply(keeper: Keeper, *steps: int) -> None:
+    for step in steps:
+        assert isinstance(keeper.apply("r", step, _weights(step)), Applied)
+
+
+def _publish(keeper: Keeper, *steps: int) -> dict[str, Version]:
+    """A generation at each of the steps; the versions of the last."""
+    for step in steps:
+        _apply(keeper, step)
+        found = versions_by_average(keeper.publish("r"))
+    return found
+
+
+def _steps(keeper: Keeper, run: str = "r") -> list[int]:
+    return [snapshot.step for snapshot in keeper.ring.snapshots(run)]
+
+
+def test_a_snapshot_is_a_second_name_of_the_power_averages_files_and_outlives_them(tmp_path: Path) -> None:
+    with keeping(tmp_path, keep_generations=1) as keeper:
+        joined(keeper.join("r", _MANIFEST, _POWERS, config='{"a": 1}'))
+        version = _publish(keeper, 1, 2)["wide"]
+        snapshot = keeper.ring.snapshots("r")[-1]
+        assert [member.average for member in snapshot.members] == ["power-0.05", "wide"]
+        path = snapshot.folder / snapshot.members[1].file.name
+        assert path.stat().st_ino == (version.folder / "model.safetensors").stat().st_ino
+        weights = keeper.load(version)
+        _publish(keeper, *range(3, 8))
+        assert not version.folder.exists(), "retention goes on"
+
+        assert {name: value.tolist() for name, value in load_file(path).items()} == {
+            name: value.tolist() for name, value in weights.items()
+        }
+        member = snapshot.members[1]
+        assert (member.version, member.origin, member.began, member.updates) == (version.id, 0, 1, 2)
+        assert member.copied == {"n"}
+        assert (snapshot.folder / "config.json").read_text() == '{"a": 1}'
+
+
+def test_a_run_without_power_averages_and_a_ring_of_no_size_keep_nothing(tmp_path: Path) -> None:
+    with keeping(tmp_path / "a") as keeper:
+        joined(keeper.join("r", _MANIFEST))
+        _publish(keeper, 1, 2)
+        assert keeper.ring.status("r") is None
+    with keeping(tmp_path / "b", ring_size=0) as keeper:
+        joined(keeper.join("r", _MANIFEST, _POWERS))
+        _publish(keeper, 1, 2)
+        assert not keeper.data_dir.ring_folder("r").exists()
+
+
+def test_of_a_full_ring_the_snapshot_in_the_closest_company_goes() -> None:
+    assert thinned([1, 5, 9], 3) == []
+    assert thinned([10, 20, 30, 31, 40], 4) == [31]
+    assert thinned([10, 20, 30, 40], 3) == [20], "of several the earliest"
+    assert thinned([1, 2, 3, 100], 2) == [2, 3], "the first and the newest stay"
+
+
+@pytest.mark.parametrize("size", [2, 5, 32])
+def test_a_ring_stays_spread_over_the_run(size: int) -> None:
+    ring: list[int] = []
+    for step in range(10, 10_010, 10):
+        ring.append(step)
+        ring = [kept for kept in ring if kept not in thinned(ring, size)]
+
+    gaps = [after - before for before, after in pairwise(ring)]
+    assert (len(ring), ring[0], ring[-1]) == (size, 10, 10_000)
+    assert max(gaps) <= 4 * 10_000 / size or size == 2
+
+
+def test_a_ring_has_no_more_snapshots_than_its_size(tmp_path: Path) -> None:
+    with keeping(tmp_path, ring_size=3) as keeper:
+        joined(keeper.join("r", _MANIFEST, _POWERS))
+        _publish(keeper, *range(1, 9))
+        assert len(_steps(keeper)) == 3
+        assert (_steps(keeper)[0], _steps(keeper)[-1]) == (1, 8)
+        assert keeper.ring.status("r") == RingStatus(3, 1, 8, None)
+
+
+def test_while_it_is_read_nothing_is_thinned_out(tmp_path: Path) -> None:
+    with keeping(tmp_path, ring_size=2) as keeper:
+        joined(keeper.join("r", _MANIFEST, _POWERS))
+        with keeper.ring.reading("r"):
+            _publish(keeper, 1, 2, 3, 4)
+            assert _steps(keeper) == [1, 2, 3, 4]
+        _publish(keeper, 5)
+        assert _steps(keeper) == [1, 5]
+
+
+def test_a_cadence_of_its_own_makes_publications_due_and_passes_over_others(tmp_path: Path) -> None:
+    with keeping(tmp_path, ring_every_steps=10) as keeper:
+        joined(keeper.join("r", _MANIFEST, _POWERS))
+        for step in range(1, 38):
+            _apply(keeper, step)
+            keeper.settled("r", lambda status: (status.published_step or 0) + 10 > (status.step or 0))
+        assert _steps(keeper) == [10, 20, 30]
+        durable(keeper.publish("r"))
+        assert _steps(keeper) == [10, 20, 30], "step 37 is early"
+        durable(keeper.finish("r"))
+        assert _steps(keeper) == [10, 20, 30, 37], "the last one of a run is always kept"
+
+
+def test_a_run_without_power_averages_is_not_published_for_the_ring(tmp_path: Path) -> None:
+    with keeping(tmp_path, ring_every_steps=2) as keeper:
+        joined(keeper.join("r", _MANIFEST))
+        _apply(keeper, *range(1, 8))
+        keeper.settled("r", lambda status: status.step == 7)
+        assert keeper.announced == []
+
+
+def test_bfloat16_halves_averages_and_leaves_copied_tensors_whole(tmp_path: Path) -> None:
+    with keeping(tmp_path, ring_dtype="bfloat16") as keeper:
+        joined(keeper.join("r", _MANIFEST, ["power:sigma_rel=0.05,buffers=copy"]))
+        (version,) = _publish(keeper, 1, 2).values()
+        snapshot = keeper.ring.snapshots("r")[-1]
+        path = snapshot.folder / snapshot.members[0].file.name
+        kept, exact = load_file(path), keeper.load(version)
+
+        assert snapshot.dtype == "bfloat16"
+        assert torch.equal(kept["w"], exact["w"].bfloat16())
+        assert torch.equal(kept["mean"], exact["mean"])
+        assert kept["n"].item() == 2
+        assert snapshot.members[0].copied == {"mean", "n"}
+        assert path.stat().st_size < 0.6 * (version.folder / "model.safetensors").stat().st_size
+
+
+def test_a_disk_that_refuses_stops_the_ring_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, _POWERS))
+        keeper.data_dir.ring_folder("r").touch()
+        with caplog.at_level(logging.INFO, "ema"):
+            _publish(keeper, 1, 2)
+        status = keeper.ring.status("r")
+        assert status is not None
+        assert status.error is not None
+        assert status.error.startswith("step 2 could not be kept: ")
+        said = [record for record in caplog.records if "its ring for later synthesis stands still" in record.message]
+        assert len(said) == 1, "said once, not at every publication"
+        assert keeper.board.get("r").published_step == 2  # type: ignore[union-attr]
+
+        keeper.data_dir.ring_folder("r").unlink()
+        _publish(keeper, 3)
+        assert keeper.ring.status("r") == RingStatus(1, 3, 3, None)
+
+
+def test_after_a_rewind_the_ring_holds_nothing_of_the_history_left_behind(tmp_path: Path) -> None:
+    with keeping(tmp_path, keep_generations=9) as keeper:
+        joined(keeper.join("r", _MANIFEST, _POWERS))
+        _publish(keeper, 1, 2, 3, 4, 5)
+        left = {snapshot.step: snapshot.members[0].version for snapshot in keeper.ring.snapshots("r")}
+        assert isinstance(keeper.rewind("r", 3), Rewound)
+        for step in (4, 5):
+            keeper.apply("r", step, _weights(step + 100))
+        durable(keeper.publish("r"))
+
+        now = {snapshot.step: snapshot.members[0].version for snapshot in keeper.ring.snapshots("r")}
+        assert sorted(now) == [1, 2, 3, 5]
+        assert [left[step] == now[step] for step in (1, 2, 3, 5)] == [True, True, True, False]
+
+
+def test_a_restart_keeps_the_ring_up_to_the_generation_that_is_resumed(tmp_path: Path) -> None:
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, _POWERS))
+        _publish(keeper, 1, 2, 3)
+        newest = keeper.catalog.generations("r")[0].folder
+    (newest / "manifest.json").unlink()
+    with keeping(tmp_path) as keeper:
+        assert keeper.ring.status("r") == RingStatus(3, 1, 3, None)
+        assert joined(keeper.join("r", _MANIFEST, _POWERS, first_step=4)).last_step == 2
+        _publish(keeper, 4)
+        assert _steps(keeper) == [1, 2, 4]
+
+
+def test_what_cannot_be_dropped_is_never_mixed_with_what_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, _POWERS))
+        _publish(keeper, 1, 2, 3)
+        refused = threading.Event()
+
+        def refuse(self: Path, target: Path) -> Path:
+            refused.set()
+            raise OSError(5, "Input/output error")
+
+        folder = type(keeper.data_dir.ring_folder("r"))
+        rename = folder.rename
+        monkeypatch.setattr(
+            folder, "rename", lambda self, to: refuse(self, to) if "ring" in self.parts else rename(self, to)
+        )
+        assert isinstance(keeper.rewind("r", 1), Rewound)
+        _publish(keeper, 2)
+        assert refused.wait(WAIT_S)
+        assert _steps(keeper) == [1, 2, 3], "the old history alone"
+        monkeypatch.undo()
+        _publish(keeper, 4)
+        assert _steps(keeper) == [1, 4]
+
+
+def test_a_run_set_aside_takes_its_ring_along_and_the_new_one_begins_without(tmp_path: Path) -> None:
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, _POWERS))
+        _publish(keeper, 1, 2)
+        joined(keeper.join("r", _MANIFEST, _POWERS, resume="never"))
+        aside = next(run for run in keeper.catalog.runs() if run != "r")
+        assert _steps(keeper, aside) == [1, 2]
+        assert keeper.ring.status(aside) == RingStatus(2, 1, 2, None)
+        assert keeper.ring.status("r") is None
+        _publish(keeper, 1)
+        assert _steps(keeper) == [1]
