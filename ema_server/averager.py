@@ -87,6 +87,7 @@ class Averager:
         self._publisher = publisher
         self._listeners: list[Callable[[str, int], None]] = []
         arithmetic = choose(config.kernel, device.torch_device)
+        self._device = device
         self._crew = Crew(device.workers, device.block_elements, device, arithmetic)
         self.kernel = arithmetic.name
         self._courses = Courses(catalog, board, publisher, clock)
@@ -169,6 +170,8 @@ class Averager:
         course = self._courses.get(name)
         if course is not None:
             self._courses.settle(course)
+        if self._courses.get(name) is None:
+            self._device.trim()
 
     def _carry_out(self, course: Course | None, job: Job) -> None:
         if course is not None and not isinstance(job, Apply | Publish):

@@ -43,6 +43,7 @@ RingEvery = Annotated[str, _option("ring-every-steps", "Steps between two of the
 RingKind = Annotated[str, _option("ring-dtype", "Their dtype: float32 or bfloat16.", "DTYPE")]
 LostAfter = Annotated[str, _option("lost-after-seconds", "When a silent trainer counts as lost.", "SECONDS")]
 ChunkBytes = Annotated[str, _option("chunk-bytes", "Size of the chunks that trainers send.", "BYTES")]
+Device = Annotated[str, _option("device", "Where averages are kept: cpu, cuda, cuda:1, ...", "DEVICE")]
 KernelName = Annotated[str, _option("kernel", "What averages are computed with: auto, torch or compiled.", "KERNEL")]
 Evaluate = Annotated[
     str | None, _option("evaluate", "Evaluate versions by this function, in a process of its own.", "MODULE:FUNCTION")
@@ -71,6 +72,7 @@ def serve(
     ring_dtype: RingKind = "float32",
     lost_after_seconds: LostAfter = "60",
     chunk_bytes: ChunkBytes = "4194304",
+    device: Device = "cpu",
     kernel: KernelName = "auto",
     evaluate: Evaluate = None,
     evaluate_device: EvaluateDevice = "cpu",
@@ -79,7 +81,7 @@ def serve(
 ) -> None:
     """Keep the averages of all runs, and serve their versions.
 
-    When it is ready it prints one line of JSON: zmq, http, data, pid.
+    When it is ready it prints one line of JSON: zmq, http, data, device, pid.
     """
     try:
         level = _level(log_level)
@@ -97,6 +99,7 @@ def serve(
             ring_dtype=cast(RingDtype, ring_dtype),  # the config refuses what is none
             lost_after_seconds=_number("lost_after_seconds", lost_after_seconds),
             chunk_bytes=_whole("chunk_bytes", chunk_bytes),
+            device=device,
             kernel=kernel,
             evaluate=evaluate,
             evaluate_device=evaluate_device,
@@ -111,6 +114,7 @@ def serve(
 
 def _run(config: ServerConfig) -> int:
     # Imported only now: torch takes a second, which `ema --help` need not.
+    from ema_server.cuda import DeviceError
     from ema_server.datadir import DataDirError
     from ema_server.kernel_choice import KernelUnavailableError
     from ema_server.metric_store import MetricStoreError
@@ -119,7 +123,7 @@ def _run(config: ServerConfig) -> int:
 
     try:
         durable = run(config, lambda ready: print(ready.line(), flush=True))
-    except KernelUnavailableError as error:
+    except (DeviceError, KernelUnavailableError) as error:
         typer.echo(f"ema serve: {error}", err=True)
         return EXIT_USAGE
     except (DataDirError, MetricStoreError, HttpListenError) as error:

@@ -22,6 +22,7 @@ RING_SIZE_MAX = 256  # shares of more averages are not worth their solution
 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")
+_KEPT_ON = re.compile(r"cpu|cuda(:[0-9]{1,4})?")
 _LOST_AFTER_S_MIN = 2 * HEARTBEAT_S + 1  # a heartbeat may be late, or lost
 _TOKEN_CHARS_MAX = 256  # a request header's worth, far above any key
 
@@ -44,6 +45,7 @@ class ServerConfig:
         ring_dtype: `float32` (hard links to the generations' files) or `bfloat16` (half the bytes, less exact).
         lost_after_seconds: a trainer silent for so long is lost; its run is published and leaves memory.
         chunk_bytes: size of the chunks asked from trainers.
+        device: where averages are kept and computed, `cpu`, `cuda` or `cuda:INDEX`.
         kernel: what averages are computed with: `torch`, `compiled` (needs numba), or `auto`, the best there is.
         evaluate: `module:function` that the server's own evaluation worker calls; None: it has no worker.
         evaluate_device: where that worker loads weights to, `cpu`, `cuda:1`, ...
@@ -66,6 +68,7 @@ class ServerConfig:
     ring_dtype: RingDtype = "float32"
     lost_after_seconds: float = SESSION_LOST_S
     chunk_bytes: int = CHUNK_BYTES_DEFAULT
+    device: str = "cpu"
     kernel: str = "auto"
     evaluate: str | None = None
     evaluate_device: str = "cpu"
@@ -87,6 +90,8 @@ class ServerConfig:
         _check_ring(self.ring_size, self.ring_every_steps, self.ring_dtype)
         if not CHUNK_BYTES_MIN <= self.chunk_bytes <= CHUNK_BYTES_MAX:
             raise ValueError(f"chunk_bytes is {self.chunk_bytes}: use {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX}")
+        if _KEPT_ON.fullmatch(self.device) is None:
+            raise ValueError(f"device is {self.device!r}: averages can be kept on cpu, cuda, or cuda:0, cuda:1, ...")
         if self.kernel not in KERNELS:
             raise ValueError(f"kernel is {self.kernel!r}: use {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
         _check_evaluator(self.evaluate, self.evaluate_device, self.evaluate_every_versions)

@@ -69,6 +69,13 @@ class Device(Protocol):
     def trim(self) -> None:
         """Give back to the system what was freed."""
 
+    def describe(self) -> str:
+        """Its name, and what it has left, for people.
+
+        Raises:
+            RuntimeError: it does not answer.
+        """
+
 
 class Host:
     """Memory and cores of this machine."""
@@ -92,6 +99,10 @@ class Host:
 
     def trim(self) -> None:
         """Nothing: what is freed is the system's again."""
+
+    def describe(self) -> str:
+        """See `Device.describe`."""
+        return "cpu: this machine's memory"
 
 
 class _InPlace:

@@ -6,6 +6,7 @@ both see the same bytes, with no copy between. It does not know what the bytes m
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Protocol, TypeAlias
 import torch
 
 from ema_server.headroom import available_bytes
+
+_WRITABLE = 0x200  # PyBUF_WRITE of Python's C API
 
 Piece: TypeAlias = Callable[[memoryview, int], None]
 """Is called with bytes in host memory, and with the number of the first of them."""
@@ -84,6 +87,14 @@ def allocate(nbytes: int, *, touch: bool = False) -> HostMemory:
         _ask_for_huge_pages(pages)
     data = torch.frombuffer(pages, dtype=torch.uint8)
     return HostMemory(data.zero_() if touch else data, memoryview(pages))
+
+
+def host_memory(data: torch.Tensor) -> HostMemory:
+    """A tensor of torch's (uint8, 1-D, in host memory) with a view of it, which is valid as long as the tensor is."""
+    view_of = ctypes.pythonapi.PyMemoryView_FromMemory
+    view_of.restype, view_of.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+    view: memoryview = view_of(data.data_ptr(), data.numel(), _WRITABLE)
+    return HostMemory(data, view)
 
 
 def _ask_for_huge_pages(pages: mmap.mmap) -> None:

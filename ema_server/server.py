@@ -21,9 +21,11 @@ from ema_server.averager import Averager
 from ema_server.board import Board
 from ema_server.catalog import Catalog
 from ema_server.config import ServerConfig
+from ema_server.cuda import open_device
 from ema_server.datadir import DataDir, open_data_dir
 from ema_server.derived import DerivedStore
 from ema_server.deriving import Deriving
+from ema_server.device import Device
 from ema_server.evaluator import Evaluator
 from ema_server.http.app import create_app
 from ema_server.http.services import Services
@@ -50,6 +52,7 @@ class Ready:
     zmq: str
     http: str
     data: str
+    device: str
     pid: int
 
     def line(self) -> str:
@@ -64,8 +67,8 @@ def run(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
         Whether it ended because it was asked to, and every run was durable then.
 
     Raises:
-        DataDirError, MetricStoreError, HttpListenError, KernelUnavailableError, OSError: it cannot start; the text
-            says what to change.
+        DeviceError, KernelUnavailableError, DataDirError, MetricStoreError, HttpListenError, OSError: it cannot start;
+            the text says what to change.
     """
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_serve(config, announce))
@@ -74,10 +77,11 @@ def run(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
 async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
     asked = _signals()
     stopped: list[bool] = []
+    device = open_device(config.device)
     async with AsyncExitStack() as stack:
         data_dir = open_data_dir(config.data)
         stack.callback(data_dir.close)
-        services, averager, ingest = _build(config, data_dir, stack)
+        services, averager, ingest = _build(config, device, data_dir, stack)
         http = HttpServer(create_app(services), config.http_host, config.http_port)
         http_url = await http.start()
         stack.push_async_callback(http.stop)
@@ -89,7 +93,7 @@ async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> boo
         if services.evaluator is not None:
             services.evaluator.start(http_url)
             stack.push_async_callback(services.evaluator.stop)
-        announce(Ready(endpoint, http_url, str(config.data.absolute()), os.getpid()))
+        announce(Ready(endpoint, http_url, str(config.data.absolute()), device.name, os.getpid()))
         dead = await until_over(asked, {"ingest": ingest.is_alive, "averager": averager.is_alive})
         if dead:
             log.critical("thread %s has died (see above): stopping, so that whoever supervises me can restart me", dead)
@@ -98,7 +102,9 @@ async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> boo
     return all(stopped) and not dead
 
 
-def _build(config: ServerConfig, data_dir: DataDir, stack: AsyncExitStack) -> tuple[Services, Averager, Ingest]:
+def _build(
+    config: ServerConfig, device: Device, data_dir: DataDir, stack: AsyncExitStack
+) -> tuple[Services, Averager, Ingest]:
     metrics = MetricStore(config.data / _METRICS_FILE)
     stack.callback(metrics.close)
     catalog, board, telemetry = Catalog(), Board(), Telemetry()
@@ -110,7 +116,7 @@ def _build(config: ServerConfig, data_dir: DataDir, stack: AsyncExitStack) -> tu
     catalog.listen(ring.rename)
     keep = config.keep_generations
     publisher = Publisher(data_dir, catalog, keep_generations=keep, telemetry=telemetry, ring=ring)
-    averager = Averager(config, catalog, publisher, board, telemetry)
+    averager = Averager(config, catalog, publisher, board, telemetry, device=device)
     ingest = Ingest(config, averager, telemetry)
     averager.listen(ingest.published)
     catalog.listen(metrics.rename)
@@ -127,6 +133,7 @@ def _build(config: ServerConfig, data_dir: DataDir, stack: AsyncExitStack) -> tu
         kernel=averager.kernel,
         submit=averager.submit,
         data=config.data,
+        device=device,
         token=config.token,
         stopping=stopping,
     )

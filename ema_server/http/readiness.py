@@ -1,4 +1,4 @@
-"""Whether the server does its work: threads live, the data folder can be written, runs are published, there is room.
+"""Whether the server does its work: threads and device answer, the data folder can be written, there is room.
 
 A server without a trainer is ready. The checks of the disk run in a worker thread: a network disk may hang.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
+from ema_server.device import Device
 from ema_server.http.models import CheckOut
 from ema_server.http.services import Services
 
@@ -24,6 +25,7 @@ async def check_all(services: Services) -> dict[str, CheckOut]:
     needed = needed_bytes(services)
     checks = {name: _thread(services, name) for name in THREADS}
     checks["data"] = await anyio.to_thread.run_sync(_writable, services.data)
+    checks["device"] = await anyio.to_thread.run_sync(_answers, services.device)
     checks["publishing"] = _publishing(services)
     checks["disk"] = await anyio.to_thread.run_sync(_room, services.data, needed)
     if services.stopping.is_set():
@@ -48,6 +50,13 @@ def _publishing(services: Services) -> CheckOut:
     """Averaging goes on while a run cannot be published; what it has since then would be lost with the process."""
     failing = [f"run {status.run}: {status.publish_error}" for status in services.board.all() if status.publish_error]
     return CheckOut(ok=not failing, detail="; ".join(failing) or "the last generation of every run was written")
+
+
+def _answers(device: Device) -> CheckOut:
+    try:
+        return CheckOut(ok=True, detail=f"averages are kept on {device.describe()}")
+    except RuntimeError as error:
+        return CheckOut(ok=False, detail=f"{device.name}: {error}")
 
 
 def _writable(data: Path) -> CheckOut:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ema_server.board import Board
 from ema_server.catalog import Catalog
 from ema_server.deriving import Deriving
+from ema_server.device import HOST, Device
 from ema_server.evaluator import Evaluator
 from ema_server.http.request_counts import RequestCounts
 from ema_server.jobs import Job
@@ -31,6 +32,7 @@ class Services:
         deriving: makes versions of other versions after them.
         submit: hands a job to the averager; never blocks.
         data: the data folder.
+        device: what the averages are kept on.
         token: what a client must send; None when none is needed.
         kernel: what averages are computed with, `torch` or `compiled`.
         evaluator: the server's own evaluation worker, if it has one.
@@ -49,4 +51,5 @@ class Services:
     stopping: threading.Event
     kernel: str = "torch"
     evaluator: Evaluator | None = None
+    device: Device = HOST
     requests: RequestCounts = field(default_factory=RequestCounts)

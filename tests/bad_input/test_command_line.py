@@ -50,6 +50,8 @@ def test_an_unknown_option_is_one_line_that_names_it(
         (["serve", "now"], "now"),
         (["serve", "--keep-generation", "3"], "--keep-generations"),
         (["serve", "--data"], "--data"),
+        (["serve", "--device", "mps"], "device is 'mps'"),
+        (["serve", "--device", "cuda:999"], "device is 'cuda:999'"),
         (["status", "a", "b"], "b"),
         (["status", "--url", "ftp://host"], "ftp://host"),
         (["status", "--url", "http://[::1"], "http://[::1"),

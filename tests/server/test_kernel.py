@@ -13,23 +13,28 @@ import torch
 from torch import Tensor
 
 from ema_proto.manifest import Manifest, Role, TensorSpec
+from ema_server.accelerator import Accelerator
 from ema_server.crew import Crew
 from ema_server.device import BLOCK_ELEMENTS
 from ema_server.dtypes import view
 from ema_server.kernel import Target
 from ema_server.layout import Form, averaged_by_all, held_nbytes, places, segments
 from support.arithmetics import NAMES, arithmetic
+from support.backends import InlineBackend
 from support.keeper import encode, manifest_of
 
 _SHARES = [("torch", *share) for share in ((1, 1), (3, 1), (2, 3), (1, 64), (2, BLOCK_ELEMENTS))]
 _SHARES += [("compiled", *share) for share in ((3, 1), (1, 64), (2, BLOCK_ELEMENTS))]
 
 
-@pytest.fixture(params=_SHARES, ids="{0[0]}, {0[1]} x {0[2]}".format)
+@pytest.fixture(params=[*_SHARES, ("elsewhere", 1, 3)], ids="{0[0]}, {0[1]} x {0[2]}".format)
 def crew(request: pytest.FixtureRequest) -> Iterator[Crew]:
-    """Kernel, threads and elements per block."""
+    """Kernel, threads and elements per block; and one whose averages are on a device."""
     name, workers, block_elements = request.param
-    crew = Crew(workers, block_elements, arithmetic=arithmetic(name))
+    if name == "elsewhere":
+        crew = Crew(workers, block_elements, Accelerator("test:0", InlineBackend(), block_elements))
+    else:
+        crew = Crew(workers, block_elements, arithmetic=arithmetic(name))
     yield crew
     crew.close()
 

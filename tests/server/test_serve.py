@@ -52,8 +52,8 @@ def test_when_ready_it_prints_one_line_of_json_and_logs_elsewhere(tmp_path: Path
 
     ready = json.loads(server.lines[0])
     assert (status, code, len(server.lines)) == (200, 0, 1)
-    assert sorted(ready) == ["data", "http", "pid", "zmq"]
-    assert (ready["pid"], ready["data"]) == (server.popen.pid, str(tmp_path / "data"))
+    assert sorted(ready) == ["data", "device", "http", "pid", "zmq"]
+    assert (ready["pid"], ready["data"], ready["device"]) == (server.popen.pid, str(tmp_path / "data"), "cpu")
     assert not any("Traceback" in line for line in server.errors)
 
 

@@ -9,7 +9,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from ema_proto.errors import RejectCode
+from ema_server.accelerator import Accelerator
+from ema_server.http.app import create_app
 from ema_server.telemetry import Counter
+from support.backends import InlineBackend
 from support.served import Served
 
 
@@ -37,7 +40,8 @@ def test_a_server_with_beating_threads_and_room_is_ready_without_any_trainer(
     body = client.get("/readyz").json()
 
     assert body["ready"] is True
-    assert sorted(body["checks"]) == ["averager", "data", "disk", "ingest", "publishing"]
+    assert sorted(body["checks"]) == ["averager", "data", "device", "disk", "ingest", "publishing"]
+    assert body["checks"]["device"]["detail"] == "averages are kept on cpu: this machine's memory"
 
 
 def test_a_thread_that_never_beat_makes_it_unready_check_by_check(client: TestClient, served: Served) -> None:
@@ -52,9 +56,25 @@ def test_a_thread_that_never_beat_makes_it_unready_check_by_check(client: TestCl
         "ingest": False,
         "averager": True,
         "data": True,
+        "device": True,
         "disk": True,
         "publishing": True,
     }
+
+
+def test_a_device_that_does_not_answer_makes_it_unready(served: Served) -> None:
+    class Lost(InlineBackend):
+        def describe(self) -> str:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    served.beat()
+    with TestClient(create_app(replace(served.services, device=Accelerator("cuda:1", Lost())))) as client:
+        response = client.get("/readyz")
+
+    assert (response.status_code, response.json()["detail"]) == (
+        503,
+        "device: cuda:1: CUDA error: an illegal memory access was encountered",
+    )
 
 
 def test_a_data_folder_that_is_gone_makes_it_unready(client: TestClient, served: Served) -> None:
