@@ -33,6 +33,12 @@ class EmaClient:
         endpoint: the server's address, `tcp://HOST:PORT`; default `EMA_ENDPOINT`.
         run: name of the run; default `EMA_RUN`, else one is generated and logged.
         averages: the rules, as strings or values (`"ema:0.9999"`, `Ema(0.9999)`, `"raw"`).
+        samples_per_step: samples in an optimizer step, over all ranks, for averages that are given in samples; default
+            `EMA_SAMPLES_PER_STEP`.
+        steps_per_epoch: for averages that are given in epochs; default `EMA_STEPS_PER_EPOCH`.
+        include: patterns of the names of the tensors to stream; all by default.
+        exclude: patterns of names that are left out even so.
+        trainable_only: stream only the parameters that require a gradient when the run is joined, no buffers.
         step: optimizer steps already taken; 0 unless `load_state_dict` says otherwise.
         every: send the steps divisible by this.
         when_behind: with every slot still on its way, `"skip"` the snapshot, or `"wait"` while connected.
@@ -63,6 +69,11 @@ class EmaClient:
         run: str | None = None,
         averages: Iterable[AverageSpec | str] = ("ema:0.9999",),
         *,
+        samples_per_step: float | None = None,
+        steps_per_epoch: float | None = None,
+        include: Iterable[str] | str = (),
+        exclude: Iterable[str] | str = (),
+        trainable_only: bool = False,
         step: int | None = None,
         every: int = 1,
         when_behind: Literal["skip", "wait"] = "skip",
@@ -79,6 +90,11 @@ class EmaClient:
             endpoint=endpoint,
             run=run,
             averages=averages,
+            samples_per_step=samples_per_step,
+            steps_per_epoch=steps_per_epoch,
+            include=include,
+            exclude=exclude,
+            trainable_only=trainable_only,
             step=step,
             every=every,
             when_behind=when_behind,
@@ -107,6 +123,8 @@ class EmaClient:
 
     def attach(self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> Attachment:
         """Join the run, and send a snapshot after every real step of `optimizer` from now on.
+
+        Where an average of a new run begins with the weights of before the first step (`init=start`), they go first.
 
         Args:
             model: what to stream, wrapped (DDP, compiled) or not.
@@ -142,6 +160,19 @@ class EmaClient:
         """
         if self._session.life.usable():
             self._session.update(model, None if step is None else check_step("step", step, 0))
+
+    def set(self, model: nn.Module) -> bool:
+        """Have every average become the weights of `model`, as of the steps taken so far; the first call joins the run.
+
+        Before the first step it gives averages with `init=start` what they begin with, if `update` is called by hand.
+
+        Returns:
+            True once the weights are copied; False when they could not be sent.
+
+        Raises:
+            PlanError, JoinError, ClientClosed: as of `update`.
+        """
+        return self._session.life.usable() and self._session.set(model)
 
     def flush(self, timeout_s: float = 60.0, *, durable: bool = False) -> bool:
         """Wait until all that was sent is applied (`durable`: published); False when it is not, or not in time."""

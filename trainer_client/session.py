@@ -14,6 +14,7 @@ from typing import Any, Self
 from torch import nn
 from torch.optim import Optimizer
 
+from ema_proto.exponential import Ema
 from trainer_client.counters import Counters
 from trainer_client.errors import JoinError, RewindError, SettingsError
 from trainer_client.hooks import Attachment
@@ -78,15 +79,24 @@ class Session:
         if self._attachment.attached:
             raise SettingsError("the client is attached already: call remove() on the handle that attach() returned")
         if self._stream is None:
-            self.join(model, self.steps)
+            self._begin(model)
         self._attachment = Attachment(optimizers, partial(self._after_step, model))
         return self._attachment
 
     def update(self, model: nn.Module, step: int | None) -> None:
         """Join unless that was done, and send a snapshot as of `step`, by default the one after the last."""
-        stream = self.join(model, steps_before(step, self._steps_known)) if self._stream is None else self._stream
+        stream = self._stream
+        if stream is None:
+            stream = self.join(model, steps_before(step, self._steps_known))
+            if self._lacks_start():
+                log.warning("ema: averages with init=start begin with the first update: no set(model) came before it")
         with self._counters:
             stream.advance(model, stream.steps + 1 if step is None else step)
+
+    def set(self, model: nn.Module) -> bool:
+        """Join unless that was done, and have the averages become the weights of `model`, as of the last step."""
+        stream = self.join(model, self.steps) if self._stream is None else self._stream
+        return self.replace(model, stream.steps)
 
     def replace(self, model: nn.Module, step: int) -> bool:
         """Have the averages become the weights of `model`, as of `step`; False when they could not be sent."""
@@ -103,6 +113,17 @@ class Session:
             self.close(CLOSE_TIMEOUT_S)
             raise
         return self._stream
+
+    def _begin(self, model: nn.Module) -> Stream:
+        """Join, and send the weights of before the first step where an average begins with them."""
+        stream = self.join(model, self.steps)
+        if self._lacks_start():
+            self.replace(model, stream.steps)
+        return stream
+
+    def _lacks_start(self) -> bool:
+        starts = any(isinstance(rule, Ema) and rule.init == "start" for rule in self.settings.averages)
+        return starts and self.worker.continuation == "new"
 
     def flush(self, timeout_s: float, *, durable: bool) -> bool:
         """Wait until all that was sent is applied, or published."""

@@ -24,6 +24,8 @@ from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import CONFIG_BYTES_MAX, STEP_MAX
 from ema_proto.messages import Resume
 from ema_proto.names import check_name
+from ema_proto.pace import Pace, check_pace
+from ema_proto.patterns import check_patterns
 from ema_proto.specs import AverageSpec, parse_averages, split_averages
 from ema_proto.variables import misspelt, warning
 from trainer_client.errors import SettingsError
@@ -51,6 +53,10 @@ class Settings:
     run: str
     run_generated: bool
     averages: tuple[AverageSpec, ...]
+    pace: Pace
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    trainable_only: bool
     step: int | None
     every: int
     when_behind: WhenBehind
@@ -70,6 +76,11 @@ class Settings:
         endpoint: str | None,
         run: str | None,
         averages: Iterable[AverageSpec | str],
+        samples_per_step: float | None,
+        steps_per_epoch: float | None,
+        include: Iterable[str] | str,
+        exclude: Iterable[str] | str,
+        trainable_only: bool,
         step: int | None,
         every: int,
         when_behind: Literal["skip", "wait"],
@@ -81,7 +92,7 @@ class Settings:
         wait_timeout_s: float,
         incarnation: int | None,
     ) -> Settings:
-        """Validate the arguments; `EMA_ENDPOINT`, `EMA_RUN`, `EMA_TOKEN` stand in for those that are None.
+        """Validate the arguments. Variables of an argument's name, as `EMA_RUN`, stand in for those that are None.
 
         A variable that looks like one of ours misspelt is named in a warning.
 
@@ -91,11 +102,20 @@ class Settings:
         for name, meant in misspelt(environ):
             log.warning("ema: %s", warning(name, meant))
         named = _given(run, environ, "EMA_RUN")
+        rules = _averages(averages)
         return cls(
             endpoint=_endpoint(_given(endpoint, environ, "EMA_ENDPOINT")),
             run=_generated_run() if named is None else _run(named),
             run_generated=named is None,
-            averages=_averages(averages),
+            averages=rules,
+            pace=_pace(
+                rules,
+                _number(samples_per_step, environ, "EMA_SAMPLES_PER_STEP"),
+                _number(steps_per_epoch, environ, "EMA_STEPS_PER_EPOCH"),
+            ),
+            include=_patterns("include", include),
+            exclude=_patterns("exclude", exclude),
+            trainable_only=bool(trainable_only),
             step=None if step is None else check_step("step", step, 0),
             every=check_step("every", every, 1),
             when_behind=WhenBehind(_choice("when_behind", when_behind, tuple(WhenBehind))),
@@ -205,6 +225,32 @@ def _averages(given: object) -> tuple[AverageSpec, ...]:
         return parse_averages(averages)
     except LocalProtocolError as error:
         raise SettingsError(str(error)) from None
+
+
+def _number(value: float | None, environ: Mapping[str, str], variable: str) -> float | None:
+    text = environ.get(variable)
+    if value is not None or not text:
+        return value
+    try:
+        return float(text)
+    except ValueError:
+        raise SettingsError(f"{variable}={text!r} is not a number: use for example {variable}=256") from None
+
+
+def _pace(rules: tuple[AverageSpec, ...], samples_per_step: float | None, steps_per_epoch: float | None) -> Pace:
+    try:
+        pace = Pace(samples_per_step, steps_per_epoch)
+        check_pace(rules, pace)
+    except LocalProtocolError as error:
+        raise SettingsError(str(error)) from None
+    return pace
+
+
+def _patterns(name: str, given: Iterable[str] | str) -> tuple[str, ...]:
+    try:
+        return check_patterns(name, given if isinstance(given, str) else list(given))
+    except (LocalProtocolError, TypeError) as error:
+        raise SettingsError(f"{name}={str(given)[:80]!r} cannot be used: {error}") from None
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:

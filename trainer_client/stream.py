@@ -11,11 +11,14 @@ import logging
 import torch
 from torch import nn
 
+from ema_proto.averages import check_matches
+from ema_proto.errors import LocalProtocolError
 from ema_proto.messages import Join, Mode
 from ema_proto.sender import SenderState
 from trainer_client.counters import Counters, Skip
 from trainer_client.errors import PlanError, SettingsError
 from trainer_client.plan import Plan
+from trainer_client.selection import Selection
 from trainer_client.settings import Settings, WhenBehind
 from trainer_client.staging import CpuStager, Stager
 from trainer_client.worker import Worker
@@ -55,7 +58,8 @@ class Stream:
             PlanError: the model holds something that cannot be streamed.
             JoinError: the server refuses the run, or does not answer.
         """
-        plan = Plan.of(model)
+        plan = Plan.of(model, Selection(settings.include, settings.exclude, settings.trainable_only))
+        _check_matches(plan, settings)
         join = Join(
             run=settings.run,
             first_step=steps + 1,
@@ -66,6 +70,7 @@ class Stream:
             incarnation=settings.incarnation,
             checksum=settings.checksum,
             config=settings.config,
+            pace=settings.pace,
         )
         # Slots made in inference mode could not be written outside it.
         with torch.inference_mode(False):
@@ -130,6 +135,13 @@ class Stream:
         if reason not in self._told:
             log.warning("ema: %s (said once, then only counted)", text, exc_info=error)
         self._told.add(reason)
+
+
+def _check_matches(plan: Plan, settings: Settings) -> None:
+    try:
+        check_matches(settings.averages, [tensor.name for tensor in plan.manifest.tensors])
+    except LocalProtocolError as error:
+        raise PlanError(str(error)) from None
 
 
 def steps_before(step: int | None, known: int | None) -> int:

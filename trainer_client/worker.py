@@ -91,6 +91,12 @@ class Worker:
                 raise JoinError(f"run {join.run!r}: the server at {self._endpoint} has not answered")
             return shared.joined
 
+    @property
+    def continuation(self) -> str | None:
+        """How the run went on when the server last answered a JOIN; None before."""
+        with self._shared.changed:
+            return None if self._shared.joined is None else self._shared.joined.continuation
+
     def acquire(self, wait_s: float) -> Slot | None:
         """A slot to fill, to be passed to `offer` or `give_back`; None when there is none or the connection is down.
 

@@ -30,6 +30,8 @@ VARIABLES: Final = frozenset(
         "EMA_RING_EVERY_STEPS",
         "EMA_RING_SIZE",
         "EMA_RUN",
+        "EMA_SAMPLES_PER_STEP",
+        "EMA_STEPS_PER_EPOCH",
         "EMA_TOKEN",
         "EMA_URL",
         "EMA_ZMQ",
