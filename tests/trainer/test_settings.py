@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ema_proto.names import check_name
+from ema_proto.pace import Pace
 from ema_proto.specs import Ema
 from trainer_client import EmaClientError, SettingsError
 from trainer_client.settings import Settings
@@ -37,6 +38,27 @@ _GIVEN: dict[str, Any] = {
 
 def _settings(environ: dict[str, str] | None = None, **given: Any) -> Settings:
     return Settings.of({} if environ is None else environ, **{**_GIVEN, **given})
+
+
+def test_the_pace_is_an_argument_or_a_variable() -> None:
+    environ = {"EMA_SAMPLES_PER_STEP": "256", "EMA_STEPS_PER_EPOCH": "1e3"}
+
+    assert _settings(environ).pace == Pace(256, 1000)
+    assert _settings(environ, samples_per_step=64).pace == Pace(64, 1000)
+    assert _settings({"EMA_SAMPLES_PER_STEP": ""}).pace == Pace()
+    with pytest.raises(SettingsError, match="EMA_STEPS_PER_EPOCH='many' is not a number"):
+        _settings({"EMA_STEPS_PER_EPOCH": "many"})
+    with pytest.raises(SettingsError, match="samples_per_step 0 is not a number above 0"):
+        _settings(samples_per_step=0)
+    with pytest.raises(SettingsError, match="pass steps_per_epoch= to EmaClient"):
+        _settings(averages=["raw", "ema:half_life_epochs=2"], samples_per_step=64)
+
+
+@pytest.mark.parametrize("wrong", [5, [5], [""], ["a,b"]], ids=str)
+def test_what_is_no_pattern_is_refused_with_the_argument(wrong: object) -> None:
+    assert _settings(include="head.*", exclude=["*.bias", "*.mask"]).exclude == ("*.bias", "*.mask")
+    with pytest.raises(SettingsError, match="exclude="):
+        _settings(exclude=wrong)
 
 
 def test_environment_stands_in_for_what_is_not_given() -> None:
