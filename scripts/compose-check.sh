@@ -19,7 +19,8 @@ export COMPOSE_PROJECT_NAME=ema-check-$$ COMPOSE_FILE=docker-compose.yml
 EMA_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
 export EMA_TOKEN DEMO_RUN=demo HTTP_PORT=0 ZMQ_PORT=0 DEMO_STEPS=$STEPS EMA_PUBLISH_EVERY_STEPS=$((STEPS / 5))
 export EMA_PUBLISH_EVERY_SECONDS=0 # so that what is published at the end is the end's doing
-unset EMA_KEEP_GENERATIONS EMA_LOST_AFTER_SECONDS EMA_CHUNK_BYTES EMA_LOG_LEVEL
+unset EMA_KEEP_GENERATIONS EMA_RING_SIZE EMA_RING_EVERY_STEPS EMA_RING_DTYPE EMA_LOST_AFTER_SECONDS EMA_CHUNK_BYTES
+unset EMA_DEVICE EMA_KERNEL EMA_EVALUATE EMA_EVALUATE_DEVICE EMA_EVALUATE_EVERY_VERSIONS EMA_LOG_LEVEL
 
 if docker compose version >/dev/null 2>&1; then
   compose() { docker compose --profile demo "$@"; }
@@ -157,7 +158,23 @@ interrupted() { # SIGTERM in the middle of a run
   say "  up again: published is step $published"
 }
 
+with_evaluation() { # the server gets an evaluation of its own, by a file over the others as docs/validation.md has it
+  chmod 755 "$folder"
+  mkdir "$folder/evaluation"
+  echo 'def evaluate(state): return {"tensors": len(state), "loss": 1.0}' >"$folder/evaluation/my_evaluation.py"
+  printf '%s\n' 'services:' '  ema:' '    volumes:' "      - $folder/evaluation:/evaluation:ro" >"$folder/evaluation.yml"
+  export COMPOSE_FILE=docker-compose.yml:$folder/evaluation.yml EMA_EVALUATE=my_evaluation:evaluate
+}
+
+validated() { # by the server itself
+  local found
+  found=$(server ema validate "demo/$AVERAGE" --again --json | server_python "print(json.load(sys.stdin)['metrics']['loss'])")
+  [[ $found == 1.0 ]] || fail "the server's own evaluation says $found"
+  say "  the server evaluates with a function that was mounted"
+}
+
 docker info >/dev/null
+quietly compose -f docker-compose.yml -f docker-compose.gpu.yml config
 build
 say "up"
 up
@@ -170,11 +187,13 @@ loads "$folder/first.safetensors"
 say "down, and up again"
 quietly compose down
 export EMA_PUBLISH_EVERY_STEPS=0
+with_evaluation
 up
 download "$folder/second.safetensors"
 cmp "$folder/first.safetensors" "$folder/second.safetensors" || fail "the run came back with other weights"
 cmp "$folder/first.safetensors.json" "$folder/second.safetensors.json" || fail "the run came back as another version"
 say "  the run is still there, byte for byte"
+validated
 say "SIGTERM in the middle of a run"
 interrupted
 say "all of it held; to remove the images: docker image rm ema-sidecar ema-sidecar-demo"

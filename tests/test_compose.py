@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -22,10 +24,21 @@ from ema_server.server import INGEST_STOP_S, PUBLISH_STOP_S
 _ROOT = Path(__file__).parents[1]
 _DOCKERFILE = (_ROOT / "Dockerfile").read_text()
 _COMPOSE = (_ROOT / "docker-compose.yml").read_text()
+_GPU = (_ROOT / "docker-compose.gpu.yml").read_text()
 _CHECK = _ROOT / "scripts" / "compose-check.sh"
 _README = (_ROOT / "README.md").read_text()
 _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())
 _OF_THE_IMAGE = {"EMA_ZMQ", "EMA_HTTP", "EMA_DATA"}
+
+
+def _compose() -> tuple[str, ...] | None:
+    """Compose's command, where there is one."""
+    if shutil.which("docker-compose") is not None:
+        return ("docker-compose",)
+    if shutil.which("docker") is None:
+        return None
+    known = subprocess.run(["docker", "compose", "version"], capture_output=True, timeout=30)
+    return ("docker", "compose") if known.returncode == 0 else None
 
 
 def _service(name: str) -> str:
@@ -67,9 +80,8 @@ def test_every_setting_of_the_server_can_be_given_to_the_service() -> None:
     group: Any = typer.main.get_command(build())
     offered = {option.envvar for option in group.commands["serve"].params if option.envvar}
     passed = set(re.findall(r"^      (EMA_\w+):", _service("ema"), flags=re.MULTILINE))
-    needs_code_of_the_users = {name for name in offered if name.startswith("EMA_EVALUATE")}
 
-    assert offered - passed <= _OF_THE_IMAGE | {"EMA_INSECURE"} | needs_code_of_the_users
+    assert offered - passed == _OF_THE_IMAGE | {"EMA_INSECURE"}
     assert passed - offered == set()
 
 
@@ -142,6 +154,52 @@ def test_the_build_sees_what_the_wheel_is_made_of_and_nothing_else() -> None:
 
     assert "\n*\n" in (_ROOT / ".dockerignore").read_text()
     assert set(allowed) == {"pyproject.toml", project["readme"], *project["license-files"], *made_of}
+
+
+def test_the_file_for_a_gpu_adds_to_the_servers_service_and_to_nothing_else() -> None:
+    """Compose 1.29 knows neither `gpus:` nor a `name:` of the project."""
+    (service,) = re.findall(r"^  ([\w-]+):$", _GPU, flags=re.MULTILINE)
+    device = re.search(r"EMA_DEVICE: (.*)$", _GPU, flags=re.MULTILINE)
+
+    assert service == "ema"
+    assert device is not None
+    assert ServerConfig(Path("data"), device=_default(device[1])).device == "cuda"
+    assert re.search(r"^        TORCH_INDEX: \$\{TORCH_CUDA_INDEX-", _GPU, flags=re.MULTILINE)
+    assert "ARG TORCH_INDEX=" in _DOCKERFILE
+    assert re.search(r"reservations:\n +devices:\n +- driver: nvidia\n +count: 1\n +capabilities: \[gpu\]\n", _GPU)
+    assert re.findall(r"^(?:name|version):|gpus:", _GPU, flags=re.MULTILINE) == []
+
+
+@pytest.mark.skipif(_compose() is None, reason="needs docker compose")
+@pytest.mark.parametrize(
+    "files", [("docker-compose.yml",), ("docker-compose.yml", "docker-compose.gpu.yml")], ids="+".join
+)
+def test_compose_takes_the_files(files: tuple[str, ...]) -> None:
+    """It reads and merges them; no engine is asked."""
+    done = subprocess.run(
+        [*(_compose() or ()), *(word for file in files for word in ("-f", file)), "config"],
+        cwd=_ROOT,
+        env={**os.environ, "EMA_TOKEN": "secret"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert done.returncode == 0, done.stderr
+    on_gpu = len(files) > 1
+    assert ("driver: nvidia" in done.stdout) == on_gpu
+    assert ("EMA_DEVICE: cuda" in done.stdout) == on_gpu
+    assert ("image: ema-sidecar-cuda" in done.stdout) == on_gpu
+    assert done.stdout.count("stop_grace_period") == 1
+
+
+def test_the_snippet_for_ones_own_evaluation_mounts_it_where_the_server_looks() -> None:
+    page = (_ROOT / "docs" / "validation.md").read_text()
+    place = re.search(r"^      PYTHONPATH: (\S+)", _service("ema"), flags=re.MULTILINE)
+
+    assert place is not None
+    assert re.search(rf"^      - \./my_evaluation\.py:{place[1]}/my_evaluation\.py:ro$", page, flags=re.MULTILINE)
+    assert "EMA_EVALUATE=my_evaluation:evaluate" in page
 
 
 def test_the_snippet_for_ones_own_trainer_uses_what_there_is() -> None:
