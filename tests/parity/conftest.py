@@ -13,7 +13,7 @@ from torch import Tensor
 from ema_proto.specs import parse_average
 from ema_reader import Reader
 from support.library_peers import Peer, State, Update
-from support.parity_model import STEPS, Walk
+from support.parity_model import STEPS, Walk, Walker
 from support.parity_table import PEERS
 from support.processes import ServerProcess
 from trainer_client import EmaClient
@@ -57,17 +57,18 @@ def _compare(data: Path) -> Compared:
         except pytest.skip.Exception as missing:
             found.absent[peer.label] = str(missing.msg)
     rules = {peer.rule: parse_average(peer.rule) for peer in PEERS}
+    optimizer = Walker(found.walk)
     with ServerProcess(data) as server:
         client = EmaClient(server.zmq, _RUN, {rule.name: rule for rule in rules.values()}.values(), when_behind="wait")
-        for _ in range(STEPS):
-            step = found.walk.step()
-            client.update(found.walk.model, step)
+        client.attach(found.walk.model, optimizer)
+        for step in range(1, STEPS + 1):
+            optimizer.step()
             for update, _ in begun.values():
                 update(step)
         assert client.finish()
-        assert client.stats()["committed"] == STEPS
+        assert sum(client.stats()["skipped"].values()) == 0
         with Reader(server.http) as reader:
             for text, rule in rules.items():
-                found.ours[text] = reader.load(reader.version(_RUN, rule.name))
+                found.ours[text] = reader.load(reader.version(_RUN, rule.name, f"step-{STEPS}"))
     found.libraries = {label: state() for label, (_, state) in begun.items()}
     return found

@@ -20,6 +20,7 @@ from support.real_timm import model_ema
 
 Update = Callable[[int], None]
 State = Callable[[], Mapping[str, Tensor]]
+Begin = Callable[[nn.Module], tuple[Update, State]]
 
 
 class Form(Enum):
@@ -45,7 +46,7 @@ class Peer:
 
     label: str
     rule: str
-    begin: Callable[[nn.Module], tuple[Update, State]]
+    begin: Begin
     decay: float
     form: Form = Form.LERP
     differs: tuple[str, ...] = ()
@@ -57,7 +58,7 @@ def _listed(model: nn.Module, shadow: list[Tensor]) -> dict[str, Tensor]:
     return {name: value for (name, _), value in zip(model.named_parameters(), shadow, strict=True)}
 
 
-def timm(**given: Any) -> Callable[[nn.Module], tuple[Update, State]]:
+def timm(**given: Any) -> Begin:
     """`ModelEmaV3(model, ...).update(model, step=n)`, as timm's train.py calls it."""
 
     def begin(model: nn.Module) -> tuple[Update, State]:
@@ -67,7 +68,7 @@ def timm(**given: Any) -> Callable[[nn.Module], tuple[Update, State]]:
     return begin
 
 
-def timm_v2(**given: Any) -> Callable[[nn.Module], tuple[Update, State]]:
+def timm_v2(**given: Any) -> Begin:
     """`ModelEmaV2(model, ...).update(model)`."""
 
     def begin(model: nn.Module) -> tuple[Update, State]:
@@ -77,17 +78,17 @@ def timm_v2(**given: Any) -> Callable[[nn.Module], tuple[Update, State]]:
     return begin
 
 
-def averaged_model(**given: Any) -> Callable[[nn.Module], tuple[Update, State]]:
-    """`torch.optim.swa_utils.AveragedModel(model, ...).update_parameters(model)`."""
+def averaged_model(on: Callable[[int], bool] = lambda _: True, **given: Any) -> Begin:
+    """`torch.optim.swa_utils.AveragedModel(model, ...).update_parameters(model)`, at the steps that `on` says."""
 
     def begin(model: nn.Module) -> tuple[Update, State]:
         ema = swa_utils.AveragedModel(model, **given)
-        return lambda _: ema.update_parameters(model), ema.module.state_dict
+        return lambda step: ema.update_parameters(model) if on(step) else None, ema.module.state_dict
 
     return begin
 
 
-def diffusers(**given: Any) -> Callable[[nn.Module], tuple[Update, State]]:
+def diffusers(**given: Any) -> Begin:
     """`EMAModel(model.parameters(), ...).step(model.parameters())`."""
 
     def begin(model: nn.Module) -> tuple[Update, State]:
@@ -106,7 +107,7 @@ def diffusers(**given: Any) -> Callable[[nn.Module], tuple[Update, State]]:
     return begin
 
 
-def ema_pytorch(kind: str = "EMA", **given: Any) -> Callable[[nn.Module], tuple[Update, State]]:
+def ema_pytorch(kind: str = "EMA", **given: Any) -> Begin:
     """`EMA(model, ...).update()` or `KarrasEMA(model, ...).update()`."""
 
     def begin(model: nn.Module) -> tuple[Update, State]:
@@ -116,7 +117,7 @@ def ema_pytorch(kind: str = "EMA", **given: Any) -> Callable[[nn.Module], tuple[
     return begin
 
 
-def torch_ema(**given: Any) -> Callable[[nn.Module], tuple[Update, State]]:
+def torch_ema(**given: Any) -> Begin:
     """`ExponentialMovingAverage(model.parameters(), ...).update()`."""
 
     def begin(model: nn.Module) -> tuple[Update, State]:
@@ -126,7 +127,7 @@ def torch_ema(**given: Any) -> Callable[[nn.Module], tuple[Update, State]]:
     return begin
 
 
-def lightning(kind: str, **given: Any) -> Callable[[nn.Module], tuple[Update, State]]:
+def lightning(kind: str, **given: Any) -> Begin:
     """A callback of Lightning's, called as its trainer does after each batch."""
 
     def begin(model: nn.Module) -> tuple[Update, State]:
@@ -155,7 +156,7 @@ def lightning(kind: str, **given: Any) -> Callable[[nn.Module], tuple[Update, St
     return begin
 
 
-def composer(half_life: int) -> Callable[[nn.Module], tuple[Update, State]]:
+def composer(half_life: int) -> Begin:
     """`compute_ema(model, parameters, smoothing)` as the algorithm EMA calls it after each batch.
 
     Like the algorithm with `ema_start="0ba"` and `update_interval="1ba"` it begins with a copy after the first batch.
@@ -185,7 +186,7 @@ def composer(half_life: int) -> Callable[[nn.Module], tuple[Update, State]]:
     return begin
 
 
-def torchvision(decay: float) -> Callable[[nn.Module], tuple[Update, State]]:
+def torchvision(decay: float) -> Begin:
     """The ExponentialMovingAverage of torchvision's training reference: torch's class with a function of its own."""
 
     def average(averaged: Tensor, new: Tensor, _: Tensor | int) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 STEPS = 1000
 LARGEST = 2.0  # of the weights that walk
@@ -69,3 +70,15 @@ class Walk:
             self.model.profile.zero_()[number] = 1.0
         state: Mapping[str, Tensor] = self.model.state_dict()
         self.history.append({name: value.clone() for name, value in state.items()})
+
+
+class Walker(Optimizer):
+    """The walk as an optimizer, so that a client can be attached to it."""
+
+    def __init__(self, walk: Walk) -> None:
+        super().__init__(walk.model.parameters(), {})
+        self._walk = walk
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take a step."""
+        self._walk.step()
