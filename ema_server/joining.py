@@ -56,9 +56,6 @@ Decision: TypeAlias = Start | Continue | GoBack | SetAside | Refused
 
 def decide(join: messages.Join, known: Known | None) -> Decision:
     """What to do about `join`; `known` is None for a run without a snapshot."""
-    if join.world > 1:
-        text = f"a trainer of world size {join.world} cannot be served yet: stream from one rank, with world=1"
-        return Refused(RejectCode.WORLD_UNSUPPORTED, text)
     if known is None:
         if join.resume == "must" and not join.reconnect:
             text = f"run {join.run!r} has nothing to continue: check its name, or join with resume='auto'"

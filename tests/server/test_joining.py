@@ -26,11 +26,10 @@ def _decide(
     reconnect: bool = False,
     averages: str = "raw,ema:0.9",
     other: bool = False,
-    world: int = 1,
 ) -> Decision:
     manifest = _OTHER if other else _MANIFEST
     specs = parse_averages(averages)
-    return decide(messages.Join("r", first_step, manifest, specs, 1, resume, reconnect=reconnect, world=world), known)
+    return decide(messages.Join("r", first_step, manifest, specs, 1, resume, reconnect=reconnect), known)
 
 
 @pytest.mark.parametrize(
@@ -122,11 +121,3 @@ def test_a_known_name_with_another_rule_is_refused() -> None:
     assert isinstance(refused, Refused)
     assert refused.code is RejectCode.AVERAGE_CHANGED
     assert "'ema-0.9' of run 'r' is ema:0.8, not ema:0.9" in refused.text
-
-
-@pytest.mark.parametrize("known", [None, _KNOWN])
-def test_sharded_trainers_are_refused(known: Known | None) -> None:
-    refused = _decide(known, world=2)
-
-    assert isinstance(refused, Refused)
-    assert refused.code is RejectCode.WORLD_UNSUPPORTED
