@@ -1,6 +1,7 @@
 """What other libraries compute, as one table: each preset is parameters of a rule, put in when a string is read.
 
 A preset keeps no trace: the spec and the default name are those of what it stands for. What is given beside it wins.
+docs/averages.md says which call of which library each of them is, and where that differs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from dataclasses import dataclass, field
 from ema_proto.errors import LocalProtocolError
 
 _SHOWN_CHARS = 80
-_LENGTHS = ("decay", "half_life", "half_life_samples", "half_life_epochs", "sigma_rel", "gamma")
+_LENGTHS = {
+    "ema": ("decay", "half_life", "half_life_samples", "half_life_epochs"),
+    "power": ("sigma_rel", "gamma"),
+    "swa": (),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +25,11 @@ class Preset:
 
     Args:
         rule: whose they are, `"ema"`, `"swa"` or `"power"`.
-        original: what computes so.
-        parameters: what differs from the rule's defaults.
+        parameters: what differs from the rule's defaults, for the library's own.
         length: the original's own default, where it has one: used if no length is given.
     """
 
     rule: str
-    original: str
     parameters: Mapping[str, str] = field(default_factory=dict)
     length: Mapping[str, str] = field(default_factory=dict)
 
@@ -34,21 +37,19 @@ class Preset:
 _START, _COPY = {"init": "start"}, {"buffers": "copy"}
 
 PRESETS: Mapping[str, Preset] = {
-    "timm-v2": Preset("ema", "timm `ModelEmaV2`", _START, {"decay": "0.9999"}),
-    "timm-v3": Preset("ema", "timm `ModelEmaV3` with a step, as `train.py` calls it", {}, {"decay": "0.9999"}),
-    "torch-ema": Preset("ema", "`AveragedModel` with `get_ema_multi_avg_fn`", _COPY, {"decay": "0.999"}),
-    "torch-swa": Preset("swa", "`torch.optim.swa_utils.AveragedModel`", _COPY),
-    "diffusers": Preset(
-        "ema", "diffusers `EMAModel`", {"warmup": "tf", "update_after": "1"} | _START | _COPY, {"decay": "0.9999"}
-    ),
-    "ema-pytorch": Preset("ema", "ema-pytorch `EMA`", {"warmup": "timm", "update_after": "100"}, {"decay": "0.9999"}),
-    "tf": Preset("ema", "TensorFlow `ExponentialMovingAverage` with `num_updates`", {"warmup": "tf"} | _START | _COPY),
-    "keras": Preset("ema", "Keras `use_ema=True`", _COPY, {"decay": "0.99"}),
-    "edm2": Preset("power", "EDM2 `PowerFunctionEMA`", _COPY, {"sigma_rel": "0.05"}),
-    "composer": Preset("ema", "composer `EMA`", {}, {"half_life": "1000"}),
-    "nemo": Preset("ema", "NeMo `EMA`", _START | _COPY),
-    "lightning": Preset("ema", "Lightning `EMAWeightAveraging`", {}, {"decay": "0.999"}),
-    "torchvision": Preset("ema", "torchvision's reference `train.py`", {}),
+    "timm-v2": Preset("ema", _START, {"decay": "0.9999"}),
+    "timm-v3": Preset("ema", {}, {"decay": "0.9999"}),
+    "torch-ema": Preset("ema", _COPY, {"decay": "0.999"}),
+    "torch-swa": Preset("swa", _COPY),
+    "diffusers": Preset("ema", {"warmup": "tf", "update_after": "1"} | _START | _COPY, {"decay": "0.9999"}),
+    "ema-pytorch": Preset("ema", {"warmup": "timm", "update_after": "100"}, {"decay": "0.9999"}),
+    "tf": Preset("ema", {"warmup": "tf"} | _START | _COPY),
+    "keras": Preset("ema", _COPY, {"decay": "0.99"}),
+    "edm2": Preset("power", _COPY, {"sigma_rel": "0.05"}),
+    "composer": Preset("ema", {}, {"half_life": "1000"}),
+    "nemo": Preset("ema", _START | _COPY),
+    "lightning": Preset("ema", {}, {"decay": "0.999"}),
+    "torchvision": Preset("ema", {}),
 }
 
 
@@ -73,5 +74,5 @@ def expanded(rule: str, given: Mapping[str, str]) -> dict[str, str]:
         raise LocalProtocolError(
             f"preset {name!r} is one of {preset.rule}, not of {rule}: use {preset.rule}:…,preset={name}"
         )
-    length = {} if any(key in own for key in _LENGTHS) else dict(preset.length)
+    length = {} if any(key in own for key in _LENGTHS[rule]) else dict(preset.length)
     return length | dict(preset.parameters) | own

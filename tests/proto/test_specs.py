@@ -66,6 +66,11 @@ def _text(rule: str, parameters: dict[str, str]) -> str:
         ("swa:preset=torch-swa", "swa:buffers=copy", "swa-buffers-copy"),
         ("swa:preset=torch-swa,buffers=average", "swa", "swa"),
         ("ema:half_life=9,preset=torch-ema", "ema:half_life=9,buffers=copy", "ema-half_life-9-buffers-copy"),
+        (
+            "ema:warmup=timm,gamma=7,preset=timm-v3",
+            "ema:0.9999,warmup=timm,gamma=7",
+            "ema-0.9999-warmup-timm-gamma-7",
+        ),
         ("power:gamma=7,preset=edm2,name=p", "power:gamma=7,buffers=copy", "p"),
     ],
 )

@@ -193,7 +193,7 @@ def test_an_average_of_a_part_copies_the_rest(server: ServerProcess, run: str) -
         old = {name: value.clone() for name, value in model.state_dict().items()}
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += 1.0
+                parameter.add_(1.0)
         ema.update(model)
 
     for average, averaged in (("head", {"0.weight", "0.bias"}), ("weights", {"0.weight", "1.weight"})):
