@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, TypeAlias, cast
 
 from ema_proto.errors import LocalProtocolError
 from ema_proto.exponential import Ema
+from ema_proto.limits import PATTERNS_MAX, WINDOW_MAX
 from ema_proto.names import check_name
 from ema_proto.parameters import (
     SHOWN_CHARS,
@@ -25,8 +26,6 @@ from ema_proto.parameters import (
 )
 from ema_proto.patterns import unmatched
 from ema_proto.profiles import GAMMA_MAX, SIGMA_REL_MAX, SIGMA_REL_MIN, gamma_of, sigma_rel_of
-
-WINDOW_MAX = 256  # bounds the memory that one average can ask for: so many snapshots
 
 _NAMES_SHOWN = 5
 _SIGMA_REL = Number(
@@ -239,11 +238,15 @@ def check_matches(rules: Iterable[AverageSpec], names: Sequence[str]) -> None:
         names: canonical names of a run's tensors.
 
     Raises:
-        LocalProtocolError: the text names the pattern, and some of the names.
+        LocalProtocolError: there are too many patterns, or the text names one and some of the names.
     """
-    for rule in rules:
-        if isinstance(rule, Raw):
-            continue
+    averaging = [rule for rule in rules if not isinstance(rule, Raw)]
+    count = sum(len(rule.include) + len(rule.exclude) for rule in averaging)
+    if count > PATTERNS_MAX:
+        raise LocalProtocolError(
+            f"the averages have {count} patterns: use {PATTERNS_MAX} at most, a * stands for many names"
+        )
+    for rule in averaging:
         for what, patterns in (("include", rule.include), ("exclude", rule.exclude)):
             for pattern in unmatched(patterns, names):
                 raise LocalProtocolError(

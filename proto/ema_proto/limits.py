@@ -31,6 +31,8 @@ PROOF_CHARS_MAX = 128  # 64 bytes in hex, twice an HMAC-SHA256
 TEXT_CHARS_MAX = 4096  # an error text for people; whatever its characters, it fits a control body
 
 AVERAGES_MAX = 64  # bounds the memory one JOIN can ask for: 64 models
+WINDOW_MAX = 256  # bounds the memory that one window can ask for: 256 snapshots
+PATTERNS_MAX = 256  # of all averages of a JOIN: each of them is compared with each name of the manifest
 NAME_CHARS_MAX = 96  # the Hugging Face Hub's limit for one part of a repository id
 
 STEP_MAX = (1 << 53) - 1  # exact in every JSON reader

@@ -9,9 +9,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from ema_proto.errors import LocalProtocolError
-from ema_proto.limits import TENSOR_NAME_CHARS_MAX
-
-PATTERNS_MAX = 1000  # every tensor is compared with every pattern
+from ema_proto.limits import PATTERNS_MAX, TENSOR_NAME_CHARS_MAX
 
 _SHOWN_CHARS = 80
 

@@ -370,7 +370,7 @@ def test_patterns_choose_whole_names_case_by_case() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [5, ["a"] * 1001, [""], [5], [" a"], ["a,b"], ["a|b"], ["a\n"]], ids=lambda v: str(v)[:9]
+    "value", [5, ["a"] * 257, [""], [5], [" a"], ["a,b"], ["a|b"], ["a\n"]], ids=lambda v: str(v)[:9]
 )
 def test_what_cannot_be_a_pattern_is_refused(value: object) -> None:
     with pytest.raises(LocalProtocolError, match="include"):
@@ -402,3 +402,12 @@ def test_a_join_of_an_average_whose_pattern_means_no_tensor_is_refused_with_name
             check_join(replace(JOIN, averages=(Raw(), rule)))
         assert caught.value.code is RejectCode.BAD_AVERAGE
     check_join(replace(JOIN, averages=(Ema(0.9, "x", include=(name,)),)))
+
+
+def test_a_join_has_a_bounded_number_of_patterns() -> None:
+    name = JOIN.manifest.tensors[0].name
+    rules = tuple(Ema(0.9, f"a{number}", include=(name,) * 128) for number in range(2))
+
+    check_join(replace(JOIN, averages=rules))
+    with pytest.raises(RemoteProtocolError, match="have 257 patterns: use 256 at most"):
+        check_join(replace(JOIN, averages=(*rules, Uniform(name="b", exclude=("*",)))))

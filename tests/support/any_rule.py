@@ -6,9 +6,9 @@ from functools import cache
 
 from hypothesis import strategies as st
 
-from ema_proto.averages import WINDOW_MAX, AverageSpec, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages import AverageSpec, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.exponential import Ema
-from ema_proto.limits import STEP_MAX
+from ema_proto.limits import STEP_MAX, WINDOW_MAX
 
 _PATTERN = st.text("abz0189.*?_[]-!", min_size=1, max_size=12)
 _ABOVE_0 = st.floats(0.0, exclude_min=True, allow_infinity=False, allow_nan=False)

@@ -237,6 +237,21 @@ def test_a_resumed_training_goes_on_as_timms_does(made: Any, same_run: bool) -> 
     assert largest_difference(_state(timms.module), _state(second.module)) <= _BOUND
 
 
+def test_a_new_run_that_begins_late_goes_on_from_the_weights_that_were_set(made: Any) -> None:
+    """As a script does that resumes from its own checkpoint while the server has lost the run."""
+    walk, average = _Walk(), _Walk(6)
+    ours, timms = made(walk.model, 0.9), model_ema().ModelEmaV3(walk.model, 0.9)
+    for ema in (ours, timms):
+        ema.set(average.model)
+    for step in (51, 52):
+        walk.step()
+        ours.update(walk.model, step=step)
+        timms.update(walk.model, step=step)
+
+    assert largest_difference(_state(timms.module), _state(ours.module)) <= _BOUND
+    assert largest_difference(_state(walk.model), _state(ours.module)) > 100 * _BOUND
+
+
 def test_other_ranks_stream_nothing_and_wait_for_the_version_of_rank_0(made: Any, server: ServerProcess) -> None:
     walk = _Walk()
     zero, one = made(walk.model, 0.9), made(walk.model, 0.9, rank=1, endpoint="tcp://127.0.0.1:9")
