@@ -6,33 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ema_proto.specs import parse_average
 from ema_reader import Reader
 from support.libraries import library
 from support.oracle import EPS32
+from support.parity_model import STEPS, ProfileModel
 from support.processes import ServerProcess
 from trainer_client import EmaClient
 
-_STEPS = 1000
 _EVERY = 10
 _POWER = "power:sigma_rel=0.05"
 _RULES = (_POWER, "ema:0.99", "ema:0.999,warmup=timm", "ema:0.99,warmup=debias", "swa", "wsd:start=300,steps=500")
-
-
-class _Profile(nn.Module):
-    """A parameter whose average is the list of the weights of the steps; see `ParityModel`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.zeros(_STEPS + 2, dtype=torch.float64))
-
-    def at(self, step: int) -> _Profile:
-        """Take the weights of `step`."""
-        with torch.no_grad():
-            self.weights.zero_()[step] = 1.0
-        return self
 
 
 @pytest.fixture(scope="module")
@@ -43,31 +29,31 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 def _streamed(server: ServerProcess, run: str, steps: range, every: int = 1) -> dict[str, Tensor]:
     """The profiles of our averages by rule, of a run that begins at step 0 and sends these steps."""
-    model = _Profile()
+    model = ProfileModel()
     with EmaClient(server.zmq, run, _RULES, step=0, every=every, when_behind="wait") as client:
         for step in steps:
             client.update(model.at(step), step)
     with Reader(server.http) as reader:
-        return {rule: reader.load(reader.version(run, parse_average(rule).name))["weights"].double() for rule in _RULES}
+        return {rule: reader.load(reader.version(run, parse_average(rule).name))["profile"].double() for rule in _RULES}
 
 
 def _width(profile: Tensor) -> float:
     """Standard deviation of the weights over the steps, relative to the steps so far."""
     steps = torch.arange(len(profile), dtype=torch.float64)
     mean = (profile * steps).sum()
-    return float((profile * (steps - mean) ** 2).sum().sqrt() / _STEPS)
+    return float((profile * (steps - mean) ** 2).sum().sqrt() / STEPS)
 
 
 def test_ema_pytorchs_karras_ema_is_ours_with_its_first_step_lost(server: ServerProcess) -> None:
     """It counts one step more than there were: as if a step 0 had been missed."""
-    model = _Profile()
+    model = ProfileModel()
     karras = library("ema_pytorch").KarrasEMA(model, sigma_rel=0.05, update_every=1)
-    for step in range(1, _STEPS + 1):
+    for step in range(1, STEPS + 1):
         model.at(step + 1)
         karras.update()
 
-    ours = _streamed(server, "shifted", range(2, _STEPS + 2))[_POWER]
-    theirs = karras.ema_model.weights.detach()
+    ours = _streamed(server, "shifted", range(2, STEPS + 2))[_POWER]
+    theirs = karras.ema_model.profile.detach()
     assert ((ours - theirs).abs() <= EPS32 * theirs + 1e-12).all()
 
 
@@ -75,37 +61,37 @@ def test_a_power_function_keeps_its_width_at_every_cadence_and_in_ema_pytorch_it
     server: ServerProcess,
 ) -> None:
     """A README's `update_every=10` makes of 0.05 a profile of 0.25, close to the mean of all weights."""
-    model = _Profile()
+    model = ProfileModel()
     karras = library("ema_pytorch").KarrasEMA(model, sigma_rel=0.05, update_every=_EVERY)
-    for step in range(1, _STEPS + 1):
+    for step in range(1, STEPS + 1):
         model.at(step)
         karras.update()
 
-    ours = _streamed(server, "sparse-power", range(1, _STEPS + 1), every=_EVERY)[_POWER]
-    assert _width(karras.ema_model.weights.detach()) > 0.2
+    ours = _streamed(server, "sparse-power", range(1, STEPS + 1), every=_EVERY)[_POWER]
+    assert _width(karras.ema_model.profile.detach()) > 0.2
     assert _width(ours) == pytest.approx(0.05, rel=0.02)
 
 
 def test_a_half_life_is_in_steps_at_every_cadence_and_in_ema_pytorch_in_updates(server: ServerProcess) -> None:
-    model = _Profile()
+    model = ProfileModel()
     ema = library("ema_pytorch").EMA(model, beta=0.99, update_after_step=0, update_every=_EVERY, min_value=0.99)
-    for step in range(1, _STEPS + 1):
+    for step in range(1, STEPS + 1):
         model.at(step)
         ema.update()
 
-    theirs = ema.ema_model.weights.detach()
-    ours = _streamed(server, "sparse-ema", range(1, _STEPS + 1), every=_EVERY)["ema:0.99"]
+    theirs = ema.ema_model.profile.detach()
+    ours = _streamed(server, "sparse-ema", range(1, STEPS + 1), every=_EVERY)["ema:0.99"]
     half = 1 - 0.99**70  # nearly
-    assert float(ours[_STEPS - 70 + 1 :].sum()) == pytest.approx(half)
-    assert float(theirs[_STEPS - 70 * _EVERY + 1 :].sum()) == pytest.approx(half)
+    assert float(ours[STEPS - 70 + 1 :].sum()) == pytest.approx(half)
+    assert float(theirs[STEPS - 70 * _EVERY + 1 :].sum()) == pytest.approx(half)
 
 
 def test_a_stream_of_every_tenth_step_weighs_it_as_the_ten_steps_since_the_last(server: ServerProcess) -> None:
     """For every rule: what the dense stream gives, on weights that are constant over each ten steps."""
-    dense = _streamed(server, "dense", range(1, _STEPS + 1))
-    sparse = _streamed(server, "sparse", range(1, _STEPS + 1), every=_EVERY)
+    dense = _streamed(server, "dense", range(1, STEPS + 1))
+    sparse = _streamed(server, "sparse", range(1, STEPS + 1), every=_EVERY)
 
     for rule in _RULES:
         expected = torch.zeros_like(dense[rule])
-        expected[_EVERY : _STEPS + 1 : _EVERY] = dense[rule][1 : _STEPS + 1].reshape(-1, _EVERY).sum(dim=1)
+        expected[_EVERY : STEPS + 1 : _EVERY] = dense[rule][1 : STEPS + 1].reshape(-1, _EVERY).sum(dim=1)
         assert (sparse[rule] - expected).abs().max() <= _EVERY * EPS32, rule

@@ -45,7 +45,7 @@ def _scaling(peer: Peer) -> float:
     if peer.form is Form.LERP:
         return 0.0
     kept, taken = torch.tensor(peer.decay).item(), torch.tensor(1 - peer.decay).item()
-    return abs(kept + taken - 1) * (1 - peer.decay**STEPS) / (1 - peer.decay)
+    return (kept + taken - 1) * (1 - peer.decay**STEPS) / (1 - peer.decay)
 
 
 def _floats(state: Mapping[str, Tensor]) -> list[str]:
@@ -73,7 +73,7 @@ def test_every_tensor_of_the_library_is_ours(compared: Compared, peer: Peer) -> 
     ours, theirs = compared.pair(peer)
     for name in set(_floats(theirs)) - set(peer.differs):
         largest = max(state[name].abs().max().item() for state in compared.walk.history)
-        bound = _rounding(compared, name) * 2 + _scaling(peer) * largest
+        bound = _rounding(compared, name) * 2 + abs(_scaling(peer)) * largest
         assert _rms(ours[name].double() - theirs[name].double()) <= bound, name
 
 
@@ -102,6 +102,20 @@ def test_where_the_library_is_said_to_be_wrong_it_is(compared: Compared, peer: P
         else:
             expected = compared.walk.history[-1][name]
         assert _rms(theirs[name].double() - expected.double()) > 1000 * EPS32, name
+
+
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.form is Form.SCALED], ids=lambda peer: peer.label)
+def test_a_library_whose_decays_do_not_add_up_to_1_scales_the_weights_and_ours_does_not(
+    compared: Compared, peer: Peer
+) -> None:
+    ours, theirs = compared.pair(peer)
+    exact = compared.walk.exact(theirs["profile"], "conv.weight")
+
+    def scale(found: Tensor) -> float:
+        return ((found.double() - exact) * exact).sum().item() / exact.square().sum().item()
+
+    assert scale(theirs["conv.weight"]) == pytest.approx(_scaling(peer), rel=0.5)
+    assert abs(scale(ours["conv.weight"])) < abs(_scaling(peer)) / 4
 
 
 @pytest.mark.parametrize("rule", sorted({peer.rule for peer in PEERS}))

@@ -35,6 +35,20 @@ class ParityModel(nn.Module):
         self.register_buffer("index", torch.arange(169))
 
 
+class ProfileModel(nn.Module):
+    """That tensor alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.profile = nn.Parameter(torch.zeros(STEPS + 2, dtype=torch.float64))
+
+    def at(self, step: int) -> ProfileModel:
+        """Take the weights of `step`."""
+        with torch.no_grad():
+            self.profile.zero_()[step] = 1.0
+        return self
+
+
 class Walk:
     """The model on its way; `history` has its weights after each step, those before the first one at 0."""
 
