@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import download, ingest, kernel, machine, memory, step_time
+from benchmarks import download, error, ingest, kernel, machine, memory, step_time
 from benchmarks.result import Section
 
 BENCHMARKS: dict[str, Callable[..., Section]] = {
     "step_time": step_time.measure,
     "ingest": ingest.measure,
     "kernel": kernel.measure,
+    "error": error.measure,
     "download": download.measure,
     "memory": memory.measure,
 }

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ def description(*, quick: bool) -> str:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     lines = [
         f"machine: {_processor()}, {len(all_cores())} cores, {gib:.0f} GiB, {platform.system()}",
-        f"versions: Python {platform.python_version()}, torch {torch.__version__}, "
+        f"versions: Python {platform.python_version()}, torch {torch.__version__}, {_numba()}, "
         f"pyzmq {zmq.pyzmq_version()}, libzmq {zmq.zmq_version()}",
         f"date: {today}; load when it began: {os.getloadavg()[0]:.2f}",
     ]
@@ -64,6 +65,13 @@ def folder_in_memory(nbytes: int) -> Iterator[Path]:
     in_memory = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > nbytes
     with tempfile.TemporaryDirectory(prefix="ema-bench-", dir=_SHARED_MEMORY if in_memory else None) as folder:
         yield Path(folder)
+
+
+def _numba() -> str:
+    try:
+        return f"numba {version('numba')}"
+    except PackageNotFoundError:
+        return "no numba"
 
 
 def _processor() -> str:

@@ -10,7 +10,7 @@ averages share cross the memory bus once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numba
@@ -20,10 +20,10 @@ from numba.core.errors import NumbaError
 
 from ema_server.arithmetic import BY_TORCH, Elements, Weighted
 
-GROUP_MAX = 4  # averages in one loop: more pointers than these and LLVM stops vectorising it
+GROUP_MAX = 4  # averages in one loop: each number compiles one of its own, and from 8 on LLVM does not vectorise it
 
-_SOURCES = frozenset({torch.bfloat16, torch.float32, torch.float64})
-_SMALL_WEIGHT = 0.5  # from here on torch computes new - (1 - weight) * (new - old)
+# From 0.5 on torch computes new - (1 - weight) * (new - old), with the weight rounded to the average's dtype.
+_LARGE_WEIGHT = 0.4999999
 
 
 class ByLoops:
@@ -52,34 +52,27 @@ class ByLoops:
         source = elements.source
         if source.dtype is torch.float16:
             source = elements.to(torch.float32)
-        ours = [pair for pair in averages if _takes(source.dtype, *pair)]
+        ours = [pair for pair in averages if pair[1] < _LARGE_WEIGHT]
         _lerp(source, ours)
         if len(ours) < len(averages):
-            BY_TORCH.lerp(elements, [pair for pair in averages if not _takes(source.dtype, *pair)])
+            BY_TORCH.lerp(elements, [pair for pair in averages if pair[1] >= _LARGE_WEIGHT])
 
 
-def _takes(source: torch.dtype, average: torch.Tensor, weight: float) -> bool:
-    """Whether the loops compute this as torch does, which rounds the weight to the average's dtype."""
-    rounded = float(np.float32(weight)) if average.dtype is torch.float32 else weight
-    return source in _SOURCES and source.itemsize <= average.itemsize and abs(rounded) < _SMALL_WEIGHT
-
-
-def _lerp(source: torch.Tensor, averages: Iterable[Weighted]) -> None:
+def _lerp(source: torch.Tensor, averages: Sequence[Weighted]) -> None:
+    """In the averages' dtypes, which are not narrower than the source's: bfloat16, float32 or float64."""
+    loop, new = _lerp_same, source
     if source.dtype is torch.bfloat16:
-        loop, elements = _lerp_bfloat16, source.view(torch.uint16).numpy()  # numpy has no bfloat16
-    else:
-        loop, elements = _lerp_same, source.numpy()
+        loop, new = _lerp_bfloat16, source.view(torch.uint16)  # numpy has no bfloat16
     for group in _groups(averages):
-        held = tuple(average.numpy() for average, _ in group)
-        loop(elements, held, tuple(held[0].dtype.type(weight) for _, weight in group))
+        held = tuple([average.numpy() for average, _ in group])
+        as_held = held[0].dtype.type
+        loop(new.numpy(), held, tuple([as_held(weight) for _, weight in group]))
 
 
-def _groups(averages: Iterable[Weighted]) -> Iterator[Sequence[Weighted]]:
+def _groups(averages: Sequence[Weighted]) -> Iterator[Sequence[Weighted]]:
     """Averages of one dtype, at most `GROUP_MAX` of them."""
-    by_dtype: dict[torch.dtype, list[Weighted]] = {}
-    for pair in averages:
-        by_dtype.setdefault(pair[0].dtype, []).append(pair)
-    for alike in by_dtype.values():
+    for dtype in (torch.float32, torch.float64):
+        alike = [pair for pair in averages if pair[0].dtype is dtype]
         for first in range(0, len(alike), GROUP_MAX):
             yield alike[first : first + GROUP_MAX]
 
