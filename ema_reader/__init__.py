@@ -3,6 +3,7 @@
 Start at `Reader`. Nothing here knows the server's code, ZeroMQ, or how an average is made.
 """
 
+from ema_reader.derived import Synthesized
 from ema_reader.errors import (
     LeaseLost,
     NotFound,
@@ -23,6 +24,7 @@ __all__ = [
     "Version",
     "File",
     "MetricsRow",
+    "Synthesized",
     "Validation",
     "ReaderError",
     "NotFound",

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ema_reader.derived import Derived
 from ema_reader.download import Silent, download_version
 from ema_reader.errors import NotFound, ReaderError, Unreachable, UsageError, WaitTimeout
 from ema_reader.leases import Leases
@@ -62,6 +63,11 @@ class Reader:
     def url(self) -> str:
         """The server's address."""
         return self._transport.url
+
+    @property
+    def derived(self) -> Derived:
+        """Versions that the server makes of others after them."""
+        return Derived(self._transport)
 
     @property
     def leases(self) -> Leases:

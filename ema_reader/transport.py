@@ -66,9 +66,9 @@ class Transport:
         """
         return self._json("GET", path, None, {} if wait_s is None else {"Prefer": f"wait={wait_s}"})
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The decoded JSON that answers a POST; raises as `get` does."""
-        return self._json("POST", path, body, {})
+    def post(self, path: str, body: Mapping[str, Any] | None = None, *, answer_s: float = READ_S) -> Any:
+        """The decoded JSON that answers a POST, for which the server may take `answer_s`; raises as `get` does."""
+        return self._json("POST", path, body, {}, answer_s)
 
     def delete(self, path: str) -> None:
         """Send a DELETE; raises as `get` does."""
@@ -95,9 +95,17 @@ class Transport:
         """Close the connections."""
         self._client.close()
 
-    def _json(self, method: str, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str]) -> Any:
+    def _json(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        headers: Mapping[str, str],
+        answer_s: float = READ_S,
+    ) -> Any:
+        timeout = httpx2.Timeout(answer_s, connect=CONNECT_S)
         with self._mapped():
-            response = self._client.request(method, path, json=body, headers=dict(headers))
+            response = self._client.request(method, path, json=body, headers=dict(headers), timeout=timeout)
         self._check(response)
         return _decode(response, self.url)
 

@@ -70,9 +70,7 @@ class Ring:
         """
         for run in self._data_dir.runs():
             self._show(run)
-            status = self.status(run)
-            if status is not None and status.last_step is not None:
-                self._offered[run] = status.last_step
+            self._offer_again(run)
 
     def listen(self, on_cut: Callable[[str, int], None]) -> None:
         """Call `on_cut(run, step)` whenever a run goes on from an earlier step. It runs on the publisher's thread."""
@@ -111,13 +109,12 @@ class Ring:
         What cannot be dropped now is dropped before the next snapshot comes in: the two are never mixed.
         """
         self._cuts[run] = min(step, self._cuts.get(run, step))
-        if run in self._offered:
-            self._offered[run] = min(step, self._offered[run])
         for listener in self._on_cut:
             listener(run, step)
         try:
             self._cut_now(run)
             self._show(run)
+            self._offer_again(run)
         except OSError as error:
             self._fail(run, f"what lies beyond step {step} could not be dropped: {_reason(error)}")
 
@@ -183,6 +180,14 @@ class Ring:
             if step_in(path.name) > self._cuts[run]:
                 self._drop(path)
         del self._cuts[run]
+
+    def _offer_again(self, run: str) -> None:
+        """Let the cadence count from the newest snapshot there is."""
+        status = self.status(run)
+        if status is None or status.last_step is None:
+            self._offered.pop(run, None)
+        else:
+            self._offered[run] = status.last_step
 
     def _drop(self, folder: Path) -> None:
         aside = folder.with_name(f"{TEMPORARY}old-{folder.name}")

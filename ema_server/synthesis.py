@@ -8,7 +8,7 @@ tensors: others hold other weights, however alike their profiles are. The arithm
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ema_server.config import RingDtype
@@ -82,19 +82,18 @@ def make_plan(snapshots: Sequence[RingSnapshot], gamma: float, step: int) -> Pla
     Args:
         snapshots: those of one run.
         gamma: the exponent.
-        step: of the trainer; later snapshots are not used.
+        step: of one of the snapshots: what happened after the last one weighs most, and is in none. Later ones are not
+            used.
 
     Raises:
         CannotSynthesize: it cannot be made, or would not be that average.
     """
     earlier = [snapshot for snapshot in snapshots if snapshot.step <= step]
     stored = [_Stored(snapshot, member) for snapshot in earlier for member in snapshot.members]
-    if not stored:
-        raise CannotSynthesize(
-            f"the ring has no snapshot up to step {step}: it holds steps {_shown(one.step for one in snapshots)}"
-        )
-    last = max(one.snapshot.step for one in stored)
-    histories = sorted({one.history for one in stored if one.snapshot.step == last})
+    last = [one for one in stored if one.snapshot.step == step]
+    if not last:
+        raise CannotSynthesize(_missing(step, sorted(snapshot.step for snapshot in snapshots)))
+    histories = sorted({one.history for one in last})
     plans = []
     for history in histories:
         usable = [one for one in stored if one.history == history]
@@ -105,9 +104,9 @@ def make_plan(snapshots: Sequence[RingSnapshot], gamma: float, step: int) -> Pla
         return good
     if plans:
         raise CannotSynthesize(_useless(min(plans, key=lambda plan: plan.error), snapshots))
-    names = sorted({one.member.average for one in stored if one.snapshot.step == last})
+    names = sorted({one.member.average for one in last})
     raise CannotSynthesize(
-        f"it takes two power averages of different width, and at step {last} the ring has {', '.join(names)}: begin "
+        f"it takes two power averages of different width, and at step {step} the ring has {', '.join(names)}: begin "
         "the run with power:sigma_rel=0.05 and power:sigma_rel=0.1, for example, or add one now for what comes"
     )
 
@@ -155,12 +154,16 @@ def _useless(plan: Plan, snapshots: Sequence[RingSnapshot]) -> str:
     used = sorted({part.member.average for part in plan.parts})
     steps = [snapshot.step for snapshot in snapshots if snapshot.step <= plan.step]
     return (
-        f"what can be made of {', '.join(used)} at steps {_shown(steps)} is off by an estimated {plan.error:.0%}: ask "
+        f"what can be made of {', '.join(used)} in {len(steps)} snapshots is off by an estimated {plan.error:.0%}: ask "
         "for a width closer to theirs, or for a step that has more snapshots before it; --ring-every-steps and "
         "--ring-size say how many there are"
     )
 
 
-def _shown(steps: Iterable[int]) -> str:
-    known = sorted(steps)
-    return f"{known[0]} to {known[-1]} ({len(known)})" if known else "none"
+def _missing(step: int, steps: Sequence[int]) -> str:
+    nearest = sorted({*[one for one in steps if one < step][-1:], *[one for one in steps if one > step][:1]})
+    shown = " and of step ".join(map(str, nearest))
+    return (
+        f"the ring has no snapshot of step {step}: the nearest is of step {shown}, it has {len(steps)} from {steps[0]} "
+        f"to {steps[-1]}"
+    )

@@ -26,9 +26,6 @@ async def synthesize(services: Services, run: str, body: SynthesizeIn) -> tuple[
     status = run_status(services, run)
     rule = _rule(body)
     _check_name(services, status, rule)
-    if body.step is not None and body.step > (status.published_step or 0):
-        detail = f"run {run!r} is published up to step {status.published_step}: step {body.step} lies beyond it"
-        raise Problem(Code.CANNOT_SYNTHESIZE, detail)
     work = partial(services.deriving.synthesize, status.run, rule, body.step)
     try:
         made = await derive(services, 2 * status.snapshot_bytes, work)  # float32 of what may be sent in 16 bits

@@ -1,0 +1,180 @@
+"""Power averages made after a run, by the real service, against those that were tracked and against float64.
+
+Nothing is trained: a random walk of 2,000 steps is streamed. In between the server is killed and started again, and the
+trainer goes back by hundreds of steps, to walk on elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema_proto.profiles import gamma_of
+from ema_reader import Reader, Synthesized, Version
+from support.oracle import EPS32, ledger_steps
+from support.processes import ServerProcess, eventually
+from trainer_client import EmaClient, PowerEma
+
+_STEPS = 2000
+_CHECKPOINT, _BACK_AT, _KILLED_AT = 1000, 1200, 700
+_WIDTHS = (0.075, 0.12, 0.15)
+_EVERY = 80
+_SERVE = ("--publish-every-seconds", "0", "--ring-every-steps", str(_EVERY), "--ring-size", "40")
+
+
+class _Walk(nn.Module):
+    """Weights that walk at random; `history` has those of each step as the run ended up, `count` the newest step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(64))
+        self.register_buffer("count", torch.tensor(0))
+        self.history: dict[int, Tensor] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def to_step(self, step: int) -> _Walk:
+        before = self.history.get(step - 1, torch.zeros(64))
+        self.weight.copy_(before + 0.05 * torch.randn(64, generator=self._generator))
+        self.get_buffer("count").fill_(step)
+        self.history[step] = self.weight.detach().clone()
+        return self
+
+
+def _stream(ema: EmaClient, walk: _Walk, first: int, last: int) -> None:
+    """Walk on; at each point of the ring's cadence the server has to keep up, so that it misses none."""
+    for step in range(first, last + 1):
+        ema.update(walk.to_step(step), step)
+        if step % _EVERY == 0:
+            assert ema.flush(60, durable=True)
+
+
+def _ledger(reader: Reader, version: Version, folder: Path) -> dict[str, Any]:
+    record = json.loads((reader.download(version, folder) / "version.json").read_text())
+    found: dict[str, Any] = record["ledger"]
+    return found
+
+
+def _exactly(ledger: dict[str, Any], walk: _Walk, gamma: float) -> tuple[Tensor, float]:
+    """The power average over the applied steps in float64, and the L2 norm over time of how far the weights stray."""
+    steps = [ledger["origin"], *ledger_steps(ledger)]
+    weights = torch.stack([walk.history[step].double() for step in steps[1:]])
+    edges = (torch.tensor(steps, dtype=torch.float64) - ledger["origin"]) / (steps[-1] - ledger["origin"])
+    average = (edges.pow(gamma + 1).diff()[:, None] * weights).sum(0)
+    times = torch.tensor(steps, dtype=torch.float64).diff()[:, None]
+    strays = ((weights - weights.mean(0)).square() * times).sum(0).sqrt().max()
+    return average, float(strays)
+
+
+def _bound(made: Synthesized, strays: float, largest: float) -> float:
+    """How far the result may be off: by Cauchy and Schwarz, the profile's error times its norm times the weights' own.
+
+    The norm over time of the profile `(gamma + 1) / T * (t / T) ** gamma` is `(gamma + 1) / sqrt((2 * gamma + 1) * T)`.
+    Stored averages are float32: each update rounds by a few units in the last place, which later ones forget.
+    """
+    norm = (made.gamma + 1) / math.sqrt((2 * made.gamma + 1) * _STEPS)
+    return made.estimated_error * norm * strays + 100 * EPS32 * largest * made.amplification
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A server with the finished runs `pair`, which kept two averages, and `direct`, and the walk of both."""
+    data, walk = tmp_path_factory.mktemp("synthesis") / "data", _Walk()
+    server = ServerProcess(data, *_SERVE)
+    averages: list[Any] = [PowerEma(0.05), PowerEma(0.10), "raw"]
+    with EmaClient(server.zmq, "pair", averages=averages, when_behind="wait") as ema:
+        _stream(ema, walk, 1, _KILLED_AT)
+        assert ema.flush(60, durable=True)
+        with server:
+            server.kill()
+        server = ServerProcess(data, *_SERVE, zmq=server.zmq, http=server.http_address)
+        eventually(lambda: ema.stats()["reconnects"] == 1, "the trainer is back", 60.0)
+        _stream(ema, walk, _KILLED_AT + 1, _CHECKPOINT)
+        ema.checkpoint(_CHECKPOINT)
+        _stream(ema, walk, _CHECKPOINT + 1, _BACK_AT)
+        assert ema.rewind(_CHECKPOINT) == _CHECKPOINT
+        _stream(ema, walk, _CHECKPOINT + 1, _STEPS)
+        assert ema.finish()
+    direct: list[Any] = [PowerEma(width) for width in _WIDTHS]
+    with EmaClient(server.zmq, "direct", averages=direct, when_behind="wait") as ema, server:
+        for step in range(1, _STEPS + 1):
+            with torch.no_grad():
+                walk.weight.copy_(walk.history[step])
+            ema.update(walk, step)
+        assert ema.finish()
+        yield server, walk
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("width", _WIDTHS)
+def test_it_is_the_average_that_was_not_kept(
+    streamed: tuple[ServerProcess, _Walk], tmp_path: Path, width: float
+) -> None:
+    server, walk = streamed
+    with Reader(server.http) as reader:
+        made = reader.derived.synthesize("pair", sigma_rel=width)
+        assert (made.version.step, made.origin, made.gamma) == (_STEPS, 0, gamma_of(width))
+        assert made.estimated_error < 0.005
+        assert made.warning is None
+        found = reader.load(made.version)
+
+        kept = reader.version("pair", "power-0.05")
+        exact, strays = _exactly(_ledger(reader, kept, tmp_path / "kept"), walk, made.gamma)
+        tracked = reader.load(reader.version("direct", f"power-{width}"))
+        bound = _bound(made, strays, float(exact.abs().max()))
+        assert (found["weight"].double() - exact).abs().max() <= bound
+        assert (tracked["weight"].double() - exact).abs().max() <= bound, "no step of `direct` is missing"
+        nearest = min(
+            float((reader.load(reader.version("pair", name))["weight"].double() - exact).abs().max())
+            for name in ("power-0.05", "power-0.1", "raw")
+        )
+        assert bound < nearest / 5, "it could not be told from one that was kept"
+        assert found["count"].item() == _STEPS
+        assert reader.derived.synthesize("pair", sigma_rel=width) == made
+
+
+@pytest.mark.timeout(300)
+def test_nothing_of_the_steps_left_behind_is_in_the_ring(streamed: tuple[ServerProcess, _Walk]) -> None:
+    server, _ = streamed
+    with Reader(server.http) as reader:
+        made = reader.derived.synthesize("pair", gamma=9.5)
+    path = f"/v1/runs/pair/averages/{made.version.average}/versions/{made.version.id}/files/version.json"
+    record = server.get(path)
+    inputs = [(part["average"], part["step"]) for part in record["derived"]["inputs"]]
+
+    assert len(set(inputs)) == len(inputs), "no step is there twice"
+    assert {step for _, step in inputs} <= {*range(_EVERY, _STEPS, _EVERY), _STEPS}
+    kept = server.get("/v1/runs/pair")["ring"]
+    assert kept == {"snapshots": _STEPS // _EVERY + 1, "first_step": _EVERY, "last_step": _STEPS, "error": None}
+
+
+@pytest.mark.timeout(300)
+def test_the_command_prints_it(streamed: tuple[ServerProcess, _Walk]) -> None:
+    server, _ = streamed
+
+    def ema(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ema_cli", "synthesize", *arguments, "--url", server.http]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    told = ema("pair", "--sigma-rel", "0.21", "--json")
+    assert told.returncode == 0, told.stderr
+    made = json.loads(told.stdout)
+    assert made["version"]["average"] == "power-0.21"
+    shown = ema("pair", "--sigma-rel", "0.21")
+    assert f"pair/power-0.21 at step {_STEPS}" in shown.stdout
+    assert f"estimated error {made['estimated_error']:.2%}" in shown.stdout
+    assert ("warning" in shown.stderr) == (made["warning"] is not None)
+
+    refused = ema("pair", "--sigma-rel", "0.285")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "What is stored of the run does not suffice: run 'pair': " in refused.stderr
+    assert "ask for a width closer to theirs" in refused.stderr
+    assert ema("pair").returncode == 2
