@@ -15,12 +15,13 @@ from ema_reader.errors import (
     WaitTimeout,
 )
 from ema_reader.reader import Reader
-from ema_reader.values import Average, File, MetricsRow, Run, Validation, Version
+from ema_reader.values import Average, File, Ledger, MetricsRow, Run, Validation, Version
 
 __all__ = [
     "Reader",
     "Run",
     "Average",
+    "Ledger",
     "Version",
     "File",
     "MetricsRow",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ema_reader.derived import Derived
+from ema_reader.averages import Averages
 from ema_reader.download import Silent, download_version
 from ema_reader.errors import NotFound, ReaderError, Unreachable, UsageError, WaitTimeout
 from ema_reader.leases import Leases
@@ -68,6 +69,11 @@ class Reader:
     def derived(self) -> Derived:
         """Versions that the server makes of others after them."""
         return Derived(self._transport)
+
+    @property
+    def averages(self) -> Averages:
+        """The averages of runs: how they stand, one more, one less, and which steps are inside a version."""
+        return Averages(self._transport)
 
     @property
     def leases(self) -> Leases:

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ema_reader.evaluate import Outcome
-from ema_reader.values import Run, Validation, Version
+from ema_reader.values import Average, Ledger, Run, Validation, Version
+
+_ROUNDING = 1e-12  # what a million shares that add up to 1 may miss it by
 
 
 def status_text(runs: Sequence[Run]) -> str:
@@ -34,6 +36,44 @@ def versions_text(versions: Sequence[Version]) -> str:
         for v in versions
     ]
     return table(headings, rows)
+
+
+def averages_text(averages: Sequence[Average]) -> str:
+    """One line for each average."""
+    headings = (
+        "AVERAGE",
+        "RULE",
+        "DECAY",
+        "HALF-LIFE",
+        "MEAN AGE",
+        "INITIAL",
+        "UPDATES",
+        "GAPS",
+        "STEP",
+        "ACCUMULATOR",
+    )
+    rows = [
+        (
+            a.name,
+            a.spec,
+            _precisely(a.decay),
+            _precisely(a.half_life_steps),
+            _precisely(a.age_steps),
+            None if a.initial_share is None else f"{a.initial_share:.3%}",
+            a.updates,
+            a.gap_steps,
+            a.step,
+            a.accumulator,
+        )
+        for a in averages
+    ]
+    return table(headings, rows)
+
+
+def ledger_text(ledger: Ledger) -> str:
+    """One line for each step inside a version, then what was left out."""
+    lines = table(("STEP", "SHARE"), [(step, f"{share:.12g}") for step, share in ledger.steps])
+    return f"{lines}\n{ledger.rest:.12g} of it lies in older steps" if ledger.rest > _ROUNDING else lines
 
 
 def health_text(ready: bool, checks: Mapping[str, Mapping[str, object]]) -> str:
@@ -84,6 +124,10 @@ def _cell(value: object) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _precisely(value: float | None) -> str | None:
+    return None if value is None else f"{value:.6g}"
 
 
 def _names(run: Run) -> str:

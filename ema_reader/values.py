@@ -67,13 +67,28 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """One average of a run; `step` is None before the first snapshot."""
+    """One average of a run; `step` is None before its first snapshot, and so are `age_steps` and `initial_share`.
+
+    `accumulator` is the dtype in which it adds up (`wire`: it adds nothing up). `decay` is that of the last step, and
+    `half_life_steps` belongs to it: None where the rule has none, or nothing decays. `age_steps` is the mean age of
+    the weights inside, `initial_share` how much of the average are the weights that it began from.
+    """
 
     name: str
     spec: str
     updates: int
     gap_steps: int
     step: int | None
+    accumulator: str
+    decay: float | None
+    half_life_steps: float | None
+    age_steps: float | None
+    initial_share: float | None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Average:
+        """Read an average."""
+        return cls(**{field.name: value[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +123,7 @@ class Run:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Run:
         """Read a run."""
-        averages = tuple(
-            Average(item["name"], item["spec"], item["updates"], item["gap_steps"], item["step"])
-            for item in value["averages"]
-        )
+        averages = tuple(Average.from_json(item) for item in value["averages"])
         return cls(
             run=value["run"],
             state=value["state"],
@@ -125,6 +137,26 @@ class Run:
             averages=averages,
             derived=tuple(value["derived"]),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The steps inside a version with their shares in it, newest first; `rest` is the share of those left out."""
+
+    run: str
+    average: str
+    version: str
+    spec: str
+    step: int
+    origin: int
+    steps: tuple[tuple[int, float], ...]
+    rest: float
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Ledger:
+        """Read a ledger."""
+        steps = tuple((int(step), float(share)) for step, share in value["steps"])
+        return cls(**{field.name: value[field.name] for field in fields(cls)} | {"steps": steps})
 
 
 @dataclass(frozen=True, slots=True)

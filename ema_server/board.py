@@ -31,13 +31,25 @@ class Quarantine:
 
 @dataclass(frozen=True, slots=True)
 class AverageStatus:
-    """One average: updates applied to it, steps that were due and missing, and the step it stands at."""
+    """One average: updates applied to it, steps that were due and missing, and the step it stands at.
+
+    `accumulator` is the dtype in which it adds up, `wire` for one that adds nothing up. `decay` is that of the last
+    step and `half_life_steps` how long it takes at this decay until half of what is inside is new: None where the rule
+    has none (`raw`, a window), where nothing decays any more, or where the trainer has not told what the rule needs.
+    `age_steps` is the mean age of the weights inside; `initial_share` how much of the average are the weights that it
+    began from, the first snapshot or the last `set`. Both are None before its first snapshot, as the step is.
+    """
 
     name: str
     spec: str
     updates: int
     gap_steps: int
     step: int | None
+    accumulator: str
+    decay: float | None
+    half_life_steps: float | None
+    age_steps: float | None
+    initial_share: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,14 +59,13 @@ class Ledger:
         """Every step, increasing."""
         return chain.from_iterable(range(first, last + 1, stride) for first, last, stride in self._ranges)
 
+    def newest_first(self) -> Iterator[int]:
+        """Every step, decreasing."""
+        return chain.from_iterable(range(last, first - 1, -stride) for first, last, stride in reversed(self._ranges))
+
     def tail(self, count: int) -> tuple[int, ...]:
         """The newest `count` steps, increasing."""
-        newest: list[int] = []
-        for first, last, stride in reversed(self._ranges):
-            newest.extend(islice(range(last, first - 1, -stride), count - len(newest)))
-            if len(newest) == count:
-                break
-        return tuple(reversed(newest))
+        return tuple(reversed(list(islice(self.newest_first(), count))))
 
     def to_json(self) -> dict[str, Any]:
         """The ledger as JSON values, a copy."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
+from ema_proto.averages import AverageSpec, Raw
 from ema_proto.manifest import Manifest
+from ema_proto.pace import Pace, needed_of
+from ema_proto.specs import parse_average
+from ema_server.average import Average
 from ema_server.board import AverageStatus, RunState, RunStatus
 from ema_server.catalog import Generation
 from ema_server.course import Course
 from ema_server.ledger import Ledger
-from ema_server.records import GenerationRecord
+from ema_server.reach import Reach, reach_now
+from ema_server.records import AverageRecord, GenerationRecord, pace_of
 from ema_server.run import Run
 
 
@@ -31,9 +38,7 @@ def status_in_memory(course: Course, run: Run) -> RunStatus:
         snapshot_bytes=run.manifest.nbytes,
         memory_bytes=run.memory_bytes,
         publish_error=course.publish_error,
-        averages=tuple(
-            AverageStatus(a.rule.name, a.rule.spec, a.updates, a.gap_steps, a.ledger.last_step) for a in run.averages
-        ),
+        averages=tuple(_average_status(a, a.rule, a.ledger, run.pace) for a in run.averages),
     )
 
 
@@ -41,7 +46,7 @@ def status_on_disk(generation: Generation, record: GenerationRecord, manifest: M
     """A run that only its newest generation tells of.
 
     Raises:
-        ValueError: a ledger in the record cannot be read.
+        ValueError: a ledger or a rule in the record cannot be read.
     """
     run = record.run
     ledger = Ledger.from_json(run.ledger)
@@ -63,5 +68,32 @@ def status_on_disk(generation: Generation, record: GenerationRecord, manifest: M
         snapshot_bytes=manifest.nbytes,
         memory_bytes=0,
         publish_error=None,
-        averages=tuple(AverageStatus(a.name, a.spec, a.updates, a.gap_steps, run.step) for a in run.averages),
+        averages=tuple(
+            _average_status(
+                kept, parse_average(kept.spec, name=kept.name), Ledger.from_json(kept.ledger), pace_of(run.paces)
+            )
+            for kept in run.averages
+        ),
     )
+
+
+def _average_status(average: Average | AverageRecord, rule: AverageSpec, ledger: Ledger, pace: Pace) -> AverageStatus:
+    step = ledger.last_step
+    reach = _reach(rule, step, ledger.origin, pace) if step is not None else None
+    return AverageStatus(
+        name=rule.name,
+        spec=rule.spec,
+        updates=average.updates,
+        gap_steps=average.gap_steps,
+        step=step,
+        accumulator="wire" if isinstance(rule, Raw) else rule.accumulator,
+        decay=None if reach is None else reach.decay,
+        half_life_steps=None if reach is None or math.isinf(reach.half_life_steps) else reach.half_life_steps,
+        age_steps=None if step is None else average.age_steps,
+        initial_share=None if step is None else average.initial_share,
+    )
+
+
+def _reach(rule: AverageSpec, step: int, origin: int, pace: Pace) -> Reach | None:
+    needed = needed_of(rule)
+    return None if needed is not None and getattr(pace, needed) is None else reach_now(rule, step, origin, pace)

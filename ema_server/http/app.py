@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 from ema_server.http import (
     problems,
+    routes_averages,
     routes_derived,
     routes_files,
     routes_health,
@@ -27,6 +28,7 @@ _PROBLEM = {"model": ProblemOut, "description": "Any error, as RFC 9457 problem+
 _ROUTERS = (
     routes_health,
     routes_runs,
+    routes_averages,
     routes_versions,
     routes_files,
     routes_derived,

@@ -53,13 +53,22 @@ class PublishedOut(Out):
 
 
 class AverageOut(Out):
-    """One average of a run as it is in memory (or, without a trainer, as it was last written)."""
+    """One average of a run as it is in memory (or, without a trainer, as it was last written).
+
+    `decay` and `half_life_steps` are those of the last step, `age_steps` is the mean age of the weights inside, and
+    `initial_share` how much of it are the weights that it began from.
+    """
 
     name: str
     spec: str
     updates: int
     gap_steps: int
     step: int | None
+    accumulator: Literal["float32", "float64", "wire"]
+    decay: float | None
+    half_life_steps: float | None
+    age_steps: float | None
+    initial_share: float | None
 
 
 class QuarantineOut(Out):

@@ -37,6 +37,9 @@ class Code(Enum):
     ALIAS_RANGE = ("alias_range", 409, "A download through an alias cannot be resumed")
     CANNOT_SYNTHESIZE = ("cannot_synthesize", 409, "What is stored of the run does not suffice")
     NAME_TAKEN = ("name_taken", 409, "The name is that of another average")
+    NOT_STREAMING = ("not_streaming", 409, "The run has no trainer")
+    AVERAGES_CONFLICT = ("averages_conflict", 409, "The averages of the run cannot be changed so")
+    NO_LEDGER = ("no_ledger", 409, "The version has no ledger of its own")
     NOT_DERIVED = ("not_derived", 409, "Only derived versions can be deleted")
     VERSION_HELD = ("version_held", 409, "The version is being read")
     LEASE_LOST = ("lease_lost", 410, "The lease is lost")
@@ -52,6 +55,7 @@ class Code(Enum):
     DERIVE_FAILED = ("derive_failed", 503, "The version could not be made")
     METRICS_UNAVAILABLE = ("metrics_unavailable", 503, "The metrics could not be read or written")
     NO_ROOM = ("no_room", 507, "There is no room on the server's disk")
+    OUT_OF_MEMORY = ("out_of_memory", 507, "There is no room in the server's memory")
 
     def __init__(self, word: str, status: int, title: str) -> None:
         self.word = word

@@ -77,7 +77,9 @@ class Served:
 
     def show(self, run: str, step: int | None, averages: Sequence[str], state: RunState = RunState.ACTIVE) -> None:
         """Put the run's status on the board."""
-        shown = tuple(AverageStatus(name, "ema:0.9", step or 0, 0, step) for name in averages)
+        shown = tuple(
+            AverageStatus(name, "ema:0.9", step or 0, 0, step, "float32", 0.9, 6.6, 4.5, 0.25) for name in averages
+        )
         self.board.put(
             RunStatus(
                 run=run,

@@ -1,0 +1,72 @@
+"""The averages of a run, over HTTP: how they stand, one more, one less, and which steps are inside a version."""
+
+from __future__ import annotations
+
+from ema_reader.errors import ReaderError
+from ema_reader.transport import Transport, path_of
+from ema_reader.values import Average, Ledger
+
+
+class Averages:
+    """Asks one server about averages. Safe from several threads.
+
+    Args:
+        transport: the connection to the server; it stays the caller's.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def of(self, run: str) -> tuple[Average, ...]:
+        """The averages of a run as they stand, in the order in which they came.
+
+        Raises:
+            NotFound: the server does not know the run.
+        """
+        answer = self._transport.get(path_of("runs", run, "averages"))
+        try:
+            return tuple(Average.from_json(item) for item in answer["averages"])
+        except (KeyError, TypeError) as error:
+            raise ReaderError(f"{self._transport.url} does not answer as an ema server does ({error!r})") from error
+
+    def add(self, run: str, spec: str, name: str = "") -> Average:
+        """Add an average to a run that streams; it begins with the next snapshot. Returns once that is durable.
+
+        Args:
+            run: the run.
+            spec: the rule, e.g. `"ema:0.9995"`.
+            name: name of the average; empty for the rule's default.
+
+        Raises:
+            NotFound: the server does not know the run.
+            RequestRefused: the rule cannot be read, the name is taken, no trainer streams the run, or it does not fit.
+            Unreachable: it could not be made durable; nothing was added.
+        """
+        body = {"spec": spec, **({"name": name} if name else {})}
+        return Average.from_json(self._transport.post(path_of("runs", run, "averages"), body))
+
+    def remove(self, run: str, average: str) -> None:
+        """Remove an average from a run that streams. Its versions stay as long as the server keeps old ones.
+
+        Raises:
+            NotFound: there is no such run or average.
+            RequestRefused: no trainer streams the run, or it is the only average with weights.
+            Unreachable: it could not be made durable; nothing was removed.
+        """
+        self._transport.delete(path_of("runs", run, "averages", average))
+
+    def ledger(self, run: str, average: str, rev: str = "latest", tail: int | None = None) -> Ledger:
+        """The steps inside a version with their shares, newest first: enough to rebuild it from snapshots.
+
+        Args:
+            run: the run.
+            average: one of its averages.
+            rev: 40 hex digits, `step-N` or `latest`.
+            tail: how many steps at most; None for all.
+
+        Raises:
+            NotFound: there is no such version.
+            RequestRefused: the version was made of other versions after them.
+        """
+        path = path_of("runs", run, "averages", average, "versions", rev, "ledger")
+        return Ledger.from_json(self._transport.get(path if tail is None else f"{path}?tail={tail}"))

@@ -1,0 +1,113 @@
+"""`ema averages` and `ema ledger` as a user types them, and what they answer when the server says no."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ema_cli.app import build
+from ema_reader import NotFound, Reader, RequestRefused
+from ema_server.catalog import Version
+from ema_server.jobs import AddAverage, Changed, Job, RemoveAverage, Unchanged, WhyNot
+from support.served import Served
+
+
+def _ema(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    result = CliRunner().invoke(build(), list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def _with_ledger(served: Served) -> Version:
+    version = served.publish("digits", 3).versions[0]
+    path = version.folder / "version.json"
+    ledger = {"origin": 0, "set": [1], "ranges": [[1, 3, 1]]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ledger": ledger, "paces": []}))
+    return version
+
+
+def test_averages_are_a_table_for_people_and_json_for_programs(served: Served, url: str) -> None:
+    served.show("digits", 100, ["raw", "ema-0.9"])
+    served.show("young", None, ["ema-0.9"])
+
+    code, table, _ = _ema("averages", "digits", "--url", url)
+    _, told, _ = _ema("averages", "digits", "--url", url, "--json")
+
+    assert code == 0
+    lines = [line.split() for line in table.splitlines()]
+    assert lines[0][:4] == ["AVERAGE", "RULE", "DECAY", "HALF-LIFE"]
+    assert lines[2] == ["ema-0.9", "ema:0.9", "0.9", "6.6", "4.5", "25.000%", "100", "0", "100", "float32"]
+    assert json.loads(told)["averages"][1]["initial_share"] == 0.25
+
+
+def test_a_ledger_is_a_table_with_what_was_left_out(served: Served, url: str) -> None:
+    version = _with_ledger(served)
+
+    _, table, _ = _ema("ledger", "digits/ema-0.9", "--url", url)
+    _, tail, _ = _ema("ledger", "digits/ema-0.9@step-3", "--tail", "1", "--url", url)
+    _, told, _ = _ema("ledger", f"digits/ema-0.9@{version.id}", "--url", url, "--json")
+
+    assert [line.split() for line in table.splitlines()] == [
+        ["STEP", "SHARE"],
+        ["3", "0.1"],
+        ["2", "0.09"],
+        ["1", "0.81"],
+    ]
+    assert tail.splitlines()[1:] == ["   3  0.1", "0.9 of it lies in older steps"]
+    assert sum(share for _, share in json.loads(told)["steps"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (("averages", "other"), 3, "run 'other' is not known here"),
+        (("averages", "digits", "--remove", "swa"), 3, "has no average 'swa'"),
+        (("averages", "digits", "--add", "mean"), 1, "unknown average 'mean'"),
+        (("averages", "digits", "--name", "x"), 2, "--name belongs to --add"),
+        (("ledger", "digits"), 2, "is not RUN/AVERAGE"),
+        (("ledger", "digits/swa"), 3, "swa"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_an_exit_code(
+    served: Served, url: str, arguments: tuple[str, ...], code: int, text: str
+) -> None:
+    served.show("digits", 100, ["raw"])
+
+    found, out, errors = _ema(*arguments, "--url", url)
+
+    assert (found, out) == (code, "")
+    assert errors.startswith("ema: ")
+    assert text in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_a_reader_adds_and_removes_and_is_told_why_not(tmp_path: Path) -> None:
+    served = Served(tmp_path / "data")
+    asked: list[Job] = []
+
+    def submit(job: Job) -> None:
+        asked.append(job)
+        assert isinstance(job, AddAverage | RemoveAverage)
+        if isinstance(job, AddAverage):
+            served.show("digits", 100, ["raw", job.rule.name])
+            job.reply(Changed(job.rule.name))
+        else:
+            job.reply(Unchanged(WhyNot.CONFLICT, "it is the last"))
+
+    served.services = replace(served.services, submit=submit)
+    served.show("digits", 100, ["raw"])
+    with served.listening() as url, Reader(url, token="") as reader:
+        assert reader.averages.add("digits", "ema:0.9995").name == "ema-0.9995"
+        assert reader.averages.add("digits", "swa", name="mean").name == "mean"
+        with pytest.raises(RequestRefused, match="it is the last"):
+            reader.averages.remove("digits", "raw")
+        with pytest.raises(NotFound, match="has no average 'swa'"):
+            reader.averages.remove("digits", "swa")
+        with pytest.raises(RequestRefused, match="unknown average"):
+            reader.averages.add("digits", "mean")
+    served.close()
+    assert [type(job).__name__ for job in asked] == ["AddAverage", "AddAverage", "RemoveAverage"]
