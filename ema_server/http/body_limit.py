@@ -6,12 +6,19 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ema_server.http.problems import Code, Problem
+from ema_server.recalibration import BUFFERS_BYTES_MAX
 
 BODY_BYTES_MAX = 1 << 20  # a thousand metrics with long names are under 300 KiB
+UPLOAD = "recalibrate"  # how the one address ends that takes tensors
+
+
+def bytes_max(path: str) -> int:
+    """How many bytes a body for this address may have."""
+    return BUFFERS_BYTES_MAX if path.endswith(f"/{UPLOAD}") else BODY_BYTES_MAX
 
 
 class BodyLimit:
-    """ASGI middleware that answers 413 to a body above `BODY_BYTES_MAX`, announced or not."""
+    """ASGI middleware that answers 413 to a body above `bytes_max`, announced or not."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -22,14 +29,14 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         announced = Headers(scope=scope).get("content-length", "0")
-        received = 0
+        allowed, received = bytes_max(scope["path"]), 0
 
         async def bounded() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > BODY_BYTES_MAX or (announced.isdecimal() and int(announced) > BODY_BYTES_MAX):
-                raise Problem(Code.BODY_TOO_LARGE, f"a body may have {BODY_BYTES_MAX} bytes")
+            if received > allowed or (announced.isdecimal() and int(announced) > allowed):
+                raise Problem(Code.BODY_TOO_LARGE, f"a body may have {allowed} bytes here")
             return message
 
         await self._app(scope, bounded, send)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ema_server.http.body_limit import UPLOAD
 from ema_server.http.derive import delete_derived
 from ema_server.http.derive_models import SynthesizedOut, SynthesizeIn
-from ema_server.http.models import ProblemOut
+from ema_server.http.models import ProblemOut, VersionOut
+from ema_server.http.recalibrate import recalibrate_version
 from ema_server.http.services import Services
 from ema_server.http.synthesize import synthesize
 
+_TENSORS = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
 
 def router(services: Services) -> APIRouter:
-    """`…/synthesize`, and the end of a derived version."""
+    """`…/synthesize`, `…/recalibrate`, and the end of a derived version."""
     routes = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
 
     @routes.post(
@@ -33,6 +37,29 @@ def router(services: Services) -> APIRouter:
         if not is_new:
             response.status_code = 200
         return made
+
+    @routes.post(
+        "/averages/{average}/versions/{id}/" + UPLOAD,
+        operation_id="recalibrate_version",
+        status_code=201,
+        responses={
+            200: {"model": VersionOut, "description": "The same was uploaded before: the version that exists"},
+            409: {"model": ProblemOut, "description": "The name is taken"},
+        },
+        openapi_extra={"requestBody": {"required": True, "content": _TENSORS}},
+    )
+    async def recalibrate(run: str, average: str, id: str, request: Request, response: Response) -> VersionOut:
+        """Make the version `{average}-bn` that this one is with other buffers: those of a safetensors file.
+
+        Only buffers can be replaced. Answers once the version is durable.
+        """
+        made = await recalibrate_version(services, run, average, id, await request.body())
+        version = made.version
+        response.headers["Location"] = f"/v1/runs/{version.run}/averages/{version.average}/versions/{version.id}"
+        if not made.is_new:
+            response.status_code = 200
+        shown: VersionOut = VersionOut.model_validate(version)
+        return shown
 
     @routes.delete(
         "/averages/{average}/versions/{id}",
