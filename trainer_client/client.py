@@ -49,6 +49,8 @@ class EmaClient:
         checksum: send a CRC-32 with every chunk.
         connect_timeout_s: how long the constructor and joining wait for a server that does not answer.
         wait_timeout_s: how long `when_behind="wait"` waits at most.
+        overlap: let snapshots of a model on a CUDA device be copied while training goes on; without it, as with
+            `update`, they are copied when the step's hook returns.
         incarnation: a higher one takes the run over from a lower one; default `TORCHELASTIC_RESTART_COUNT`, else 0.
 
     Raises:
@@ -83,6 +85,7 @@ class EmaClient:
         checksum: bool = False,
         connect_timeout_s: float = 5.0,
         wait_timeout_s: float = 30.0,
+        overlap: bool = True,
         incarnation: int | None = None,
     ) -> None:
         settings = Settings.of(
@@ -104,6 +107,7 @@ class EmaClient:
             checksum=checksum,
             connect_timeout_s=connect_timeout_s,
             wait_timeout_s=wait_timeout_s,
+            overlap=overlap,
             incarnation=incarnation,
         )
         self._session = self._open(settings)
@@ -140,7 +144,7 @@ class EmaClient:
         """
         optimizers = check_optimizers(optimizer)
         if not self._session.life.usable():
-            return Attachment((), lambda: None)
+            return Attachment()
         return self._session.attach(model, optimizers)
 
     def update(self, model: nn.Module, step: SupportsIndex | None = None) -> None:
@@ -160,6 +164,15 @@ class EmaClient:
         """
         if self._session.life.usable():
             self._session.update(model, None if step is None else check_step("step", step, 0))
+
+    def before_weight_write(self) -> None:
+        """Say that something other than an optimizer is about to write the weights, on a CUDA device, after `attach`.
+
+        Writes through `.data` are seen by nobody and tear a snapshot that is being copied; other writes cost it. After
+        this call the device finishes the copy before it does anything else on the current stream; nothing blocks here.
+        """
+        if self._session.life.usable():
+            self._session.before_weight_write()
 
     def set(self, model: nn.Module) -> bool:
         """Have every average become the weights of `model`, as of the steps taken so far; the first call joins the run.

@@ -1,4 +1,4 @@
-"""What the training thread saw of us, in numbers; written by the training thread only.
+"""What the training thread saw of us, in numbers.
 
 Comes in: durations and outcomes. Goes out: plain values for `stats()`. Decides nothing.
 """
@@ -20,14 +20,20 @@ class Skip(StrEnum):
     OFFLINE = "offline"  # no connection to the server
     STOPPED = "stopped"  # the server has refused the run for good
     REPEATED = "repeated"  # its step is not above the last one
+    CAPTURING = "capturing"  # the step was recorded into a CUDA graph, not taken
     ERROR = "error"  # something failed on this side
 
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the client was made. As a context manager it times the training loop's stay in our code."""
+    """Totals since the client was made. As a context manager it times the training loop's stay in our code.
+
+    `torn` and `failed` are written where copies end (see `copies`), the rest by the training thread.
+    """
 
     skipped: Counter[Skip] = field(default_factory=Counter)
+    torn: int = 0
+    failed: int = 0
     blocked_s_total: float = 0.0
     blocked_s_max: float = 0.0
     _entered: float = 0.0
@@ -42,9 +48,10 @@ class Counters:
 
     def to_json(self) -> dict[str, Any]:
         """The totals as plain values."""
+        skipped = self.skipped + Counter({Skip.ERROR: self.failed})
         return {
-            "skipped": {reason.value: self.skipped[reason] for reason in Skip},
-            "torn": 0,  # a synchronous copy cannot be torn
+            "skipped": {reason.value: skipped[reason] for reason in Skip},
+            "torn": self.torn,
             "blocked_s_total": self.blocked_s_total,
             "blocked_s_max": self.blocked_s_max,
         }

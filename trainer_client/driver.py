@@ -83,11 +83,12 @@ class Driver:
         self.do(command)
         return pending
 
-    def stop(self, timeout_s: float) -> None:
-        """Run what was commanded, write what can be written, end the thread."""
+    def stop(self, timeout_s: float) -> bool:
+        """Run what was commanded, write what can be written, end the thread; whether it ended, and ZeroMQ with it."""
         self._stopping = True
         self._link.wake()
         self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

@@ -1,15 +1,18 @@
-"""Being called after every real optimizer step.
+"""Being called after every real optimizer step, and before any.
 
-Comes in: optimizers and a function. Goes out: calls of that function, until removed. Knows no model and no snapshot.
+Comes in: optimizers and functions. Goes out: calls of these, until removed. Knows no model and no snapshot.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from trainer_client.errors import SettingsError
 
@@ -18,17 +21,29 @@ class Attachment:
     """Calls `after_step` after each step of the first optimizer, until `remove()`; of no optimizer, never.
 
     A step that a gradient scaler skips never reaches the optimizer, so it is not counted.
+
+    Args:
+        optimizers: the first one's steps count.
+        after_step: is called when it has stepped.
+        before_step: a method, called before *every* optimizer of the process steps, since any may hold the model's
+            parameters. Its object is not kept alive by that.
+        when_removed: is called by `remove()`, before the hooks go.
     """
 
-    def __init__(self, optimizers: tuple[Optimizer, ...], after_step: Callable[[], None]) -> None:
-        def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
-            if torch.compiler.is_compiling():
-                # A compiled optimizer step has its hooks traced; ours would be compiled anew at every step.
-                torch.compiler.disable(after_step)()
-            else:
-                after_step()
+    def __init__(
+        self,
+        optimizers: tuple[Optimizer, ...] = (),
+        after_step: Callable[[], None] = lambda: None,
+        before_step: Callable[[Optimizer], None] | None = None,
+        when_removed: Callable[[], None] = lambda: None,
+    ) -> None:
+        def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
+            _untraced(after_step)()
 
-        self._handles = [optimizer.register_step_post_hook(hook) for optimizer in optimizers[:1]]
+        self._when_removed = when_removed
+        self._handles = [optimizer.register_step_post_hook(after) for optimizer in optimizers[:1]]
+        if before_step is not None:
+            self._handles.append(_before_any(before_step))
 
     @property
     def attached(self) -> bool:
@@ -37,8 +52,31 @@ class Attachment:
 
     def remove(self) -> None:
         """Stop; calling it again changes nothing."""
+        if self._handles:
+            self._when_removed()
         while self._handles:
             self._handles.pop().remove()
+
+
+def _before_any(before_step: Callable[[Optimizer], None]) -> RemovableHandle:
+    """Hook `before_step` to all optimizers, for as long as its object lives."""
+
+    def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
+        method = weak()
+        if method is not None:
+            _untraced(method)(optimizer)
+
+    handle: RemovableHandle = register_optimizer_step_pre_hook(hook)
+    weak = weakref.WeakMethod(before_step, lambda _: handle.remove())
+    return handle
+
+
+def _untraced(function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, left alone by a compiler: a compiled step has its hooks traced, and ours compiled anew each time."""
+    if torch.compiler.is_compiling():
+        disabled: Callable[..., None] = torch.compiler.disable(function)
+        return disabled
+    return function
 
 
 def check_optimizers(given: object) -> tuple[Optimizer, ...]:

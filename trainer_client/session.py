@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 
 from ema_proto.exponential import Ema
 from trainer_client.counters import Counters
+from trainer_client.device import DeviceOf, device_of
 from trainer_client.errors import JoinError, RewindError, SettingsError
 from trainer_client.hooks import Attachment
 from trainer_client.lifecycle import Lifecycle, State, when_forgotten
 from trainer_client.settings import Settings
 from trainer_client.stream import Stream, steps_before
+from trainer_client.transport import Transport
 from trainer_client.worker import Worker
 
 log = logging.getLogger("ema")
@@ -34,18 +36,19 @@ class Session:
     Args:
         settings: the client's.
         worker: connected, has joined nothing.
+        device_of: the device behind a torch device, None where copies cannot go on while training does.
     """
 
-    def __init__(self, settings: Settings, worker: Worker) -> None:
+    def __init__(self, settings: Settings, worker: Worker, device_of: DeviceOf = device_of) -> None:
         self.settings = settings
         self.life = Lifecycle()
-        self.worker = worker
         self._steps_known = settings.step
         self._counters = Counters()
+        self._transport = Transport(worker, self._counters, device_of)
         self._stream: Stream | None = None
-        self._attachment = Attachment((), lambda: None)
+        self._attachment = Attachment()
         # The hooks of an optimizer keep a session alive: a script may drop the client and go on training.
-        self._cancel_forgotten = when_forgotten(self, self.life, partial(worker.close, CLOSE_TIMEOUT_S))
+        self._cancel_forgotten = when_forgotten(self, self.life, partial(self._transport.close, CLOSE_TIMEOUT_S))
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
@@ -63,6 +66,11 @@ class Session:
         return cls(settings, worker)
 
     @property
+    def worker(self) -> Worker:
+        """The connection."""
+        return self._transport.worker
+
+    @property
     def joined(self) -> bool:
         """Whether a run is joined."""
         return self._stream is not None
@@ -78,9 +86,14 @@ class Session:
         """Join unless that was done, and send a snapshot after every step of the first optimizer."""
         if self._attachment.attached:
             raise SettingsError("the client is attached already: call remove() on the handle that attach() returned")
-        if self._stream is None:
-            self._begin(model)
-        self._attachment = Attachment(optimizers, partial(self._after_step, model))
+        stream = self._begin(model) if self._stream is None else self._stream
+        overlap = stream.can_overlap(model)
+        self._attachment = Attachment(
+            optimizers,
+            partial(self._after_step, model, overlap),
+            self._before_step if overlap else None,
+            when_removed=self.before_weight_write,
+        )
         return self._attachment
 
     def update(self, model: nn.Module, step: int | None) -> None:
@@ -108,11 +121,16 @@ class Session:
     def join(self, model: nn.Module, steps: int) -> Stream:
         """Join the run of `model` after `steps` steps; what fails here closes the session, which asks only once."""
         try:
-            self._stream = Stream.join(self.worker, model, self.settings, self._counters, steps)
+            self._stream = Stream.join(self._transport, model, self.settings, self._counters, steps)
         except JoinError:
             self.close(CLOSE_TIMEOUT_S)
             raise
         return self._stream
+
+    def before_weight_write(self) -> None:
+        """Something other than an optimizer is about to write the weights: a copy under way must end before that."""
+        if self._stream is not None and not self.life.forked():
+            self._stream.hold_back_writes()
 
     def _begin(self, model: nn.Module) -> Stream:
         """Join, and send the weights of before the first step where an average begins with them."""
@@ -127,14 +145,14 @@ class Session:
 
     def flush(self, timeout_s: float, *, durable: bool) -> bool:
         """Wait until all that was sent is applied, or published."""
-        return self._stream is None or self.worker.flush(timeout_s, durable=durable)
+        return self._stream is None or self._transport.flush(timeout_s, durable=durable)
 
     def checkpoint(self, step: int, timeout_s: float) -> bool:
         """Publish a generation at `step`, to be kept; False with a warning when the run is not there."""
         if self._stream is None or step < self.steps:
             log.warning("ema: no checkpoint at step %d: the run is at step %d", step, self.steps)
             return False
-        return self.worker.checkpoint(timeout_s)
+        return self._transport.checkpoint(timeout_s)
 
     def rewind(self, step: int, timeout_s: float) -> int | None:
         """Take the run back, and count steps from there.
@@ -144,13 +162,13 @@ class Session:
         """
         if self._stream is None:
             raise RewindError("no run is joined yet: pass step= or call load_state_dict() before attach() or update()")
-        reached = self.worker.rewind(step, timeout_s)
+        reached = self._transport.rewind(step, timeout_s)
         self._stream.steps = step
         return reached
 
     def finish(self, timeout_s: float) -> bool:
         """Have the run finished, and close; whether the server confirmed it."""
-        finished = self._stream is not None and self.worker.finish(timeout_s)
+        finished = self._stream is not None and self._transport.finish(timeout_s)
         if self._stream is not None and not finished:
             log.warning(
                 "ema: run %s is not finished on the server; what it has applied is kept there", self.settings.run
@@ -162,7 +180,7 @@ class Session:
     def close(self, timeout_s: float) -> None:
         """Stop; the run stays open on the server."""
         self._attachment.remove()
-        self.worker.close(timeout_s)
+        self._transport.close(timeout_s)
         self._cancel_forgotten()
         self.life.state = State.CLOSED
 
@@ -188,8 +206,12 @@ class Session:
         own = {"run": self.settings.run, "client": self.life.state.value, "steps": self.steps}
         return own | self._counters.to_json() | worker
 
-    def _after_step(self, model: nn.Module) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
+        if self._stream is not None and not self.life.forked():
+            self._stream.hold_back_writes(optimizer)
+
+    def _after_step(self, model: nn.Module, overlap: bool) -> None:
         if self.life.forked() or self._stream is None:
             return
         with self._counters:
-            self._stream.advance(model, self._stream.steps + 1)
+            self._stream.advance(model, self._stream.steps + 1, overlap=overlap)

@@ -66,6 +66,7 @@ class Settings:
     checksum: bool
     connect_timeout_s: float
     wait_timeout_s: float
+    overlap: bool
     incarnation: int
 
     @classmethod
@@ -90,6 +91,7 @@ class Settings:
         checksum: bool,
         connect_timeout_s: float,
         wait_timeout_s: float,
+        overlap: bool,
         incarnation: int | None,
     ) -> Settings:
         """Validate the arguments. Variables of an argument's name, as `EMA_RUN`, stand in for those that are None.
@@ -125,6 +127,7 @@ class Settings:
             checksum=bool(checksum),
             connect_timeout_s=check_timeout("connect_timeout_s", connect_timeout_s),
             wait_timeout_s=check_timeout("wait_timeout_s", wait_timeout_s),
+            overlap=bool(overlap),
             incarnation=_incarnation(incarnation, environ),
         )
 

@@ -1,12 +1,12 @@
-"""The copy of a snapshot into its slot: the only place where weights are read.
+"""The copy of a snapshot into its slot, done when the call returns.
 
 Comes in: the live tensors, in the manifest's order, and a slot. Goes out: a slot that holds them. Knows no steps, no
-socket, and decides nothing: not whether to copy, nor when.
+socket, and decides nothing: not whether to copy, nor when. (`overlap` has the copy that goes on meanwhile.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -32,14 +32,6 @@ class Slot(Protocol):
         ...
 
 
-class Stager(Protocol):
-    """Fills slots. A stager whose copies end later than `stage` returns must say so to whoever reads the slot."""
-
-    def stage(self, tensors: Sequence[Tensor], slot: Slot) -> None:
-        """Copy `tensors` into `slot`."""
-        ...
-
-
 class CpuStager:
     """One synchronous copy with all of torch's threads; a tensor on any device, with any strides, arrives row-major.
 
@@ -62,10 +54,22 @@ class CpuStager:
         if views is None:
             # Views made in inference mode could not be written outside it.
             with torch.inference_mode(False):
-                views = [_view(slot.tensor, spec) for spec in self._specs]
+                places = {index: spec.offset for index, spec in enumerate(self._specs)}
+                views = list(slot_views(slot.tensor, self._specs, places).values())
             self._views[slot.index] = views
         return views
 
 
-def _view(flat: Tensor, spec: TensorSpec) -> Tensor:
-    return flat[spec.offset : spec.end].view(_TORCH_DTYPES[spec.dtype]).view(spec.shape)
+def slot_views(flat: Tensor, specs: Sequence[TensorSpec], places: Mapping[int, int]) -> dict[int, Tensor]:
+    """Row-major views of `flat` (uint8, 1-D) with dtype and shape of some of the specs.
+
+    Args:
+        flat: the memory.
+        specs: of all tensors.
+        places: the first byte of each that is wanted, by its index in `specs`.
+    """
+    return {index: _view(flat, specs[index], start) for index, start in places.items()}
+
+
+def _view(flat: Tensor, spec: TensorSpec, start: int) -> Tensor:
+    return flat[start : start + spec.nbytes].view(_TORCH_DTYPES[spec.dtype]).view(spec.shape)

@@ -10,6 +10,7 @@ import logging
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from ema_proto.averages import check_matches
 from ema_proto.errors import LocalProtocolError
@@ -20,8 +21,8 @@ from trainer_client.errors import PlanError, SettingsError
 from trainer_client.plan import Plan
 from trainer_client.selection import Selection
 from trainer_client.settings import Settings, WhenBehind
-from trainer_client.staging import CpuStager, Stager
-from trainer_client.worker import Worker
+from trainer_client.stagers import Stagers
+from trainer_client.transport import Transport
 
 log = logging.getLogger("ema")
 
@@ -30,28 +31,27 @@ class Stream:
     """Counts a run's steps and takes its snapshots; owned by the training thread.
 
     Args:
-        worker: has joined the run.
+        transport: has joined the run.
         plan: what it was joined with.
-        stager: copies.
-        settings: `every`, and whether to wait when behind.
+        settings: `every`, whether copies may overlap, and whether to wait when behind.
         counters: told of everything.
         steps: optimizer steps already taken.
     """
 
-    def __init__(
-        self, worker: Worker, plan: Plan, stager: Stager, settings: Settings, counters: Counters, steps: int
-    ) -> None:
+    def __init__(self, transport: Transport, plan: Plan, settings: Settings, counters: Counters, steps: int) -> None:
         self.steps = steps
-        self._worker = worker
+        self._transport = transport
+        self._worker = transport.worker
         self._plan = plan
-        self._stager = stager
+        self._stagers = Stagers(plan.manifest, self._worker.slots, transport.pins, transport.device_of)
+        self._overlap = settings.overlap
         self._every = settings.every
         self._wait_s = settings.wait_timeout_s if settings.when_behind is WhenBehind.WAIT else 0.0
         self._counters = counters
         self._told: set[Skip] = set()
 
     @classmethod
-    def join(cls, worker: Worker, model: nn.Module, settings: Settings, counters: Counters, steps: int) -> Stream:
+    def join(cls, transport: Transport, model: nn.Module, settings: Settings, counters: Counters, steps: int) -> Stream:
         """Plan the snapshots of `model` and join the run after `steps` steps.
 
         Raises:
@@ -74,28 +74,50 @@ class Stream:
         )
         # Slots made in inference mode could not be written outside it.
         with torch.inference_mode(False):
-            worker.join(join, settings.connect_timeout_s)
-        return cls(worker, plan, CpuStager(plan.manifest), settings, counters, steps)
+            transport.worker.join(join, settings.connect_timeout_s)
+        stream = cls(transport, plan, settings, counters, steps)
+        stream._stagers.look(plan.tensors())  # memory is locked now and not at the first step
+        return stream
 
-    def advance(self, model: nn.Module, step: int) -> None:
-        """The trainer has taken `step` steps: send a snapshot if one is due. The weights are copied on return.
+    def can_overlap(self, model: nn.Module) -> bool:
+        """Whether copies of `model` can go on while training does, if someone calls `hold_back_writes`."""
+        return self._overlap and self._stagers.look(self._plan.renewed(model).tensors())
+
+    def hold_back_writes(self, optimizer: Optimizer | None = None) -> None:
+        """Have the device end a copy under way before it writes parameters of `optimizer` (default: anything)."""
+        if optimizer is None:
+            self._stagers.hold_back_writes()
+        else:
+            self._stagers.hold_back_writes(p for group in optimizer.param_groups for p in group["params"])
+
+    def advance(self, model: nn.Module, step: int, *, overlap: bool = False) -> None:
+        """The trainer has taken `step` steps: send a snapshot if one is due.
+
+        Args:
+            model: what was trained.
+            step: how many steps.
+            overlap: the weights may be copied later than this returns; otherwise they are copied then.
 
         Raises:
             PlanError: the model's tensors are no longer those that the run was joined with.
         """
+        if self._is_capturing(step):
+            return
         if step <= self.steps:
             self._skip(Skip.REPEATED, f"step {step} is not above {self.steps}; after going back call rewind()")
             return
         self.steps = step
         if step % self._every == 0:
-            self._snapshot(model, step)
+            self._snapshot(model, step, overlap=overlap)
 
     def replace(self, model: nn.Module, step: int) -> bool:
         """Have every average become the weights of `model`, as of `step`; whether they were sent. As `advance` else."""
+        if self._is_capturing(step):
+            return False
         self.steps = max(step, self.steps)
         return self._snapshot(model, step, "set")
 
-    def _snapshot(self, model: nn.Module, step: int, mode: Mode = "update") -> bool:
+    def _snapshot(self, model: nn.Module, step: int, mode: Mode = "update", *, overlap: bool = False) -> bool:
         try:
             slot = self._worker.acquire(self._wait_s)
             if slot is None:
@@ -103,11 +125,13 @@ class Stream:
                 return False
             try:
                 self._plan = self._plan.renewed(model)
-                self._stager.stage(self._plan.tensors(), slot)
+                transfer = self._stagers.stage(self._plan.tensors(), slot)
+                if transfer is not None and not overlap:
+                    transfer.wait()
             except BaseException:
                 self._worker.give_back(slot)
                 raise
-            self._worker.offer(slot, step, mode)
+            self._transport.offer(transfer, slot, step, mode)
         except PlanError:
             raise
         # The trainer comes first: whatever else is wrong with a copy for an average is no reason to end a training.
@@ -115,6 +139,13 @@ class Stream:
             self._skip(Skip.ERROR, f"step {step} was not sent, training goes on: {error!r}", error)
             return False
         return True
+
+    def _is_capturing(self, step: int) -> bool:
+        capturing = self._stagers.is_capturing()
+        if capturing:
+            text = f"step {step} is being captured into a CUDA graph, not taken"
+            self._skip(Skip.CAPTURING, f"{text}: call update(model, step) after each replay")
+        return capturing
 
     def _why_none(self) -> Skip:
         state = self._worker.stats().state

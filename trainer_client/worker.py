@@ -31,6 +31,9 @@ class Worker:
     Args:
         endpoint: where the server listens for trainers.
         token: shared secret, or None.
+
+    Attributes:
+        slots: all of them, once a run is joined.
     """
 
     def __init__(self, endpoint: str, *, token: str | None) -> None:
@@ -42,6 +45,7 @@ class Worker:
         )  # not the seeded one of the training
         self._driver = Driver(self._sender, self._link, self._shared)
         self._driver.start()
+        self.slots: tuple[Slot, ...] = ()
 
     def greet(self, timeout_s: float) -> None:
         """Wait until the server has accepted the connection.
@@ -79,6 +83,7 @@ class Worker:
             text = f"{SLOTS} slots of {join.manifest.nbytes} bytes cannot be had: {error}"
             raise JoinError(text, RejectCode.OUT_OF_MEMORY) from None
         shared = self._shared
+        self.slots = slots
         self._driver.lend(slots)
         with shared.changed:
             shared.free = list(slots)
@@ -157,15 +162,19 @@ class Worker:
         answer = self._ask(self._sender.request_finish, timeout_s)
         return answer is not None and answer.error is None
 
-    def close(self, timeout_s: float) -> None:
-        """Give snapshots under way at most `timeout_s` seconds, say goodbye, end the driver."""
+    def close(self, timeout_s: float) -> bool:
+        """Give snapshots under way at most `timeout_s` seconds, say goodbye, end the driver.
+
+        Returns:
+            Whether it has ended. Nobody reads the slots then.
+        """
         deadline = time.monotonic() + timeout_s
         shared = self._shared
         with shared.changed:
             if shared.streaming:
                 shared.wait(lambda: shared.in_flight == 0 or not shared.streaming, timeout_s)
         self._driver.do(lambda _: self._sender.bye())
-        self._driver.stop(max(0.5, deadline - time.monotonic()))
+        return self._driver.stop(max(0.5, deadline - time.monotonic()))
 
     def stats(self) -> WorkerStats:
         """A consistent copy of the counters."""

@@ -23,6 +23,7 @@ class FakeWorker(Worker):
 
     def __init__(self, slots: int = 2) -> None:
         self.slots_count = slots
+        self.slots: tuple[Slot, ...] = ()
         self.state = "greeted"
         self.refuse: JoinError | None = None
         self.rewind_to: int | None = None
@@ -42,7 +43,8 @@ class FakeWorker(Worker):
         if self.refuse is not None:
             raise self.refuse
         self.joins.append(join)
-        self.free = list(make_slots(join.manifest.nbytes, self.slots_count))
+        self.slots = make_slots(join.manifest.nbytes, self.slots_count)
+        self.free = list(self.slots)
         self.state = "streaming"
         return Joined(last_step=None, published_step=None, recent=(), continuation="new", credit=8)
 
@@ -74,10 +76,11 @@ class FakeWorker(Worker):
         self.asked.append("finish")
         return self.answer
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, timeout_s: float) -> bool:
         self.when_closed(timeout_s)
         self.closed += 1
         self.state = "closed"
+        return True
 
     def stats(self) -> WorkerStats:
         last = self.offered[-1][0] if self.offered else None

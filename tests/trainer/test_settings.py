@@ -32,6 +32,7 @@ _GIVEN: dict[str, Any] = {
     "checksum": False,
     "connect_timeout_s": 5.0,
     "wait_timeout_s": 30.0,
+    "overlap": True,
     "incarnation": None,
 }
 

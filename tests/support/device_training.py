@@ -1,0 +1,114 @@
+"""Training on a `FakeDevice`: weights that carry their step, written by an optimizer when the device's time comes.
+
+A snapshot whose tensors carry different steps is torn. Ours is compared with nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from support.fake_device import FakeDevice
+from support.fake_worker import FakeWorker
+from support.snapshots import decode
+from trainer_client import EmaClient
+from trainer_client.session import Session
+from trainer_client.settings import Settings
+from trainer_client.slots import Slot
+
+LARGE = 70_000  # more floats than are gathered in the scratch
+
+
+class RecordingWorker(FakeWorker):
+    """Reads each snapshot when it is offered and gives its slot back at once, as a fast server would."""
+
+    def __init__(self, slots: int = 2) -> None:
+        super().__init__(slots)
+        self.snapshots: list[tuple[int, dict[str, Tensor]]] = []
+
+    def offer(self, slot: Slot, step: int, mode: Literal["update", "set"] = "update") -> None:
+        self.snapshots.append((step, decode(self.joins[-1].manifest, slot.view)))
+        super().offer(slot, step, mode)
+        self.give_back(slot)
+
+    @property
+    def torn(self) -> list[int]:
+        """Steps whose snapshot is not the weights of that step."""
+        return [
+            step for step, tensors in self.snapshots if any(bool((tensor != step).any()) for tensor in tensors.values())
+        ]
+
+
+def client_on(device: FakeDevice, worker: FakeWorker, **given: Any) -> EmaClient:
+    """A client of a worker without a server, for a model that counts as being on `device`."""
+
+    class Client(EmaClient):
+        @staticmethod
+        def _open(settings: Settings) -> Session:
+            return Session(settings, worker, lambda place: device)
+
+    return Client("tcp://127.0.0.1:5555", run="r", **given)
+
+
+class Carrying(nn.Module):
+    """Parameters, large and small, and a buffer; all zeros, at step 0."""
+
+    seen: Tensor
+
+    def __init__(self, sizes: Iterable[int] = (LARGE, LARGE, 10, LARGE)) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
+        self.register_buffer("seen", torch.zeros(30))
+
+
+def note_write(tensor: Tensor) -> None:
+    """Count a write in the tensor's version, as torch does when it issues one, whenever that happens."""
+    with torch.no_grad():
+        tensor.add_(0)
+
+
+def stamp(device: FakeDevice, tensors: Iterable[Tensor], value: float, seconds: float = 1e-6) -> None:
+    """A kernel for each tensor, which fills it when it ends; not noticed in its version."""
+    for tensor in tensors:
+        device.run(seconds, _filler(tensor, value))
+
+
+def _filler(tensor: Tensor, value: float) -> Callable[[], None]:
+    data = tensor.data
+
+    def effect() -> None:
+        data.fill_(value)
+
+    return effect
+
+
+class Stamping(Optimizer):
+    """Its n-th step fills its parameters with n. With `noted=False` it writes as through `.data`."""
+
+    def __init__(self, device: FakeDevice, parameters: Iterable[Tensor], *, noted: bool = True, steps: int = 0) -> None:
+        super().__init__(parameters, {})
+        self._device = device
+        self._noted = noted
+        self.steps = steps
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        """Issue the writes and return."""
+        self.steps += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if self._noted:
+                    note_write(parameter)
+                stamp(self._device, [parameter], self.steps)
+
+
+def train(device: FakeDevice, model: Carrying, optimizer: Stamping, steps: int, seconds: float = 0.02) -> None:
+    """Steps that take `seconds` of the device each, in which the loop runs ahead of it by a step."""
+    for _ in range(steps):
+        stamp(device, [model.seen], optimizer.steps + 1)  # forward
+        device.run(seconds)
+        optimizer.step()
+        device.advance(seconds)

@@ -1,0 +1,233 @@
+"""An accelerator with a clock of its own: what is issued to a stream happens when time passes, and not before.
+
+Its memory is the host's, so that tests can look into it. A kernel does what it is given when it ends; a copy between
+device and slot takes the time of its bytes, tensor by tensor. Waiting threads do not make time pass, but for the one
+that made the device: when that one blocks, the clock goes on until what it waits for has happened, as it would.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BYTES_PER_S = 3e7  # from the device to a slot
+KERNEL_S = 1e-9  # of a copy within the device
+_PATIENCE_S = 30.0
+
+
+@dataclass(eq=False)
+class _Point:
+    """A place in a stream that time has reached, or not yet."""
+
+    reached_at: float | None = None
+
+
+@dataclass(eq=False)
+class _Work:
+    duration_s: float
+    effect: Callable[[], None]
+    after: _Point | None
+    issued_at: float
+
+
+@dataclass(eq=False)
+class FakeStream:
+    """Work in order."""
+
+    device: FakeDevice
+    now: float = 0.0
+    work: deque[_Work] = field(default_factory=deque)
+
+    def add(self, duration_s: float, effect: Callable[[], None], after: _Point | None = None) -> None:
+        """Issue work that takes so long, and begins when `after` is reached."""
+        with self.device.changed:
+            self.work.append(_Work(duration_s, effect, after, self.device.now))
+
+    def synchronize(self) -> None:
+        """Block until all of it is done."""
+        point = _Point()
+        self.add(0.0, lambda: self.device.reach(point, self))
+        self.device.block_at(point)
+
+
+class FakeEvent:
+    """A CUDA event's rules: to wait for one that was not recorded is to wait for nothing."""
+
+    def __init__(self) -> None:
+        self.point: _Point | None = None
+
+    def record(self, stream: FakeStream) -> None:
+        """As of what `stream` was given so far."""
+        point = self.point = _Point()
+        stream.add(0.0, lambda: stream.device.reach(point, stream))
+
+    def wait(self, stream: FakeStream) -> None:
+        """Have `stream` wait."""
+        if self.point is not None:
+            stream.add(0.0, lambda: None, after=self.point)
+
+
+class FakeDevice:
+    """One device; see `trainer_client.device.Device`. `advance` lets time pass."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.changed = threading.Condition()
+        self.capturing = False
+        self.pin_problem: str | None = None
+        self.pinned: list[int] = []
+        self.copied: list[tuple[Tensor, Tensor]] = []
+        self.allocated: list[int] = []
+        self.fail_after: int | None = None
+        self._owner = threading.get_ident()
+        self._streams: list[FakeStream] = []
+        self._memory: list[Tensor] = []
+        self._here = threading.local()
+        self.compute = self.new_stream()
+
+    def current_stream(self) -> FakeStream:
+        """The calling thread's; at first the compute stream."""
+        stream: FakeStream = getattr(self._here, "stream", self.compute)
+        return stream
+
+    def new_stream(self) -> FakeStream:
+        """Another one."""
+        self._streams.append(FakeStream(self))
+        return self._streams[-1]
+
+    def new_event(self) -> FakeEvent:
+        """Not recorded yet."""
+        return FakeEvent()
+
+    @contextmanager
+    def issue_to(self, stream: FakeStream) -> Iterator[None]:
+        """Make `stream` the calling thread's."""
+        before = self.current_stream()
+        self._here.stream = stream
+        try:
+            yield
+        finally:
+            self._here.stream = before
+
+    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Each takes the time of its bytes where it goes to a slot, none within the device."""
+        for target, source in zip(targets, sources, strict=True):
+            if self.fail_after is not None:
+                self.fail_after -= 1
+                if self.fail_after < 0:
+                    raise RuntimeError("the device is broken")
+            assert (target.dtype, target.shape) == (source.dtype, source.shape)
+            inside = any(_inside(target, memory) for memory in self._memory)
+            assert inside or (target.is_contiguous() and source.is_contiguous()), "this copy would allocate"
+            self.copied.append((target, source))
+            seconds = KERNEL_S if inside else target.nbytes / BYTES_PER_S
+            self.current_stream().add(seconds, _copier(target, source))
+
+    def empty(self, nbytes: int) -> Tensor:
+        """Host memory that counts as the device's."""
+        self.allocated.append(nbytes)
+        self._memory.append(torch.full((nbytes,), 0xA5, dtype=torch.uint8))
+        return self._memory[-1]
+
+    def block_until(self, event: Any) -> None:
+        """Time passes if the calling thread is the one that made the device."""
+        assert isinstance(event, FakeEvent)
+        assert event.point is not None, "waited for an event that was never recorded"
+        self.block_at(event.point)
+
+    def is_capturing(self) -> bool:
+        """As the test says."""
+        return self.capturing
+
+    def pin(self, memory: Tensor) -> str | None:
+        """Unless there is a problem."""
+        if self.pin_problem is None:
+            self.pinned.append(memory.data_ptr())
+        return self.pin_problem
+
+    def unpin(self, memory: Tensor) -> None:
+        """What was pinned."""
+        self.pinned.remove(memory.data_ptr())
+
+    def run(self, seconds: float, effect: Callable[[], None] = lambda: None) -> None:
+        """A kernel of the training, on the current stream."""
+        self.current_stream().add(seconds, effect)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        with self.changed:
+            until = self.now + seconds
+            while self._happen(until):
+                pass
+            self.now = until
+            self.changed.notify_all()
+
+    def idle(self) -> None:
+        """Let time pass until everything that was issued is done."""
+        with self.changed:
+            while self._happen(float("inf")):
+                pass
+            self.changed.notify_all()
+        assert not any(stream.work for stream in self._streams), "a stream waits for what never comes"
+
+    def reach(self, point: _Point, stream: FakeStream) -> None:
+        """The stream is there now."""
+        point.reached_at = stream.now
+
+    def block_at(self, point: _Point) -> None:
+        """Block the calling thread until time has reached the point."""
+        with self.changed:
+            if threading.get_ident() == self._owner:
+                while point.reached_at is None:
+                    assert self._happen(float("inf")), "blocked for ever"
+                self.now = max(self.now, point.reached_at)
+                self.changed.notify_all()
+            else:
+                assert self.changed.wait_for(lambda: self._is_past(point), _PATIENCE_S), "time stands still"
+
+    def _is_past(self, point: _Point) -> bool:
+        return point.reached_at is not None and point.reached_at <= self.now
+
+    def _happen(self, until: float) -> bool:
+        """Do the piece of work that ends first, if it ends by then."""
+        ready = [(end, stream) for stream in self._streams if (end := _end(stream)) is not None and end <= until]
+        if not ready:
+            return False
+        end, stream = min(ready, key=lambda item: item[0])
+        work = stream.work.popleft()
+        stream.now = end
+        self.now = max(self.now, end)
+        work.effect()
+        return True
+
+
+def _end(stream: FakeStream) -> float | None:
+    """When the stream's next piece of work ends; None while it waits."""
+    if not stream.work:
+        return None
+    work = stream.work[0]
+    after = 0.0
+    if work.after is not None:
+        if work.after.reached_at is None:
+            return None
+        after = work.after.reached_at
+    return max(stream.now, work.issued_at, after) + work.duration_s
+
+
+def _copier(target: Tensor, source: Tensor) -> Callable[[], None]:
+    def effect() -> None:
+        with torch.no_grad():
+            target.copy_(source)
+
+    return effect
+
+
+def _inside(view: Tensor, memory: Tensor) -> bool:
+    return memory.data_ptr() <= view.data_ptr() < memory.data_ptr() + max(1, memory.nbytes)

@@ -1,0 +1,38 @@
+"""A training script that ends while a snapshot is being copied, without closing its client."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Literal
+
+from support.device_training import Carrying, RecordingWorker, Stamping, client_on
+from support.fake_device import FakeDevice
+from trainer_client.slots import Slot
+
+
+class Telling(RecordingWorker):
+    """Says on stdout what it was offered."""
+
+    def offer(self, slot: Slot, step: int, mode: Literal["update", "set"] = "update") -> None:
+        super().offer(slot, step, mode)
+        print("sent", step, flush=True)
+
+
+def main() -> None:
+    """Take one step, and leave; the device is done some time later."""
+    device, model = FakeDevice(), Carrying()
+    optimizer = Stamping(device, model.parameters())
+    client_on(device, Telling()).attach(model, optimizer)
+    optimizer.step()
+
+    def later() -> None:
+        time.sleep(0.3)
+        print("copied", flush=True)
+        device.advance(10.0)
+
+    threading.Thread(target=later, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

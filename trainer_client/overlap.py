@@ -1,0 +1,216 @@
+"""Copying a snapshot while training goes on: the stager for a model that lies on one device.
+
+Parameters stay as they are from the end of one optimizer step to the beginning of the next, so the copy engine works in
+that window, on a stream of its own; buffers change in forward, so they are secured before it. Comes in: live tensors
+and a slot. Goes out: a `Transfer`, which tells when the slot may be read, and whether someone wrote where nobody should
+have. Nothing here waits, but for a recording that another thread has begun. Knows no steps, no optimizer, no socket.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ema_proto.manifest import Manifest
+from trainer_client.device import Device, DeviceEvent, DeviceStream
+from trainer_client.routes import Routes, pieces, plan_routes
+from trainer_client.staging import Slot, slot_views
+
+PIECE_BYTES = 64 << 20  # another copy from the device, such as a loss's, waits for one piece at most
+BOUNCE_BYTES = 16 << 20  # where tensors that are not row-major become so, piece by piece
+_RECORDING_S = 10.0  # issuing the copies takes milliseconds: who waits so long waits for a thread that is stuck
+
+# Kernels that copy many tensors at once know these only by their signed twins.
+_SIGNED = {torch.uint64: torch.int64, torch.uint32: torch.int32, torch.uint16: torch.int16}
+
+
+class Transfer:
+    """One snapshot on its way from a device into a slot. Any thread may call any method."""
+
+    def __init__(self, device: Device, done: DeviceEvent, tensors: Sequence[Tensor]) -> None:
+        self._device = device
+        self._done = done
+        self._tensors: Sequence[Tensor] = tensors  # held, so that no other object gets one of the ids
+        self._ids = frozenset(map(id, tensors))
+        self._recorded = threading.Event()
+        self._lock = threading.Lock()
+        self._watched: list[tuple[Tensor, int]] = []
+        self._memory: Sequence[Tensor] = ()
+        self._is_torn: bool | None = None
+        self.finished = False
+
+    def holds_any(self, tensors: Iterable[object]) -> bool:
+        """Whether one of `tensors` is in the snapshot."""
+        return any(id(tensor) in self._ids for tensor in tensors)
+
+    def record(self, side: DeviceStream, watched: Sequence[tuple[Tensor, int]], memory: Sequence[Tensor]) -> None:
+        """All copies have been issued to `side`.
+
+        Args:
+            side: the stream that has them.
+            watched: what they read, with the version that is to be read.
+            memory: what they go through. All of it is held until they are done.
+        """
+        self._watched, self._memory = list(watched), memory
+        self._done.record(side)
+        self._recorded.set()
+
+    def abandon(self) -> None:
+        """The copies could not be issued."""
+        self.finished = True
+        self._recorded.set()
+
+    def hold_back(self, stream: DeviceStream) -> None:
+        """Have what is issued to `stream` from now on wait for the copies; what was written before them counts as torn.
+
+        An event that was not recorded yet is waited for by nobody, so this waits for the recording first.
+        """
+        if self.finished:
+            return
+        recorded = self._recorded.wait(_RECORDING_S)
+        if recorded:
+            self._done.wait(stream)
+        self.seal(spoiled=not recorded)
+
+    def wait(self) -> bool:
+        """Block until the slot holds everything; False if it is torn. Tensors are let go then."""
+        if not self.finished:
+            self._device.block_until(self._done)
+            self.seal()
+            self._watched, self._tensors, self._memory = [], (), ()
+            self.finished = True
+        return not self._is_torn
+
+    def seal(self, *, spoiled: bool = False) -> None:
+        """Judge by the versions now, once: whoever writes later is held back, or has nothing left to tear."""
+        with self._lock:
+            if self._is_torn is None:
+                self._is_torn = spoiled or any(_version(tensor) != version for tensor, version in self._watched)
+
+
+class OverlappedStager:
+    """Issues a snapshot's copies and returns.
+
+    Args:
+        manifest: of the snapshots.
+        device: where all tensors are.
+        routes: which way each tensor takes; default: see `plan_routes`.
+
+    Everything is of the source's dtype and arrives row-major. On the device, small tensors are gathered in a scratch by
+    a few kernels, and those that are not row-major are laid out anew piece by piece in the bounce; both are made once.
+    """
+
+    def __init__(self, manifest: Manifest, device: Device, routes: Routes | None = None) -> None:
+        self._manifest = manifest
+        self._device = device
+        self._routes = plan_routes(manifest) if routes is None else routes
+        self._side = device.new_stream()
+        self._ready = device.new_event()
+        self._done: dict[int, DeviceEvent] = {}
+        self._targets: dict[int, list[Tensor]] = {}
+        with torch.inference_mode(False):
+            self._scratch = device.empty(self._routes.scratch_bytes)
+            self._gathered = slot_views(self._scratch, manifest.tensors, dict(self._routes.gathered))
+        self._bounce: list[Tensor] = []  # one, once it is needed
+        self._newest: Transfer | None = None
+
+    def stage(self, tensors: Sequence[Tensor], slot: Slot) -> Transfer:
+        """Issue the copies of `tensors` (the manifest's order, dtypes and shapes) into `slot`."""
+        if slot.index not in self._done:
+            self._done[slot.index] = self._device.new_event()
+        transfer = Transfer(self._device, self._done[slot.index], tensors)
+        before, self._newest = self._newest, transfer
+        compute = self._device.current_stream()
+        try:
+            with torch.no_grad():
+                self._issue(tensors, slot, transfer, before, compute)
+        except BaseException:
+            transfer.abandon()
+            # What was issued must not arrive in a slot that goes to another snapshot.
+            self._side.synchronize()
+            compute.synchronize()
+            raise
+        return transfer
+
+    def hold_back_writes(self, written: Iterable[object] | None = None) -> None:
+        """Have the current stream wait for a copy under way, if any of `written` (default: yes) is part of it."""
+        transfer = self._newest
+        if transfer is None or transfer.finished or not (written is None or transfer.holds_any(written)):
+            return
+        if self._device.is_capturing():
+            transfer.seal()  # versions change and nothing is written; a graph cannot wait for what is outside it
+        else:
+            transfer.hold_back(self._device.current_stream())
+
+    def _issue(
+        self, tensors: Sequence[Tensor], slot: Slot, transfer: Transfer, before: Transfer | None, compute: DeviceStream
+    ) -> None:
+        # Aliases: `p.data = x` gives the parameter other memory, and this must outlive the copy. They share versions.
+        sources = [tensor.detach() for tensor in tensors]
+        targets = self._targets_of(slot)
+        routes = self._routes
+        watched = [(sources[index], _version(sources[index])) for index in routes.on_side]
+        if before is not None:
+            before.hold_back(compute)  # its copies read the scratch
+        self._gather(sources)
+        self._send(routes.on_compute, sources, targets)
+        self._ready.record(compute)
+        self._ready.wait(self._side)
+        with self._device.issue_to(self._side):
+            spans = [(span.slot, span.scratch, span.nbytes) for span in routes.spans]
+            self._device.copy(
+                [slot.tensor[start : start + nbytes] for start, _, nbytes in spans],
+                [self._scratch[start : start + nbytes] for _, start, nbytes in spans],
+            )
+            self._send(routes.on_side, sources, targets)
+            transfer.record(self._side, watched, [self._scratch, *self._bounce])
+
+    def _gather(self, sources: Sequence[Tensor]) -> None:
+        """Copy into the scratch, in one call for all of one dtype whose strides are those of the scratch."""
+        groups: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
+        for index, _ in self._routes.gathered:
+            target, source = self._gathered[index], sources[index]
+            signed = _SIGNED.get(source.dtype)
+            if signed is not None:
+                target, source = target.view(signed), source.view(signed)
+            targets, alike = groups.setdefault((source.dtype, source.stride() == target.stride()), ([], []))
+            targets.append(target)
+            alike.append(source)
+        for targets, alike in groups.values():
+            self._device.copy(targets, alike)
+
+    def _send(self, indices: Sequence[int], sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+        """Copy from where the tensors lie to the slot, on the current stream."""
+        straight: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for index in indices:
+            if sources[index].is_contiguous():
+                straight[0].extend(pieces(targets[index], PIECE_BYTES))
+                straight[1].extend(pieces(sources[index], PIECE_BYTES))
+            else:
+                self._send_bounced(sources[index], targets[index])
+        self._device.copy(*straight)
+
+    def _send_bounced(self, source: Tensor, target: Tensor) -> None:
+        if not self._bounce:
+            with torch.inference_mode(False), self._device.issue_to(self._side):
+                self._bounce.append(self._device.empty(BOUNCE_BYTES))
+        for piece, place in zip(pieces(source, BOUNCE_BYTES), pieces(target, BOUNCE_BYTES), strict=True):
+            row_major = self._bounce[0][: piece.nbytes].view(piece.dtype).view(piece.shape)
+            self._device.copy([row_major], [piece])
+            self._device.copy([place], [row_major])
+
+    def _targets_of(self, slot: Slot) -> list[Tensor]:
+        if slot.index not in self._targets:
+            places = {index: spec.offset for index, spec in enumerate(self._manifest.tensors)}
+            with torch.inference_mode(False):
+                views = slot_views(slot.tensor, self._manifest.tensors, places)
+            self._targets[slot.index] = [views[index] for index in range(len(views))]
+        return self._targets[slot.index]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was written to; those of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
