@@ -155,7 +155,16 @@ def test_every_file_of_the_tour_exists_and_every_file_is_in_the_tour() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", "docs/reference.md", "docs/bad-input.md", "docs/validation.md", "proto/SPEC.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/averages.md",
+        "docs/bad-input.md",
+        "docs/reference.md",
+        "docs/timm.md",
+        "docs/validation.md",
+        "proto/SPEC.md",
+    ],
 )
 def test_every_link_to_a_file_leads_somewhere(document: str) -> None:
     place = (_ROOT / document).parent

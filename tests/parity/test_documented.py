@@ -1,0 +1,55 @@
+"""The tables of docs/averages.md hold what was compared, and the page and its drawings name rules that there are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ema_proto.presets import PRESETS
+from ema_proto.specs import parse_average
+from support.parity_table import PEERS
+from support.scripts import script
+
+_ROOT = Path(__file__).parents[2]
+_PAGE = (_ROOT / "docs" / "averages.md").read_text()
+_ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in _PAGE.split("## From another library")[1].splitlines()
+    if line.startswith("| `")
+][1:]
+
+
+def test_every_preset_is_in_the_table_and_was_compared() -> None:
+    compared = {name for peer in PEERS for name in re.findall(r"preset=([\w-]+)", peer.rule)}
+
+    assert sorted(row[0].strip("`") for row in _ROWS) == sorted(PRESETS)
+    assert compared == set(PRESETS)
+
+
+@pytest.mark.parametrize("row", _ROWS, ids=lambda row: row[0])
+def test_a_preset_stands_for_what_the_table_says(row: list[str]) -> None:
+    """With the length that the table shows: a preset has one of its own, or wants one."""
+    name, shown = row[0].strip("`"), parse_average(row[2].strip("`"))
+    text = row[2].strip("`")
+    length = text.partition(":")[2].split(",")[0]
+    rule = text.partition(":")[0]
+    given = f"{rule}:{length}," if length and not length.startswith("buffers") else f"{rule}:"
+
+    assert parse_average(f"{given}preset={name}") == shown
+    assert row[2] == f"`{shown.spec}`"
+
+
+def test_every_rule_that_the_page_names_can_be_read() -> None:
+    named = re.findall(r"`((?:ema|power|swa|window|wsd):[^`…]+)`", _PAGE)
+
+    assert len(named) > 30
+    for text in named:
+        parse_average(text.replace("STEPS_PER_EPOCH", "100"))
+
+
+def test_the_drawings_are_of_rules_that_can_be_read() -> None:
+    panels = script("plot_profiles").PANELS
+
+    assert all(parse_average(rule) for panel in panels for rule in panel.rules)
