@@ -198,6 +198,25 @@ def test_a_debiased_average_is_exact_from_its_first_steps(decay: float) -> None:
         assert _weight(Ema(decay, warmup="debias"), then, now) == pytest.approx(float(expected), rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "ema:0.9,warmup=tf",
+        "ema:half_life=3.3,warmup=tf",
+        "ema:0.9,warmup=half_life,fraction=0.1",
+        "ema:0.9,warmup=timm,power=0.8",
+        "ema:0.9,warmup=timm,min=0.5,update_after=7",
+        "ema:0.9,warmup=exponential,tau=15",
+    ],
+)
+@pytest.mark.parametrize(("then", "now"), [(10, 300), (60, 90), (70, 140), (150, 151)])
+def test_a_gap_across_the_end_of_a_warmup_weighs_the_product_of_its_decays(spec: str, then: int, now: int) -> None:
+    rule = parse_average(spec)
+    kept = dense_shares(rule, 0, now, _PACE)[now][: then + 1].sum()
+
+    assert _weight(rule, then, now) == pytest.approx(1 - kept, rel=1e-12)
+
+
 @pytest.mark.parametrize("then", [1_000_000, 30_000_000])
 @pytest.mark.parametrize(
     "rule",
