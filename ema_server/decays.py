@@ -76,7 +76,7 @@ def _debiased(constant: float, then: int, now: int) -> float:
 def _tf(constant: float, then: int, now: int) -> float:
     """Logarithm of the product of min((1 + n) / (10 + n), d); the factors before d is reached telescope."""
     share = -math.expm1(constant)
-    reached = now if share * (now + _TF_OFFSET) <= _TF_OFFSET - 1 else math.ceil((_TF_OFFSET - 1) / share) - _TF_OFFSET
+    reached = now if share * (now + _TF_OFFSET) <= _TF_OFFSET - 1 else math.floor((_TF_OFFSET - 1) / share) - _TF_OFFSET
     turn = min(now, max(then, reached))
     rising = math.fsum(math.log1p((turn - then) / (then + j)) for j in range(2, _TF_OFFSET + 1))
     return _times(now - turn, constant) - rising
