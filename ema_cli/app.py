@@ -30,7 +30,7 @@ class Room:
 
 ROOMS = (
     Room("ema_server.cli", ("serve",)),
-    Room("ema_reader.cli", ("status", "versions", "download", "evaluate", "validate", "healthcheck")),
+    Room("ema_reader.cli", ("status", "versions", "download", "evaluate", "validate", "recalibrate", "healthcheck")),
     Room("ema_reader.cli_derived", ("synthesize",)),
     Room("ema_reader.cli_averages", ("averages", "ledger")),
     Room("ema_cli.doctor", ("doctor",)),

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ema_reader import render
-from ema_reader.cli_evaluate import evaluate, validate
+from ema_reader.cli_evaluate import evaluate, recalibrate, validate
 from ema_reader.errors import UsageError
 from ema_reader.options import Json, Target, Token, Url, exits, parse_target
 from ema_reader.reader import DEFAULT_URL, Reader
@@ -19,7 +19,7 @@ from ema_reader.reader import DEFAULT_URL, Reader
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (status, versions, download, evaluate, validate, healthcheck):
+    for command in (status, versions, download, evaluate, validate, recalibrate, healthcheck):
         app.command()(command)
 
 

@@ -1,24 +1,33 @@
-"""The commands that evaluate: a worker, and a request to one. Data goes to stdout, logs to stderr."""
+"""The commands that evaluate: a worker, a request to one, and statistics recomputed for good. Data goes to stdout."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 import signal
 import sys
 import threading
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ema_reader import render
-from ema_reader.errors import ReaderError
+from ema_reader.errors import ReaderError, RecalibrationFailed
 from ema_reader.evaluate import EvaluationWorker
 from ema_reader.functions import Evaluate, check_device, import_function
 from ema_reader.leases import LEASE_S
 from ema_reader.options import Json, Target, Token, Url, exits, log_to_stderr, parse_target
 from ema_reader.reader import DEFAULT_URL, Reader
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ema_reader.batchnorm import Loader
+
 EXIT_ORPHANED = 143  # as after SIGTERM
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -101,16 +110,50 @@ def validate(
         raise typer.Exit(0 if found.error is None else 1)
 
 
+def recalibrate(
+    target: Target,
+    loader: Annotated[str, typer.Option("--bn", metavar="MODULE:LOADER", help="Returns (model, batches).")],
+    device: Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda:0, ...")] = "cpu",
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Recompute a version's BatchNorm statistics and write them as a new version, RUN/AVERAGE-bn. Prints its id."""
+    log_to_stderr()
+    with exits(), Reader(url, token) as reader:
+        batches = import_function(loader)
+        check_device(device)
+        base = reader.version(*parse_target(target))
+        version = reader.derived.recalibrate(base, _recomputed(reader.load(base, device), loader, batches))
+        typer.echo(render.as_json({"version": version}) if json else version.id)
+
+
 def _evaluator(function: str, loader: str | None) -> Evaluate:
     """The user's function; with a loader, it gets the weights with BatchNorm statistics recomputed."""
     evaluator = import_function(function)
     if loader is None:
         return evaluator
-    try:
-        from ema_reader.batchnorm import recalibrating
-    except ImportError as error:
-        raise ReaderError("recomputing BatchNorm statistics needs torch: install it") from error
+    _check_torch()
+    from ema_reader.batchnorm import recalibrating
+
     return recalibrating(evaluator, loader, import_function(loader))
+
+
+def _recomputed(state: dict[str, Tensor], name: str, loader: Loader) -> dict[str, Tensor]:
+    """The statistics; what the user's code raised is shown with its traceback."""
+    from ema_reader.batchnorm import recomputed
+
+    try:
+        return recomputed(state, name, loader)
+    except RecalibrationFailed as failure:
+        log.error("%s could not be used", name, exc_info=failure.__cause__)
+        raise
+
+
+def _check_torch() -> None:
+    """The commands do without torch until weights are looked at."""
+    if importlib.util.find_spec("torch") is None:
+        raise ReaderError("recomputing BatchNorm statistics needs torch: install it")
 
 
 def _terminated(number: int, frame: object) -> None:

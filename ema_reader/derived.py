@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ema_reader.errors import ReaderError, UsageError
 from ema_reader.transport import Transport, path_of
 from ema_reader.values import Version
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ANSWER_S = 3600.0  # a large model, of many snapshots, on a slow disk
 
@@ -96,6 +99,32 @@ class Derived:
         answer = self._transport.post(path_of("runs", run, "synthesize"), body, answer_s=ANSWER_S)
         try:
             return Synthesized.from_json(answer)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReaderError(f"{self._transport.url} does not answer as an ema server does ({error!r})") from error
+
+    def recalibrate(self, version: Version, buffers: Mapping[str, Tensor]) -> Version:
+        """Have a version written as `{average}-bn`, with these buffers in place of its own. Needs torch.
+
+        The same buffers again give the same version.
+
+        Args:
+            version: any but one that was made so.
+            buffers: by their names in the state dict, with the shapes and dtypes that the version has.
+
+        Raises:
+            NotFound: the version has been pruned.
+            RequestRefused: a tensor is no buffer of the model, does not fit, or is not finite; the text names it.
+            ReaderError: torch is not installed.
+        """
+        try:
+            from safetensors.torch import save
+        except ImportError as error:
+            raise ReaderError("sending buffers needs torch (and numpy): install them") from error
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in buffers.items()})
+        path = path_of("runs", version.run, "averages", version.average, "versions", version.id, "recalibrate")
+        answer = self._transport.upload(path, data, answer_s=ANSWER_S)
+        try:
+            return Version.from_json(answer)
         except (KeyError, TypeError, ValueError) as error:
             raise ReaderError(f"{self._transport.url} does not answer as an ema server does ({error!r})") from error
 

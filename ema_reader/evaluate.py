@@ -118,7 +118,7 @@ class EvaluationWorker:
                 time.sleep(self._wanted.poll_s)
 
     def _check_averages(self, run: Run | None) -> None:
-        known = [] if run is None else [average.name for average in run.averages]
+        known = () if run is None else run.average_names
         for name in self._wanted.averages:
             if run is not None and known and name not in known:
                 raise NotFound(f"run {run.run!r} has no average {name!r}; it has {', '.join(known)}")

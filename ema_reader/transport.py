@@ -70,6 +70,15 @@ class Transport:
         """The decoded JSON that answers a POST, for which the server may take `answer_s`; raises as `get` does."""
         return self._json("POST", path, body, {}, answer_s)
 
+    def upload(self, path: str, data: bytes, *, answer_s: float) -> Any:
+        """The decoded JSON that answers a POST of bytes; see `post`."""
+        timeout = httpx2.Timeout(READ_S, connect=CONNECT_S, read=answer_s)
+        headers = {"Content-Type": "application/octet-stream"}
+        with self._mapped():
+            response = self._client.post(path, content=data, headers=headers, timeout=timeout)
+        self._check(response)
+        return _decode(response, self.url)
+
     def delete(self, path: str) -> None:
         """Send a DELETE; raises as `get` does."""
         with self._mapped():

@@ -389,6 +389,10 @@ def test_a_failed_rewind_raises_and_changes_nothing() -> None:
     with pytest.raises(RewindError):
         client.rewind(5)
     assert client.steps == 10
+    for step in (6, 10, 11):
+        client.update(model, step)
+    assert client.worker.steps == [10, 11], "what the run has already is not sent again"
+    assert client.stats()["skipped"]["repeated"] == 2
 
 
 def test_a_rewind_before_joining_names_the_way() -> None:
