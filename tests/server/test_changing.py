@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_server.jobs import Applied, Changed, Failed, Refused, Unchanged, WhyNot
+from ema_proto.specs import parse_average
+from ema_server.jobs import (
+    AddAverage,
+    Applied,
+    Changed,
+    Failed,
+    Refused,
+    RemoveAverage,
+    Rewound,
+    Unchanged,
+    WhyNot,
+)
 from support.keeper import Keeper, durable, joined, keeping, manifest_of, versions_by_average
 from support.oracle import bound, largest_difference, replay
 
@@ -261,3 +273,40 @@ def test_a_rewind_keeps_the_averages_of_today(tmp_path: Path) -> None:
         assert _ledger(keeper, "ema-0.9")["set"] == [1]
         assert _ledger(keeper, "ema-0.7") == {"origin": 2, "set": [3], "ranges": [[3, 4, 1]]}
         assert _ledger(keeper, "swa") == {"origin": 2, "set": [3], "ranges": [[3, 4, 1]]}
+
+
+def test_a_run_all_of_whose_averages_began_later_goes_back_and_on(tmp_path: Path) -> None:
+    """At step 2 there was only one that is removed by now: the run stands there without weights, and begins anew."""
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, ["ema:0.9"]))
+        _stream(keeper, 1, 2)
+        durable(keeper.publish("r", "checkpoint"))
+        assert isinstance(keeper.add("r", "ema:0.5"), Changed)
+        _stream(keeper, 3)
+        assert isinstance(keeper.remove("r", "ema-0.9"), Changed)
+        back = keeper.rewind("r", 2)
+        assert isinstance(back, Rewound)
+        assert (back.step, back.recent) == (2, (1, 2))
+        assert durable(keeper.publish("r")).versions == ()
+    with keeping(tmp_path) as keeper:
+        answer = joined(keeper.join("r", _MANIFEST, ["ema:0.9"], first_step=3))
+        assert (answer.last_step, answer.continuation) == (2, "continued")
+        _stream(keeper, 3, 4)
+        _check(keeper, "ema-0.5", 0.5)
+
+
+def test_changes_that_are_asked_for_at_once_all_happen(keeper: Keeper) -> None:
+    """None waits for the one before: later ones go into the next generation."""
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9", "raw"]))
+    _stream(keeper, 1)
+    answers: queue.Queue[Changed | Unchanged] = queue.Queue()
+    for rule in ("ema:0.5", "swa", "window:2"):
+        keeper.averager.submit(AddAverage("r", parse_average(rule), answers.put))
+    keeper.averager.submit(RemoveAverage("r", "raw", answers.put))
+    keeper.averager.submit(RemoveAverage("r", "swa", answers.put))
+
+    changed = [answers.get(timeout=30) for _ in range(5)]
+    assert all(isinstance(answer, Changed) for answer in changed), changed
+    assert _names(keeper) == ["ema-0.9", "ema-0.5", "window-2"]
+    _stream(keeper, 2, 3)
+    assert set(versions_by_average(keeper.publish("r"))) == {"ema-0.9", "ema-0.5", "window-2"}

@@ -19,6 +19,7 @@ from ema_proto.specs import parse_averages
 from ema_server.crew import Crew
 from ema_server.device import HOST
 from ema_server.draft import Draft, DraftAverage
+from ema_server.jobs import Quarantined
 from ema_server.restore import load_run
 from ema_server.run import Run, new_run
 from ema_server.sealing import Content, Label, seal
@@ -200,3 +201,41 @@ def test_a_parameter_that_does_not_change_stays_bit_for_bit(tmp_path: Path) -> N
         thawed = keeper.load(versions_by_average(keeper.publish("r"))["ema-0.999"])["w"]
 
     torch.testing.assert_close(thawed, frozen["w"] + 0.001, rtol=0, atol=1e-5)
+
+
+def test_an_unclean_snapshot_leaves_every_average_as_it_was(tmp_path: Path) -> None:
+    """For every rule: the same version as before, though the snapshots of a window move about."""
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, _NAMED))
+        for step in (1, 2, 3, 4, 5, 6):
+            keeper.apply("r", step, _weights(step))
+        before = versions_by_average(keeper.publish("r"))
+        for name in ("single", "head.half", "statistic"):
+            dirty = {**_weights(7), name: _weights(7)[name].clone().index_fill_(0, torch.tensor([1]), torch.nan)}
+            assert isinstance(keeper.apply("r", 7, dirty), Quarantined)
+        assert versions_by_average(keeper.publish("r")) == before
+
+
+def test_odd_tensors_pass_through_every_rule(tmp_path: Path) -> None:
+    """Tied, 0-d, empty and non-contiguous tensors, integers and bools; what does not change comes out as it went in."""
+    odd = {
+        "tied": torch.rand(3, 4).t(),
+        "scalar": torch.tensor(0.3),
+        "brain": torch.rand(9).bfloat16(),
+        "empty": torch.empty(0, 4),
+        "flags": torch.tensor([True, False, True]),
+        "index": torch.arange(169, dtype=torch.int16),
+        "large": torch.tensor(2**53 + 1),
+        "double": torch.rand(2, dtype=torch.float64),
+    }
+    manifest = manifest_of(odd, aliases={"tied": ("other.name",)})
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", manifest, [rule for rule in _NAMED if "head" not in rule]))
+        for step in (1, 2, 5, 6, 7, 30):
+            keeper.apply("r", step, odd)
+        for version in versions_by_average(keeper.publish("r")).values():
+            held = keeper.load(version)
+            assert torch.equal(held.pop("other.name"), held["tied"]), version.average
+            for name, value in odd.items():
+                assert held[name].shape == value.shape
+                assert torch.equal(held[name], value.to(held[name].dtype)), (version.average, name)
