@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ema_proto.specs import parse_average
 from ema_reader import Reader
+from ema_reader.values import Ledger
 from support.library_peers import Peer, State, Update
 from support.parity_model import STEPS, Walk, Walker
 from support.parity_table import PEERS
@@ -23,11 +24,12 @@ _RUN = "parity"
 
 @dataclass(slots=True)
 class Compared:
-    """What came of the run: weights by step, the libraries' averages by label, ours by rule."""
+    """What came of the run: weights by step, the libraries' averages by label, ours and their ledgers by rule."""
 
     walk: Walk
     libraries: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     ours: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    ledgers: dict[str, Ledger] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
     def pair(self, peer: Peer) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -69,6 +71,8 @@ def _compare(data: Path) -> Compared:
         assert sum(client.stats()["skipped"].values()) == 0
         with Reader(server.http) as reader:
             for text, rule in rules.items():
-                found.ours[text] = reader.load(reader.version(_RUN, rule.name, f"step-{STEPS}"))
+                version = reader.version(_RUN, rule.name, f"step-{STEPS}")
+                found.ours[text] = reader.load(version)
+                found.ledgers[text] = reader.averages.ledger(_RUN, rule.name, version.id)
     found.libraries = {label: state() for label, (_, state) in begun.items()}
     return found

@@ -36,8 +36,7 @@ def _rms(difference: Tensor) -> float:
 
 
 def _rounding(compared: Compared, name: str) -> float:
-    largest = max(state[name].abs().max().item() for state in compared.walk.history)
-    return math.sqrt(STEPS) * EPS32 * largest
+    return math.sqrt(STEPS) * EPS32 * compared.walk.values(name).abs().max().item()
 
 
 def _scaling(peer: Peer) -> float:
@@ -72,7 +71,7 @@ def test_the_steps_have_the_weights_that_they_have_in_the_library(compared: Comp
 def test_every_tensor_of_the_library_is_ours(compared: Compared, peer: Peer) -> None:
     ours, theirs = compared.pair(peer)
     for name in set(_floats(theirs)) - set(peer.differs):
-        largest = max(state[name].abs().max().item() for state in compared.walk.history)
+        largest = compared.walk.values(name).abs().max().item()
         bound = _rounding(compared, name) * 2 + abs(_scaling(peer)) * largest
         assert _rms(ours[name].double() - theirs[name].double()) <= bound, name
 
@@ -118,7 +117,21 @@ def test_a_library_whose_decays_do_not_add_up_to_1_scales_the_weights_and_ours_d
     assert abs(scale(ours["conv.weight"])) < abs(_scaling(peer)) / 4
 
 
-@pytest.mark.parametrize("rule", sorted({peer.rule for peer in PEERS}))
+_each_rule = pytest.mark.parametrize("rule", sorted({peer.rule for peer in PEERS}))
+
+
+@_each_rule
+def test_the_ledger_lists_the_weights_that_the_server_gave(compared: Compared, rule: str) -> None:
+    ledger = compared.ledgers[rule]
+    listed = torch.zeros(STEPS + 2, dtype=torch.float64)
+    for step, share in ledger.steps:
+        listed[step] = share
+
+    assert (compared.ours[rule]["profile"].double() - listed).abs().max() <= EPS32
+    assert float(listed.sum()) + ledger.rest == pytest.approx(1.0, abs=1e-12)
+
+
+@_each_rule
 def test_the_drawings_of_the_docs_show_the_weights_that_the_server_gave(compared: Compared, rule: str) -> None:
     drawn = torch.from_numpy(script("plot_profiles").profile(parse_average(rule), STEPS))
 

@@ -61,6 +61,7 @@ class Walk:
             if parameter.requires_grad and name != "profile"
         ]
         self.history: list[dict[str, Tensor]] = []
+        self._stacked: dict[str, Tensor] = {}
         self._at(0)
 
     def step(self) -> int:
@@ -75,9 +76,15 @@ class Walk:
 
     def exact(self, profile: Tensor, name: str) -> Tensor:
         """The average of a tensor that has these weights, in float64."""
-        values = torch.stack([state[name].double() for state in self.history])
+        values = self.values(name)
         average: Tensor = torch.tensordot(profile[: len(values)], values, dims=1)
         return average
+
+    def values(self, name: str) -> Tensor:
+        """A tensor at all steps, in float64, stacked; to be asked for when the walk is over."""
+        if name not in self._stacked:
+            self._stacked[name] = torch.stack([state[name].double() for state in self.history])
+        return self._stacked[name]
 
     def _at(self, number: int) -> None:
         with torch.no_grad():
