@@ -13,7 +13,7 @@ import typer
 from ema_reader import render
 from ema_reader.cli_evaluate import evaluate, recalibrate, validate
 from ema_reader.errors import UsageError
-from ema_reader.options import Json, Target, Token, Url, exits, parse_target
+from ema_reader.options import Json, Target, Token, Url, exits, named, parse_target
 from ema_reader.reader import DEFAULT_URL, Reader
 
 
@@ -31,7 +31,7 @@ def status(
 ) -> None:
     """Show the runs: state, steps, rates, gaps."""
     with exits(), Reader(url, token) as reader:
-        runs = reader.runs() if run is None else (reader.run(run),)
+        runs = reader.runs() if run is None else (reader.run(named("run", run)),)
         typer.echo(render.as_json({"runs": runs}) if json else render.status_text(runs))
 
 
@@ -46,7 +46,8 @@ def versions(
         run, slash, average = target.partition("/")
         if not run or "/" in average or (slash and not average):
             raise UsageError(f"{target!r} is not RUN or RUN/AVERAGE, for example resnet34/ema-0.999")
-        averages = [average] if average else reader.run(run).average_names
+        named("run", run)
+        averages = [named("average", average)] if average else reader.run(run).average_names
         found = [version for name in averages for version in reader.versions(run, name)]
         typer.echo(render.as_json({"versions": found}) if json else render.versions_text(found))
 

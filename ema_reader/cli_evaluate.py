@@ -17,7 +17,18 @@ from ema_reader.errors import ReaderError, RecalibrationFailed
 from ema_reader.evaluate import EvaluationWorker
 from ema_reader.functions import Evaluate, check_device, import_function
 from ema_reader.leases import LEASE_S
-from ema_reader.options import Json, Target, Token, Url, exits, log_to_stderr, parse_target
+from ema_reader.options import (
+    Json,
+    Target,
+    Token,
+    Url,
+    check_label,
+    exits,
+    log_to_stderr,
+    named,
+    parse_averages,
+    parse_target,
+)
 from ema_reader.reader import DEFAULT_URL, Reader
 
 if TYPE_CHECKING:
@@ -66,16 +77,16 @@ def evaluate(
     if until_eof:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     with exits(), Reader(url, token) as reader:
-        names = () if averages == "all" else tuple(name.strip() for name in averages.split(","))
+        names = parse_averages(averages)
         evaluator = _evaluator(function, recalibrate_bn)
         check_device(device)
         evaluation = EvaluationWorker(
             reader,
             evaluator,
-            run,
+            run if run is None else named("run", run),
             names,
-            task=task,
-            worker=worker,
+            task=check_label("--task", task),
+            worker=worker if worker is None else check_label("--worker", worker),
             poll_s=poll_s,
             every=every,
             lease_s=lease_s,
@@ -105,7 +116,7 @@ def validate(
     """
     with exits(), Reader(url, token) as reader:
         run, average, rev = parse_target(target)
-        found = reader.validate(run, average, rev, task=task, again=again, timeout_s=timeout_s)
+        found = reader.validate(run, average, rev, task=check_label("--task", task), again=again, timeout_s=timeout_s)
         typer.echo(render.as_json(found) if json else render.validation_text(found))
         raise typer.Exit(0 if found.error is None else 1)
 

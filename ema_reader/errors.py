@@ -54,6 +54,12 @@ class RequestRefused(ReaderError):
         self.status = status
 
 
+class WrongValue(RequestRefused):
+    """The server says that a value of the request is not one that it takes."""
+
+    exit_code = 2
+
+
 class LeaseLost(RequestRefused):
     """Another worker has the version: this one took longer to answer than its lease lasts."""
 

@@ -14,7 +14,11 @@ from typing import Annotated
 
 import typer
 
+from ema_proto.errors import LocalProtocolError
+from ema_proto.names import check_name
 from ema_reader.errors import ReaderError, UsageError
+
+LABEL_CHARS_MAX = 200  # as the server has it
 
 Url = Annotated[str, typer.Option("--url", envvar="EMA_URL", help="Address of the server.")]
 Token = Annotated[str | None, typer.Option("--token", envvar="EMA_TOKEN", help="Token of the server, if it has one.")]
@@ -26,13 +30,45 @@ def parse_target(text: str) -> tuple[str, str, str]:
     """Split `RUN/AVERAGE[@REV]`; without REV it is `latest`.
 
     Raises:
-        UsageError: a part is missing.
+        UsageError: a part is missing, or can be no name.
     """
     name, at, rev = text.partition("@")
     run, _, average = name.partition("/")
     if not run or not average or "/" in average or (at and not rev):
         raise UsageError(f"{text!r} is not RUN/AVERAGE[@REV], for example resnet34/ema-0.999@step-2000")
-    return run, average, rev or "latest"
+    return named("run", run), named("average", average), rev or "latest"
+
+
+def named(kind: str, name: str) -> str:
+    """The name of a run or an average (`kind`), if it can be one.
+
+    Raises:
+        UsageError: it cannot; the text says what a name is.
+    """
+    try:
+        return check_name(kind, name)
+    except LocalProtocolError as error:
+        raise UsageError(str(error)) from None
+
+
+def parse_averages(text: str) -> tuple[str, ...]:
+    """Names of averages separated by commas; none for `all`.
+
+    Raises:
+        UsageError: there is none, or one that can be no name.
+    """
+    return () if text == "all" else tuple(named("average", name.strip()) for name in text.split(","))
+
+
+def check_label(option: str, text: str) -> str:
+    """The name of a task or a worker, if it can be one.
+
+    Raises:
+        UsageError: it is empty or too long.
+    """
+    if not 0 < len(text) <= LABEL_CHARS_MAX:
+        raise UsageError(f"{option} is {text[: LABEL_CHARS_MAX + 1]!r}: use 1 to {LABEL_CHARS_MAX} characters")
+    return text
 
 
 @contextmanager

@@ -12,7 +12,16 @@ from urllib.parse import quote
 
 import httpx2
 
-from ema_reader.errors import LeaseLost, NotFound, ReaderError, RequestRefused, Unauthorized, Unreachable, UsageError
+from ema_reader.errors import (
+    LeaseLost,
+    NotFound,
+    ReaderError,
+    RequestRefused,
+    Unauthorized,
+    Unreachable,
+    UsageError,
+    WrongValue,
+)
 
 CONNECT_S = 5.0
 READ_S = 30.0  # between two pieces of a response, not for all of it
@@ -131,6 +140,8 @@ class Transport:
             raise NotFound(text)
         if response.status_code == 410:
             raise LeaseLost(text, code=problem["code"], status=410)
+        if response.status_code == 422:
+            raise WrongValue(text, code=problem["code"], status=422)
         if response.status_code in _TRY_LATER:
             raise Unreachable(f"{self.url} answers {response.status_code}: {text}")
         raise RequestRefused(text, code=problem["code"], status=response.status_code)

@@ -43,12 +43,15 @@ class DataDirError(Exception):
 class DataDir:
     """An opened data folder, locked against a second server. Build with `open_data_dir`."""
 
-    def __init__(self, root: Path, lock_fd: int) -> None:
+    def __init__(self, root: Path, lock_fd: int, made: tuple[Path, ...]) -> None:
         self.root = root
         self._lock_fd = lock_fd
+        self._made = made
 
-    def close(self) -> None:
-        """Let another server have it."""
+    def close(self, *, unused: bool = False) -> None:
+        """Let another server have it. A folder that was made when it was opened goes again, if it is `unused`."""
+        if unused and self._made and not self.runs():
+            self._remove()
         os.close(self._lock_fd)
 
     def runs(self) -> tuple[str, ...]:
@@ -123,6 +126,17 @@ class DataDir:
                 logger.info("sweeping %s, left by an earlier process", path)
                 shutil.rmtree(path)
 
+    def _remove(self) -> None:
+        """Delete what a server writes before there is a run, and the folders made for it."""
+        try:
+            for path in self.root.iterdir():
+                if path.is_file():
+                    path.unlink()
+            for folder in (self._runs, *self._made):
+                folder.rmdir()
+        except OSError as error:
+            logger.debug("%s stays: %s", self.root, error)
+
     @property
     def _runs(self) -> Path:
         return self.root / "runs"
@@ -140,9 +154,10 @@ def open_data_dir(root: Path) -> DataDir:
     Raises:
         DataDirError: it is in use, of a newer format, or cannot be written.
     """
+    made = tuple(folder for folder in (root, *root.parents) if not folder.exists())
     try:
         (root / "runs").mkdir(parents=True, exist_ok=True)
-        data_dir = DataDir(root, _lock(root / _LOCK_FILE))
+        data_dir = DataDir(root, _lock(root / _LOCK_FILE), made)
     except OSError as error:
         raise DataDirError(
             f"data folder {root} cannot be used: {error.strerror}; choose another with --data"
@@ -152,7 +167,7 @@ def open_data_dir(root: Path) -> DataDir:
         data_dir.sweep()
         _check_room(root)
     except OSError as error:
-        data_dir.close()
+        data_dir.close(unused=True)
         raise DataDirError(
             f"data folder {root} cannot be used: {error.strerror}; make room, or choose another with --data"
         ) from error

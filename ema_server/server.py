@@ -77,10 +77,11 @@ def run(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
 async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
     asked = _signals()
     stopped: list[bool] = []
+    announced: list[Ready] = []
     device = open_device(config.device)
     async with AsyncExitStack() as stack:
         data_dir = open_data_dir(config.data)
-        stack.callback(data_dir.close)
+        stack.callback(lambda: data_dir.close(unused=not announced))
         services, averager, ingest = _build(config, device, data_dir, stack)
         http = HttpServer(create_app(services), config.http_host, config.http_port)
         http_url = await http.start()
@@ -93,7 +94,8 @@ async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> boo
         if services.evaluator is not None:
             services.evaluator.start(http_url)
             stack.push_async_callback(services.evaluator.stop)
-        announce(Ready(endpoint, http_url, str(config.data.absolute()), device.name, os.getpid()))
+        announced.append(Ready(endpoint, http_url, str(config.data.absolute()), device.name, os.getpid()))
+        announce(announced[0])
         dead = await until_over(asked, {"ingest": ingest.is_alive, "averager": averager.is_alive})
         if dead:
             log.critical("thread %s has died (see above): stopping, so that whoever supervises me can restart me", dead)

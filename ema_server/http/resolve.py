@@ -17,6 +17,7 @@ from ema_server.http.problems import Code, Problem
 from ema_server.http.services import Services
 
 RETRY_AFTER_S = 5
+_NAMES_SHOWN = 20
 _ID = re.compile(r"[0-9a-f]{40}")
 _FROM_THE_START = re.compile(r"\s*bytes\s*=\s*0+\s*-[^,]*", re.IGNORECASE)
 
@@ -25,7 +26,10 @@ def run_status(services: Services, run: str) -> RunStatus:
     """The status of a run, or the problem that there is none."""
     status = services.board.get(run)
     if status is None:
-        raise Problem(Code.RUN_NOT_FOUND, f"run {run!r} is not known here; GET /v1/runs lists those that are")
+        names = [status.run for status in services.board.all()]
+        known = ", ".join(names[:_NAMES_SHOWN]) if names else "there is none yet"
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        raise Problem(Code.RUN_NOT_FOUND, f"run {run[:60]!r} is not among the runs here: {known}{more}")
     return status
 
 

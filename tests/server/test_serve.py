@@ -169,6 +169,21 @@ def test_an_http_address_in_use_is_refused_in_one_line(server: ServerProcess, tm
     assert server.http_address in second.errors[0]
 
 
+def test_a_server_that_cannot_start_leaves_no_folder_behind(server: ServerProcess, tmp_path: Path) -> None:
+    """Where it was to be made; one that was there stays, with what is in it."""
+    kept, new = tmp_path / "kept", tmp_path / "new"
+    kept.mkdir()
+    (kept / "notes.txt").write_text("mine")
+    addresses = {"--zmq": "tcp://127.0.0.1:0", "--http": "127.0.0.1:0"}
+    for data, taken in ((new / "deeper", {"--http": server.http_address}), (kept, {"--zmq": server.zmq})):
+        options = [word for option in {**addresses, **taken}.items() for word in option]
+        with Process("-m", "ema_cli", "serve", *options, "--data", str(data)) as second:
+            assert second.wait(WAIT_S) == 1
+
+    assert not new.exists()
+    assert (kept / "notes.txt").read_text() == "mine"
+
+
 def test_a_token_guards_both_doors_and_is_never_logged(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with Process(
