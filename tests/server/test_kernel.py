@@ -125,6 +125,32 @@ def test_several_averages_in_one_pass_are_what_each_is_alone(crew: Crew) -> None
     assert all(torch.equal(one.data, other.data) for one, other in zip(together, alone, strict=True))
 
 
+def test_a_windows_mean_is_that_of_its_snapshots_and_disturbs_no_other_average(crew: Crew) -> None:
+    """The newest snapshot comes in by the same pass, and half floats are widened for the window and for the others."""
+    snapshots = [_filled(crew, Form.WIRE, 0.0, seed) for seed in (1, 2, 3)]
+    snapshots[0] = Target(snapshots[0].data, Form.WIRE, None)  # the oldest gives its place to the newest, seed 6
+    mix = tuple(zip((snapshots[slot].data for slot in (1, 2, 0)), (1.0, 1 / 2, 1 / 3), strict=True))
+    means = [Target(_filled(crew, form, None, 5).data, form, None, 0, mix) for form in (Form.WIDE, Form.EXACT)]
+    others = [_filled(crew, form, 0.25, 5) for form in (Form.WIDE, Form.EXACT, Form.WIDE)]
+    alone = [_filled(crew, form, 0.25, 5) for form in (Form.WIDE, Form.EXACT, Form.WIDE)]
+    snapshot = encode(_MANIFEST, _tensors(6))
+    crew.update(segments(_MANIFEST), snapshot, [others[0], *snapshots, means[0], others[1], means[1], others[2]], None)
+    for target in alone:
+        crew.update(segments(_MANIFEST), snapshot, [target], None)
+
+    assert all(torch.equal(one.data, other.data) for one, other in zip(others, alone, strict=True))
+    assert torch.equal(snapshots[0].data, snapshot)
+    assert torch.equal(snapshots[1].data, encode(_MANIFEST, _tensors(2)))
+    for mean in means:
+        for name, value in _held(_MANIFEST, mean.form, mean.data).items():
+            if name in ("u", "count", "small", "flags"):
+                assert torch.equal(value, _tensors(6)[name]), name
+                continue
+            expected = sum(_tensors(seed)[name].double() for seed in (2, 3, 6)) / 3
+            assert isinstance(expected, Tensor)
+            torch.testing.assert_close(value.double(), expected, rtol=0, atol=48 * torch.finfo(value.dtype).eps)
+
+
 def test_a_constant_is_a_fixed_point_bit_for_bit(crew: Crew) -> None:
     """The form `d * a + (1 - d) * p` drifts here: its two rounded factors do not add up to 1."""
     target = _filled(crew, Form.WIDE, 1 - 0.9998, 7)

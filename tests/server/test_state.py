@@ -155,17 +155,17 @@ def test_ages_and_shares_follow_the_weights_of_the_rule(crew: Crew) -> None:
 
 
 def test_past_0_99999_only_a_float64_accumulator_still_moves(tmp_path: Path) -> None:
-    """Weights 0.05 % away from an average at 1: each update is below half a unit in the last place of float32."""
-    there = {"w": torch.full((50,), 1.0005)}
+    """Weights 5 % away from an average at 1: each update is below half a unit in the last place of float32."""
+    there = {"w": torch.full((50,), 1.05)}
     with keeping(tmp_path) as keeper:
         joined(keeper.join("r", manifest_of(there), ["ema:0.999999,name=narrow", "ema:0.999999,acc=float64,name=wide"]))
         keeper.apply("r", 1, {"w": torch.ones(50)})
-        for step in range(2, 2002):
+        for step in range(2, 302):
             keeper.apply("r", step, there)
         versions = versions_by_average(keeper.publish("r"))
         narrow, wide = (keeper.load(versions[name])["w"] for name in ("narrow", "wide"))
 
-    expected = 1 + (1 - 0.999999**2000) * (there["w"].double() - 1)
+    expected = 1 + (1 - 0.999999**300) * (there["w"].double() - 1)
     assert torch.equal(narrow, torch.ones(50))
     assert (wide.double() - expected).abs().max().item() <= EPS32
     assert expected[0] - 1 > 10 * EPS32
@@ -193,11 +193,11 @@ def test_a_parameter_that_does_not_change_stays_bit_for_bit(tmp_path: Path) -> N
     rules = ["ema:0.999", "power:sigma_rel=0.1", "swa", "window:3", "ema:0.99,acc=float64"]
     with keeping(tmp_path) as keeper:
         joined(keeper.join("r", manifest_of(frozen, {"w": Role.FROZEN}), rules))
-        for step in range(1, 60):
+        for step in range(1, 20):
             keeper.apply("r", step, frozen)
         versions = versions_by_average(keeper.publish("r"))
         assert all(torch.equal(keeper.load(version)["w"], frozen["w"]) for version in versions.values())
-        keeper.apply("r", 60, {"w": frozen["w"] + 1})
+        keeper.apply("r", 20, {"w": frozen["w"] + 1})
         thawed = keeper.load(versions_by_average(keeper.publish("r"))["ema-0.999"])["w"]
 
     torch.testing.assert_close(thawed, frozen["w"] + 0.001, rtol=0, atol=1e-5)
