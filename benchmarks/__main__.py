@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import download, error, ingest, kernel, machine, memory, step_time
+from benchmarks import download, error, ingest, kernel, machine, memory, step_time, synthesis
 from benchmarks.result import Section
 
 BENCHMARKS: dict[str, Callable[..., Section]] = {
@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, Callable[..., Section]] = {
     "ingest": ingest.measure,
     "kernel": kernel.measure,
     "error": error.measure,
+    "synthesis": synthesis.measure,
     "download": download.measure,
     "memory": memory.measure,
 }

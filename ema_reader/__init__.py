@@ -15,11 +15,12 @@ from ema_reader.errors import (
     WaitTimeout,
 )
 from ema_reader.reader import Reader
-from ema_reader.values import Average, File, Ledger, MetricsRow, Run, Validation, Version
+from ema_reader.values import Average, File, Ledger, MetricsRow, Ring, Run, Validation, Version
 
 __all__ = [
     "Reader",
     "Run",
+    "Ring",
     "Average",
     "Ledger",
     "Version",

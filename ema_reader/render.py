@@ -22,6 +22,7 @@ def status_text(runs: Sequence[Run]) -> str:
         (r.run, r.state, r.step, r.published_step, r.steps_per_second, r.applied, r.gap_steps, _names(r)) for r in runs
     ]
     notes = [f"{r.run}: cannot publish: {r.publish_error}" for r in runs if r.publish_error is not None]
+    notes += [f"{r.run}: no more is stored to synthesise from: {r.ring.error}" for r in runs if r.ring and r.ring.error]
     notes += [f"{r.run}: {r.quarantined} snapshots were not finite and left out" for r in runs if r.quarantined]
     return "\n".join([table(headings, rows), *notes])
 

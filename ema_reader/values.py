@@ -92,10 +92,25 @@ class Average:
 
 
 @dataclass(frozen=True, slots=True)
+class Ring:
+    """What is stored of a run's power averages to make others of; `error` says why no more is, if that is so."""
+
+    snapshots: int
+    first_step: int | None
+    last_step: int | None
+    error: str | None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Ring:
+        """Read a ring."""
+        return cls(**{field.name: value[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """One run; `state` is `active`, `waiting` (no trainer), `lost` (silent) or `finished`.
 
-    `derived` names the averages whose versions were made of others after them.
+    `derived` names the averages whose versions were made of others after them; `ring` is what they can be made of.
     """
 
     run: str
@@ -109,6 +124,7 @@ class Run:
     publish_error: str | None
     averages: tuple[Average, ...]
     derived: tuple[str, ...] = ()
+    ring: Ring | None = None
 
     @property
     def finished(self) -> bool:
@@ -136,6 +152,7 @@ class Run:
             publish_error=value["publish_error"],
             averages=averages,
             derived=tuple(value["derived"]),
+            ring=None if value["ring"] is None else Ring.from_json(value["ring"]),
         )
 
 

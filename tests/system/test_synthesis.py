@@ -84,6 +84,11 @@ def _bound(made: Synthesized, strays: float, largest: float) -> float:
     return made.estimated_error * norm * strays + 100 * EPS32 * largest * made.amplification
 
 
+def _ema(server: ServerProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ema_cli", *arguments, "--url", server.http]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
 @pytest.fixture(scope="module")
 def streamed(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A server with the finished runs `pair`, which kept two averages, and `direct`, and the walk of both."""
@@ -153,28 +158,42 @@ def test_nothing_of_the_steps_left_behind_is_in_the_ring(streamed: tuple[ServerP
     assert len(set(inputs)) == len(inputs), "no step is there twice"
     assert {step for _, step in inputs} <= {*range(_EVERY, _STEPS, _EVERY), _STEPS}
     kept = server.get("/v1/runs/pair")["ring"]
-    assert kept == {"snapshots": _STEPS // _EVERY + 1, "first_step": _EVERY, "last_step": _STEPS, "error": None}
+    assert kept == {"snapshots": _STEPS // _EVERY, "first_step": _EVERY, "last_step": _STEPS, "error": None}
+
+
+@pytest.mark.timeout(300)
+def test_a_ring_that_stands_still_says_why_and_the_run_goes_on(streamed: tuple[ServerProcess, _Walk]) -> None:
+    """A file lies where the ring is to be: to the server that is a disk that refuses."""
+    server, walk = streamed
+    (server.data / "runs" / "blocked").mkdir()
+    (server.data / "runs" / "blocked" / "ring").touch()
+    with EmaClient(server.zmq, "blocked", averages=[PowerEma(0.05), PowerEma(0.10)], when_behind="wait") as ema:
+        ema.update(walk, 1)
+        assert ema.finish()
+    with Reader(server.http) as reader:
+        run = reader.run("blocked")
+        assert (run.state, run.published_step, run.publish_error) == ("finished", 1, None)
+        assert run.ring is not None
+        assert (run.ring.snapshots, run.ring.error) == (0, "step 1 could not be kept: Not a directory")
+    shown = _ema(server, "status", "blocked").stdout
+    assert "blocked: no more is stored to synthesise from: step 1 could not be kept: Not a directory" in shown
+    assert any("run blocked: its ring for later synthesis stands still" in line for line in server.errors)
 
 
 @pytest.mark.timeout(300)
 def test_the_command_prints_it(streamed: tuple[ServerProcess, _Walk]) -> None:
     server, _ = streamed
-
-    def ema(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ema_cli", "synthesize", *arguments, "--url", server.http]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-    told = ema("pair", "--sigma-rel", "0.21", "--json")
+    told = _ema(server, "synthesize", "pair", "--sigma-rel", "0.21", "--json")
     assert told.returncode == 0, told.stderr
     made = json.loads(told.stdout)
     assert made["version"]["average"] == "power-0.21"
-    shown = ema("pair", "--sigma-rel", "0.21")
+    shown = _ema(server, "synthesize", "pair", "--sigma-rel", "0.21")
     assert f"pair/power-0.21 at step {_STEPS}" in shown.stdout
     assert f"estimated error {made['estimated_error']:.2%}" in shown.stdout
     assert ("warning" in shown.stderr) == (made["warning"] is not None)
 
-    refused = ema("pair", "--sigma-rel", "0.285")
+    refused = _ema(server, "synthesize", "pair", "--sigma-rel", "0.285")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "What is stored of the run does not suffice: run 'pair': " in refused.stderr
     assert "ask for a width closer to theirs" in refused.stderr
-    assert ema("pair").returncode == 2
+    assert _ema(server, "synthesize", "pair").returncode == 2
