@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import download, error, ingest, kernel, machine, memory, step_time, synthesis
+from benchmarks import device, download, error, ingest, kernel, machine, memory, step_time, synthesis
 from benchmarks.result import Section
 
 BENCHMARKS: dict[str, Callable[..., Section]] = {
     "step_time": step_time.measure,
     "ingest": ingest.measure,
     "kernel": kernel.measure,
+    "device": device.measure,
     "error": error.measure,
     "synthesis": synthesis.measure,
     "download": download.measure,

@@ -6,16 +6,21 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import __main__ as command
-from benchmarks import error, nginx
+from benchmarks import device, error, nginx
 from benchmarks.result import Row, Section, Spread, interleaved
+from ema_server.accelerator import Accelerator
+from support.backends import InlineBackend
 
 
 @pytest.mark.parametrize("name", command.BENCHMARKS)
 def test_every_benchmark_runs_and_yields_finite_ratios(name: str) -> None:
     if name == "download" and nginx.program() is None:
         pytest.skip("there is no nginx here")
+    if name == "device" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
 
     section = command.BENCHMARKS[name](quick=True)
 
@@ -39,6 +44,19 @@ def test_our_averages_are_as_exact_as_the_best_and_more_than_the_scaled_ones() -
     scaled = [value for name, value in others.items() if "NeMo" in name or "get_ema_avg_fn" in name]
     assert len(scaled) == 2
     assert min(scaled) > 10 * max(single)
+
+
+def test_the_benchmark_of_a_device_runs_on_one_made_of_host_memory() -> None:
+    rows = device.compared(Accelerator("test:0", InlineBackend()), "host memory", 100_000, rounds=2)
+
+    assert [row.aim for row in rows] == ["≤ 2", "none", "≤ 2"]
+    assert all(row.ratio.low > 0 for row in rows)
+
+
+def test_without_a_device_its_table_says_how_to_measure_one() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert "`python -m benchmarks device`" in device.measure(quick=True).markdown()
 
 
 def test_arms_take_turns_and_the_first_turn_does_not_count() -> None:
