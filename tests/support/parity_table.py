@@ -224,7 +224,12 @@ _FORMULAS = (
     _formula("NeMo's EMA", "ema:0.999,preset=nemo", decays(lambda _: 0.999)),
     _formula("EDM2's power function 0.05", "power:preset=edm2", decays(power_function(0.05))),
     _formula("EDM2's power function 0.10", "power:sigma_rel=0.1", decays(power_function(0.10))),
-    _formula("EDM's half-life ramp", "ema:half_life=40,warmup=half_life,init=start", decays(half_life_ramp(40, 0.05))),
+    _formula("EDM2's TraditionalEMA", "ema:half_life=40,warmup=half_life,init=start", decays(half_life_ramp(40, 0.05))),
+    _formula(
+        "EDM's ramp, which is a step behind EDM2's",
+        "ema:half_life=40,warmup=half_life,init=start,update_after=1",
+        decays(lambda n: half_life_ramp(40, 0.05)(n - 1) if n > 1 else 0.0),
+    ),
     _formula(
         "torchtitan's half-life fraction",
         "ema:half_life=inf,warmup=half_life,fraction=0.09,init=start",
@@ -234,6 +239,16 @@ _FORMULAS = (
         "Ultralytics's ModelEMA",
         "ema:0.9999,warmup=exponential,init=start",
         decays(lambda n: 0.9999 * (1 - math.exp(-n / 2000))),
+    ),
+    _formula(
+        "mmengine's MomentumAnnealingEMA",
+        "ema:0.9998,warmup=timm,gamma=100,power=1",
+        decays(lambda n: 1 - max(0.0002, 100 / (100 + n - 1)), copies_first=True),
+    ),
+    _formula(
+        "Mean Teacher's",
+        "ema:0.99,warmup=timm,power=1",
+        decays(lambda n: min(1 - 1 / n, 0.99)),
     ),
     _formula("LAWA, the last 5 of every 30 steps", "window:5,every=30", mean_of(range(870, STEPS + 1, 30))),
     _formula("WSM, linear", "wsd:start=400,steps=500", merged(400, 500, lambda x: 1 - x)),
