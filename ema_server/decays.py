@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from ema_proto.exponential import Ema
-from ema_proto.pace import Pace, needed_of
+from ema_proto.pace import Pace, half_life_steps
 
 _LN2 = math.log(2.0)
 _NEGLIGIBLE = math.log(2.0**-60)  # a share so small that 1 minus it is 1 in float64
@@ -29,23 +29,6 @@ def log_decay(rule: Ema, pace: Pace) -> float:
     if rule.decay is not None:
         return math.log(rule.decay) if rule.decay > 0 else -math.inf
     return -_LN2 / half_life_steps(rule, pace)
-
-
-def half_life_steps(rule: Ema, pace: Pace) -> float:
-    """The half-life that the rule was given, in steps.
-
-    Raises:
-        ValueError: it was given a decay, or needs a pace that is not known.
-    """
-    if rule.half_life is not None:
-        return rule.half_life
-    needed = needed_of(rule)
-    known = None if needed is None else getattr(pace, needed)
-    if known is None:
-        raise ValueError(f"average {rule.name!r} needs {needed}")
-    if rule.half_life_samples is not None:
-        return rule.half_life_samples / float(known)
-    return (rule.half_life_epochs or 0.0) * float(known)
 
 
 def weight_between(rule: Ema, then: int, now: int, pace: Pace) -> float:

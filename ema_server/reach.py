@@ -6,9 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ema_proto.averages import AverageSpec, Raw, Uniform, Window
-from ema_proto.exponential import Ema
 from ema_proto.pace import Pace
-from ema_server.decays import log_decay
 from ema_server.rules import Span, points, weight_of
 
 
@@ -40,15 +38,6 @@ def reach_now(rule: AverageSpec, step: int, origin: int, pace: Pace) -> Reach | 
     now = max(step, origin + 1)
     weight = weight_of(rule, Span(now - 1, now, origin), pace)
     return _reach(-math.inf if weight is None else math.log1p(-weight))
-
-
-def reach_settled(rule: AverageSpec, pace: Pace) -> Reach | None:
-    """The reach of an exponential moving average after its warm-up; None for other rules.
-
-    Raises:
-        ValueError: the rule needs a pace that is not known.
-    """
-    return _reach(log_decay(rule, pace)) if isinstance(rule, Ema) else None
 
 
 def _reach(logarithm: float) -> Reach:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ema_proto.exponential import Ema
+from ema_proto.pace import half_life_steps, needed_of
 from trainer_client.counters import Counters
 from trainer_client.device import DeviceOf, device_of
 from trainer_client.errors import JoinError, RewindError, SettingsError
@@ -125,6 +126,7 @@ class Session:
         except JoinError:
             self.close(CLOSE_TIMEOUT_S)
             raise
+        self._tell_lengths()
         return self._stream
 
     def before_weight_write(self) -> None:
@@ -138,6 +140,13 @@ class Session:
         if self._lacks_start():
             self.replace(model, stream.steps)
         return stream
+
+    def _tell_lengths(self) -> None:
+        for rule in self.settings.averages:
+            if isinstance(rule, Ema) and needed_of(rule) is not None:
+                steps = half_life_steps(rule, self.settings.pace)
+                text = "ema: average %s has a half-life of %g steps, a decay of %.10g at each"
+                log.info(text, rule.name, steps, 0.5 ** (1 / steps))
 
     def _lacks_start(self) -> bool:
         starts = any(isinstance(rule, Ema) and rule.init == "start" for rule in self.settings.averages)

@@ -50,6 +50,21 @@ def needed_of(rule: AverageSpec) -> str | None:
     return "steps_per_epoch" if rule.half_life_epochs is not None else None
 
 
+def half_life_steps(rule: Ema, pace: Pace) -> float:
+    """The half-life that the rule was given, in steps.
+
+    Raises:
+        ValueError: it was given a decay, or in a unit that is not known.
+    """
+    if rule.half_life is not None:
+        return rule.half_life
+    if rule.half_life_samples is not None and pace.samples_per_step is not None:
+        return rule.half_life_samples / pace.samples_per_step
+    if rule.half_life_epochs is not None and pace.steps_per_epoch is not None:
+        return rule.half_life_epochs * pace.steps_per_epoch
+    raise ValueError(f"average {rule.name!r} ({rule.spec}) has no half-life in steps without {needed_of(rule)}")
+
+
 def check_pace(rules: Iterable[AverageSpec], pace: Pace) -> None:
     """Refuse rules whose unit the trainer has not told.
 

@@ -132,6 +132,23 @@ def test_updates_by_hand_without_a_beginning_begin_with_the_first_and_say_so(
     assert torch.equal(_loaded(server, run, "ema-0.75-init-start")["weight"], model.weight)
 
 
+def test_the_decay_that_a_length_in_samples_or_epochs_comes_to_is_told_when_joining(
+    server: ServerProcess, run: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rules = ["ema:half_life_samples=5000", "ema:half_life_epochs=2", "ema:0.9"]
+    with (
+        caplog.at_level(logging.INFO, "ema"),
+        _client(server, run, rules, samples_per_step=50, steps_per_epoch=7) as ema,
+    ):
+        ema.update(nn.Linear(3, 2))
+
+    told = [record.getMessage() for record in caplog.records if "half-life" in record.getMessage()]
+    assert told == [
+        f"ema: average {name} has a half-life of {steps} steps, a decay of {0.5 ** (1 / steps):.10g} at each"
+        for name, steps in (("ema-half_life_samples-5000", 100), ("ema-half_life_epochs-2", 14))
+    ]
+
+
 def test_set_in_the_middle_replaces_every_average(server: ServerProcess, run: str) -> None:
     model = _OneHot()
     with _client(server, run, ["ema:0.9", "swa"]) as ema:
