@@ -6,6 +6,8 @@ from ema_reader.errors import ReaderError
 from ema_reader.transport import Transport, path_of
 from ema_reader.values import Average, Ledger
 
+ANSWER_S = 960.0  # longer than the server waits for a generation on a slow disk
+
 
 class Averages:
     """Asks one server about averages. Safe from several threads.
@@ -43,7 +45,7 @@ class Averages:
             Unreachable: it could not be made durable; nothing was added.
         """
         body = {"spec": spec, **({"name": name} if name else {})}
-        return Average.from_json(self._transport.post(path_of("runs", run, "averages"), body))
+        return Average.from_json(self._transport.post(path_of("runs", run, "averages"), body, answer_s=ANSWER_S))
 
     def remove(self, run: str, average: str) -> None:
         """Remove an average from a run that streams. Its versions stay as long as the server keeps old ones.
@@ -53,7 +55,7 @@ class Averages:
             RequestRefused: no trainer streams the run, or it is the only average with weights.
             Unreachable: it could not be made durable; nothing was removed.
         """
-        self._transport.delete(path_of("runs", run, "averages", average))
+        self._transport.delete(path_of("runs", run, "averages", average), answer_s=ANSWER_S)
 
     def ledger(self, run: str, average: str, rev: str = "latest", tail: int | None = None) -> Ledger:
         """The steps inside a version with their shares, newest first: enough to rebuild it from snapshots.

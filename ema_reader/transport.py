@@ -88,10 +88,10 @@ class Transport:
         self._check(response)
         return _decode(response, self.url)
 
-    def delete(self, path: str) -> None:
-        """Send a DELETE; raises as `get` does."""
+    def delete(self, path: str, *, answer_s: float = READ_S) -> None:
+        """Send a DELETE, whose answer may take `answer_s` seconds; raises as `get` does."""
         with self._mapped():
-            response = self._client.delete(path)
+            response = self._client.delete(path, timeout=httpx2.Timeout(answer_s, connect=CONNECT_S))
         self._check(response)
 
     def status_and_json(self, path: str) -> tuple[int, Any]:

@@ -116,11 +116,13 @@ def _run(config: ServerConfig) -> int:
     # Imported only now: torch takes a second, which `ema --help` need not.
     from ema_server.cuda import DeviceError
     from ema_server.datadir import DataDirError
+    from ema_server.disk import allow_open_files
     from ema_server.kernel_choice import KernelUnavailableError
     from ema_server.metric_store import MetricStoreError
     from ema_server.serve_http import HttpListenError
     from ema_server.server import run
 
+    allow_open_files()
     try:
         durable = run(config, lambda ready: print(ready.line(), flush=True))
     except (DeviceError, KernelUnavailableError) as error:

@@ -7,11 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+_OPEN_FILES = 1 << 16
 _COPY_BYTES = 1 << 20  # large enough for full speed, small enough to be no memory to speak of
+
+
+def allow_open_files() -> None:
+    """Let this process have as many files open as the system lets it, up to 65,536.
+
+    A generation's files are written side by side, and a window has one for each of up to 256 snapshots; the usual limit
+    is 1,024, for the sake of programs that use select().
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def pwrite_all(fd: int, data: memoryview | bytes, offset: int) -> None:

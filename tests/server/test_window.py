@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from ema_server.jobs import Failed, Refused
 from ema_server.window import Entries, Entry, blends, entered, mean_age, restored, share_of
 from support.keeper import Keeper, durable, joined, keeping, manifest_of, versions_by_average
 from support.oracle import EPS32
+from support.processes import SUPPORT
 
 
 def _weights(step: int) -> dict[str, Tensor]:
@@ -186,3 +191,26 @@ def test_a_window_that_does_not_fit_is_refused_with_what_it_needs(
     assert isinstance(answer, Refused)
     wide = sum(spec.elements * (8 if spec.dtype == "I64" else 4) for spec in _MANIFEST.tensors)
     assert f"need {wide + 200 * _MANIFEST.nbytes} bytes of memory" in answer.text
+
+
+def test_a_long_window_is_published_where_few_files_may_be_open(tmp_path: Path) -> None:
+    """As in `ema serve`: the limit that programs with select() need is lifted first."""
+    script = """
+        import resource, sys, torch
+        from pathlib import Path
+        from ema_server.disk import allow_open_files
+        from support.keeper import durable, joined, keeping, manifest_of
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        allow_open_files()
+        weights = {"w": torch.ones(3)}
+        with keeping(Path(sys.argv[1])) as keeper:
+            joined(keeper.join("r", manifest_of(weights), ["window:120"]))
+            for step in range(1, 121):
+                keeper.apply("r", step, weights)
+            print(durable(keeper.publish("r")).step)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, (str(SUPPORT.parent), os.environ.get("PYTHONPATH"))))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env={**os.environ, **path})
+
+    assert (done.stdout, done.stderr) == ("120\n", "")
