@@ -43,7 +43,9 @@ log = logging.getLogger(__name__)
 
 def evaluate(
     function: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Takes a state dict, returns metrics.")],
-    run: Annotated[str | None, typer.Option("--run", envvar="EMA_RUN", help="The run; all of them without it.")] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", envvar="EMA_RUN", help="The run; without it all that have a trainer.")
+    ] = None,
     averages: Annotated[str, typer.Option("--averages", help="Names, separated by commas.")] = "all",
     task: Annotated[str, typer.Option("--task", help="Name under which the metrics are reported.")] = "default",
     worker: Annotated[str | None, typer.Option("--worker", help="Name of this worker; default: the host's.")] = None,

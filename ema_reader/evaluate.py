@@ -48,7 +48,8 @@ class EvaluationWorker:
     Args:
         reader: where they come from and where the metrics go.
         function: takes a state dict, returns metrics by name.
-        run: the run, which need not exist yet; None: all runs, for as long as nobody ends the worker.
+        run: the run, which need not exist yet; None: all that have had a trainer since the server's start, for as long
+            as nobody ends the worker.
         averages: which averages; empty for all.
         task: name under which metrics are reported.
         worker: name of this worker, default the host's; what it reports replaces what it reported before.

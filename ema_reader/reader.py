@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ema_reader.derived import Derived
 from ema_reader.averages import Averages
+from ema_reader.derived import Derived
 from ema_reader.download import Silent, download_version
 from ema_reader.errors import NotFound, ReaderError, Unreachable, UsageError, WaitTimeout
 from ema_reader.leases import Leases

@@ -58,6 +58,7 @@ class RunStatus:
 
     `step` is the last applied one, `published_step` the last durable one, `first_step` the first applied one;
     `applied`, `gap_steps` and `quarantined` count since the run began; `memory_bytes` is what its averages hold now.
+    `is_current` says whether a trainer has joined it since the server's start.
     """
 
     run: str
@@ -78,6 +79,7 @@ class RunStatus:
     memory_bytes: int
     publish_error: str | None
     averages: tuple[AverageStatus, ...]
+    is_current: bool = True
 
 
 class Board:

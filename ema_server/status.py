@@ -74,6 +74,7 @@ def status_on_disk(generation: Generation, record: GenerationRecord, manifest: M
             )
             for kept in run.averages
         ),
+        is_current=False,
     )
 
 

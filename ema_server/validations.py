@@ -129,7 +129,7 @@ class Validations:
         return list(self._present_until)
 
     def _due(self, ask: Ask, every: int) -> Iterable[Subject]:
-        for run in self._catalog.runs() if ask.run is None else (ask.run,):
+        for run in self._current_runs() if ask.run is None else (ask.run,):
             status = self._board.get(run)
             finished = status is not None and status.state is RunState.FINISHED
             names = (*self._catalog.averages(run), *self._catalog.derived_averages(run))
@@ -139,6 +139,10 @@ class Validations:
                 taken = (item for item in versions if item.derived or (item.seq - 1) % every == 0 or item in ends)
                 for version in list(taken)[:1]:
                     yield Subject(run, average, version.id, version.step)
+
+    def _current_runs(self) -> tuple[str, ...]:
+        """The runs of this server's time: the models of older ones may be others than a worker for all runs knows."""
+        return tuple(status.run for status in self._board.all() if status.is_current)
 
     def _exists(self, subject: Subject) -> bool:
         return self._catalog.find(subject.run, subject.average, subject.version) is not None

@@ -76,6 +76,16 @@ def test_a_version_goes_to_one_worker_and_the_others_are_told_that_it_is_held(de
     assert (desk.ask("second"), desk.held) == (None, 1)
 
 
+def test_a_worker_for_all_runs_leaves_those_alone_that_had_no_trainer_since_the_start(desk: Desk) -> None:
+    desk.served.show("digits", 100, ["raw"], RunState.FINISHED, is_current=False)
+    assert desk.ask(run=None) is None
+    desk.request(100)
+    asked_for = desk.take(run=None)
+    assert asked_for.subject.run == "digits"
+    run(desk.validations.give_back(asked_for.id))
+    assert desk.ask(run="digits") is not None
+
+
 def test_heartbeats_keep_a_lease_and_without_them_the_next_worker_takes_it_over(desk: Desk) -> None:
     lease = desk.take("first")
     for _ in range(5):

@@ -75,7 +75,15 @@ class Served:
         self.show(run, step, averages)
         return generation
 
-    def show(self, run: str, step: int | None, averages: Sequence[str], state: RunState = RunState.ACTIVE) -> None:
+    def show(
+        self,
+        run: str,
+        step: int | None,
+        averages: Sequence[str],
+        state: RunState = RunState.ACTIVE,
+        *,
+        is_current: bool = True,
+    ) -> None:
         """Put the run's status on the board."""
         shown = tuple(
             AverageStatus(name, "ema:0.9", step or 0, 0, step, "float32", 0.9, 6.6, 4.5, 0.25) for name in averages
@@ -100,6 +108,7 @@ class Served:
                 memory_bytes=128,
                 publish_error=None,
                 averages=shown,
+                is_current=is_current,
             )
         )
 

@@ -113,6 +113,21 @@ def test_an_evaluator_killed_at_work_is_started_again_and_takes_over_and_the_ave
     assert second == train(plain, *range(31, 61))
 
 
+def test_the_evaluator_takes_up_the_runs_of_the_servers_time_and_older_ones_when_asked(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "data") as server:
+        train(server, 1)
+    with evaluating(tmp_path / "data", "bias") as server, Reader(server.http) as reader:
+        with EmaClient(server.zmq, "young", ["raw"]) as client:  # its name comes after the old one's
+            client.update(Toy().at(1), 1)
+            assert client.finish(timeout_s=WAIT_S)
+        eventually(lambda: bool(reader.metrics("young")), "the young run is evaluated", WAIT_S)
+        unasked = reader.metrics("toy")
+        asked = validated(server, "raw")
+
+    assert unasked == ()
+    assert asked.state == "done"
+
+
 def test_a_killed_workers_version_is_taken_over_by_another_and_nothing_is_evaluated_twice(
     plain: ServerProcess, folder: Path
 ) -> None:
