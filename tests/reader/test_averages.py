@@ -66,7 +66,7 @@ def test_a_ledger_is_a_table_with_what_was_left_out(served: Served, url: str) ->
     [
         (("averages", "other"), 3, "There is no such run"),
         (("averages", "digits", "--remove", "swa"), 3, "has no average 'swa'"),
-        (("averages", "digits", "--add", "mean"), 1, "unknown average 'mean'"),
+        (("averages", "digits", "--add", "mean"), 2, "unknown average 'mean'"),
         (("averages", "digits", "--name", "x"), 2, "--name belongs to --add"),
         (("ledger", "digits"), 2, "is not RUN/AVERAGE"),
         (("ledger", "digits/swa"), 3, "swa"),
