@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import device, download, error, ingest, kernel, machine, memory, step_time, synthesis
+from benchmarks import device, download, error, gpu_step, ingest, kernel, machine, memory, step_time, synthesis
 from benchmarks.result import Section
 
 BENCHMARKS: dict[str, Callable[..., Section]] = {
     "step_time": step_time.measure,
+    "gpu_step": gpu_step.measure,
     "ingest": ingest.measure,
     "kernel": kernel.measure,
     "device": device.measure,

@@ -60,17 +60,19 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def trained(width: int, batch: int, tokens: int) -> tuple[Transformer, torch.optim.Optimizer, Tensor]:
+def trained(
+    width: int, batch: int, tokens: int, device: str = "cpu"
+) -> tuple[Transformer, torch.optim.Optimizer, Tensor]:
     """A model on `width`, its AdamW, and a batch to train it on."""
     torch.manual_seed(0)
-    model = Transformer(width)
+    model = Transformer(width).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    return model, optimizer, torch.randn(batch, tokens, _PATCH_VALUES)
+    return model, optimizer, torch.randn(batch, tokens, _PATCH_VALUES).to(device)
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, patches: Tensor) -> None:
     """One step towards the first class."""
-    loss = functional.cross_entropy(model(patches), torch.zeros(len(patches), dtype=torch.long))
+    loss = functional.cross_entropy(model(patches), torch.zeros(len(patches), dtype=torch.long, device=patches.device))
     optimizer.zero_grad(set_to_none=False)
     loss.backward()
     optimizer.step()

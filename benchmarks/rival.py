@@ -1,6 +1,7 @@
 """What a trainer does without this project: the average beside the model, updated after every step.
 
-The arithmetic of timm's `ModelEmaV3.update` with a constant decay and `foreach=True`.
+The arithmetic of timm's `ModelEmaV3.update` with a constant decay: in one call for all tensors beside the model, tensor
+by tensor where the average is on another device.
 """
 
 from __future__ import annotations
@@ -12,20 +13,26 @@ from torch import nn
 
 
 class ModelEma:
-    """Keeps the average of `model` on the model's own device."""
+    """Keeps the average of `model` on the model's own device, or on `device`."""
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
+    def __init__(self, model: nn.Module, decay: float = 0.9999, device: torch.device | None = None) -> None:
         self._average = copy.deepcopy(model).eval().requires_grad_(False)
+        if device is not None:
+            self._average.to(device)
         self._decay = decay
+        self._elsewhere = device
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Floats are interpolated, everything else is copied."""
         averages, weights = [], []
         for average, weight in zip(self._average.state_dict().values(), model.state_dict().values(), strict=True):
-            if average.is_floating_point():
+            if average.is_floating_point() and self._elsewhere is not None:
+                average.lerp_(weight.to(self._elsewhere), 1.0 - self._decay)
+            elif average.is_floating_point():
                 averages.append(average)
                 weights.append(weight)
             else:
                 average.copy_(weight)
-        torch._foreach_lerp_(averages, weights, weight=1.0 - self._decay)
+        if averages:
+            torch._foreach_lerp_(averages, weights, weight=1.0 - self._decay)

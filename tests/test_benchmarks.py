@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import device, error, nginx
+from benchmarks import device, error, gpu_step, gpu_trainer, nginx, rival
 from benchmarks.result import Row, Section, Spread, interleaved
 from ema_server.accelerator import Accelerator
 from support.backends import InlineBackend
@@ -19,7 +20,7 @@ from support.backends import InlineBackend
 def test_every_benchmark_runs_and_yields_finite_ratios(name: str) -> None:
     if name == "download" and nginx.program() is None:
         pytest.skip("there is no nginx here")
-    if name == "device" and not torch.cuda.is_available():
+    if name in ("device", "gpu_step") and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device here")
 
     section = command.BENCHMARKS[name](quick=True)
@@ -57,6 +58,39 @@ def test_without_a_device_its_table_says_how_to_measure_one() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     assert "`python -m benchmarks device`" in device.measure(quick=True).markdown()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_cuda_device_the_benchmark_for_it_says_so() -> None:
+    section = gpu_step.measure(quick=True)
+
+    assert section.rows == ()
+    assert "No CUDA device here" in section.markdown()
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_what_a_trainer_on_a_gpu_reports_becomes_rows(rounds: int) -> None:
+    arm = {"step_s": 0.1, "blocked_s": 0.0005, "skipped": 0.0, "memory": 1.0}
+    told = {name: {**arm, "step_s": 0.1 + n / 1000, "memory": 1.0 + n} for n, name in enumerate(gpu_trainer.ARMS)}
+
+    rows = gpu_step.rows("87 M", [told] * rounds)
+
+    assert rows[0].what == "87 M: `attach`"
+    assert rows[0].ours.startswith("+1.00 ms (+1.00 to +1.00); blocked 0.50 ms")
+    assert rows[0].ratio.median == pytest.approx(1 / 3)
+
+
+def test_an_average_elsewhere_is_that_beside_the_model() -> None:
+    model = nn.BatchNorm1d(3)
+    here, there = rival.ModelEma(model, 0.9), rival.ModelEma(model, 0.9, torch.device("cpu"))
+    nn.init.normal_(model.weight)
+    model.running_mean = torch.randn(3)
+
+    here.update(model)
+    there.update(model)
+
+    for ours, theirs in zip(here._average.state_dict().values(), there._average.state_dict().values(), strict=True):
+        assert torch.allclose(ours, theirs)
 
 
 def test_arms_take_turns_and_the_first_turn_does_not_count() -> None:
