@@ -93,7 +93,8 @@ def _store(folder: Path, step: int, dtype: RingDtype, kept: dict[float, Tensor])
         save_file({"weight": average.bfloat16() if dtype == "bfloat16" else average}, path)
         data = path.read_bytes()
         file = FileEntry(path.name, len(data), hashlib.sha256(data).hexdigest())
-        members.append(RingMember(path.stem, gamma_of(width), f"{step}-{width}", step, 0, 0, 1, file, frozenset()))
+        rule, gamma = f"power:sigma_rel={width}", gamma_of(width)
+        members.append(RingMember(path.stem, rule, gamma, f"{step}-{width}", step, 0, 0, 1, file, frozenset()))
     return RingSnapshot(folder, step, dtype, tuple(members))
 
 

@@ -9,12 +9,13 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 
-from ema_proto.averages import PowerEma
+from ema_proto.averages import PowerEma, Raw
+from ema_proto.specs import parse_average
 from ema_server.catalog import Version
 from ema_server.combining import combined
 from ema_server.derived import Derivation, DerivedStore, Piece
@@ -24,6 +25,10 @@ from ema_server.synthesis import CannotSynthesize, Plan, make_plan
 SYNTHESIZED = "synthesized"
 
 Result = TypeVar("Result")
+
+
+class NameTaken(Exception):
+    """Versions of another kind have the name; the text says which."""
 
 
 class Stopped(Exception):
@@ -97,6 +102,7 @@ class Deriving:
 
         Raises:
             CannotSynthesize: the ring does not suffice; the text says what to do.
+            NameTaken: the name belongs to versions that answer another request.
             BrokenGeneration, BadModelFile: what is stored is not what was written.
             OSError: the disk refuses.
             VersionGone: the run was set aside meanwhile.
@@ -117,11 +123,13 @@ class Deriving:
 
     def _known(self, run: str, rule: PowerEma, step: int) -> Version | None:
         """A version that answers the same request, unless the run has gone back before its step since."""
-        for version in self.store.catalog.versions(run, rule.name):
-            alike = (version.derived, version.spec, version.step) == (SYNTHESIZED, rule.spec, step)
-            if alike and not self.store.is_superseded(version):
-                return version
-        return None
+        versions = self.store.catalog.versions(run, rule.name)
+        for version in versions:
+            asked = self.store.provenance(version).get("asked") if version.derived == SYNTHESIZED else None
+            if asked != rule.spec:
+                other = asked or version.spec
+                raise NameTaken(f"{rule.name!r} of run {run!r} is {other} already, not {rule.spec}: use another name")
+        return next((one for one in versions if one.step == step and not self.store.is_superseded(one)), None)
 
 
 _NO_RING = (
@@ -140,12 +148,13 @@ def _derivation(run: str, rule: PowerEma, plan: Plan) -> Derivation:
     return Derivation(
         run=run,
         average=rule.name,
-        spec=rule.spec,
+        spec=_treated(rule, member.spec).spec,
         step=plan.step,
         updates=member.updates,
         gap_steps=member.gap_steps,
         kind=SYNTHESIZED,
         provenance={
+            "asked": rule.spec,
             "sigma_rel": rule.width,
             "gamma": rule.exponent,
             "origin": plan.origin,
@@ -157,3 +166,11 @@ def _derivation(run: str, rule: PowerEma, plan: Plan) -> Derivation:
             "inputs": parts,
         },
     )
+
+
+def _treated(rule: PowerEma, stored: str) -> PowerEma:
+    """The rule with the treatment of tensors that the stored averages have: the sum inherits it."""
+    kept = parse_average(stored)
+    if isinstance(kept, Raw):
+        return rule
+    return replace(rule, buffers=kept.buffers, include=kept.include, exclude=kept.exclude)

@@ -30,6 +30,13 @@ from ema_server.ring_snapshot import RingSnapshot, powers_of, read_snapshot, wri
 logger = logging.getLogger("ema")
 
 
+_GENERATIONS_TO_COME = 2  # one may be in the making while another is deleted
+
+
+class _NoRoom(Exception):
+    """What would be kept takes the room that generations need."""
+
+
 @dataclass(frozen=True, slots=True)
 class RingStatus:
     """How many snapshots a run's ring has, from which step to which; `error` says why it stands still, if it does."""
@@ -96,9 +103,10 @@ class Ring:
         self._offered[run] = generation.step
         try:
             self._cut_now(run)
+            self._check_room(generation)
             self._add(generation)
             self._thin_out(run)
-        except (OSError, BrokenGeneration, BadModelFile) as error:
+        except (OSError, BrokenGeneration, BadModelFile, _NoRoom) as error:
             self._fail(run, f"step {generation.step} could not be kept: {_reason(error)}")
         else:
             self._show(run)
@@ -151,6 +159,13 @@ class Ring:
         finally:
             with self._lock:
                 self._readers[run] -= 1
+
+    def _check_room(self, generation: Generation) -> None:
+        """A link costs nothing now, but keeps old files from making room for new generations: those come first."""
+        nbytes = sum(entry.size for version in generation.versions for entry in version.files)
+        free = shutil.disk_usage(generation.folder).free
+        if free < _GENERATIONS_TO_COME * nbytes:
+            raise _NoRoom(f"{free} bytes are free on the disk, and the next generations take {nbytes} each")
 
     def _add(self, generation: Generation) -> None:
         parent = self._data_dir.ring_folder(generation.run)

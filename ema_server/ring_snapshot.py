@@ -36,6 +36,7 @@ class RingMember:
 
     Args:
         average: its name.
+        spec: its rule.
         gamma: the exponent of its profile.
         version: id of the version it was published as.
         updates: snapshots in it.
@@ -47,6 +48,7 @@ class RingMember:
     """
 
     average: str
+    spec: str
     gamma: float
     version: str
     updates: int
@@ -130,6 +132,7 @@ def _member(
 ) -> RingMember:
     return RingMember(
         average=version.average,
+        spec=version.spec,
         gamma=gamma,
         version=version.id,
         updates=version.updates,
@@ -149,6 +152,7 @@ def _read_member(value: Mapping[str, Any]) -> RingMember:
     file = value["file"]
     return RingMember(
         average=str(value["average"]),
+        spec=str(value["spec"]),
         gamma=float(value["gamma"]),
         version=str(value["version"]),
         updates=int(value["updates"]),

@@ -7,7 +7,7 @@ from functools import partial
 from ema_proto.averages import PowerEma
 from ema_proto.errors import LocalProtocolError
 from ema_server.board import RunStatus
-from ema_server.deriving import Synthesized
+from ema_server.deriving import NameTaken, Synthesized
 from ema_server.http.derive import derive
 from ema_server.http.derive_models import InputOut, SynthesizedOut, SynthesizeIn
 from ema_server.http.models import VersionOut
@@ -31,6 +31,8 @@ async def synthesize(services: Services, run: str, body: SynthesizeIn) -> tuple[
         made = await derive(services, 2 * status.snapshot_bytes, work)  # float32 of what may be sent in 16 bits
     except CannotSynthesize as error:
         raise Problem(Code.CANNOT_SYNTHESIZE, f"run {run!r}: {error}") from None
+    except NameTaken as error:
+        raise Problem(Code.NAME_TAKEN, str(error)) from None
     return _shown(made), made.is_new
 
 
@@ -42,16 +44,12 @@ def _rule(body: SynthesizeIn) -> PowerEma:
 
 
 def _check_name(services: Services, status: RunStatus, rule: PowerEma) -> None:
-    known = services.catalog.versions(status.run, rule.name)
-    if rule.name in {average.name for average in status.averages} or any(item.derived is None for item in known):
+    kept = {item.average for item in services.catalog.versions(status.run, rule.name) if item.derived is None}
+    if rule.name in kept | {average.name for average in status.averages}:
         detail = (
             f"run {status.run!r} keeps an average {rule.name!r} itself: download that, or ask for this one under "
             "another name"
         )
-        raise Problem(Code.NAME_TAKEN, detail)
-    other = next((item for item in known if item.spec != rule.spec), None)
-    if other is not None:
-        detail = f"{rule.name!r} of run {status.run!r} is {other.spec} already, not {rule.spec}: use another name"
         raise Problem(Code.NAME_TAKEN, detail)
 
 

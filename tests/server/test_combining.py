@@ -129,6 +129,18 @@ def test_a_version_says_what_it_was_made_of(both: Afterwards) -> None:
     assert derived["buffers_from"]["step"] == 7
 
 
+def test_it_treats_tensors_as_what_it_was_made_of_does(tmp_path: Path) -> None:
+    with afterwards(tmp_path) as both:
+        rules = [f"power:sigma_rel={width},buffers=copy,exclude=w" for width in ("0.05", "0.1")]
+        joined(both.keeper.join("r", _MANIFEST, rules))
+        _fill(both)
+        version = both.deriving.synthesize("r", _RULE, None).version
+        assert version.spec == "power:sigma_rel=0.08,buffers=copy,exclude=w"
+        assert version.average == "power-0.08"
+        assert torch.equal(load_file(version.folder / "model.safetensors")["w"], _weights(8)["w"])
+        assert not both.deriving.synthesize("r", _RULE, None).is_new
+
+
 def test_the_same_request_gives_the_same_version(both: Afterwards) -> None:
     first = both.deriving.synthesize("r", _RULE, None)
     again = both.deriving.synthesize("r", _RULE, 8)

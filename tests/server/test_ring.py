@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ema_proto.manifest import Role
+from ema_server import ring
 from ema_server.catalog import Version
 from ema_server.jobs import Applied, Rewound
 from ema_server.ring import RingStatus, thinned
@@ -174,6 +177,23 @@ def test_a_disk_that_refuses_stops_the_ring_and_nothing_else(tmp_path: Path, cap
         keeper.data_dir.ring_folder("r").unlink()
         _publish(keeper, 3)
         assert keeper.ring.status("r") == RingStatus(1, 3, 3, None)
+
+
+def test_a_disk_that_fills_up_is_left_to_the_generations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", _MANIFEST, _POWERS))
+        _publish(keeper, 1)
+        full = SimpleNamespace(free=50_000)
+        monkeypatch.setattr(ring, "shutil", SimpleNamespace(disk_usage=lambda _: full, rmtree=shutil.rmtree))
+        _publish(keeper, 2)
+        status = keeper.ring.status("r")
+        assert status is not None
+        assert status.error is not None
+        assert "50000 bytes are free on the disk, and the next generations take 6" in status.error
+        assert (_steps(keeper), keeper.board.get("r").published_step) == ([1], 2)  # type: ignore[union-attr]
+        full.free = 1 << 30
+        _publish(keeper, 3)
+        assert keeper.ring.status("r") == RingStatus(2, 1, 3, None)
 
 
 def test_after_a_rewind_the_ring_holds_nothing_of_the_history_left_behind(tmp_path: Path) -> None:

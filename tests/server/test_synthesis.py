@@ -21,7 +21,8 @@ _SIGMAS = (0.05, 0.10)
 def _member(sigma: float, step: int, *, origin: int = 0, began: int = 1, copied: Sequence[str] = ()) -> RingMember:
     name = f"power-{sigma}"
     file = FileEntry(f"{name}.safetensors", 0, "0" * 64)
-    return RingMember(name, gamma_of(sigma), f"{step}-{sigma}", step, 0, origin, began, file, frozenset(copied))
+    spec = f"power:sigma_rel={sigma}"
+    return RingMember(name, spec, gamma_of(sigma), f"{step}-{sigma}", step, 0, origin, began, file, frozenset(copied))
 
 
 def _snapshot(step: int, *members: RingMember, dtype: RingDtype = "float32") -> RingSnapshot:

@@ -104,7 +104,7 @@ def test_the_run_tells_what_its_ring_holds(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("run", "body", "status", "code", "text"),
     [
-        ("none", {"sigma_rel": 0.08}, 404, "run_not_found", "run 'none' is not known here"),
+        ("none", {"sigma_rel": 0.08}, 404, "run_not_found", "run 'none' is not "),
         ("plain", {"sigma_rel": 0.08}, 409, "cannot_synthesize", "begin the run with at least two"),
         ("r", {"sigma_rel": 0.25}, 409, "cannot_synthesize", "ask for a width closer to theirs"),
         ("r", {"sigma_rel": 0.08, "step": 99}, 409, "cannot_synthesize", "no snapshot of step 99: the nearest is of"),
