@@ -6,7 +6,7 @@ averages, codes, routes; never a step, a version or a worker.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from ema_server.board import RunState, RunStatus
 from ema_server.http.services import Services
+from ema_server.ring import Ring
 from ema_server.telemetry import Counter, Gauge
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -63,6 +64,7 @@ class _Snapshot(Collector):
         yield from _process(self._services)
         statuses = self._services.board.all()
         yield from _runs(statuses)
+        yield from _rings(statuses, self._services.deriving.ring)
         yield from _averages(statuses)
 
 
@@ -99,7 +101,15 @@ def _runs(statuses: tuple[RunStatus, ...]) -> Iterator[Metric]:
     yield _by_run("ema_run_quarantined_snapshots", "Snapshots refused", {s.run: s.quarantined for s in statuses})
 
 
-def _by_run(name: str, text: str, values: dict[str, int | float | None]) -> Metric:
+def _rings(statuses: tuple[RunStatus, ...], ring: Ring) -> Iterator[Metric]:
+    rings = {status.run: ring.status(status.run) for status in statuses}
+    kept = {run: 0 if found is None else found.snapshots for run, found in rings.items()}
+    failing = {run: int(found is not None and found.error is not None) for run, found in rings.items()}
+    yield _by_run("ema_run_ring_snapshots", "Snapshots of power averages kept for synthesis", kept)
+    yield _by_run("ema_run_ring_failing", "1 while no more can be kept", failing)
+
+
+def _by_run(name: str, text: str, values: Mapping[str, int | float | None]) -> Metric:
     """A gauge, because a rewind takes steps and counts back. Runs without a value are left out."""
     family = GaugeMetricFamily(name, text, labels=["run"])
     for run, value in values.items():

@@ -99,6 +99,10 @@ def test_the_run_tells_what_its_ring_holds(client: TestClient) -> None:
 
     assert ring == {"snapshots": _STEPS, "first_step": 1, "last_step": _STEPS, "error": None}
     assert client.get("/v1/runs/plain").json()["ring"] is None
+    metrics = client.get("/metrics").text
+    assert f'ema_run_ring_snapshots{{run="r"}} {_STEPS}.0' in metrics
+    assert 'ema_run_ring_snapshots{run="plain"} 0.0' in metrics
+    assert 'ema_run_ring_failing{run="r"} 0.0' in metrics
 
 
 @pytest.mark.parametrize(
