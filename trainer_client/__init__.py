@@ -1,7 +1,7 @@
 """The trainer's side: streams a model's weights to an EMA server while it trains.
 
 The way of a snapshot, file by file: `hooks` (a step has ended) → `client` → `stream` → `plan` (which tensors) →
-`staging` (into a slot) → `worker` (its thread) → `link` (the socket).
+`stagers` (into a slot, by `staging` or `overlap`) → `transport` → `worker` (its thread) → `link` (the socket).
 """
 
 from __future__ import annotations

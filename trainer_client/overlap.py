@@ -9,7 +9,7 @@ have. Nothing here waits, but for a recording that another thread has begun. Kno
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,9 +42,12 @@ class Transfer:
         self._is_torn: bool | None = None
         self.finished = False
 
-    def holds_any(self, tensors: Iterable[object]) -> bool:
-        """Whether one of `tensors` is in the snapshot."""
-        return any(id(tensor) in self._ids for tensor in tensors)
+    def holds_any(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether one of `tensors` is in the snapshot, or lies in memory of one that is (a flattened parameter)."""
+        if any(id(tensor) in self._ids for tensor in tensors):
+            return True
+        held = {_memory(tensor) for tensor in self._tensors}
+        return any(_memory(tensor) in held for tensor in tensors)
 
     def record(self, side: DeviceStream, watched: Sequence[tuple[Tensor, int]], memory: Sequence[Tensor]) -> None:
         """All copies have been issued to `side`.
@@ -135,7 +138,7 @@ class OverlappedStager:
             raise
         return transfer
 
-    def hold_back_writes(self, written: Iterable[object] | None = None) -> None:
+    def hold_back_writes(self, written: Sequence[Tensor] | None = None) -> None:
         """Have the current stream wait for a copy under way, if any of `written` (default: yes) is part of it."""
         transfer = self._newest
         if transfer is None or transfer.finished or not (written is None or transfer.holds_any(written)):
@@ -209,6 +212,10 @@ class OverlappedStager:
                 views = slot_views(slot.tensor, self._manifest.tensors, places)
             self._targets[slot.index] = [views[index] for index in range(len(views))]
         return self._targets[slot.index]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _version(tensor: Tensor) -> int:

@@ -52,7 +52,7 @@ class Session:
         self._cancel_forgotten = when_forgotten(self, self.life, partial(self._transport.close, CLOSE_TIMEOUT_S))
 
     @classmethod
-    def open(cls, settings: Settings) -> Self:
+    def open(cls, settings: Settings, device_of: DeviceOf = device_of) -> Self:
         """Connect, and be greeted.
 
         Raises:
@@ -64,7 +64,7 @@ class Session:
         except BaseException:
             worker.close(0.0)
             raise
-        return cls(settings, worker)
+        return cls(settings, worker, device_of)
 
     @property
     def worker(self) -> Worker:

@@ -6,7 +6,7 @@ copied while training goes on. Anything else (CPU, mps, xpu, a mix): one synchro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Stagers:
         """Whether a snapshot now would become part of a graph."""
         return any(device.is_capturing() for device in self._devices)
 
-    def hold_back_writes(self, written: Iterable[object] | None = None) -> None:
+    def hold_back_writes(self, written: Sequence[Tensor] | None = None) -> None:
         """Have the device end a copy that is under way before it writes to `written` (default: anything) of it."""
         if self._overlapped is not None:
             self._overlapped.hold_back_writes(written)

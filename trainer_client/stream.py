@@ -88,7 +88,7 @@ class Stream:
         if optimizer is None:
             self._stagers.hold_back_writes()
         else:
-            self._stagers.hold_back_writes(p for group in optimizer.param_groups for p in group["params"])
+            self._stagers.hold_back_writes([p for group in optimizer.param_groups for p in group["params"]])
 
     def advance(self, model: nn.Module, step: int, *, overlap: bool = False) -> None:
         """The trainer has taken `step` steps: send a snapshot if one is due.

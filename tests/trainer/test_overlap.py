@@ -152,6 +152,20 @@ def test_an_optimizer_that_attach_was_not_given_waits_too() -> None:
     assert training.model.weights[3].unique().tolist() == [7]
 
 
+def test_an_optimizer_of_the_parameters_in_other_clothes_waits_too() -> None:
+    training = Training(noted=False)
+    training.attach()
+    whole = nn.Parameter(training.model.weights[3].detach().view(2, -1))
+    other = Stamping(training.device, [whole], noted=False, steps=6)
+    training.optimizer.step()
+
+    other.step()
+    training.end()
+
+    assert training.worker.snapshots[0][1]["weights.3"].unique().tolist() == [1]
+    assert training.model.weights[3].unique().tolist() == [7]
+
+
 def test_an_optimizer_of_another_model_waits_for_nothing() -> None:
     training = Training()
     training.attach()
