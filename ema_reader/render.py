@@ -10,7 +10,7 @@ from typing import Any
 from ema_reader.evaluate import Outcome
 from ema_reader.values import Average, Ledger, Run, Validation, Version
 
-_ROUNDING = 1e-12  # what a million shares that add up to 1 may miss it by
+_ROUNDING = 1e-9  # what ten million shares that add up to 1 may miss it by
 
 
 def status_text(runs: Sequence[Run]) -> str:

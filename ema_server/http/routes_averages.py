@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.responses import Response, StreamingResponse
 
+from ema_proto.limits import STEP_MAX
 from ema_server.http.change import add_average, average_status, remove_average
 from ema_server.http.conditional import immutable_headers
 from ema_server.http.ledgers import ledger_json
@@ -86,7 +87,7 @@ def router(services: Services) -> APIRouter:
         responses={307: {"description": "`rev` is an alias: see Location"}},
     )
     async def ledger(
-        run: str, average: str, rev: str, request: Request, tail: Annotated[int | None, Query(ge=1)] = None
+        run: str, average: str, rev: str, request: Request, tail: Annotated[int | None, Query(ge=1, le=STEP_MAX)] = None
     ) -> Response:
         """The steps inside a version with their shares, or the newest `tail` of them: enough to rebuild it."""
         version = find_version(services, run, average, rev)

@@ -209,3 +209,12 @@ def test_a_ledger_that_is_pruned_meanwhile_is_a_404(client: TestClient, served: 
     response = client.get(f"{BASE}/ema-0.9/versions/{'0' * 40}/ledger")
 
     assert response.status_code == 404
+
+
+@pytest.mark.parametrize("tail", ["0", "-3", "x", "9" * 30])
+def test_a_tail_that_is_no_number_of_steps_is_a_422(client: TestClient, served: Served, tail: str) -> None:
+    version = _write_ledger(served, ledger={"origin": 0, "set": [5], "ranges": [[5, 5, 1]]}, paces=[])
+
+    response = client.get(f"{BASE}/ema-0.9/versions/{version}/ledger?tail={tail}")
+
+    assert (response.status_code, response.json()["code"]) == (422, "invalid")
