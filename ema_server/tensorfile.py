@@ -7,8 +7,6 @@ at the end of its size, so that every tensor is aligned and a plain model is one
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,11 +14,10 @@ from itertools import groupby
 from ema_proto.dtypes import FLOATS, ITEM_BYTES
 from ema_proto.manifest import Manifest
 from ema_server.layout import Form, Place, places
+from ema_server.modelfile import describe
 
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
-
-_HEADER_ALIGN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +86,7 @@ def _published(form: Form, dtype: str) -> str:
 
 def _file(name: str, held: Iterable[Place], stored: dict[str, str]) -> TensorFile:
     entries = list(_entries(list(held), stored))
-    header = _header(entries)
+    header, _ = describe((entry.name, entry.dtype, entry.place.tensor.shape) for entry in entries)
     position, spans, copies, first = len(header), list[Span](), list[Copy](), dict[str, int]()
     for entry in entries:
         original = entry.place.tensor.name
@@ -113,17 +110,6 @@ def _entries(held: list[Place], stored: dict[str, str]) -> Iterator[_Entry]:
         yield from (_Entry(place.tensor.name, stored[place.dtype], place, False) for place in alike)
         for place in alike:
             yield from (_Entry(alias, stored[place.dtype], place, True) for alias in place.tensor.aliases)
-
-
-def _header(entries: Iterable[_Entry]) -> bytes:
-    position, described = 0, {}
-    for entry in entries:
-        offsets = [position, position + entry.nbytes]
-        described[entry.name] = {"dtype": entry.dtype, "shape": list(entry.place.tensor.shape), "data_offsets": offsets}
-        position += entry.nbytes
-    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGN)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _merged(spans: Iterable[Span]) -> Iterator[Span]:
