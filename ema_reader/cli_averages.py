@@ -8,7 +8,7 @@ import typer
 
 from ema_reader import render
 from ema_reader.errors import UsageError
-from ema_reader.options import Json, Target, Token, Url, exits, parse_target
+from ema_reader.options import Json, Target, Token, Url, check_rule, exits, named, parse_target
 from ema_reader.reader import DEFAULT_URL, Reader
 
 
@@ -36,10 +36,12 @@ def averages(
     with exits(), Reader(url, token) as reader:
         if name is not None and add is None:
             raise UsageError("--name belongs to --add: say which rule, for example --add ema:0.9995")
+        named("run", run)
         if add is not None:
+            check_rule(add, name or "")
             reader.averages.add(run, add, name or "")
         if remove is not None:
-            reader.averages.remove(run, remove)
+            reader.averages.remove(run, named("average", remove))
         found = reader.averages.of(run)
         typer.echo(render.as_json({"averages": found}) if json else render.averages_text(found))
 

@@ -8,7 +8,7 @@ import typer
 
 from ema_reader import render
 from ema_reader.derived import Synthesized
-from ema_reader.options import Json, Token, Url, exits
+from ema_reader.options import Json, Token, Url, exits, named
 from ema_reader.reader import DEFAULT_URL, Reader
 
 
@@ -32,7 +32,7 @@ def synthesize(
     Prints the version and how far its profile is off by estimate; what makes it doubtful goes to stderr.
     """
     with exits(), Reader(url, token) as reader:
-        made = reader.derived.synthesize(run, sigma_rel=sigma_rel, gamma=gamma, step=step, name=name)
+        made = reader.derived.synthesize(named("run", run), sigma_rel=sigma_rel, gamma=gamma, step=step, name=name)
         if made.warning is not None:
             typer.echo(f"ema: warning: {made.warning}", err=True)
         typer.echo(render.as_json(made) if json else _text(made))

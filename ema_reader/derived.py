@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -87,13 +88,16 @@ class Derived:
             name: under which it is listed; default `power-SIGMA_REL`.
 
         Raises:
-            UsageError: neither or both of `sigma_rel` and `gamma` are given.
+            UsageError: neither or both of `sigma_rel` and `gamma` are given, or it is NaN or infinite.
             NotFound: the server does not know the run.
             RequestRefused: what is stored does not suffice, or the name is taken; the text says what to do.
             Unreachable: the server is away, or its disk refuses.
         """
         if (sigma_rel is None) == (gamma is None):
             raise UsageError("give either sigma_rel, for example 0.12, or gamma")
+        for what, value in (("sigma_rel", sigma_rel), ("gamma", gamma)):
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{what} is {value}: use a number, for example sigma_rel 0.12")
         asked = {"sigma_rel": sigma_rel, "gamma": gamma, "step": step, "name": name}
         body = {key: value for key, value in asked.items() if value is not None}
         answer = self._transport.post(path_of("runs", run, "synthesize"), body, answer_s=ANSWER_S)

@@ -16,6 +16,7 @@ import typer
 
 from ema_proto.errors import LocalProtocolError
 from ema_proto.names import check_name
+from ema_proto.specs import parse_average
 from ema_reader.errors import ReaderError, UsageError
 
 LABEL_CHARS_MAX = 200  # as the server has it
@@ -58,6 +59,18 @@ def parse_averages(text: str) -> tuple[str, ...]:
         UsageError: there is none, or one that can be no name.
     """
     return () if text == "all" else tuple(named("average", name.strip()) for name in text.split(","))
+
+
+def check_rule(spec: str, name: str) -> None:
+    """Whether `spec` is an averaging rule, and `name` can be its name; empty for its own.
+
+    Raises:
+        UsageError: it is none; the text says why.
+    """
+    try:
+        parse_average(spec, name=name)
+    except LocalProtocolError as error:
+        raise UsageError(str(error)) from None
 
 
 def check_label(option: str, text: str) -> str:
