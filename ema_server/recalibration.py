@@ -28,7 +28,7 @@ from ema_server.tensorfile import MODEL_FILE
 
 RECALIBRATED = "recalibrated"
 SUFFIX = "-bn"
-BUFFERS_BYTES_MAX = 64 << 20  # a ResNet-152 has 1.2 MB of statistics
+BUFFERS_BYTES_MAX = 16 << 20  # a ResNet-152 has 1.2 MB of statistics
 
 
 class BadBuffers(ValueError):

@@ -154,6 +154,27 @@ def test_a_trainer_that_starts_earlier_takes_the_run_back(tmp_path: Path, restar
         keeper.stop()
 
 
+@pytest.mark.parametrize("first_step", [2, 7, 20])
+def test_a_trainer_goes_back_far_beyond_the_newest_generations_and_the_steps_between_are_a_gap(
+    tmp_path: Path, first_step: int
+) -> None:
+    """It had told nobody of its checkpoint; the average is the exact one over the steps left and the new one."""
+    with keeping(tmp_path, keep_generations=2) as keeper:
+        _join(keeper)
+        for step in range(1, 31):
+            _apply(keeper, step)
+            durable(keeper.publish("r"))
+        continuation, last_step, _ = _join(keeper, first_step)
+        assert continuation == "rewound"
+        assert last_step is not None
+        assert 1 <= last_step < first_step
+        _apply(keeper, first_step)
+        _check(keeper, [*range(1, last_step + 1), first_step])
+        status = keeper.board.get("r")
+        assert status is not None
+        assert status.gap_steps == first_step - 1 - last_step
+
+
 def test_a_rewind_outlives_a_restart_though_later_steps_are_on_disk(tmp_path: Path) -> None:
     with keeping(tmp_path, keep_generations=10) as keeper:
         _join(keeper)
