@@ -120,6 +120,11 @@ class OverlappedStager:
         self._bounce: list[Tensor] = []  # one, once it is needed
         self._newest: Transfer | None = None
 
+    @property
+    def is_copying(self) -> bool:
+        """Whether the newest copy has not ended."""
+        return self._newest is not None and not self._newest.finished
+
     def stage(self, tensors: Sequence[Tensor], slot: Slot) -> Transfer:
         """Issue the copies of `tensors` (the manifest's order, dtypes and shapes) into `slot`."""
         if slot.index not in self._done:

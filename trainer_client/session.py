@@ -88,7 +88,7 @@ class Session:
         if self._attachment.attached:
             raise SettingsError("the client is attached already: call remove() on the handle that attach() returned")
         stream = self._begin(model) if self._stream is None else self._stream
-        overlap = stream.can_overlap(model)
+        overlap = stream.can_overlap(model)  # a model that is moved to a device later is copied when the hook returns
         self._attachment = Attachment(
             optimizers,
             partial(self._after_step, model, overlap),

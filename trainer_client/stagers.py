@@ -52,6 +52,11 @@ class Stagers:
         self._cpu.stage(tensors, slot)
         return None
 
+    @property
+    def is_copying(self) -> bool:
+        """Whether a copy is under way that writes can tear."""
+        return self._overlapped is not None and self._overlapped.is_copying
+
     def is_capturing(self) -> bool:
         """Whether a snapshot now would become part of a graph."""
         return any(device.is_capturing() for device in self._devices)

@@ -85,10 +85,9 @@ class Stream:
 
     def hold_back_writes(self, optimizer: Optimizer | None = None) -> None:
         """Have the device end a copy under way before it writes parameters of `optimizer` (default: anything)."""
-        if optimizer is None:
-            self._stagers.hold_back_writes()
-        else:
-            self._stagers.hold_back_writes([p for group in optimizer.param_groups for p in group["params"]])
+        if self._stagers.is_copying:
+            groups = None if optimizer is None else optimizer.param_groups
+            self._stagers.hold_back_writes(None if groups is None else [p for group in groups for p in group["params"]])
 
     def advance(self, model: nn.Module, step: int, *, overlap: bool = False) -> None:
         """The trainer has taken `step` steps: send a snapshot if one is due.

@@ -117,6 +117,7 @@ class Worker:
         """Return a slot unused."""
         with self._shared.changed:
             self._shared.free.append(slot)
+            self._shared.changed.notify_all()
 
     def offer(self, slot: Slot, step: int, mode: m.Mode = "update") -> None:
         """Send the snapshot of `step` that `slot` holds. Steps must grow."""

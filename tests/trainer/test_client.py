@@ -466,6 +466,7 @@ def test_a_closed_client_says_so_wherever_it_is_used() -> None:
         lambda: client.flush(),
         lambda: client.checkpoint(1),
         lambda: client.rewind(1),
+        lambda: client.before_weight_write(),
         lambda: client.load_state_dict({"run": "r", "step": 1}),
     ):
         with pytest.raises(ClientClosed, match="make a new one"):

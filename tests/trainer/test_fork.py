@@ -47,6 +47,7 @@ def test_every_method_does_nothing_in_a_forked_child(caplog: pytest.LogCaptureFi
         caplog.set_level(logging.DEBUG, "ema")
         optimizer.step()
         client.update(model)
+        client.before_weight_write()
         client.load_state_dict({"run": "x", "step": 9})
         answers = [client.flush(), client.checkpoint(1), client.rewind(1), client.finish()]
         client.close()

@@ -279,18 +279,34 @@ def test_an_update_during_a_copy_is_sent_after_it() -> None:
     assert training.worker.steps == [1, 5]
 
 
+def test_a_snapshot_right_after_another_leaves_the_scratch_alone_until_that_is_copied() -> None:
+    training = Training()
+    training.attach()
+    stamp(training.device, [training.model.seen], 1)
+    training.optimizer.step()
+
+    stamp(training.device, [training.model.seen], 2, seconds=1e-9)
+    training.client.update(training.model, 2)
+    training.end()
+
+    assert [snapshot["seen"].unique().tolist() for _, snapshot in training.worker.snapshots] == [[1], [2]]
+
+
 def test_a_step_captured_into_a_graph_is_no_step_and_takes_no_snapshot(caplog: pytest.LogCaptureFixture) -> None:
     training = Training()
     training.attach()
     training.optimizer.step()
     training.device.capturing = True
-    issued = len(training.device.copied)
+    issued, work = len(training.device.copied), len(training.device.compute.work)
 
     training.optimizer.step()
     training.optimizer.step()
     training.client.update(training.model)
 
     assert len(training.device.copied) == issued
+    assert len(training.device.compute.work) == work + 2 * len(training.model.weights), (
+        "a graph waits for nothing of ours"
+    )
     assert training.client.steps == 1
     assert training.client.stats()["skipped"]["capturing"] == 3
     assert ["after each replay" in record.message for record in caplog.records] == [True]
