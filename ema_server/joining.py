@@ -85,7 +85,10 @@ def _changed(join: messages.Join, known: Known) -> Refused | None:
         spec = known.averages.get(average.name)
         if spec is None:
             names = ", ".join(known.averages)
-            text = f"run {join.run!r} has no average {average.name!r}, it was started with {names}: join with these"
+            text = (
+                f"run {join.run!r} has no average {average.name!r}, it has {names}: join with these, and add others "
+                f"while it streams (ema averages {join.run} --add {average.spec})"
+            )
             return Refused(RejectCode.AVERAGE_CHANGED, f"{text}, {ways_out}")
         if spec != average.spec:
             text = f"average {average.name!r} of run {join.run!r} is {spec}, not {average.spec}: join with {spec}"

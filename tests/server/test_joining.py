@@ -111,7 +111,7 @@ def test_an_unknown_average_is_refused() -> None:
 
     assert isinstance(refused, Refused)
     assert refused.code is RejectCode.AVERAGE_CHANGED
-    assert "no average 'ema-0.5', it was started with raw, ema-0.9" in refused.text
+    assert "no average 'ema-0.5', it has raw, ema-0.9: join with these, and add others" in refused.text
 
 
 def test_a_known_name_with_another_rule_is_refused() -> None:
@@ -121,3 +121,10 @@ def test_a_known_name_with_another_rule_is_refused() -> None:
     assert isinstance(refused, Refused)
     assert refused.code is RejectCode.AVERAGE_CHANGED
     assert "'ema-0.9' of run 'r' is ema:0.8, not ema:0.9" in refused.text
+
+
+@pytest.mark.parametrize(("spec", "is_let_in"), [("ema:0.5", True), ("ema:0.6,name=ema-0.5", False)])
+def test_an_average_that_was_removed_may_still_be_listed(spec: str, is_let_in: bool) -> None:
+    known = Known(100, _MANIFEST, {"raw": "raw"}, (), frozenset({("ema-0.5", "ema:0.5")}))
+
+    assert (_decide(known, averages=f"raw,{spec}") == Continue()) is is_let_in
