@@ -324,6 +324,7 @@ def test_what_does_not_fit_into_a_gpu_is_refused_and_what_is_freed_is_had_again(
     device = open_device("cuda")
     with pytest.raises(MemoryError, match=r"bytes of memory on cuda:0 are not to be had: \d+ are left"):
         device.allocate(1 << 50)
+    device.trim()
     before = torch.cuda.memory_reserved(device.torch_device)
     memory = device.allocate(1 << 28)
     assert memory.data.device == device.torch_device

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ema_server.headroom import available_bytes
-from ema_server.memory import allocate
+from ema_server.memory import allocate, host_memory
 
 _GIB = 1 << 30
 
@@ -60,3 +61,14 @@ def test_memory_is_zeroed_and_both_faces_show_the_same_bytes() -> None:
     assert memory.nbytes == 10_000
     assert memory.data.sum().item() == 15
     assert bytes(memory.view[4:8]) == bytes([0, 7, 8, 0])
+
+
+def test_memory_of_torchs_own_is_seen_through_a_view_too() -> None:
+    data = torch.zeros(1000, dtype=torch.uint8)
+    memory = host_memory(data)
+    memory.view[10:14] = b"abcd"
+    memory.fill(500, 502, lambda piece, at: piece.__setitem__(slice(None), b"xy"))
+
+    assert (memory.nbytes, memory.view.format, memory.view.readonly) == (1000, "B", False)
+    assert bytes(data[10:14].tolist()) == b"abcd"
+    assert bytes(data[499:503].tolist()) == b"\0xy\0"
