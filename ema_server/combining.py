@@ -3,6 +3,9 @@
 Sums are in float64 and rounded once, to float32: beside the rounding of the stored weights, which the plan tells, the
 error is half a unit in the last place. What the averages copy is taken from the newest part. Every byte that is read
 is checked against the sha256 of its file before the last piece is out.
+
+Shares of both signs can leave a variance of batch norm below zero, where it is none, and the network useless. A mean of
+variances is not below the least of them; so the sum is not let below the least that is stored.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import groupby
 from pathlib import Path
 
@@ -24,6 +28,15 @@ from ema_server.synthesis import Part, Plan
 
 _CHUNK_ELEMENTS = 1 << 17  # 1 MiB of sums stays in a core's cache, whatever the size of the model
 _FLOATS = ("F32", "BF16")  # as a ring stores averaged tensors
+_VARIANCE = "running_var"  # torch's name for it, in every class of batch norm
+
+
+class _Kind(Enum):
+    """How a tensor is made."""
+
+    COPIED = "taken from the newest part"
+    SUMMED = "the sum"
+    VARIANCE = "the sum, not below the least stored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +45,7 @@ class _Region:
 
     first: int
     units: int
-    averaged: bool
+    kind: _Kind
 
 
 class _Source:
@@ -85,7 +98,7 @@ def combined(plan: Plan) -> Iterator[Piece]:
     for region in _regions(newest.stored, plan.newest.member.copied):
         for begin in range(0, region.units, _CHUNK_ELEMENTS):
             count = min(_CHUNK_ELEMENTS, region.units - begin)
-            yield _sum(sources, region, count) if region.averaged else _copy(sources, count)
+            yield _copy(sources, count) if region.kind is _Kind.COPIED else _sum(sources, region, count)
     for source in sources:
         source.check()
 
@@ -102,19 +115,27 @@ def _key(part: Part) -> tuple[int, str]:
 
 
 def _regions(stored: Sequence[Stored], copied: frozenset[str]) -> Iterator[_Region]:
-    def is_averaged(number: int) -> bool:
-        return stored[number].dtype in _FLOATS and stored[number].name not in copied
+    def kind_of(number: int) -> _Kind:
+        name = stored[number].name
+        if stored[number].dtype not in _FLOATS or name in copied:
+            return _Kind.COPIED
+        return _Kind.VARIANCE if name.rpartition(".")[2] == _VARIANCE else _Kind.SUMMED
 
-    for averaged, group in groupby(range(len(stored)), key=is_averaged):
+    for kind, group in groupby(range(len(stored)), key=kind_of):
         numbers = list(group)
-        units = sum(stored[number].elements if averaged else stored[number].nbytes for number in numbers)
-        yield _Region(numbers[0], units, averaged)
+        sizes = [stored[number].nbytes if kind is _Kind.COPIED else stored[number].elements for number in numbers]
+        yield _Region(numbers[0], sum(sizes), kind)
 
 
 def _sum(sources: Sequence[_Source], region: _Region, count: int) -> memoryview:
-    total = torch.zeros(count, dtype=torch.float64)
+    total, least = torch.zeros(count, dtype=torch.float64), None
     for source in sources:
-        total.add_(source.units(region, count).double(), alpha=source.share)  # mixed dtypes take three times as long
+        values = source.units(region, count).double()  # mixed dtypes take three times as long
+        total.add_(values, alpha=source.share)
+        if region.kind is _Kind.VARIANCE:
+            least = values if least is None else torch.minimum(least, values)
+    if least is not None:
+        total = torch.maximum(total, least)
     rounded = bytearray(count * ITEM_BYTES["F32"])
     torch.frombuffer(rounded, dtype=torch.float32).copy_(total)
     return memoryview(rounded)

@@ -109,6 +109,28 @@ def test_what_is_copied_comes_from_the_newest_snapshot(both: Afterwards) -> None
     }
 
 
+def test_a_variance_of_batch_norm_stays_one_where_shares_of_both_signs_would_take_it_below_zero(tmp_path: Path) -> None:
+    """A channel that died in mid-run; `w` has the same values, so that the sum is seen to go below zero."""
+
+    def dying(step: int) -> dict[str, Tensor]:
+        value = torch.full((4,), 1.0 if step <= 5 else 0.0)
+        return {"norm.running_var": value, "w": value.clone()}
+
+    with afterwards(tmp_path) as both:
+        manifest = manifest_of(dying(1), roles={"norm.running_var": Role.BUFFER})
+        joined(both.keeper.join("r", manifest, _POWERS))
+        for step in range(1, 31):
+            assert isinstance(both.keeper.apply("r", step, dying(step)), Applied)
+            durable(both.keeper.publish("r"))
+        version = both.deriving.synthesize("r", PowerEma(0.04), None).version
+        least = min(_stored(both, name, 30)["norm.running_var"].min().item() for name in ("power-0.05", "power-0.1"))
+    made = load_file(version.folder / "model.safetensors")
+
+    assert (made["w"] < 0).all()
+    assert (made["norm.running_var"] == least).all()
+    assert least > 0
+
+
 def test_a_version_says_what_it_was_made_of(both: Afterwards) -> None:
     version = both.deriving.synthesize("r", _RULE, 7).version
     record = _record(version)
