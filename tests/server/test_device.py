@@ -25,7 +25,7 @@ from ema_server.backend import Backend
 from ema_server.crew import Crew
 from ema_server.cuda import CudaBackend, DeviceError, open_device
 from ema_server.device import HOST, Device
-from ema_server.jobs import Applied, Durable, Publish, Quarantined, Refused, Rewound
+from ema_server.jobs import Applied, Changed, Durable, Publish, Quarantined, Refused, Rewound
 from ema_server.kernel import Target
 from ema_server.layout import Form, held_nbytes, segments
 from ema_server.upload import Upload
@@ -102,7 +102,7 @@ def _files(answer: Durable) -> Files:
 
 
 def _life(data: Path, device: Device) -> list[Files]:
-    """A run from its first snapshot over publications, a NaN, a rewind and two servers."""
+    """A run from its first snapshot over publications, a NaN, a rewind, changed averages and two servers."""
     seen = []
     with keeping(data, device=device, kernel="torch") as keeper:
         joined(keeper.join("r", _MANIFEST, _AVERAGES))
@@ -119,6 +119,8 @@ def _life(data: Path, device: Device) -> list[Files]:
         keeper.apply("r", 15, _weights(2), mode="set")
     with keeping(data, device=device, kernel="torch") as keeper:
         joined(keeper.join("r", _MANIFEST, _AVERAGES, first_step=16))
+        assert isinstance(keeper.add("r", "window:2,name=late"), Changed)
+        assert isinstance(keeper.remove("r", "exact"), Changed)
         for step in range(16, 30, 3):
             keeper.apply("r", step, _weights(step))
         seen.append(_files(durable(keeper.finish("r"))))
@@ -251,7 +253,7 @@ def test_what_does_not_fit_into_the_device_is_refused_and_the_rest_goes_on(tmp_p
 
 def test_a_runs_memory_is_given_back_to_the_system_when_it_leaves(tmp_path: Path) -> None:
     backend = InlineBackend()
-    with keeping(tmp_path, device=Accelerator("test:0", backend)) as keeper:
+    with keeping(tmp_path, device=Accelerator("test:0", backend, block_elements=16)) as keeper:
         joined(keeper.join("r", _MANIFEST, _AVERAGES))
         keeper.apply("r", 1, _weights(1))
         before = backend.trimmed
