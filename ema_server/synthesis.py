@@ -71,13 +71,15 @@ class _Stored:
         return Profile(self.snapshot.step - self.member.origin, self.member.gamma)
 
     @property
-    def history(self) -> tuple[int, int, tuple[str, ...]]:
+    def history(self) -> tuple[int, int, frozenset[str]]:
         """What averages that may be added up have in common."""
-        return self.member.origin, self.member.began, tuple(sorted(self.member.copied))
+        return self.member.origin, self.member.began, self.member.copied
 
 
 def make_plan(snapshots: Sequence[RingSnapshot], gamma: float, step: int) -> Plan:
     """How to make the power average with exponent `gamma` as of `step` of what a ring holds.
+
+    Where averages began at several steps, those that began first are taken, unless they cannot do it.
 
     Args:
         snapshots: those of one run.
@@ -93,7 +95,7 @@ def make_plan(snapshots: Sequence[RingSnapshot], gamma: float, step: int) -> Pla
     last = [one for one in stored if one.snapshot.step == step]
     if not last:
         raise CannotSynthesize(_missing(step, sorted(snapshot.step for snapshot in snapshots)))
-    histories = sorted({one.history for one in last})
+    histories = sorted({one.history for one in last}, key=lambda each: (each[0], each[1], sorted(each[2])))
     plans = []
     for history in histories:
         usable = [one for one in stored if one.history == history]
