@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -94,6 +95,14 @@ class Transfer:
                 self._is_torn = spoiled or any(_version(tensor) != version for tensor, version in self._watched)
 
 
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """Views of a slot: of each tensor, and of each span that comes from the scratch."""
+
+    tensors: list[Tensor]
+    spans: list[Tensor]
+
+
 class OverlappedStager:
     """Issues a snapshot's copies and returns.
 
@@ -113,10 +122,11 @@ class OverlappedStager:
         self._side = device.new_stream()
         self._ready = device.new_event()
         self._done: dict[int, DeviceEvent] = {}
-        self._targets: dict[int, list[Tensor]] = {}
+        self._targets: dict[int, _Targets] = {}
         with torch.inference_mode(False):
             self._scratch = device.empty(self._routes.scratch_bytes)
             self._gathered = slot_views(self._scratch, manifest.tensors, dict(self._routes.gathered))
+            self._spans = [self._scratch[s.scratch : s.scratch + s.nbytes] for s in self._routes.spans]
         self._bounce: list[Tensor] = []  # one, once it is needed
         self._newest: Transfer | None = None
 
@@ -164,16 +174,12 @@ class OverlappedStager:
         if before is not None:
             before.hold_back(compute)  # its copies read the scratch
         self._gather(sources)
-        self._send(routes.on_compute, sources, targets)
+        self._send(routes.on_compute, sources, targets.tensors)
         self._ready.record(compute)
         self._ready.wait(self._side)
         with self._device.issue_to(self._side):
-            spans = [(span.slot, span.scratch, span.nbytes) for span in routes.spans]
-            self._device.copy(
-                [slot.tensor[start : start + nbytes] for start, _, nbytes in spans],
-                [self._scratch[start : start + nbytes] for _, start, nbytes in spans],
-            )
-            self._send(routes.on_side, sources, targets)
+            self._device.copy(targets.spans, self._spans)
+            self._send(routes.on_side, sources, targets.tensors)
             transfer.record(self._side, watched, [self._scratch, *self._bounce])
 
     def _gather(self, sources: Sequence[Tensor]) -> None:
@@ -210,12 +216,13 @@ class OverlappedStager:
             self._device.copy([row_major], [piece])
             self._device.copy([place], [row_major])
 
-    def _targets_of(self, slot: Slot) -> list[Tensor]:
+    def _targets_of(self, slot: Slot) -> _Targets:
         if slot.index not in self._targets:
             places = {index: spec.offset for index, spec in enumerate(self._manifest.tensors)}
             with torch.inference_mode(False):
                 views = slot_views(slot.tensor, self._manifest.tensors, places)
-            self._targets[slot.index] = [views[index] for index in range(len(views))]
+                spans = [slot.tensor[s.slot : s.slot + s.nbytes] for s in self._routes.spans]
+            self._targets[slot.index] = _Targets(list(views.values()), spans)
         return self._targets[slot.index]
 
 
