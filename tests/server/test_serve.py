@@ -165,8 +165,9 @@ def test_an_http_address_in_use_is_refused_in_one_line(server: ServerProcess, tm
     with Process("-m", "ema_cli", "serve", *options) as second:
         code = second.wait(WAIT_S)
 
-    assert (code, len(second.errors)) == (1, 1)
-    assert server.http_address in second.errors[0]
+    told = [line for line in second.errors if " INFO " not in line]  # which kernel it would have taken, for one
+    assert (code, len(told)) == (1, 1)
+    assert server.http_address in told[0]
 
 
 def test_a_server_that_cannot_start_leaves_no_folder_behind(server: ServerProcess, tmp_path: Path) -> None:
