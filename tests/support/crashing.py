@@ -35,7 +35,7 @@ def weights(step: int) -> dict[str, Tensor]:
 
 def scenario(data: Path, told: Callable[[str], None]) -> None:
     """Four generations, the third by a rewind; all but one of them are deleted on the way."""
-    with keeping(data, keep_generations=1) as keeper:
+    with keeping(data, keep_generations=1, kernel="torch") as keeper:  # a hundred processes need not load another
         joined(keeper.join("r", manifest_of(weights(1), aliases={"w": ("w.tied",)}), ["ema:0.9"]))
         for step in (1, 2, 3, 4):
             keeper.apply("r", step, weights(step))
