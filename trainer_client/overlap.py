@@ -48,7 +48,7 @@ class Transfer:
         if any(id(tensor) in self._ids for tensor in tensors):
             return True
         held = {_memory(tensor) for tensor in self._tensors}
-        return any(_memory(tensor) in held for tensor in tensors)
+        return any((place := _memory(tensor)) is not None and place in held for tensor in tensors)
 
     def record(self, side: DeviceStream, watched: Sequence[tuple[Tensor, int]], memory: Sequence[Tensor]) -> None:
         """All copies have been issued to `side`.
@@ -156,12 +156,18 @@ class OverlappedStager:
     def hold_back_writes(self, written: Sequence[Tensor] | None = None) -> None:
         """Have the current stream wait for a copy under way, if any of `written` (default: yes) is part of it."""
         transfer = self._newest
-        if transfer is None or transfer.finished or not (written is None or transfer.holds_any(written)):
+        if transfer is None or transfer.finished:
             return
-        if self._device.is_capturing():
-            transfer.seal()  # versions change and nothing is written; a graph cannot wait for what is outside it
-        else:
-            transfer.hold_back(self._device.current_stream())
+        try:
+            if not (written is None or transfer.holds_any(written)):
+                return
+            if self._device.is_capturing():
+                transfer.seal()  # versions change and nothing is written; a graph cannot wait for what is outside it
+            else:
+                transfer.hold_back(self._device.current_stream())
+        except Exception:
+            transfer.seal(spoiled=True)
+            raise
 
     def _issue(
         self, tensors: Sequence[Tensor], slot: Slot, transfer: Transfer, before: Transfer | None, compute: DeviceStream
@@ -226,8 +232,12 @@ class OverlappedStager:
         return self._targets[slot.index]
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _memory(tensor: Tensor) -> int | None:
+    """Where the tensor's memory begins; None for what has none of its own (sparse, sharded), which is never ours."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # NotImplementedError is one
+        return None
 
 
 def _version(tensor: Tensor) -> int:

@@ -178,6 +178,37 @@ def test_an_optimizer_of_another_model_waits_for_nothing() -> None:
     assert len(training.device.compute.work) == issued + len(elsewhere.weights)
 
 
+def test_an_optimizer_of_tensors_without_memory_of_their_own_is_none_of_ours() -> None:
+    training = Training()
+    training.attach()
+    training.optimizer.step()
+    issued = len(training.device.compute.work)
+
+    SGD([nn.Parameter(torch.eye(3).to_sparse())], lr=0.1).step()
+
+    assert len(training.device.compute.work) == issued
+
+
+def test_a_device_that_cannot_be_asked_to_wait_costs_the_snapshot_and_not_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training = Training()
+    training.attach()
+    training.optimizer.step()
+
+    def broken() -> None:
+        raise RuntimeError("the device is broken")
+
+    monkeypatch.setattr(training.device, "is_capturing", broken)
+    training.client.before_weight_write()
+    monkeypatch.undo()
+    training.end()
+
+    assert training.worker.steps == []
+    assert training.client.stats()["torn"] == 1
+    assert training.client.stats()["skipped"]["error"] == 1
+
+
 def test_a_write_outside_the_hooks_costs_the_snapshot_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     training = Training()
     training.attach()
