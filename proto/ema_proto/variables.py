@@ -14,6 +14,7 @@ VARIABLES: Final = frozenset(
     {
         "EMA_CHUNK_BYTES",
         "EMA_DATA",
+        "EMA_DEVICE",
         "EMA_ENDPOINT",
         "EMA_EVALUATE",
         "EMA_EVALUATE_DEVICE",
