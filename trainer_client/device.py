@@ -6,14 +6,17 @@ no snapshot and no slot. `Device` is the door; `Cuda` goes through torch.cuda, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: captures of other threads do not concern this one
 
 
 class DeviceStream(Protocol):
@@ -103,9 +106,11 @@ class Cuda:
         event: DeviceEvent = torch.cuda.Event(blocking=True)
         return event
 
-    def issue_to(self, stream: Any) -> AbstractContextManager[Any]:
-        """`torch.cuda.stream`."""
-        return torch.cuda.stream(stream)
+    @contextmanager
+    def issue_to(self, stream: Any) -> Iterator[None]:
+        """`torch.cuda.stream`, which ends by setting the device that was current: another one would get a context."""
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            yield
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         """One call for all: a few kernels within the device where dtype and strides agree, else a loop in C++."""
@@ -117,12 +122,9 @@ class Cuda:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def block_until(self, event: Any) -> None:
-        """One call of the driver, entered at once.
-
-        `query` in a loop would hold the interpreter's lock, and could spoil a graph that another thread captures.
-        """
+        """One call of the driver, which sleeps in it; a graph that another thread captures meanwhile stays whole."""
         # A thread whose current device was never set would open a context on device 0.
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device), _beside_captures():
             event.synchronize()
 
     def is_capturing(self) -> bool:
@@ -133,7 +135,8 @@ class Cuda:
     def pin(self, memory: Tensor) -> str | None:
         """`cudaHostRegister`, and not torch's pinned allocator, which rounds up to a power of two and keeps it."""
         runtime: Any = torch.cuda.cudart()
-        code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)
+        with torch.cuda.device(self._device):
+            code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)
         if int(code) == 0:
             return None
         self._clear_error()
@@ -142,7 +145,9 @@ class Cuda:
     def unpin(self, memory: Tensor) -> None:
         """`cudaHostUnregister`; at the end of a process the driver may be gone, and the pins with it."""
         runtime: Any = torch.cuda.cudart()
-        if int(runtime.cudaHostUnregister(memory.data_ptr())) != 0:
+        with torch.cuda.device(self._device):
+            code = runtime.cudaHostUnregister(memory.data_ptr())
+        if int(code) != 0:
             self._clear_error()
 
     def _clear_error(self) -> None:
@@ -151,6 +156,34 @@ class Cuda:
             torch.zeros(1, device=self._device).add_(1.0)
         except RuntimeError:
             return
+
+
+@contextmanager
+def _beside_captures() -> Iterator[None]:
+    """Let the calling thread wait while another one captures a graph.
+
+    In its default mode a capture forbids every thread what could disturb it, waiting for an event included: the wait
+    would fail and the capture with it. torch does the same where NCCL's watchdog looks at its events.
+    """
+    driver = _driver()
+    if driver is None:
+        yield
+        return
+    mode = ctypes.c_int(_THREAD_LOCAL)
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))  # the mode from before is in `mode` then
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+@cache
+def _driver() -> Any:
+    """CUDA's driver, which is loaded already; None where there is none, as with ROCm."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
 
 
 def device_of(device: torch.device) -> Device | None:

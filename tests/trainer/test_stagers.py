@@ -1,8 +1,6 @@
-"""Which way a snapshot is copied: only from one CUDA device while training goes on; what CUDA's runtime is asked."""
+"""Which way a snapshot is copied: only from one CUDA device while training goes on."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,38 +57,3 @@ def test_a_graph_is_noticed_also_where_nothing_overlaps() -> None:
     device.capturing = True
 
     assert stagers.is_capturing()
-
-
-class _Runtime:
-    """CUDA's runtime as far as we call it; it refuses to lock."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-        self.calls: list[tuple[object, ...]] = []
-
-    def cudaHostRegister(self, *args: int) -> int:
-        self.calls.append(("register", *args))
-        return self.code
-
-    def cudaHostUnregister(self, *args: int) -> int:
-        self.calls.append(("unregister", *args))
-        return self.code
-
-    def cudaGetErrorString(self, code: int) -> str:
-        return f"error {code}"
-
-
-@pytest.mark.parametrize(("code", "problem"), [(0, None), (2, "error 2")])
-def test_the_exact_bytes_of_a_slot_are_registered_and_an_error_is_told(
-    code: int, problem: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = _Runtime(code)
-    monkeypatch.setattr(torch, "cuda", SimpleNamespace(cudart=lambda: runtime))
-    (slot,) = make_slots(5000, 1)
-    device = Cuda(torch.device("cpu"))
-
-    assert device.pin(slot.tensor) == problem
-    device.unpin(slot.tensor)
-
-    address = slot.tensor.data_ptr()
-    assert runtime.calls == [("register", address, 5000, 1), ("unregister", address)]
