@@ -1,11 +1,12 @@
 """Which way a snapshot is copied: by where its tensors are.
 
 Comes in: live tensors and a slot. Goes out: a filled slot, or a `Transfer` that is filling it. All on one CUDA device:
-copied while training goes on. Anything else (CPU, mps, xpu, a mix): one synchronous copy.
+copied while training goes on. Anything else (CPU, mps, xpu, a mix), and a device without room: one synchronous copy.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from trainer_client.device import Device, DeviceOf
 from trainer_client.overlap import OverlappedStager, Transfer
 from trainer_client.pins import Pins
 from trainer_client.staging import CpuStager, Slot
+
+log = logging.getLogger("ema")
 
 
 class Stagers:
@@ -48,7 +51,10 @@ class Stagers:
     def stage(self, tensors: Sequence[Tensor], slot: Slot) -> Transfer | None:
         """Copy, or begin to: None when the slot is filled already."""
         if self.look(tensors) and self._overlapped is not None:
-            return self._overlapped.stage(tensors, slot)
+            try:
+                return self._overlapped.stage(tensors, slot)
+            except torch.cuda.OutOfMemoryError as error:
+                self._give_up(error)
         self._cpu.stage(tensors, slot)
         return None
 
@@ -71,5 +77,18 @@ class Stagers:
         self._places, self._overlapped = places, None
         self._devices = [device for device in map(self._device_of, places) if device is not None]
         if len(places) == len(self._devices) == 1:
-            self._pins.pin(self._devices[0], self._slots)
-            self._overlapped = OverlappedStager(self._manifest, self._devices[0])
+            try:
+                self._pins.pin(self._devices[0], self._slots)
+                self._overlapped = OverlappedStager(self._manifest, self._devices[0])
+            # The run is joined, and training goes on: a device that is broken will be met there.
+            except RuntimeError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: RuntimeError) -> None:
+        """Copy synchronously for good: to ask a full device for memory again would hold up each step."""
+        self._overlapped = None
+        log.warning(
+            "ema: snapshots cannot be copied while training goes on (%s): each step waits for its copy; where memory "
+            "of the device is short, leave 64 MiB, or pass overlap=False",
+            str(error).partition("\n")[0],
+        )

@@ -86,6 +86,7 @@ class FakeDevice:
         self.copied: list[tuple[Tensor, Tensor]] = []
         self.allocated: list[int] = []
         self.fail_after: int | None = None
+        self.room: float = float("inf")  # bytes that are left of its memory
         self._owner = threading.get_ident()
         self._streams: list[FakeStream] = []
         self._memory: list[Tensor] = []
@@ -133,6 +134,9 @@ class FakeDevice:
     def empty(self, nbytes: int) -> Tensor:
         """Host memory that counts as the device's."""
         self.allocated.append(nbytes)
+        if nbytes > self.room:
+            raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes.\nIf so, do so.")
+        self.room -= nbytes
         self._memory.append(torch.full((nbytes,), 0xA5, dtype=torch.uint8))
         return self._memory[-1]
 

@@ -493,6 +493,49 @@ def test_a_copy_that_fails_on_the_way_costs_a_snapshot(
     assert "the device is broken" in caplog.text
 
 
+def _strided() -> tuple[nn.Module, Tensor]:
+    """A module whose one large parameter is not row-major, and the weights that it has."""
+    module, weights = nn.Module(), torch.arange(120_000.0).view(300, 400)
+    module.weight = nn.Parameter(weights.t())
+    return module, weights.t()
+
+
+@pytest.mark.parametrize(("what", "room"), [("scratch", -1), ("bounce", 1 << 20)])
+def test_a_device_without_room_costs_one_warning_and_the_overlap(
+    what: str, room: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    device, worker = FakeDevice(), RecordingWorker()
+    device.room = room
+    module, weights = _strided()
+    optimizer = SGD(module.parameters(), lr=0.0)
+    client = client_on(device, worker)
+
+    client.attach(module, optimizer)
+    for _ in range(3):
+        optimizer.step()
+
+    assert worker.steps == [1, 2, 3]
+    assert all(torch.equal(snapshot["weight"], weights) for _, snapshot in worker.snapshots)
+    assert len([nbytes for nbytes in device.allocated if nbytes > room]) == 1, "it is not asked again"
+    assert client.stats()["skipped"]["error"] == 0
+    assert ["CUDA out of memory" in record.message for record in caplog.records] == [True]
+    client.close()
+
+
+def test_a_device_that_fails_while_attach_makes_ready_does_not_make_it_raise(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = Training()
+
+    def broken() -> None:
+        raise RuntimeError("the device is broken")
+
+    monkeypatch.setattr(training.device, "new_stream", broken)
+    training.attach()
+
+    assert ["the device is broken" in record.message for record in caplog.records] == [True]
+
+
 class _Gated(FakeDevice):
     """A device whose copies to a slot can be issued only once the gate is open."""
 
