@@ -5,8 +5,10 @@ Comes in: optimizers and functions. Goes out: calls of these, until removed. Kno
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,6 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from trainer_client.errors import SettingsError
+
+# What torch wraps around the step of every class of optimizers, and calls the hooks from.
+_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
+
+_dead: list[RemovableHandle] = []  # of objects that are gone; their hooks do nothing
 
 
 class Attachment:
@@ -37,8 +44,12 @@ class Attachment:
         before_step: Callable[[Optimizer], None] | None = None,
         when_removed: Callable[[], None] = lambda: None,
     ) -> None:
+        def stepped(optimizer: Optimizer) -> None:
+            if not _is_nested(optimizer):
+                after_step()
+
         def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
-            _untraced(after_step)()
+            _untraced(stepped)(optimizer)
 
         self._when_removed = when_removed
         self._handles = [optimizer.register_step_post_hook(after) for optimizer in optimizers[:1]]
@@ -56,6 +67,7 @@ class Attachment:
             self._when_removed()
         while self._handles:
             self._handles.pop().remove()
+        _remove_dead()
 
 
 def _before_any(before_step: Callable[[Optimizer], None]) -> RemovableHandle:
@@ -66,9 +78,27 @@ def _before_any(before_step: Callable[[Optimizer], None]) -> RemovableHandle:
         if method is not None:
             _untraced(method)(optimizer)
 
+    _remove_dead()
     handle: RemovableHandle = register_optimizer_step_pre_hook(hook)
-    weak = weakref.WeakMethod(before_step, lambda _: handle.remove())
+    # Not removed there: garbage is collected at any moment, also while torch goes through the hooks.
+    weak = weakref.WeakMethod(before_step, lambda _: _dead.append(handle))
     return handle
+
+
+def _remove_dead() -> None:
+    while _dead:
+        _dead.pop().remove()
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether this is called within two steps of `optimizer`: torch wraps that of its class and the base's."""
+    frame: FrameType | None = sys._getframe()
+    steps = 0
+    while frame is not None and steps < 2:
+        if frame.f_code is _WRAPPER and frame.f_locals["args"][0] is optimizer:
+            steps += 1
+        frame = frame.f_back
+    return steps == 2
 
 
 def _untraced(function: Callable[..., None]) -> Callable[..., None]:
