@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ema_proto.averages import AverageSpec, PowerEma
-from ema_proto.manifest import Manifest
+from ema_proto.manifest import Manifest, Role, TensorSpec
 from ema_proto.specs import parse_average
 from ema_server.catalog import FileEntry, Generation, Version
 from ema_server.config import RingDtype
@@ -122,8 +122,15 @@ def read_snapshot(folder: Path) -> RingSnapshot:
 
 
 def _copied(manifest: Manifest, exempt: frozenset[str], rule: AverageSpec) -> frozenset[str]:
-    """Names, tied ones too, of the tensors that an average of this rule copies."""
-    copies = (one for one in manifest.tensors if not (is_averaged(one, exempt) and averages(rule, one)))
+    """Names, tied ones too, of the tensors that an average of this rule copies.
+
+    A frozen one counts as such: it is the same in every average, and adding it up, or narrowing it, could only round it.
+    """
+
+    def is_summed(tensor: TensorSpec) -> bool:
+        return tensor.role is not Role.FROZEN and is_averaged(tensor, exempt) and averages(rule, tensor)
+
+    copies = (one for one in manifest.tensors if not is_summed(one))
     return frozenset(name for tensor in copies for name in (tensor.name, *tensor.aliases))
 
 

@@ -160,6 +160,22 @@ def test_bfloat16_halves_averages_and_leaves_copied_tensors_whole(tmp_path: Path
         assert path.stat().st_size < 0.6 * (version.folder / "model.safetensors").stat().st_size
 
 
+def test_bfloat16_leaves_frozen_tensors_whole_under_all_of_their_names(tmp_path: Path) -> None:
+    weights = {"w": torch.full((50,), 0.1234567), "fixed": torch.full((3,), 0.520894885)}
+    manifest = manifest_of(weights, roles={"fixed": Role.FROZEN}, aliases={"fixed": ("tied",)})
+    with keeping(tmp_path, ring_dtype="bfloat16") as keeper:
+        joined(keeper.join("r", manifest, ["power:sigma_rel=0.05"]))
+        keeper.apply("r", 1, weights)
+        durable(keeper.publish("r"))
+        (snapshot,) = keeper.ring.snapshots("r")
+        kept = load_file(snapshot.folder / snapshot.members[0].file.name)
+
+    assert kept["w"].dtype == torch.bfloat16
+    assert snapshot.members[0].copied == {"fixed", "tied"}
+    assert torch.equal(kept["fixed"], weights["fixed"])
+    assert torch.equal(kept["tied"], weights["fixed"])
+
+
 def test_a_disk_that_refuses_stops_the_ring_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with keeping(tmp_path) as keeper:
         joined(keeper.join("r", _MANIFEST, _POWERS))
