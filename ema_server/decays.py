@@ -28,7 +28,8 @@ def log_decay(rule: Ema, pace: Pace) -> float:
     """
     if rule.decay is not None:
         return math.log(rule.decay) if rule.decay > 0 else -math.inf
-    return -_LN2 / half_life_steps(rule, pace)
+    half_life = half_life_steps(rule, pace)
+    return -_LN2 / half_life if half_life > 0 else -math.inf
 
 
 def weight_between(rule: Ema, then: int, now: int, pace: Pace) -> float:

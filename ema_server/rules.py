@@ -48,7 +48,7 @@ def points(every: int, then: int, now: int) -> int:
 
 
 def weight_of(rule: AverageSpec, span: Span, pace: Pace = UNKNOWN) -> float | None:
-    """Share of the snapshot in the updated average, in (0, 1) or 0 where it is left as it is.
+    """Share of the snapshot in the updated average, in (0, 1), or 0 where it is left as it is.
 
     None where the snapshot replaces it: always with the first snapshot, unless the rule begins from the weights of
     before the first step (`init=start`), which are then held already.

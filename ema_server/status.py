@@ -97,4 +97,9 @@ def _average_status(average: Average | AverageRecord, rule: AverageSpec, ledger:
 
 def _reach(rule: AverageSpec, step: int, origin: int, pace: Pace) -> Reach | None:
     needed = needed_of(rule)
-    return None if needed is not None and getattr(pace, needed) is None else reach_now(rule, step, origin, pace)
+    if needed is not None and getattr(pace, needed) is None:
+        return None
+    try:
+        return reach_now(rule, step, origin, pace)
+    except (ArithmeticError, ValueError):  # a figure for people: that it cannot be told must not stop the averaging
+        return None

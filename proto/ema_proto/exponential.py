@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal
 
 from ema_proto.errors import LocalProtocolError
+from ema_proto.limits import QUANTITY_MAX, QUANTITY_MIN
 from ema_proto.parameters import Count, Number, Treatment, Word, check_fields, of_kind, settle_name, spec_of
 
 _EXAMPLE = "for example ema:0.9999,warmup=timm"
@@ -20,8 +21,15 @@ _BELONGS = {"gamma": "timm", "power": "timm", "min_decay": "timm", "tau": "expon
 _COPYING = ("timm", "debias")
 
 
-def _above_0(example: str, *, infinite: bool = False) -> Number:
-    return Number("a number above 0", f"for example {example}", infinite=infinite)
+def _quantity(example: str, *, infinite: bool = False) -> Number:
+    return Number(
+        "a number in [1e-9, 1e15)",
+        f"for example {example}",
+        low=QUANTITY_MIN,
+        high=QUANTITY_MAX,
+        closed_low=True,
+        infinite=infinite,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +56,15 @@ class Ema(Treatment):
     Args:
         decay: share of the old average kept at each step, in [0, 1).
         name: name of the average; the default is made of the parameters, `ema-{decay}`.
-        half_life: in steps, above 0; infinity with `warmup="half_life"`.
-        half_life_samples: in samples, above 0.
-        half_life_epochs: in epochs, above 0.
+        half_life: in steps, in [1e-9, 1e15) like all lengths; infinity with `warmup="half_life"`.
+        half_life_samples: in samples.
+        half_life_epochs: in epochs.
         warmup: one of the above, or None for a constant decay.
-        gamma: of `"timm"`, above 0: how many steps it stretches over.
-        power: of `"timm"`, above 0: 1 is a plain mean, 2/3 suits a million steps, 3/4 fewer.
+        gamma: of `"timm"`, in [1e-9, 1e15): how many steps it stretches over.
+        power: of `"timm"`, in [1e-9, 1e15): 1 is a plain mean, 2/3 suits a million steps, 3/4 fewer.
         min_decay: of `"timm"`, in [0, 1): the decay is never below it.
-        tau: of `"exponential"`, in steps, above 0.
-        fraction: of `"half_life"`, above 0.
+        tau: of `"exponential"`, in steps, in [1e-9, 1e15).
+        fraction: of `"half_life"`, in [1e-9, 1e15).
         update_after: the average is a copy of the weights for so many steps.
         init: `"first"`: the first update copies the weights. `"start"`: the average begins with the weights of before
             the first step, as a copy of the model made before training does.
@@ -77,19 +85,19 @@ class Ema(Treatment):
     )
     name: str = ""
     _: KW_ONLY
-    half_life: float | None = field(default=None, metadata=of_kind(_above_0("half_life=5000", infinite=True)))
-    half_life_samples: float | None = field(default=None, metadata=of_kind(_above_0("half_life_samples=500000")))
-    half_life_epochs: float | None = field(default=None, metadata=of_kind(_above_0("half_life_epochs=2")))
+    half_life: float | None = field(default=None, metadata=of_kind(_quantity("half_life=5000", infinite=True)))
+    half_life_samples: float | None = field(default=None, metadata=of_kind(_quantity("half_life_samples=500000")))
+    half_life_epochs: float | None = field(default=None, metadata=of_kind(_quantity("half_life_epochs=2")))
     warmup: Literal["timm", "tf", "exponential", "half_life", "debias"] | None = field(
         default=None, metadata=of_kind(Word(_WARMUPS))
     )
-    gamma: float = field(default=1.0, metadata=of_kind(_above_0("gamma=1")))
-    power: float = field(default=2 / 3, metadata=of_kind(_above_0("power=0.75")))
+    gamma: float = field(default=1.0, metadata=of_kind(_quantity("gamma=1")))
+    power: float = field(default=2 / 3, metadata=of_kind(_quantity("power=0.75")))
     min_decay: float = field(
         default=0.0, metadata=of_kind(Number(_SHARE, "for example min=0.5", high=1.0, closed_low=True), "min")
     )
-    tau: float = field(default=2000.0, metadata=of_kind(_above_0("tau=2000")))
-    fraction: float = field(default=0.05, metadata=of_kind(_above_0("fraction=0.05")))
+    tau: float = field(default=2000.0, metadata=of_kind(_quantity("tau=2000")))
+    fraction: float = field(default=0.05, metadata=of_kind(_quantity("fraction=0.05")))
     update_after: int = field(default=0, metadata=of_kind(Count("for example update_after=100")))
     init: Literal["first", "start"] = field(default="first", metadata=of_kind(Word(("first", "start"))))
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from sys import float_info
 from typing import Any, TypeVar
 
 from ema_proto.bodies import shown
 from ema_proto.errors import RejectCode, RemoteProtocolError
-from ema_proto.limits import CAPABILITIES_MAX, CAPABILITY_CHARS_MAX, STEP_MAX, TEXT_CHARS_MAX
+from ema_proto.limits import (
+    CAPABILITIES_MAX,
+    CAPABILITY_CHARS_MAX,
+    QUANTITY_MAX,
+    QUANTITY_MIN,
+    STEP_MAX,
+    TEXT_CHARS_MAX,
+)
 
 _Choice = TypeVar("_Choice", bound=str)
 
@@ -55,10 +61,10 @@ class Fields:
         """A step, or None when null or missing."""
         return self.optional_integer(key, 0, STEP_MAX)
 
-    def optional_number(self, key: str) -> float | None:
-        """A number above 0, or None when null or missing."""
+    def optional_quantity(self, key: str) -> float | None:
+        """A number in [1e-9, 1e15), or None when null or missing."""
         value = self.values.get(key)
-        if value is not None and (type(value) not in (int, float) or not 0 < value <= float_info.max):
+        if value is not None and (type(value) not in (int, float) or not QUANTITY_MIN <= value < QUANTITY_MAX):
             raise self.bad(key)
         return None if value is None else float(value)
 

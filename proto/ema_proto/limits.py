@@ -32,10 +32,12 @@ TEXT_CHARS_MAX = 4096  # an error text for people; whatever its characters, it f
 
 AVERAGES_MAX = 64  # bounds the memory one JOIN can ask for: 64 models
 WINDOW_MAX = 256  # bounds the memory that one window can ask for: 256 snapshots
-PATTERNS_MAX = 256  # of all averages of a JOIN: each of them is compared with each name of the manifest
+PATTERNS_MAX = 256  # of all averages of a run: each of them is compared with each name of the manifest
 NAME_CHARS_MAX = 96  # the Hugging Face Hub's limit for one part of a repository id
 
 STEP_MAX = (1 << 53) - 1  # exact in every JSON reader
+QUANTITY_MIN = 1e-9  # lengths, paces and the like: their quotients and products stay far from what no float holds
+QUANTITY_MAX = 1e15  # likewise, and beyond it nothing differs in any run
 
 CREDIT_WINDOW_CHUNKS = 8  # 2 to 4 already saturate loopback; twice that covers scheduling
 SLOTS = 2  # one is averaged while the other fills

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ema_proto.averages import AverageSpec
 from ema_proto.errors import LocalProtocolError
 from ema_proto.exponential import Ema
+from ema_proto.limits import QUANTITY_MAX, QUANTITY_MIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Pace:
     """What the trainer told of one optimizer step: the samples in it, and how many of them are an epoch.
 
     Raises:
-        LocalProtocolError: one of them is not a number above 0.
+        LocalProtocolError: one of them is not a number in [1e-9, 1e15).
     """
 
     samples_per_step: float | None = None
@@ -28,8 +28,9 @@ class Pace:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
-                raise LocalProtocolError(f"{name} {value!r} is not a number above 0")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not QUANTITY_MIN <= value < QUANTITY_MAX:
+                raise LocalProtocolError(f"{name} {value!r} is not a number in [1e-9, 1e15): say how many")
             object.__setattr__(self, name, float(value))
 
     def over(self, before: Pace) -> Pace:

@@ -128,7 +128,7 @@ class Join:
             config=_config(fields),
             rank=fields.integer("rank", 0, _U32),
             world=fields.integer("world", 1, _U32),
-            pace=Pace(fields.optional_number("samples_per_step"), fields.optional_number("steps_per_epoch")),
+            pace=Pace(fields.optional_quantity("samples_per_step"), fields.optional_quantity("steps_per_epoch")),
             averages=tuple(_average(item) for item in fields.items("averages", AVERAGES_MAX)),
             manifest=manifests.from_json(fields.value("manifest")),
         )

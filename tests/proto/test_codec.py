@@ -98,6 +98,8 @@ def test_a_body_with_any_value_of_another_type_is_refused_by_a_named_code_or_rea
         ("join", "incarnation", 1 << 63),
         ("join", "checksum", "md5"),
         ("join", "samples_per_step", 0),
+        ("join", "samples_per_step", 1e-10),
+        ("join", "steps_per_epoch", 1e15),
         ("join", "samples_per_step", True),
         ("join", "samples_per_step", "32"),
         ("join", "steps_per_epoch", -1.5),

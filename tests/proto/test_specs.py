@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -275,7 +276,7 @@ def test_a_list_of_averages_is_not_empty_not_endless_and_has_no_name_twice(
 
 
 def test_a_default_name_that_gets_too_long_asks_for_one() -> None:
-    spec = "ema:0.9,warmup=timm,gamma=0." + "0" * 80 + "1"
+    spec = "ema:0." + "0" * 80 + "1,warmup=timm,gamma=2"
 
     assert parse_average(spec, name="slow").name == "slow"
     with pytest.raises(LocalProtocolError, match="give it one with name="):
@@ -298,8 +299,27 @@ def test_a_name_within_a_string_and_one_beside_it_are_not_two() -> None:
 def test_a_number_that_no_float_holds_is_out_of_range(decay: float) -> None:
     with pytest.raises(LocalProtocolError, match=r"is not in \[0, 1\)"):
         Ema(decay)
-    with pytest.raises(LocalProtocolError, match="is not a number above 0"):
+    with pytest.raises(LocalProtocolError, match=r"is not a number in \[1e-9, 1e15\)"):
         Ema(half_life_samples=decay)
+
+
+@pytest.mark.parametrize("value", [1e-323, 1e-10, 1e15, 1.7e308])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"half_life": 9, "warmup": "half_life"},
+        {"decay": 0.9, "warmup": "timm"},
+        {"decay": 0.9, "warmup": "exponential"},
+    ],
+)
+def test_a_length_that_no_run_could_have_is_refused(others: dict[str, Any], value: float) -> None:
+    """The quotient of two such numbers is 0 or infinite, and an average of it NaN."""
+    keys = ("half_life_samples", "half_life_epochs")
+    parameters = {"half_life": ("half_life", "fraction"), "timm": ("gamma", "power"), "exponential": ("tau",)}
+    given: list[dict[str, Any]] = [{**others, key: value} for key in parameters[others["warmup"]]]
+    for each in [*given, *({key: value} for key in keys)]:
+        with pytest.raises(LocalProtocolError, match=r"ema \w+ .* is not a number in \[1e-9, 1e15\)"):
+            Ema(**each)
 
 
 @pytest.mark.parametrize(
@@ -354,9 +374,9 @@ def test_a_rule_in_a_unit_that_was_not_told_is_refused_with_what_to_pass(rule: E
     check_pace([Raw(), Uniform(), Window(3), Wsd(1, 2), rule], Pace(5, 5))
 
 
-@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), True, "5"])
-def test_a_pace_is_a_number_above_0(value: float) -> None:
-    with pytest.raises(LocalProtocolError, match=r"steps_per_epoch .* is not a number above 0"):
+@pytest.mark.parametrize("value", [0, -1.0, 1e-300, 1e15, 10**400, float("inf"), float("nan"), True, "5"])
+def test_a_pace_is_a_number_that_can_be_computed_with(value: float) -> None:
+    with pytest.raises(LocalProtocolError, match=r"steps_per_epoch .* is not a number in \[1e-9, 1e15\)"):
         Pace(steps_per_epoch=value)
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
+import torch
 
 from ema_proto.averages import AverageSpec, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.exponential import Ema
 from ema_proto.pace import UNKNOWN, Pace
+from ema_server.jobs import Applied
 from ema_server.reach import reach_now
+from support.keeper import joined, keeping, manifest_of
+
+_ONE = {"w": torch.ones(3)}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +63,24 @@ def test_a_rule_in_samples_has_the_decay_that_the_pace_makes_of_it() -> None:
     assert fast is not None
     assert (slow.half_life_steps, fast.half_life_steps) == pytest.approx((100.0, 50.0), rel=1e-12)
     assert fast.decay == pytest.approx(slow.decay**2, rel=1e-12)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OverflowError(), ValueError()], ids=repr)
+def test_a_reach_that_cannot_be_told_is_left_out_and_the_averaging_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ema_server.status.reach_now", refuse)
+    with keeping(tmp_path) as keeper:
+        joined(keeper.join("r", manifest_of(_ONE), ["ema:0.9"]))
+        for step in (1, 2, 3):
+            assert isinstance(keeper.apply("r", step, _ONE), Applied)
+        status = keeper.board.get("r")
+
+        assert status is not None
+        assert (status.averages[0].decay, status.averages[0].updates) == (None, 3)
 
 
 def test_raw_and_windows_have_no_decay() -> None:

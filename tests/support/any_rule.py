@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from ema_proto.averages import AverageSpec, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.exponential import Ema
-from ema_proto.limits import STEP_MAX, WINDOW_MAX
+from ema_proto.limits import QUANTITY_MAX, QUANTITY_MIN, STEP_MAX, WINDOW_MAX
 
 _PATTERN = st.text("abz0189.*?_[]-!", min_size=1, max_size=12)
-_ABOVE_0 = st.floats(0.0, exclude_min=True, allow_infinity=False, allow_nan=False)
+_QUANTITY = st.floats(QUANTITY_MIN, QUANTITY_MAX, exclude_max=True)
 _SHARE = st.floats(0.0, 1.0, exclude_max=True)
 _STEPS = st.integers(0, STEP_MAX)
 _TREATMENT = {
@@ -22,10 +22,10 @@ _TREATMENT = {
 }
 _WARMUPS: dict[str | None, dict[str, st.SearchStrategy[object]]] = {
     None: {"init": st.sampled_from(["first", "start"])},
-    "timm": {"gamma": _ABOVE_0, "power": _ABOVE_0, "min_decay": _SHARE},
+    "timm": {"gamma": _QUANTITY, "power": _QUANTITY, "min_decay": _SHARE},
     "tf": {"init": st.sampled_from(["first", "start"])},
-    "exponential": {"tau": _ABOVE_0, "init": st.sampled_from(["first", "start"])},
-    "half_life": {"fraction": _ABOVE_0, "init": st.sampled_from(["first", "start"])},
+    "exponential": {"tau": _QUANTITY, "init": st.sampled_from(["first", "start"])},
+    "half_life": {"fraction": _QUANTITY, "init": st.sampled_from(["first", "start"])},
     "debias": {},
 }
 _SHORT = {
@@ -60,7 +60,7 @@ def any_rules() -> st.SearchStrategy[AverageSpec]:
     """Rules named `x`, with any parameters that are allowed."""
     lengths = st.one_of(
         st.fixed_dictionaries({"decay": _SHARE}),
-        *(st.fixed_dictionaries({key: _ABOVE_0}) for key in ("half_life", "half_life_samples", "half_life_epochs")),
+        *(st.fixed_dictionaries({key: _QUANTITY}) for key in ("half_life", "half_life_samples", "half_life_epochs")),
     )
     name = st.just("x")
     every = st.integers(1, STEP_MAX)

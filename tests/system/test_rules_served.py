@@ -149,6 +149,23 @@ def test_the_decay_that_a_length_in_samples_or_epochs_comes_to_is_told_when_join
     ]
 
 
+def test_a_length_at_the_end_of_its_range_is_averaged_with_and_what_lies_beyond_is_refused_at_once(
+    server: ServerProcess, run: str
+) -> None:
+    """Its quotient with the pace is no step at all; neither end may stumble over that later."""
+    model = _OneHot()
+    with _client(server, run, ["ema:half_life_samples=1e-9,name=none"], samples_per_step=9e14) as ema:
+        for step in (1, 2, 3):
+            ema.update(model.at(step))
+    with Reader(server.http) as reader:
+        shown = reader.averages.of(run)[0]
+
+    assert shown.decay == 0.0
+    assert _shares(server, run, "none")[3] == 1.0
+    with pytest.raises(SettingsError, match="half_life_samples"):
+        _client(server, run, ["ema:half_life_samples=1e-323,name=none"], samples_per_step=32)
+
+
 def test_set_in_the_middle_replaces_every_average(server: ServerProcess, run: str) -> None:
     model = _OneHot()
     with _client(server, run, ["ema:0.9", "swa"]) as ema:

@@ -49,7 +49,7 @@ def test_the_pace_is_an_argument_or_a_variable() -> None:
     assert _settings({"EMA_SAMPLES_PER_STEP": ""}).pace == Pace()
     with pytest.raises(SettingsError, match="EMA_STEPS_PER_EPOCH='many' is not a number"):
         _settings({"EMA_STEPS_PER_EPOCH": "many"})
-    with pytest.raises(SettingsError, match="samples_per_step 0 is not a number above 0"):
+    with pytest.raises(SettingsError, match=r"samples_per_step 0 is not a number in \[1e-9, 1e15\)"):
         _settings(samples_per_step=0)
     with pytest.raises(SettingsError, match="pass steps_per_epoch= to EmaClient"):
         _settings(averages=["raw", "ema:half_life_epochs=2"], samples_per_step=64)
