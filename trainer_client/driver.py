@@ -106,6 +106,7 @@ class Driver:
                 self._shared.changed.notify_all()
         finally:
             self._link.terminate()
+            self._slots, self._draining = (), []
 
     def _turn(self) -> None:
         now = time.monotonic()

@@ -187,9 +187,11 @@ class Session:
         return finished
 
     def close(self, timeout_s: float) -> None:
-        """Stop; the run stays open on the server."""
+        """Stop, and let go of the memory of host and device; the run stays open on the server."""
         self._attachment.remove()
+        self._attachment = Attachment()  # the other one refers to this session
         self._transport.close(timeout_s)
+        self._steps_known, self._stream = self.steps, None
         self._cancel_forgotten()
         self.life.state = State.CLOSED
 

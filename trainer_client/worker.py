@@ -33,7 +33,7 @@ class Worker:
         token: shared secret, or None.
 
     Attributes:
-        slots: all of them, once a run is joined.
+        slots: all of them, once a run is joined and until the worker is closed.
     """
 
     def __init__(self, endpoint: str, *, token: str | None) -> None:
@@ -175,7 +175,10 @@ class Worker:
             if shared.streaming:
                 shared.wait(lambda: shared.in_flight == 0 or not shared.streaming, timeout_s)
         self._driver.do(lambda _: self._sender.bye())
-        return self._driver.stop(max(0.5, deadline - time.monotonic()))
+        ended = self._driver.stop(max(0.5, deadline - time.monotonic()))
+        if ended:
+            self.slots, shared.free = (), []
+        return ended
 
     def stats(self) -> WorkerStats:
         """A consistent copy of the counters."""

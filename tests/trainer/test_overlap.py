@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from support.fake_device import FakeDevice, FakeEvent
 from support.processes import eventually
 from trainer_client import EmaClient, RewindError, overlap
 from trainer_client.hooks import Attachment
+from trainer_client.overlap import OverlappedStager
 from trainer_client.routes import plan_routes
 from trainer_client.stagers import Stagers
 
@@ -398,6 +400,30 @@ def test_a_client_that_was_forgotten_is_closed() -> None:
     gc.collect()
 
     eventually(lambda: worker.closed == 1, "the worker is closed")
+
+
+def _stagers() -> list[OverlappedStager]:
+    return [thing for thing in gc.get_objects() if type(thing) is OverlappedStager]
+
+
+def test_a_client_that_has_finished_holds_neither_the_model_nor_what_copies_took() -> None:
+    before = set(map(id, _stagers()))
+    training = Training()
+    training.attach()
+    training.optimizer.step()
+    training.device.idle()
+    model = weakref.ref(training.model)
+    (stager,) = [weakref.ref(stager) for stager in _stagers() if id(stager) not in before]
+
+    gc.disable()
+    try:
+        assert training.client.finish()
+        del training.model, training.optimizer
+        training.device.copied.clear()
+        assert (model(), stager()) == (None, None)
+    finally:
+        gc.enable()
+    assert training.client.steps == 1
 
 
 def test_the_scratch_is_made_once() -> None:
