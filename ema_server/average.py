@@ -19,7 +19,7 @@ from ema_server.memory import Memory
 from ema_server.records import AverageRecord
 from ema_server.rules import Span, points, weight_of
 from ema_server.tensorfile import TensorFile, files_of, snapshot_file
-from ema_server.treatment import form_of
+from ema_server.treatment import averaged_names, form_of
 from ema_server.window import Entries, blends, entered, mean_age, share_of
 
 
@@ -37,12 +37,13 @@ class Holding:
 class Average:
     """One average, as it stands. Build with `new_average`.
 
-    `slots` hold the snapshots of a window, `entries` say which. `age_steps` is the mean age of the weights inside;
-    `initial_share` the share of those it began from: the first snapshot, or the last `set`. While it is `leaving` it is
-    updated still, but no longer part of what is recorded.
+    `averaged` names the tensors that it averages where they can be. `slots` hold the snapshots of a window, `entries`
+    say which. `age_steps` is the mean age of the weights inside; `initial_share` the share of those it began from: the
+    first snapshot, or the last `set`. While it is `leaving` it is updated still, but no longer recorded.
     """
 
     rule: AverageSpec
+    averaged: frozenset[str]
     memory: Memory
     files: tuple[TensorFile, ...]
     snapshot_files: tuple[TensorFile, ...]
@@ -165,7 +166,8 @@ def new_average(
         slots = tuple(device.allocate(manifest.nbytes) for _ in range(_slots_of(rule)))
     snapshot = snapshot_file(manifest, "") if slots else None
     files = tuple(replace(snapshot, name=f"{index:03d}.safetensors") for index in range(len(slots)) if snapshot)
-    return Average(rule, memory, files_of(manifest, form_of(rule)), files, slots, ledger)
+    averaged = averaged_names(manifest, rule)
+    return Average(rule, averaged, memory, files_of(manifest, form_of(rule)), files, slots, ledger)
 
 
 def _slots_of(rule: AverageSpec) -> int:

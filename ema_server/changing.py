@@ -108,7 +108,8 @@ class Changing:
             return Unchanged(WhyNot.CONFLICT, text)
         try:
             check_pace([rule], run.pace)
-            check_matches([rule], [tensor.name for tensor in run.manifest.tensors])
+            names = [tensor.name for tensor in run.manifest.tensors]
+            check_matches([rule], names, [average.rule for average in run.averages])
         except LocalProtocolError as error:
             return Unchanged(WhyNot.CONFLICT, str(error))
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -87,7 +88,7 @@ def _changed(join: messages.Join, known: Known) -> Refused | None:
             names = ", ".join(known.averages)
             text = (
                 f"run {join.run!r} has no average {average.name!r}, it has {names}: join with these, and add others "
-                f"while it streams (ema averages {join.run} --add {average.spec})"
+                f"while it streams (ema averages {join.run} --add {shlex.quote(average.spec)} --name {average.name})"
             )
             return Refused(RejectCode.AVERAGE_CHANGED, f"{text}, {ways_out}")
         if spec != average.spec:

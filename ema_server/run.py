@@ -185,7 +185,7 @@ class Run:
         )
 
     def _lay_out(self) -> None:
-        self.segments = segments_for(self.manifest, self.exempt, [average.rule for average in self.averages])
+        self.segments = segments_for(self.manifest, self.exempt, [average.averaged for average in self.averages])
 
 
 def new_run(join: messages.Join, created: str, device: Device) -> Run:

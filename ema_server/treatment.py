@@ -1,7 +1,7 @@
 """What an average does with each tensor: its form in memory, and which tensors it averages. Pure.
 
-Comes in: rules (`ema_proto.specs`), the manifest of a run, the names of its exempt tensors. Goes out: forms, and the
-segments of a snapshot with a mask of the averages that average them; what an average does not average, it copies.
+Comes in: rules (`ema_proto.specs`), the manifest of a run, the names of its exempt tensors. Goes out: forms, names, and
+the segments of a snapshot with a mask of the averages that average them; what an average does not average, it copies.
 """
 
 from __future__ import annotations
@@ -28,12 +28,20 @@ def averages(rule: AverageSpec, tensor: TensorSpec) -> bool:
     return is_chosen(tensor.name, rule.include, rule.exclude)
 
 
-def segments_for(manifest: Manifest, exempt: frozenset[str], rules: Sequence[AverageSpec]) -> tuple[Segment, ...]:
-    """The segments of a snapshot for these averages, numbered as they are given."""
+def averaged_names(manifest: Manifest, rule: AverageSpec) -> frozenset[str]:
+    """Names of the tensors that an average of this rule averages where they can be.
+
+    To be kept with the average: each name is compared with each pattern.
+    """
+    return frozenset(tensor.name for tensor in manifest.tensors if averages(rule, tensor))
+
+
+def segments_for(manifest: Manifest, exempt: frozenset[str], averaged: Sequence[frozenset[str]]) -> tuple[Segment, ...]:
+    """The segments of a snapshot for averages, numbered as they are given, which average the tensors of these names."""
 
     def averaged_by(tensor: TensorSpec) -> int:
         if not is_averaged(tensor, exempt):
             return 0
-        return sum(averages(rule, tensor) << number for number, rule in enumerate(rules))
+        return sum((tensor.name in names) << number for number, names in enumerate(averaged))
 
     return segments(manifest, averaged_by)

@@ -230,21 +230,23 @@ class Raw:
 AverageSpec: TypeAlias = Ema | PowerEma | Uniform | Window | Wsd | Raw
 
 
-def check_matches(rules: Iterable[AverageSpec], names: Sequence[str]) -> None:
+def check_matches(rules: Iterable[AverageSpec], names: Sequence[str], others: Iterable[AverageSpec] = ()) -> None:
     """Refuse rules with a pattern that means no tensor: it was meant to mean some.
 
     Args:
         rules: the rules.
         names: canonical names of a run's tensors.
+        others: rules that the run has already; their patterns count too.
 
     Raises:
         LocalProtocolError: there are too many patterns, or the text names one and some of the names.
     """
     averaging = [rule for rule in rules if not isinstance(rule, Raw)]
-    count = sum(len(rule.include) + len(rule.exclude) for rule in averaging)
+    counted = [*averaging, *(rule for rule in others if not isinstance(rule, Raw))]
+    count = sum(len(rule.include) + len(rule.exclude) for rule in counted)
     if count > PATTERNS_MAX:
         raise LocalProtocolError(
-            f"the averages have {count} patterns: use {PATTERNS_MAX} at most, a * stands for many names"
+            f"the run's averages have {count} patterns: use {PATTERNS_MAX} at most, a * stands for many names"
         )
     for rule in averaging:
         for what, patterns in (("include", rule.include), ("exclude", rule.exclude)):

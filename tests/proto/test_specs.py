@@ -429,5 +429,5 @@ def test_a_join_has_a_bounded_number_of_patterns() -> None:
     rules = tuple(Ema(0.9, f"a{number}", include=(name,) * 128) for number in range(2))
 
     check_join(replace(JOIN, averages=rules))
-    with pytest.raises(RemoteProtocolError, match="have 257 patterns: use 256 at most"):
+    with pytest.raises(RemoteProtocolError, match="the run's averages have 257 patterns: use 256 at most"):
         check_join(replace(JOIN, averages=(*rules, Uniform(name="b", exclude=("*",)))))

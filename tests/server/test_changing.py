@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ema_proto.patterns import is_chosen
 from ema_proto.specs import parse_average
 from ema_server.jobs import (
     AddAverage,
@@ -184,6 +185,35 @@ def test_a_run_has_at_most_64_averages(keeper: Keeper) -> None:
     answer = keeper.add("r", "raw")
     assert isinstance(answer, Unchanged)
     assert "has 64 averages, the most that a run may have" in answer.text
+
+
+def test_patterns_of_averages_that_are_added_count_with_those_that_are_there(keeper: Keeper) -> None:
+    """Each is compared with each name, while every trainer waits."""
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9,name=a,include=" + "|".join(["w"] * 200)]))
+    _stream(keeper, 1)
+
+    refused = keeper.add("r", f"ema:0.9,name=b,exclude={'|'.join(['w'] * 57)}")
+    assert isinstance(refused, Unchanged)
+    assert "the run's averages have 257 patterns: use 256 at most" in refused.text
+    assert keeper.add("r", f"ema:0.9,name=b,exclude={'|'.join(['w'] * 56)}") == Changed("b")
+
+
+def test_a_change_compares_the_names_with_the_patterns_of_the_average_it_adds_alone(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined(keeper.join("r", _MANIFEST, ["ema:0.9,include=w*,name=c", "ema:0.8,exclude=w*,name=d"]))
+    _stream(keeper, 1)
+    asked: list[Sequence[str]] = []
+
+    def chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+        asked.append(include)
+        return is_chosen(name, include, exclude)
+
+    monkeypatch.setattr("ema_server.treatment.is_chosen", chosen)
+    assert keeper.add("r", "ema:0.7,name=b,include=w") == Changed("b")
+    assert keeper.remove("r", "b") == Changed("b")
+    assert set(asked) == {("w",)}
+    assert len(asked) <= len(_MANIFEST.tensors)
 
 
 def test_what_does_not_fit_is_refused_and_the_run_goes_on(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,13 @@ def test_an_unknown_average_is_refused() -> None:
     assert "no average 'ema-0.5', it has raw, ema-0.9: join with these, and add others" in refused.text
 
 
+def test_an_unknown_average_is_refused_with_a_command_that_a_shell_takes_as_it_is() -> None:
+    refused = _decide(_KNOWN, averages="raw,ema:0.5,include=a|b*,name=half")
+
+    assert isinstance(refused, Refused)
+    assert "(ema averages r --add 'ema:0.5,include=a|b*' --name half)" in refused.text
+
+
 def test_a_known_name_with_another_rule_is_refused() -> None:
     known = Known(100, _MANIFEST, {"raw": "raw", "ema-0.9": "ema:0.8"}, ())
     refused = _decide(known)

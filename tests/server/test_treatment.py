@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from ema_proto.manifest import Role, TensorSpec, layout
+from ema_proto.manifest import Manifest, Role, TensorSpec, layout
 from ema_proto.specs import AverageSpec, Ema, Raw
-from ema_server.layout import Form
-from ema_server.treatment import averages, form_of, segments_for
+from ema_server.layout import Form, Segment
+from ema_server.treatment import averaged_names, averages, form_of, segments_for
 
 _WEIGHT = TensorSpec("body.weight", "F32", (4,), Role.PARAM, 0)
 _STATISTIC = TensorSpec("norm.running_mean", "F32", (4,), Role.BUFFER, 0)
+
+
+def _segments(manifest: Manifest, *rules: AverageSpec, exempt: frozenset[str] = frozenset()) -> tuple[Segment, ...]:
+    return segments_for(manifest, exempt, [averaged_names(manifest, rule) for rule in rules])
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,7 @@ def test_what_cannot_be_averaged_no_average_averages() -> None:
         ]
     )
 
-    found = segments_for(manifest, frozenset({"mask"}), (Ema(0.9), Raw()))
+    found = _segments(manifest, Ema(0.9), Raw(), exempt=frozenset({"mask"}))
 
     assert [(segment.dtype, segment.averaged, segment.count) for segment in found] == [
         ("I64", 0, 1),
@@ -54,8 +58,8 @@ def test_what_cannot_be_averaged_no_average_averages() -> None:
 def test_segments_stay_long_where_no_average_differs() -> None:
     layers = [TensorSpec(f"layer{i}.{name}", "F32", (4,), role, 0) for i in range(9) for name, role in _ROLES.items()]
 
-    assert len(segments_for(layout(layers), frozenset(), (Ema(0.9), Ema(0.99), Raw()))) == 1
-    assert len(segments_for(layout(layers), frozenset(), (Ema(0.9), Ema(0.99, buffers="copy")))) == 18
+    assert len(_segments(layout(layers), Ema(0.9), Ema(0.99), Raw())) == 1
+    assert len(_segments(layout(layers), Ema(0.9), Ema(0.99, buffers="copy"))) == 18
 
 
 _ROLES = {"weight": Role.PARAM, "running_mean": Role.BUFFER}
