@@ -122,6 +122,7 @@ class Admission:
         courses.catalog.move(job.run, new_name, publisher.data_dir.run_folder(new_name))
         courses.board.drop(job.run)
         courses.show_from_disk(new_name)
+        publisher.offer(new_name)
         if course is not None:
             course.run, course.generation, course.next_seq = None, None, 1
         publisher.data_dir.create_run(job.run)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from ema_server.catalog import Catalog, Generation
 from ema_server.datadir import DataDir
@@ -75,6 +76,16 @@ class CutOrder:
     step: int
 
 
+@dataclass(frozen=True, slots=True)
+class KeepOrder:
+    """Offer the run's newest generation to its ring; see `Publisher.offer`."""
+
+    run: str
+
+
+Order: TypeAlias = SealOrder | LinkOrder | CutOrder | KeepOrder
+
+
 class Publisher:
     """Owns the files of all generations once they are written.
 
@@ -103,20 +114,27 @@ class Publisher:
         self.wall = wall
         self._keep = keep_generations
         self._telemetry = telemetry
-        self._orders: queue.SimpleQueue[SealOrder | LinkOrder | CutOrder | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread. What a crash kept from the rings is offered to them first."""
+        for run in self.catalog.runs():
+            self.offer(run)
         self._thread.start()
 
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    def submit(self, order: SealOrder | LinkOrder | CutOrder) -> None:
+    def submit(self, order: Order) -> None:
         """Queue an order. `done`, of one that has it, is called from the publisher's thread."""
         self._orders.put(order)
+
+    def offer(self, run: str) -> None:
+        """Offer the run's newest generation to its ring once more: a crash, or a new name, may have come in between."""
+        self.ring.expect(run)
+        self.submit(KeepOrder(run))
 
     def stop(self, timeout_s: float) -> bool:
         """Finish what is queued; returns whether that was done in time."""
@@ -126,21 +144,36 @@ class Publisher:
 
     def _run(self) -> None:
         while (order := self._orders.get()) is not None:
-            if isinstance(order, CutOrder):
-                self.ring.cut(order.run, order.step)
-                continue
-            started = time.perf_counter_ns()
-            landed = self._carry_out(order)
-            self._telemetry.count(Counter.GENERATION_NS, time.perf_counter_ns() - started)
-            self._count(landed)
-            expired_folders: list[Path] = []
-            if landed.generation is not None:
-                self.catalog.add(landed.generation)
-                self.ring.keep(landed.generation)
-                expired_folders = list(self._set_expired_aside(landed.generation.run))
+            match order:
+                case CutOrder():
+                    self.ring.cut(order.run, order.step)
+                case KeepOrder():
+                    self._offer(order.run)
+                case SealOrder() | LinkOrder():
+                    self._land(order)
+
+    def _land(self, order: SealOrder | LinkOrder) -> None:
+        """Carry out, answer, and do afterwards what nobody waits for."""
+        started = time.perf_counter_ns()
+        landed = self._carry_out(order)
+        self._telemetry.count(Counter.GENERATION_NS, time.perf_counter_ns() - started)
+        self._count(landed)
+        if landed.generation is None:
             order.done(landed)
-            for folder in expired_folders:
-                shutil.rmtree(folder, ignore_errors=True)  # what stays is swept at the next start
+            return
+        self.catalog.add(landed.generation)
+        expired_folders = list(self._set_expired_aside(landed.generation.run))
+        self.ring.expect(landed.generation.run)
+        order.done(landed)
+        for folder in expired_folders:
+            shutil.rmtree(folder, ignore_errors=True)  # what stays is swept at the next start
+        self.ring.keep(landed.generation)
+        self.ring.arrived(landed.generation.run)
+
+    def _offer(self, run: str) -> None:
+        for generation in self.catalog.generations(run)[:1]:
+            self.ring.keep(generation)
+        self.ring.arrived(run)
 
     def _carry_out(self, order: SealOrder | LinkOrder) -> Landed:
         flight = order.flight

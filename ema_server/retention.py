@@ -1,4 +1,4 @@
-"""Which generations of a run may go. Pure: generations in, generations out; who holds them is the catalog's to say.
+"""Which generations of a run, and snapshots of its ring, may go. Pure; who holds them is not known here.
 
 Besides the newest some older ones stay, the first among them, for a trainer that resumes from a checkpoint of which
 nobody told the server: the farther back it goes, the farther it may be to the generation before it.
@@ -27,6 +27,22 @@ def expired(generations: Sequence[Generation], keep: int) -> tuple[Generation, .
     pinned = [generation for generation in older if generation.pinned][:KEEP_PINNED]
     kept = {generation.seq for generation in (*newest, *pinned, *_spread(newest, older, keep))}
     return tuple(generation for generation in generations if generation.seq not in kept)
+
+
+def thinned(steps: Sequence[int], size: int) -> list[int]:
+    """The steps to drop, so that `size` of them stay spread over the run: the first and the newest always do.
+
+    One after another goes the one whose neighbours are closest together, of several the earliest.
+
+    Args:
+        steps: increasing.
+        size: at least 2.
+    """
+    left, dropped = list(steps), []
+    while len(left) > size:
+        spans = [after - before for before, after in zip(left, left[2:], strict=False)]
+        dropped.append(left.pop(1 + spans.index(min(spans))))
+    return dropped
 
 
 def _spread(newest: Sequence[Generation], older: Sequence[Generation], count: int) -> list[Generation]:

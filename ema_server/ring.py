@@ -5,17 +5,20 @@ make a snapshot cost only what the generations no longer hold. A disk that refus
 
     runs/{run}/ring/{seq}-{step}/    snapshot.json  config.json  {average}.safetensors...
 
-The publisher's thread alone writes, anyone may read. What a snapshot is, is known in `ring_snapshot`.
+The publisher's thread alone writes, anyone may read. What a snapshot is, is known in `ring_snapshot`; what
+is still to be dropped, in `ring_cuts`.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ema_server.catalog import Generation
@@ -25,12 +28,14 @@ from ema_server.disk import sync_folders
 from ema_server.generation import is_folder_name, step_in
 from ema_server.modelfile import BadModelFile
 from ema_server.records import BrokenGeneration
+from ema_server.retention import thinned
+from ema_server.ring_cuts import Cuts
 from ema_server.ring_snapshot import RingSnapshot, powers_of, read_snapshot, write_snapshot
 
 logger = logging.getLogger("ema")
 
-
 _GENERATIONS_TO_COME = 2  # one may be in the making while another is deleted
+_EXPECTED_S = 60.0  # a snapshot of links takes milliseconds, one in bfloat16 as long as its bytes
 
 
 class _NoRoom(Exception):
@@ -45,6 +50,9 @@ class RingStatus:
     first_step: int | None
     last_step: int | None
     error: str | None
+
+
+_NOTHING = RingStatus(0, None, None, None)
 
 
 class Ring:
@@ -62,21 +70,27 @@ class Ring:
         self._size = size
         self._every_steps = every_steps
         self._dtype: RingDtype = dtype
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._expected: Counter[str] = Counter()
         self._statuses: dict[str, RingStatus] = {}
         self._offered: dict[str, int] = {}
         self._readers: dict[str, int] = {}
         self._on_cut: list[Callable[[str, int], None]] = []
-        self._cuts: dict[str, int] = {}  # those that could not be made yet
+        self._cuts = Cuts(data_dir)
 
     def restore(self) -> None:
-        """Look at what is on the disk.
+        """Look at what is on the disk, before the publisher starts.
 
         Raises:
             OSError: the data folder cannot be read.
         """
         for run in self._data_dir.runs():
-            self._show(run)
+            try:
+                self._cuts.read(run)
+                self._cut_now(run)
+                self._show(run)
+            except OSError as error:
+                self._fail(run, f"it could not be read: {_reason(error)}")
             self._offer_again(run)
 
     def listen(self, on_cut: Callable[[str, int], None]) -> None:
@@ -94,8 +108,22 @@ class Ring:
             return None
         return self._offered.get(run, begun_step) + self._every_steps
 
+    def expect(self, run: str) -> None:
+        """A generation of `run` will be offered to `keep`: until it has `arrived`, who asks for the ring waits."""
+        with self._lock:
+            self._expected[run] += 1
+
+    def arrived(self, run: str) -> None:
+        """What was expected has been offered."""
+        with self._lock:
+            self._expected -= Counter((run,))  # which leaves no zeros
+            self._lock.notify_all()
+
     def keep(self, generation: Generation) -> None:
-        """Put a generation's power averages into the ring if one is due, and thin it out (publisher only)."""
+        """Put a generation's power averages into the ring if one is due, and thin it out (publisher only).
+
+        One that is there already is not put in again.
+        """
         run, due_at = generation.run, self.due_at(generation.run, -self._every_steps)
         is_early = due_at is not None and generation.step < due_at and not generation.finished
         if not self._size or is_early or not powers_of(generation):
@@ -107,6 +135,8 @@ class Ring:
             self._add(generation)
             self._thin_out(run)
         except (OSError, BrokenGeneration, BadModelFile, _NoRoom) as error:
+            if not os.path.lexists(generation.folder):
+                return  # set aside meanwhile: it will be offered under its new name
             self._fail(run, f"step {generation.step} could not be kept: {_reason(error)}")
         else:
             self._show(run)
@@ -114,9 +144,10 @@ class Ring:
     def cut(self, run: str, step: int) -> None:
         """Drop what lies beyond `step`: the run goes on from there, on another way (publisher only).
 
-        What cannot be dropped now is dropped before the next snapshot comes in: the two are never mixed.
+        What cannot be dropped now is dropped before the next snapshot comes in, after a restart as well: the two are
+        never mixed.
         """
-        self._cuts[run] = min(step, self._cuts.get(run, step))
+        self._cuts.want(run, step)
         for listener in self._on_cut:
             listener(run, step)
         try:
@@ -125,14 +156,21 @@ class Ring:
             self._offer_again(run)
         except OSError as error:
             self._fail(run, f"what lies beyond step {step} could not be dropped: {_reason(error)}")
+            self._note_cut(run)
+
+    def settle(self, run: str) -> None:
+        """Wait for a snapshot that is about to come in."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._expected[run] <= 0, _EXPECTED_S)
 
     def snapshots(self, run: str) -> tuple[RingSnapshot, ...]:
-        """What the ring of a run holds, by step.
+        """What the ring of a run holds, by step, with the one that is about to come in.
 
         Raises:
             OSError: the disk fails, or a snapshot was dropped a moment ago.
             BrokenGeneration: a snapshot cannot be read.
         """
+        self.settle(run)
         found = [read_snapshot(path) for path in self._folders(run)]
         return tuple(sorted(found, key=lambda snapshot: snapshot.step))
 
@@ -145,6 +183,7 @@ class Ring:
         """The run and its folder have another name."""
         with self._lock:
             self._offered.pop(run, None)
+            self._cuts.rename(run, new_run)
             moved = self._statuses.pop(run, None)
             if moved is not None:
                 self._statuses[new_run] = moved
@@ -159,6 +198,8 @@ class Ring:
         finally:
             with self._lock:
                 self._readers[run] -= 1
+                if not self._readers[run]:
+                    del self._readers[run]
 
     def _check_room(self, generation: Generation) -> None:
         """A link costs nothing now, but keeps old files from making room for new generations: those come first."""
@@ -173,6 +214,7 @@ class Ring:
         if any(step_in(path.name) == generation.step for path in self._folders(generation.run)):
             return
         temporary = parent / (TEMPORARY + folder.name)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was set aside meanwhile
         try:
             write_snapshot(temporary, generation, self._dtype)
             temporary.rename(folder)
@@ -189,12 +231,21 @@ class Ring:
             self._drop(by_step[step])
 
     def _cut_now(self, run: str) -> None:
-        if run not in self._cuts:
+        step = self._cuts.step(run)
+        if step is None:
             return
-        for path in self._folders(run):
-            if step_in(path.name) > self._cuts[run]:
-                self._drop(path)
-        del self._cuts[run]
+        beyond = [path for path in self._folders(run) if step_in(path.name) > step]
+        for path in beyond:
+            self._drop(path)
+        if beyond:
+            sync_folders([self._data_dir.ring_folder(run)])
+        self._cuts.done(run)
+
+    def _note_cut(self, run: str) -> None:
+        try:
+            self._cuts.write(run)
+        except OSError as error:
+            logger.error("run %s: a restart would forget to cut its ring: %s", run, _reason(error))
 
     def _offer_again(self, run: str) -> None:
         """Let the cadence count from the newest snapshot there is."""
@@ -214,35 +265,21 @@ class Ring:
         return [path for path in folder.iterdir() if is_folder_name(path.name)] if folder.is_dir() else []
 
     def _fail(self, run: str, error: str) -> None:
-        known = self.status(run)
-        if known is None or known.error is None:
+        """Take note of what failed, without a look at the disk that has just refused."""
+        with self._lock:
+            known = self._statuses.get(run, _NOTHING)
+            self._statuses[run] = replace(known, error=error)
+        if known.error is None:
             logger.error("run %s: its ring for later synthesis stands still, averaging goes on: %s", run, error)
-        self._show(run, error)
 
-    def _show(self, run: str, error: str | None = None) -> None:
+    def _show(self, run: str) -> None:
         steps = [step_in(path.name) for path in self._folders(run)]
         with self._lock:
-            known = self._statuses.pop(run, None)
-            if steps or error is not None:
-                self._statuses[run] = RingStatus(len(steps), min(steps, default=None), max(steps, default=None), error)
-        if known is not None and known.error is not None and error is None:
+            known = self._statuses.pop(run, _NOTHING)
+            if steps:
+                self._statuses[run] = RingStatus(len(steps), min(steps), max(steps), None)
+        if known.error is not None:
             logger.info("run %s: its ring for later synthesis goes on", run)
-
-
-def thinned(steps: Sequence[int], size: int) -> list[int]:
-    """The steps to drop, so that `size` of them stay spread over the run: the first and the newest always do.
-
-    One after another goes the one whose neighbours are closest together, of several the earliest.
-
-    Args:
-        steps: increasing.
-        size: at least 2.
-    """
-    left, dropped = list(steps), []
-    while len(left) > size:
-        spans = [after - before for before, after in zip(left, left[2:], strict=False)]
-        dropped.append(left.pop(1 + spans.index(min(spans))))
-    return dropped
 
 
 def _reason(error: Exception) -> str:

@@ -124,7 +124,7 @@ def read_snapshot(folder: Path) -> RingSnapshot:
 def _copied(manifest: Manifest, exempt: frozenset[str], rule: AverageSpec) -> frozenset[str]:
     """Names, tied ones too, of the tensors that an average of this rule copies.
 
-    A frozen one counts as such: it is the same in every average, and adding it up, or narrowing it, could only round it.
+    A frozen one counts as such: it is the same in every average, and a sum, or a narrower dtype, could only round it.
     """
 
     def is_summed(tensor: TensorSpec) -> bool:

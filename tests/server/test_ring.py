@@ -18,7 +18,8 @@ from ema_proto.manifest import Role
 from ema_server import ring
 from ema_server.catalog import Version
 from ema_server.jobs import Applied, Rewound
-from ema_server.ring import RingStatus, thinned
+from ema_server.retention import thinned
+from ema_server.ring import RingStatus
 from support.keeper import WAIT_S, Keeper, durable, joined, keeping, manifest_of, versions_by_average
 
 _POWERS = ("power:sigma_rel=0.05", "power:sigma_rel=0.1,name=wide", "raw")
@@ -53,6 +54,11 @@ def _steps(keeper: Keeper, run: str = "r") -> list[int]:
     return [snapshot.step for snapshot in keeper.ring.snapshots(run)]
 
 
+def _status(keeper: Keeper) -> RingStatus | None:
+    keeper.ring.settle("r")
+    return keeper.ring.status("r")
+
+
 def test_a_snapshot_is_a_second_name_of_the_power_averages_files_and_outlives_them(tmp_path: Path) -> None:
     with keeping(tmp_path, keep_generations=1) as keeper:
         joined(keeper.join("r", _MANIFEST, _POWERS, config='{"a": 1}'))
@@ -78,7 +84,7 @@ def test_a_run_without_power_averages_and_a_ring_of_no_size_keep_nothing(tmp_pat
     with keeping(tmp_path / "a") as keeper:
         joined(keeper.join("r", _MANIFEST))
         _publish(keeper, 1, 2)
-        assert keeper.ring.status("r") is None
+        assert _status(keeper) is None
     with keeping(tmp_path / "b", ring_size=0) as keeper:
         joined(keeper.join("r", _MANIFEST, _POWERS))
         _publish(keeper, 1, 2)
@@ -110,7 +116,7 @@ def test_a_ring_has_no_more_snapshots_than_its_size(tmp_path: Path) -> None:
         _publish(keeper, *range(1, 9))
         assert len(_steps(keeper)) == 3
         assert (_steps(keeper)[0], _steps(keeper)[-1]) == (1, 8)
-        assert keeper.ring.status("r") == RingStatus(3, 1, 8, None)
+        assert _status(keeper) == RingStatus(3, 1, 8, None)
 
 
 def test_while_it_is_read_nothing_is_thinned_out(tmp_path: Path) -> None:
@@ -182,7 +188,7 @@ def test_a_disk_that_refuses_stops_the_ring_and_nothing_else(tmp_path: Path, cap
         keeper.data_dir.ring_folder("r").touch()
         with caplog.at_level(logging.INFO, "ema"):
             _publish(keeper, 1, 2)
-        status = keeper.ring.status("r")
+        status = _status(keeper)
         assert status is not None
         assert status.error is not None
         assert status.error.startswith("step 2 could not be kept: ")
@@ -192,7 +198,7 @@ def test_a_disk_that_refuses_stops_the_ring_and_nothing_else(tmp_path: Path, cap
 
         keeper.data_dir.ring_folder("r").unlink()
         _publish(keeper, 3)
-        assert keeper.ring.status("r") == RingStatus(1, 3, 3, None)
+        assert _status(keeper) == RingStatus(1, 3, 3, None)
 
 
 def test_a_disk_that_fills_up_is_left_to_the_generations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,14 +208,14 @@ def test_a_disk_that_fills_up_is_left_to_the_generations(tmp_path: Path, monkeyp
         full = SimpleNamespace(free=50_000)
         monkeypatch.setattr(ring, "shutil", SimpleNamespace(disk_usage=lambda _: full, rmtree=shutil.rmtree))
         _publish(keeper, 2)
-        status = keeper.ring.status("r")
+        status = _status(keeper)
         assert status is not None
         assert status.error is not None
         assert "50000 bytes are free on the disk, and the next generations take 6" in status.error
         assert (_steps(keeper), keeper.board.get("r").published_step) == ([1], 2)  # type: ignore[union-attr]
         full.free = 1 << 30
         _publish(keeper, 3)
-        assert keeper.ring.status("r") == RingStatus(2, 1, 3, None)
+        assert _status(keeper) == RingStatus(2, 1, 3, None)
 
 
 def test_after_a_rewind_the_ring_holds_nothing_of_the_history_left_behind(tmp_path: Path) -> None:
@@ -234,7 +240,7 @@ def test_a_restart_keeps_the_ring_up_to_the_generation_that_is_resumed(tmp_path:
         newest = keeper.catalog.generations("r")[0].folder
     (newest / "manifest.json").unlink()
     with keeping(tmp_path) as keeper:
-        assert keeper.ring.status("r") == RingStatus(3, 1, 3, None)
+        assert _status(keeper) == RingStatus(3, 1, 3, None)
         assert joined(keeper.join("r", _MANIFEST, _POWERS, first_step=4)).last_step == 2
         _publish(keeper, 4)
         assert _steps(keeper) == [1, 2, 4]
@@ -244,6 +250,7 @@ def test_what_cannot_be_dropped_is_never_mixed_with_what_comes(tmp_path: Path, m
     with keeping(tmp_path) as keeper:
         joined(keeper.join("r", _MANIFEST, _POWERS))
         _publish(keeper, 1, 2, 3)
+        keeper.ring.settle("r")
         refused = threading.Event()
 
         def refuse(self: Path, target: Path) -> Path:
@@ -272,6 +279,6 @@ def test_a_run_set_aside_takes_its_ring_along_and_the_new_one_begins_without(tmp
         aside = next(run for run in keeper.catalog.runs() if run != "r")
         assert _steps(keeper, aside) == [1, 2]
         assert keeper.ring.status(aside) == RingStatus(2, 1, 2, None)
-        assert keeper.ring.status("r") is None
+        assert _status(keeper) is None
         _publish(keeper, 1)
         assert _steps(keeper) == [1]

@@ -172,6 +172,7 @@ def test_a_ring_that_stands_still_says_why_and_the_run_goes_on(streamed: tuple[S
         ema.update(walk, 1)
         assert ema.finish()
     with Reader(server.http) as reader:
+        eventually(lambda: reader.run("blocked").ring is not None, "a ring that says what is wrong")
         run = reader.run("blocked")
         assert (run.state, run.published_step, run.publish_error) == ("finished", 1, None)
         assert run.ring is not None
