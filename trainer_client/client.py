@@ -140,7 +140,7 @@ class EmaClient:
         Raises:
             PlanError: the model holds something that cannot be streamed.
             JoinError: the server refuses the run.
-            SettingsError: there is no optimizer, or the client is attached already.
+            SettingsError: there is no optimizer, the client is attached already, or a CUDA graph is being captured.
         """
         optimizers = check_optimizers(optimizer)
         if not self._session.life.usable():
@@ -159,7 +159,8 @@ class EmaClient:
         Raises:
             PlanError: the model cannot be streamed, or is not the one that the run was joined with.
             JoinError: the server refuses the run (first call).
-            SettingsError: `step` is no step, or at the first call not above the steps already taken.
+            SettingsError: `step` is no step, or at the first call not above the steps already taken; or that call is
+                captured into a CUDA graph.
             ClientClosed: the client was closed or finished.
         """
         if self._session.life.usable():

@@ -43,6 +43,7 @@ class Copies:
         self._waiting: deque[_Snapshot] = deque()  # the first stays until it is done
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._lost = False
         self._told = False
 
     def hand_over(self, transfer: Transfer | None, slot: Slot, step: int, mode: Mode) -> None:
@@ -64,14 +65,14 @@ class Copies:
             return self._changed.wait_for(lambda: not self._waiting, max(0.0, timeout_s))
 
     def close(self, timeout_s: float) -> bool:
-        """Wait as `idle` does, and end the thread; whether that was done in time."""
+        """Wait as `idle` does, and end the thread; whether that was done in time and no copy can arrive any more."""
         idle = self.idle(timeout_s)
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread is not None and idle:
             self._thread.join(max(1.0, timeout_s))
-        return idle
+        return idle and not self._lost
 
     def _run(self) -> None:
         while True:
@@ -91,6 +92,7 @@ class Copies:
         # The device's error belongs to the training, which will meet it; here it costs a snapshot.
         except Exception as error:  # noqa: BLE001
             self._counters.failed += 1
+            self._lost = self._lost or (snapshot.transfer is not None and snapshot.transfer.lost)
             self._worker.give_back(snapshot.slot)
             log.warning("ema: step %d was not sent, its copy failed: %r", snapshot.step, error)
             return

@@ -18,6 +18,9 @@ from torch import Tensor
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: captures of other threads do not concern this one
 
+# Kernels that copy many tensors at once know these only by their signed twins.
+_SIGNED = {torch.uint64: torch.int64, torch.uint32: torch.int32, torch.uint16: torch.int16}
+
 
 class DeviceStream(Protocol):
     """Work in the order in which it was issued."""
@@ -115,7 +118,7 @@ class Cuda:
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         """One call for all: a few kernels within the device where dtype and strides agree, else a loop in C++."""
         if targets:
-            torch._foreach_copy_(list(targets), list(sources), non_blocking=True)
+            torch._foreach_copy_([*map(_signed, targets)], [*map(_signed, sources)], non_blocking=True)
 
     def empty(self, nbytes: int) -> Tensor:
         """Memory from torch's allocator, of the current stream."""
@@ -156,6 +159,11 @@ class Cuda:
             torch.zeros(1, device=self._device).add_(1.0)
         except RuntimeError:
             return
+
+
+def _signed(tensor: Tensor) -> Tensor:
+    twin = _SIGNED.get(tensor.dtype)
+    return tensor if twin is None else tensor.view(twin)
 
 
 @contextmanager

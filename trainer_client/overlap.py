@@ -24,12 +24,14 @@ PIECE_BYTES = 64 << 20  # another copy from the device, such as a loss's, waits 
 BOUNCE_BYTES = 16 << 20  # where tensors that are not row-major become so, piece by piece
 _RECORDING_S = 10.0  # issuing the copies takes milliseconds: who waits so long waits for a thread that is stuck
 
-# Kernels that copy many tensors at once know these only by their signed twins.
-_SIGNED = {torch.uint64: torch.int64, torch.uint32: torch.int32, torch.uint16: torch.int16}
-
 
 class Transfer:
-    """One snapshot on its way from a device into a slot. Any thread may call any method."""
+    """One snapshot on its way from a device into a slot. Any thread may call any method.
+
+    Attributes:
+        finished: nothing is under way any more, as far as can be told.
+        lost: that could not be told: the device answers no more, and may still write to the slot.
+    """
 
     def __init__(self, device: Device, done: DeviceEvent, tensors: Sequence[Tensor]) -> None:
         self._device = device
@@ -40,8 +42,10 @@ class Transfer:
         self._lock = threading.Lock()
         self._watched: list[tuple[Tensor, int]] = []
         self._memory: Sequence[Tensor] = ()
+        self._side: DeviceStream | None = None
         self._is_torn: bool | None = None
         self.finished = False
+        self.lost = False
 
     def holds_any(self, tensors: Sequence[Tensor]) -> bool:
         """Whether one of `tensors` is in the snapshot, or lies in memory of one that is (a flattened parameter)."""
@@ -58,7 +62,7 @@ class Transfer:
             watched: what they read, with the version that is to be read.
             memory: what they go through. All of it is held until they are done.
         """
-        self._watched, self._memory = list(watched), memory
+        self._watched, self._memory, self._side = list(watched), memory, side
         self._done.record(side)
         self._recorded.set()
 
@@ -80,13 +84,26 @@ class Transfer:
         self.seal(spoiled=not recorded)
 
     def wait(self) -> bool:
-        """Block until the slot holds everything; False if it is torn. Tensors are let go then."""
+        """Block until the slot holds everything; False if it is torn. Also if this raises, tensors are let go."""
         if not self.finished:
-            self._device.block_until(self._done)
-            self.seal()
-            self._watched, self._tensors, self._memory = [], (), ()
-            self.finished = True
+            try:
+                self._device.block_until(self._done)
+                self.seal()
+            except BaseException:
+                self._drain()
+                raise
+            finally:
+                self._watched, self._tensors, self._memory = [], (), ()
+                self.finished = True
         return not self._is_torn
+
+    def _drain(self) -> None:
+        """The slot goes to another snapshot: no copy may arrive in it any more."""
+        try:
+            if self._side is not None:
+                self._side.synchronize()
+        except RuntimeError:
+            self.lost = True
 
     def seal(self, *, spoiled: bool = False) -> None:
         """Judge by the versions now, once: whoever writes later is held back, or has nothing left to tear."""
@@ -193,9 +210,6 @@ class OverlappedStager:
         groups: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
         for index, _ in self._routes.gathered:
             target, source = self._gathered[index], sources[index]
-            signed = _SIGNED.get(source.dtype)
-            if signed is not None:
-                target, source = target.view(signed), source.view(signed)
             targets, alike = groups.setdefault((source.dtype, source.stride() == target.stride()), ([], []))
             targets.append(target)
             alike.append(source)

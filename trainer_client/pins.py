@@ -37,7 +37,7 @@ class Pins:
             if problem is not None:
                 log.warning(
                     "ema: %d slots of %.0f MB could not be locked in memory (%s): each step waits for its snapshot's "
-                    "copy; raise the limit (ulimit -l), or send fewer (every=)",
+                    "copy; leave more memory free (a container has a limit of its own), or send fewer (every=)",
                     len(slots),
                     slot.tensor.nbytes / 1e6,
                     problem,

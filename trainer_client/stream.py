@@ -57,8 +57,14 @@ class Stream:
         Raises:
             PlanError: the model holds something that cannot be streamed.
             JoinError: the server refuses the run, or does not answer.
+            SettingsError: a graph is being captured: what joining does would spoil it.
         """
         plan = Plan.of(model, Selection(settings.include, settings.exclude, settings.trainable_only))
+        devices = {tensor.device for tensor in plan.tensors()}
+        if any(device.is_capturing() for device in map(transport.device_of, devices) if device is not None):
+            raise SettingsError(
+                "a run cannot be joined while a CUDA graph is captured: call attach() or update() before"
+            )
         _check_matches(plan, settings)
         join = Join(
             run=settings.run,

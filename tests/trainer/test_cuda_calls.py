@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from trainer_client import device as device_module
 from trainer_client.device import Cuda
@@ -124,3 +125,20 @@ def test_without_cuda_s_driver_a_copy_is_waited_for_all_the_same(monkeypatch: py
     Cuda(GPU).block_until(runtime)
 
     assert runtime.contexts == {1}
+
+
+def test_words_that_kernels_do_not_know_are_copied_as_those_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy, seen = torch._foreach_copy_, list[torch.dtype]()
+
+    def looked_at(targets: list[Tensor], sources: list[Tensor], *, non_blocking: bool) -> None:
+        seen.extend(tensor.dtype for tensor in [*targets, *sources])
+        copy(targets, sources, non_blocking=non_blocking)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", looked_at)
+    sources = [torch.arange(6).to(dtype).view(2, 3).t() for dtype in (torch.uint16, torch.uint32, torch.uint64)]
+    targets = [torch.empty_like(source) for source in sources]
+
+    Cuda(torch.device("cpu")).copy(targets, sources)
+
+    assert set(seen) == {torch.int16, torch.int32, torch.int64}
+    assert all(torch.equal(target, source) for target, source in zip(targets, sources, strict=True))

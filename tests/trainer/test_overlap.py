@@ -20,9 +20,9 @@ from torch._dynamo.utils import counters
 from torch.optim import SGD
 
 from support.device_training import Carrying, RecordingWorker, Stamping, client_on, note_write, stamp, train
-from support.fake_device import FakeDevice, FakeEvent
+from support.fake_device import FakeDevice, FakeEvent, FakeStream
 from support.processes import eventually
-from trainer_client import EmaClient, RewindError, overlap
+from trainer_client import EmaClient, RewindError, SettingsError, overlap
 from trainer_client.hooks import Attachment
 from trainer_client.overlap import OverlappedStager
 from trainer_client.routes import plan_routes
@@ -497,22 +497,48 @@ def test_a_copy_that_cannot_be_issued_costs_a_snapshot_and_leaves_nothing_behind
     assert training.worker.steps == [2]
 
 
-def test_a_copy_that_fails_on_the_way_costs_a_snapshot(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_copy_that_cannot_be_waited_for_costs_a_snapshot_and_its_memory_is_kept_if_it_may_still_arrive(
+    answers: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     training = Training()
     training.attach()
 
-    def broken(event: object) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("the device is broken")
 
     monkeypatch.setattr(training.device, "block_until", broken)
+    if not answers:
+        monkeypatch.setattr(FakeStream, "synchronize", broken)
     training.optimizer.step()
-    assert training.client.flush(timeout_s=30)
 
+    def told() -> bool:
+        training.device.idle()
+        return training.client.flush(timeout_s=0)
+
+    eventually(told, "the copy was given up")
     assert training.client.stats()["skipped"]["error"] == 1
     assert len(training.worker.free) == 2
     assert "the device is broken" in caplog.text
+    issued = len(training.device.compute.work)
+    training.client.before_weight_write()
+    assert len(training.device.compute.work) == issued, "nothing is under way"
+    training.client.close()
+    assert len(training.device.pinned) == (0 if answers else 2)
+
+
+def test_a_run_is_not_joined_while_a_graph_is_captured() -> None:
+    training = Training()
+    training.device.capturing = True
+
+    with pytest.raises(SettingsError, match="captured"):
+        training.client.update(training.model)
+
+    assert training.worker.joins == []
+    assert training.device.pinned == []
+    training.device.capturing = False
+    training.client.update(training.model)
+    assert training.worker.steps == [1]
 
 
 def _strided() -> tuple[nn.Module, Tensor]:
