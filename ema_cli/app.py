@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -36,6 +37,8 @@ ROOMS = (
     Room("ema_cli.doctor", ("doctor",)),
     Room("ema_cli.demo.command", ("demo",)),
 )
+
+COMMANDS = frozenset(command for room in ROOMS for command in room.commands)
 
 
 def build(rooms: tuple[Room, ...] = ROOMS) -> typer.Typer:
@@ -76,7 +79,11 @@ def _one_line(error: Any) -> str:
     text: str = error.format_message()
     if type(error).__name__ == "NoArgsIsHelpError":
         return text
-    command = "ema" if error.ctx is None else error.ctx.command_path
+    if error.ctx is None:  # an option without its value: click does not say of which command
+        named = sys.argv[1:2]
+        command = f"ema {named[0]}" if named and named[0] in COMMANDS else "ema"
+    else:
+        command = error.ctx.command_path
     return f"{command}: {' '.join(text.split()).rstrip('.')}; see {command} --help"
 
 

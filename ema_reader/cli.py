@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def status(
-    run: Annotated[str | None, typer.Argument(help="One run; all without it.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="One run; all without it.")] = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
     json: Json = False,

@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def averages(
-    run: Annotated[str, typer.Argument(help="The run.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run.")],
     add: Annotated[str | None, typer.Option("--add", metavar="SPEC", help="Add one, for example ema:0.9995.")] = None,
     name: Annotated[str | None, typer.Option("--name", help="With --add: its name; default made of the rule.")] = None,
     remove: Annotated[

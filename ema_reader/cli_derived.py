@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def synthesize(
-    run: Annotated[str, typer.Argument(help="A run that kept two power averages at least.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run that kept two power averages at least.")],
     sigma_rel: Annotated[float | None, typer.Option("--sigma-rel", help="The width, for example 0.12.")] = None,
     gamma: Annotated[float | None, typer.Option("--gamma", help="The exponent, in place of the width.")] = None,
     step: Annotated[int | None, typer.Option("--step", min=1, help="As of which step; default the newest.")] = None,

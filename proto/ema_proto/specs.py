@@ -32,6 +32,14 @@ __all__ = [
 
 _RULES: dict[str, type[AverageSpec]] = {kind.KEYWORD: kind for kind in (Ema, PowerEma, Uniform, Window, Wsd, Raw)}
 _PARAMETER = re.compile(r"\s*[a-z_]+\s*=")
+_EXAMPLES = {
+    "ema": "ema:0.9999,warmup=timm",
+    "power": "power:sigma_rel=0.05",
+    "swa": "swa:start=1000,every=100",
+    "window": "window:5,every=100",
+    "wsd": "wsd:start=10000,steps=2000",
+    "raw": "raw:name=last",
+}
 _USE = "use ema:DECAY (for example ema:0.9999), power:sigma_rel=WIDTH, swa, window:K, wsd:start=STEP,steps=STEPS or raw"
 
 
@@ -60,7 +68,9 @@ def parse_average(text: str, *, name: str = "") -> AverageSpec:
         if key in given:
             values[parameter.name] = parameter.metadata["kind"].read(f"{keyword} {key}", given[key])
         elif parameter.default is MISSING:
-            raise LocalProtocolError(f"average {text[:SHOWN_CHARS]!r} lacks {key}: {_USE}")
+            raise LocalProtocolError(
+                f"average {text[:SHOWN_CHARS]!r} lacks {key}: use for example {_EXAMPLES[keyword]}"
+            )
     return rule(**values, name=name or named)
 
 
@@ -108,7 +118,7 @@ def _parameters(rule: type[AverageSpec], parts: list[str]) -> dict[str, str]:
             problem = "is given twice" if key in given else "is unknown"
             raise LocalProtocolError(
                 f"{rule.KEYWORD} parameter {part[:SHOWN_CHARS]!r} {problem}: use {', '.join(known)}, "
-                "for example ema:0.9999,warmup=timm"
+                f"for example {_EXAMPLES[rule.KEYWORD]}"
             )
         given[key] = value
     return expanded(rule.KEYWORD, given)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from ema_cli.app import ROOMS, build, run
+from ema_proto.specs import parse_average
 from ema_reader import Reader, ReaderError
 from support.processes import Process
 
@@ -49,7 +50,7 @@ def test_an_unknown_option_is_one_line_that_names_it(
         (["--verbose"], "--verbose"),
         (["serve", "now"], "now"),
         (["serve", "--keep-generation", "3"], "--keep-generations"),
-        (["serve", "--data"], "--data"),
+        (["serve", "--data"], "'--data' requires an argument; see ema serve --help"),
         (["serve", "--device", "mps"], "device is 'mps'"),
         (["serve", "--device", "cuda:999"], "device is 'cuda:999'"),
         (["status", "a", "b"], "b"),
@@ -79,11 +80,15 @@ def test_an_unknown_option_is_one_line_that_names_it(
         (["evaluate", "json:dumps", "--task", ""], "--task is '': use 1 to 200 characters"),
         (["evaluate", "json:dumps", "--worker", "w" * 201], "--worker is 'www"),
         (["validate", "a/b", "--task", ""], "--task is ''"),
+        (["averages"], "RUN"),
+        (["averages", "r", "--add"], "ema averages: Option '--add' requires an argument"),
+        (["averages", "r", "--add", "power:0.05"], "for example power:sigma_rel=0.05"),
         (["averages", ","], "run name ','"),
         (["averages", "r", "--add", "nope:3"], "nope"),
         (["averages", "r", "--add", "ema:0.9", "--name", ","], "average name ','"),
         (["averages", "r", "--remove", "a/b"], "average name 'a/b'"),
         (["ledger", "r"], "'r' is not RUN/AVERAGE"),
+        (["synthesize"], "RUN"),
         (["synthesize", "a/b", "--sigma-rel", "0.1"], "run name 'a/b'"),
         (["synthesize", "r", "--sigma-rel", "nan"], "sigma_rel is nan"),
         (["validate"], "RUN/AVERAGE"),
@@ -107,6 +112,17 @@ def test_wrong_arguments_are_one_line_that_names_them(
     assert (code, said.out, len(said.err.splitlines())) == (2, "", 1), said.err
     assert said.err.startswith("ema")
     assert says in said.err
+
+
+@pytest.mark.parametrize("rule", ["ema", "power", "swa", "window", "wsd", "raw"])
+def test_a_rule_given_wrongly_is_answered_with_an_example_of_that_rule(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rule: str
+) -> None:
+    code = ema(monkeypatch, "averages", "r", "--add", f"{rule}:speed=5")
+    example = capsys.readouterr().err.strip().rpartition("for example ")[2]
+
+    assert code == 2
+    assert rule == parse_average(example).KEYWORD
 
 
 def test_nothing_asked_is_answered_by_the_help(
