@@ -1,4 +1,7 @@
-"""An evaluation function. In this folder, while it trains: `ema evaluate evaluate_digits:accuracy --run digits`."""
+"""An evaluation function. In this folder, while it trains: `ema evaluate evaluate_digits:accuracy --run digits`.
+
+The digits come from the extra `demo`: `pip install '.[demo]'`.
+"""
 
 import torch
 

@@ -1,7 +1,7 @@
 """A training script that may be killed at any time: started again, weights and averages go on from the same step.
 
-Start a server (`ema serve --data ema-data`), then this file, again and again. Only the lines marked `# ema` are there
-because of the averages.
+Start a server (`ema serve --data ema-data`), then this file, again and again. The digits come from the
+extra `demo`: `pip install '.[demo]'`. Only the lines marked `# ema` are there because of the averages.
 """
 
 from pathlib import Path

@@ -1,6 +1,7 @@
 """A training script with averages kept beside it. Start a server (`ema serve --data ema-data`), then run this file.
 
-Only the lines marked `# ema` are there because of the averages.
+The digits come from the extra `demo`: `pip install '.[demo]'`. Only the lines marked `# ema` are there
+because of the averages.
 """
 
 import torch
