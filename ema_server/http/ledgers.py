@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,7 @@ from ema_proto.specs import parse_average
 from ema_server.catalog import Catalog, Version, VersionGone
 from ema_server.http.problems import Code, Problem
 from ema_server.ledger import Ledger
-from ema_server.records import VERSION_FILE, PaceRecord, pace_of
+from ema_server.records import VERSION_FILE, BrokenGeneration, PaceRecord, pace_of, read_json
 from ema_server.shares import shares_of
 
 _PIECE = 1000  # steps
@@ -22,18 +22,30 @@ _PIECE = 1000  # steps
 def ledger_json(catalog: Catalog, version: Version, tail: int | None) -> Iterator[str]:
     """The ledger of a version as one JSON object in pieces: `steps` has step and share, newest first.
 
-    `rest` is the share of what `tail` left out: steps beyond the newest `tail` ones.
+    `rest` is the share of what `tail` left out: steps beyond the newest `tail` ones. A ledger of many gaps is megabytes
+    of JSON, which are read and parsed before the first piece: not for the event loop.
 
     Raises:
-        Problem: the version has none, since it was made of other versions; or it is gone.
-        OSError: the disk fails.
+        Problem: the version has none, since it was made of other versions; or it is gone, or damaged.
     """
     try:
-        with catalog.hold(version):
-            written: dict[str, Any] = json.loads((version.folder / VERSION_FILE).read_text())
+        return _ledger_json(version, _read(catalog, version), tail)
     except VersionGone as error:
         raise Problem(Code.VERSION_NOT_FOUND, str(error)) from None
-    if "ledger" not in written:
+    except (BrokenGeneration, KeyError, TypeError, ValueError) as error:
+        raise Problem(Code.DAMAGED, f"{VERSION_FILE} of version {version.id} tells no ledger: {error!r}") from None
+    except OSError as error:
+        detail = f"{VERSION_FILE} of version {version.id} could not be read: {error.strerror or error}"
+        raise Problem(Code.DAMAGED, detail) from None
+
+
+def _read(catalog: Catalog, version: Version) -> dict[str, Any]:
+    with catalog.hold(version):
+        return read_json((version.folder / VERSION_FILE).read_bytes())
+
+
+def _ledger_json(version: Version, written: Mapping[str, Any], tail: int | None) -> Iterator[str]:
+    if "derived" in written:
         detail = f"version {version.id} was made of other versions after them: its version.json says of which"
         raise Problem(Code.NO_LEDGER, detail)
     rule, ledger = parse_average(version.spec, name=version.average), Ledger.from_json(written["ledger"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import anyio.to_thread
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.responses import Response, StreamingResponse
@@ -95,8 +96,7 @@ def router(services: Services) -> APIRouter:
             query = f"?{request.url.query}" if request.url.query else ""
             return redirect(version, f"../{version.id}/ledger{query}")
         headers = immutable_headers(f'"{version.id}-ledger"', private=services.token is not None)
-        return StreamingResponse(
-            ledger_json(services.catalog, version, tail), media_type="application/json", headers=headers
-        )
+        pieces = await anyio.to_thread.run_sync(ledger_json, services.catalog, version, tail)
+        return StreamingResponse(pieces, media_type="application/json", headers=headers)
 
     return routes

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from ema_server.http import ledgers
 from ema_server.http.app import create_app
 from ema_server.jobs import AddAverage, Changed, Job, RemoveAverage, Unchanged, WhyNot
 from support.served import Served
@@ -209,6 +212,45 @@ def test_a_ledger_that_is_pruned_meanwhile_is_a_404(client: TestClient, served: 
     response = client.get(f"{BASE}/ema-0.9/versions/{'0' * 40}/ledger")
 
     assert response.status_code == 404
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b"\xff", b'{"ledger": 3, "paces": []}', b'{"ledger": {}, "paces": [{"x": 1}]}', b"{}"]
+)
+def test_a_ledger_that_is_damaged_is_a_problem(client: TestClient, served: Served, damage: bytes) -> None:
+    version = served.publish("digits", 3).versions[0]
+    (version.folder / "version.json").write_bytes(damage)
+
+    response = client.get(f"{BASE}/ema-0.9/versions/{version.id}/ledger")
+
+    assert (response.status_code, response.json()["code"]) == (500, "damaged")
+    assert f"version.json of version {version.id} tells no ledger: " in response.json()["detail"]
+
+
+def test_a_ledger_that_cannot_be_read_is_a_problem(client: TestClient, served: Served) -> None:
+    version = served.publish("digits", 3).versions[0]
+    (version.folder / "version.json").unlink()
+
+    response = client.get(f"{BASE}/ema-0.9/versions/{version.id}/ledger")
+
+    assert (response.status_code, response.json()["code"]) == (500, "damaged")
+    assert response.json()["detail"].endswith("could not be read: No such file or directory")
+
+
+def test_a_long_ledger_is_read_beside_the_event_loop(
+    client: TestClient, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long read would stand in the way of every other request, the health check among them."""
+    version = _write_ledger(served, ledger={"origin": 0, "set": [5], "ranges": [[5, 5, 1]]}, paces=[])
+    on_loop: list[bool] = []
+
+    def read(data: bytes) -> Any:
+        on_loop.append(asyncio._get_running_loop() is not None)
+        return json.loads(data)
+
+    monkeypatch.setattr(ledgers, "read_json", read)
+    assert client.get(f"{BASE}/ema-0.9/versions/{version}/ledger").json()["steps"] == [[5, 1.0]]
+    assert on_loop == [False]
 
 
 @pytest.mark.parametrize("tail", ["0", "-3", "x", "9" * 30])
