@@ -135,6 +135,7 @@ class DerivedStore:
             if version.step > step:
                 try:
                     (version.folder / _SUPERSEDED).touch()
+                    sync_folders([version.folder])
                 except OSError as error:
                     logger.warning("%s could not be marked as superseded: %s", version.folder, error)
 

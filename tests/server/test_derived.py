@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -117,6 +118,17 @@ def test_what_a_crash_left_is_swept_and_what_is_not_whole_set_aside(place: _Plac
     assert again.catalog.derived("r") == (kept,)
     assert _folders(again) == [".bad-" + torn.folder.name, kept.folder.name]
     assert again.write(replace(_WHAT, average="next")).seq == 3, "no number is given twice"
+
+
+def test_that_a_version_is_superseded_is_brought_to_the_disk(place: _Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = place.write()
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
+    place.store.supersede("r", version.step)
+    assert (place.store.is_superseded(version), synced) == (False, [])
+    place.store.supersede("r", version.step - 1)
+    assert place.store.is_superseded(version)
+    assert synced == [version.folder.stat().st_ino]
 
 
 def test_a_version_that_is_read_is_not_deleted(place: _Place) -> None:
