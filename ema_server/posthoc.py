@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 _CELLS = 8192  # in which profiles are compared: one is a ten-thousandth of the run
+_FOLDING_CELLS = 64  # where a profile grows faster than these can show: as many each time that it grows e-fold
+_FOLDINGS = 20  # before its end; the square of what lies further back is nothing in float64
 _RCOND = 1e-13  # below it lies what float64 cannot tell apart, such as a profile given twice
 _NEGLIGIBLE = 1e-10  # a part of the sum, relative to what was wanted, that is not worth reading a file for
 
@@ -92,15 +94,25 @@ def _distance(stored: Sequence[Profile], shares: Sequence[float], wanted: Profil
 
     The closed forms would give it too, but as a difference of numbers so close that seven digits are lost.
     """
-    edges = torch.linspace(0.0, wanted.time, _CELLS + 1, dtype=torch.float64)
-    edges = torch.cat([edges, _columns(stored)[0]]).unique()
+    used = [(profile, share) for profile, share in zip(stored, shares, strict=True) if share]
+    edges = _edges([profile for profile, _ in used], wanted)
     widths = edges.diff()
     target = _shares_up_to(edges, wanted).diff() / widths
     total = torch.zeros_like(edges)
-    for profile, share in zip(stored, shares, strict=True):
+    for profile, share in used:
         total += share * _shares_up_to(edges, profile)
     difference = total.diff() / widths - target
     return float(((difference**2 * widths).sum() / (target**2 * widths).sum()).sqrt())
+
+
+def _edges(stored: Sequence[Profile], wanted: Profile) -> torch.Tensor:
+    """Cells that are alike, and where a profile is too narrow for them, others in proportion to its width."""
+    alike = torch.linspace(0.0, wanted.time, _CELLS + 1, dtype=torch.float64)
+    times, gammas = _columns([*stored, wanted])
+    is_narrow = times / (gammas + 1) < _FOLDING_CELLS * wanted.time / _CELLS
+    depths = torch.arange(_FOLDING_CELLS * _FOLDINGS, dtype=torch.float64) / _FOLDING_CELLS
+    narrow = times[is_narrow, None] * torch.exp(-depths / (gammas[is_narrow, None] + 1))
+    return torch.cat([alike, times, narrow.flatten()]).unique()
 
 
 def _shares_up_to(edges: torch.Tensor, profile: Profile) -> torch.Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from decimal import Decimal, localcontext
 
 import numpy
 import pytest
@@ -69,12 +72,44 @@ def test_next_to_what_is_stored_the_error_is_float64s(sigma: float) -> None:
 
 @pytest.mark.parametrize("sigma", [0.02, 0.03, 0.06, 0.12, 0.15, 0.20, 0.28])
 def test_the_error_is_the_distance_between_the_weights_of_the_steps(sigma: float) -> None:
+    """As closely as steps tell it: the profiles of the first snapshots grow within one."""
     blend = solve(_STORED, _wanted(sigma))
     mixed = sum(share * _weights(profile) for share, profile in zip(blend.shares, _STORED, strict=True))
     target = _weights(_wanted(sigma))
 
     assert math.fsum(blend.shares) == pytest.approx(1.0, abs=1e-12)
-    assert blend.error == pytest.approx(numpy.linalg.norm(mixed - target) / numpy.linalg.norm(target), rel=1e-6)
+    assert blend.error == pytest.approx(numpy.linalg.norm(mixed - target) / numpy.linalg.norm(target), rel=5e-5)
+
+
+def _distance_in_closed_form(stored: Sequence[Profile], shares: Sequence[float], wanted: Profile) -> float:
+    """From the profiles' inner products; in float64 they would cancel."""
+    with localcontext(prec=50):
+        parts = [
+            (Decimal(profile.time), Decimal(profile.gamma), Decimal(share))
+            for profile, share in zip([*stored, wanted], [*shares, -1.0], strict=True)
+        ]
+        total = Decimal(0)
+        for (time_a, gamma_a, share_a), (time_b, gamma_b, share_b) in itertools.product(parts, parts):
+            early, late = sorted([(time_a, gamma_a), (time_b, gamma_b)])
+            left = (late[1] * (early[0] / late[0]).ln()).exp()
+            scale = (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * late[0])
+            total += share_a * share_b * scale * left
+        time, gamma, _ = parts[-1]
+        return float((total * (2 * gamma + 1) * time).sqrt() / (gamma + 1))
+
+
+@pytest.mark.parametrize("widths", [(1e-5, 2e-5), (1e-6, 0.1), (1e-4, 1e-3), (0.05, 0.1)], ids=str)
+@pytest.mark.parametrize("sigma", [1e-6, 1.5e-5, 2e-4, 0.03, 0.15])
+@pytest.mark.parametrize("snapshots", [1, 8])
+def test_the_error_is_the_distance_however_narrow_the_profiles_are(
+    widths: tuple[float, float], sigma: float, snapshots: int
+) -> None:
+    times = [_STEPS * number / snapshots for number in range(1, snapshots + 1)]
+    stored = [Profile(time, gamma_of(width)) for time in times for width in widths]
+    blend = solve(stored, _wanted(sigma))
+
+    expected = _distance_in_closed_form(stored, blend.shares, _wanted(sigma))
+    assert blend.error == pytest.approx(expected, rel=1e-4, abs=1e-12)
 
 
 @pytest.mark.parametrize("change", [1.01, 0.99])
