@@ -21,6 +21,7 @@ from ema_server.config import ServerConfig
 from ema_server.course import Course, Outcome, Want
 from ema_server.courses import Courses
 from ema_server.crew import Crew
+from ema_server.cuda import unusable
 from ema_server.device import HOST, Device
 from ema_server.flights import Flights
 from ema_server.inbox import Inbox, Item, Landing, Stop
@@ -67,6 +68,7 @@ class Averager:
 
     Raises:
         KernelUnavailableError: the kernel that is asked for cannot be had; the text says why.
+        DeviceError: the device has no room to compute with.
     """
 
     def __init__(
@@ -88,7 +90,10 @@ class Averager:
         self._listeners: list[Callable[[str, int], None]] = []
         arithmetic = choose(config.kernel, device.torch_device)
         self._device = device
-        self._crew = Crew(device.workers, device.block_elements, device, arithmetic)
+        try:
+            self._crew = Crew(device.workers, device.block_elements, device, arithmetic)
+        except (RuntimeError, MemoryError) as error:
+            raise unusable(device.name, error) from None
         self.kernel = arithmetic.name
         self._courses = Courses(catalog, board, publisher, clock)
         self._flights = Flights(publisher, self._inbox, self._crew, clock, self._courses.show, self._announce)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -40,7 +41,12 @@ def open_device(name: str) -> Device:
     try:
         return Accelerator(f"cuda:{index}", CudaBackend(index))
     except (RuntimeError, MemoryError) as error:
-        raise DeviceError(f"device is {name!r}: it cannot be used: {_one_line(error)}") from None
+        raise unusable(name, error) from None
+
+
+def unusable(name: str, error: Exception) -> DeviceError:
+    """What to raise when the device of this name fails while it is made ready."""
+    return DeviceError(f"device is {name!r}: it cannot be used: {_one_line(error)}")
 
 
 def _require(name: str, index: int) -> None:
@@ -98,7 +104,8 @@ class CudaBackend:
     def host(self, nbytes: int) -> HostMemory:
         """Pinned memory; where the system has none to give, other memory, which is slower."""
         try:
-            data = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            with torch.cuda.device(self.device):
+                data = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
             if not self._unpinned:
                 log.warning("no memory could be pinned: copies to %s are slower (%s)", self.device, _one_line(error))
@@ -127,22 +134,25 @@ class CudaStream:
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
 
-    def current(self) -> AbstractContextManager[object]:
-        """See `Stream.current`."""
-        return torch.cuda.stream(self._stream)
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """See `Stream.current`. torch's own ends by setting the device that was current: GPU 0 would get a context."""
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            yield
 
     def mark(self) -> CudaMark:
         """See `Stream.mark`."""
         event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
         event.record(self._stream)
-        return CudaMark(event)
+        return CudaMark(event, self._stream.device)
 
 
 class CudaMark:
     """See `backend.Mark`."""
 
-    def __init__(self, event: torch.cuda.Event) -> None:
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
         self._event = event
+        self._device = device
 
     def hold(self) -> None:
         """See `Mark.hold`."""
@@ -150,4 +160,5 @@ class CudaMark:
 
     def wait(self) -> None:
         """See `Mark.wait`."""
-        self._event.synchronize()
+        with torch.cuda.device(self._device):
+            self._event.synchronize()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,13 +24,14 @@ from ema_reader import Reader
 from ema_server.accelerator import Accelerator
 from ema_server.backend import Backend
 from ema_server.crew import Crew
-from ema_server.cuda import CudaBackend, DeviceError, open_device
+from ema_server.cuda import CudaBackend, CudaStream, DeviceError, open_device
 from ema_server.device import HOST, Device
 from ema_server.jobs import Applied, Changed, Durable, Publish, Quarantined, Refused, Rewound
 from ema_server.kernel import Target
 from ema_server.layout import Form, held_nbytes, segments
 from ema_server.upload import Upload
 from support.backends import InlineBackend, LateBackend
+from support.cuda_runtime import GPU, CudaRuntime
 from support.keeper import Keeper, durable, encode, joined, keeping, manifest_of
 from support.processes import ServerProcess
 from support.toy import Toy, check_version
@@ -280,6 +282,32 @@ def test_a_device_that_cannot_be_used_is_named_with_what_to_do(
 
     with pytest.raises(DeviceError, match=says):
         open_device(name)
+
+
+def test_a_device_without_room_to_compute_with_is_named_when_the_server_starts(tmp_path: Path) -> None:
+    class Full(InlineBackend):
+        def allocate(self, nbytes: int) -> torch.Tensor:
+            raise MemoryError("CUDA out of memory")
+
+    with (
+        pytest.raises(DeviceError, match="device is 'test:0': it cannot be used: CUDA out of memory"),
+        keeping(tmp_path, device=Accelerator("test:0", Full(), block_elements=16)),
+    ):
+        pass
+
+
+def test_a_gpu_that_the_averages_are_not_on_gets_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = CudaRuntime()
+    monkeypatch.setattr(torch, "cuda", runtime)
+    stream: Any = SimpleNamespace(device=GPU)
+
+    with CudaStream(stream).current():
+        assert runtime.current == 1
+        mark = CudaStream(stream).mark()
+    mark.wait()
+
+    assert runtime.current == 0
+    assert runtime.contexts == {1}
 
 
 def test_the_cpu_is_the_host() -> None:
