@@ -1,11 +1,18 @@
-"""For all tests: no setting of the shell reaches them, and tests for a GPU are skipped where there is none."""
+"""For all tests: nothing of the shell that started them reaches them; those for a GPU are skipped where there is none."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    # A shell starts what runs in its background with Ctrl-C ignored, and every process inherits that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

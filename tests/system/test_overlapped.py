@@ -27,7 +27,7 @@ def test_steps_that_overlap_with_training_reach_the_server_whole_and_in_order(tm
             return Session.open(settings, lambda place: device)
 
     with ServerProcess(tmp_path / "data") as server:
-        client = Client(server.zmq, "overlapped", ["raw", "ema:0.5"])
+        client = Client(server.zmq, "overlapped", ["raw", "ema:0.5"], when_behind="wait")
         client.attach(model, optimizer)
         for _ in range(STEPS):
             train(device, model, optimizer, 1)
