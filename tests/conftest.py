@@ -1,4 +1,4 @@
-"""For all tests: nothing of the shell that started them reaches them; those for a GPU are skipped where there is none."""
+"""For all tests: nothing of the shell that started them reaches them; those for a GPU are skipped without one."""
 
 from __future__ import annotations
 
