@@ -112,7 +112,8 @@ def _edges(stored: Sequence[Profile], wanted: Profile) -> torch.Tensor:
     is_narrow = times / (gammas + 1) < _FOLDING_CELLS * wanted.time / _CELLS
     depths = torch.arange(_FOLDING_CELLS * _FOLDINGS, dtype=torch.float64) / _FOLDING_CELLS
     narrow = times[is_narrow, None] * torch.exp(-depths / (gammas[is_narrow, None] + 1))
-    return torch.cat([alike, times, narrow.flatten()]).unique()
+    edges: torch.Tensor = torch.cat([alike, times, narrow.flatten()]).unique()
+    return edges
 
 
 def _shares_up_to(edges: torch.Tensor, profile: Profile) -> torch.Tensor:
