@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ema_reader.errors import ReaderError
 from ema_reader.transport import Transport, path_of
 from ema_reader.values import Average, Ledger
 
@@ -26,10 +25,7 @@ class Averages:
             NotFound: the server does not know the run.
         """
         answer = self._transport.get(path_of("runs", run, "averages"))
-        try:
-            return tuple(Average.from_json(item) for item in answer["averages"])
-        except (KeyError, TypeError) as error:
-            raise ReaderError(f"{self._transport.url} does not answer as an ema server does ({error!r})") from error
+        return self._transport.read(answer, lambda told: tuple(map(Average.from_json, told["averages"])))
 
     def add(self, run: str, spec: str, name: str = "") -> Average:
         """Add an average to a run that streams; it begins with the next snapshot. Returns once that is durable.
@@ -45,7 +41,8 @@ class Averages:
             Unreachable: it could not be made durable; nothing was added.
         """
         body = {"spec": spec, **({"name": name} if name else {})}
-        return Average.from_json(self._transport.post(path_of("runs", run, "averages"), body, answer_s=ANSWER_S))
+        answer = self._transport.post(path_of("runs", run, "averages"), body, answer_s=ANSWER_S)
+        return self._transport.read(answer, Average.from_json)
 
     def remove(self, run: str, average: str) -> None:
         """Remove an average from a run that streams. Its versions stay as long as the server keeps old ones.
@@ -71,4 +68,5 @@ class Averages:
             RequestRefused: the version was made of other versions after them.
         """
         path = path_of("runs", run, "averages", average, "versions", rev, "ledger")
-        return Ledger.from_json(self._transport.get(path if tail is None else f"{path}?tail={tail}"))
+        answer = self._transport.get(path if tail is None else f"{path}?tail={tail}")
+        return self._transport.read(answer, Ledger.from_json)

@@ -31,11 +31,13 @@ def averages(
 ) -> None:
     """Show the averages of a run: rule, decay and half-life now, mean age, what is left of the beginning.
 
-    With --add or --remove it changes them first, while the run's trainer streams.
+    With --add or --remove, one at a time, it changes them first, while the run's trainer streams.
     """
     with exits(), Reader(url, token) as reader:
         if name is not None and add is None:
             raise UsageError("--name belongs to --add: say which rule, for example --add ema:0.9995")
+        if add is not None and remove is not None:
+            raise UsageError("--add and --remove are two changes, and either may fail: ask for one after the other")
         named("run", run)
         if add is not None:
             check_rule(add, name or "")

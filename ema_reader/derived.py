@@ -101,10 +101,7 @@ class Derived:
         asked = {"sigma_rel": sigma_rel, "gamma": gamma, "step": step, "name": name}
         body = {key: value for key, value in asked.items() if value is not None}
         answer = self._transport.post(path_of("runs", run, "synthesize"), body, answer_s=ANSWER_S)
-        try:
-            return Synthesized.from_json(answer)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ReaderError(f"{self._transport.url} does not answer as an ema server does ({error!r})") from error
+        return self._transport.read(answer, Synthesized.from_json)
 
     def recalibrate(self, version: Version, buffers: Mapping[str, Tensor]) -> Version:
         """Have a version written as `{average}-bn`, with these buffers in place of its own. Needs torch.
@@ -127,10 +124,7 @@ class Derived:
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in buffers.items()})
         path = path_of("runs", version.run, "averages", version.average, "versions", version.id, "recalibrate")
         answer = self._transport.upload(path, data, answer_s=ANSWER_S)
-        try:
-            return Version.from_json(answer)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ReaderError(f"{self._transport.url} does not answer as an ema server does ({error!r})") from error
+        return self._transport.read(answer, Version.from_json)
 
     def delete(self, version: Version) -> None:
         """Delete a derived version.

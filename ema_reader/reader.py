@@ -281,11 +281,7 @@ class Reader:
 
     def _read(self, path: str, value_of: Callable[[Any], _Value]) -> _Value:
         """What is at `path` as a value; an answer that is none is not an ema server's."""
-        answer = self._transport.get(path)
-        try:
-            return value_of(answer)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ReaderError(f"{self.url} does not answer as an ema server does ({error!r}): check the URL") from error
+        return self._transport.read(self._transport.get(path), value_of)
 
 
 def _only(version: Version, name: str) -> Version:

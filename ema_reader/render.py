@@ -10,6 +10,7 @@ from typing import Any
 from ema_reader.evaluate import Outcome
 from ema_reader.values import Average, Ledger, Run, Validation, Version
 
+_RULE_CHARS = 60  # patterns may go on for thousands
 _ROUNDING = 1e-9  # what ten million shares that add up to 1 may miss it by
 
 
@@ -56,7 +57,7 @@ def averages_text(averages: Sequence[Average]) -> str:
     rows = [
         (
             a.name,
-            a.spec,
+            _shortened(a.spec),
             _precisely(a.decay),
             _precisely(a.half_life_steps),
             _precisely(a.age_steps),
@@ -129,6 +130,10 @@ def _cell(value: object) -> str:
 
 def _precisely(value: float | None) -> str | None:
     return None if value is None else f"{value:.6g}"
+
+
+def _shortened(spec: str) -> str:
+    return spec if len(spec) <= _RULE_CHARS else f"{spec[: _RULE_CHARS - 3]}..."
 
 
 def _names(run: Run) -> str:

@@ -5,9 +5,9 @@ Foreign exceptions end here, and so does the token: it is sent, and never shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx2
@@ -22,6 +22,8 @@ from ema_reader.errors import (
     UsageError,
     WrongValue,
 )
+
+_Value = TypeVar("_Value")
 
 CONNECT_S = 5.0
 READ_S = 30.0  # between two pieces of a response, not for all of it
@@ -108,6 +110,17 @@ class Transport:
                 response.read()
                 self._check(response)
             yield response
+
+    def read(self, answer: Any, value_of: Callable[[Any], _Value]) -> _Value:
+        """A decoded answer as a value.
+
+        Raises:
+            ReaderError: it is none that an ema server gives.
+        """
+        try:
+            return value_of(answer)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ReaderError(f"{self.url} does not answer as an ema server does ({error!r}): check the URL") from error
 
     def close(self) -> None:
         """Close the connections."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from ema_cli.app import build
-from ema_reader import NotFound, Reader, RequestRefused
+from ema_reader import NotFound, Reader, ReaderError, RequestRefused
+from ema_reader.render import averages_text
+from ema_reader.values import Average
 from ema_server.catalog import Version
 from ema_server.jobs import AddAverage, Changed, Job, RemoveAverage, Unchanged, WhyNot
 from support.served import Served
@@ -44,6 +49,52 @@ def test_averages_are_a_table_for_people_and_json_for_programs(served: Served, u
     assert json.loads(told)["averages"][1]["initial_share"] == 0.25
 
 
+def test_a_rule_without_end_leaves_the_table_readable() -> None:
+    average = Average("x", f"ema:0.9,include={'a' * 300}", 9, 0, 9, "float32", 0.9, 6.6, 4.5, 0.25)
+
+    lines = averages_text([average]).splitlines()
+
+    assert max(map(len, lines)) < 180
+    assert lines[1].split()[:2] == ["x", f"ema:0.9,include={'a' * 41}..."]
+
+
+class _Foreign(BaseHTTPRequestHandler):
+    """Answers everything with JSON that says nothing."""
+
+    def do_GET(self) -> None:
+        body = b"{}"
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+def test_an_answer_that_no_ema_server_gives_is_an_error_that_says_so() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Foreign)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with Reader(f"http://127.0.0.1:{server.server_port}", token="") as reader:
+            asked: list[Callable[[], object]] = [
+                lambda: reader.averages.of("digits"),
+                lambda: reader.averages.add("digits", "ema:0.5"),
+                lambda: reader.averages.ledger("digits", "raw"),
+                lambda: reader.derived.synthesize("digits", sigma_rel=0.1),
+            ]
+            for ask in asked:
+                with pytest.raises(ReaderError, match="does not answer as an ema server does"):
+                    ask()
+    finally:
+        server.shutdown()
+        thread.join(30.0)
+        server.server_close()
+
+
 def test_a_ledger_is_a_table_with_what_was_left_out(served: Served, url: str) -> None:
     version = _with_ledger(served)
 
@@ -67,6 +118,7 @@ def test_a_ledger_is_a_table_with_what_was_left_out(served: Served, url: str) ->
         (("averages", "other"), 3, "There is no such run"),
         (("averages", "digits", "--remove", "swa"), 3, "has no average 'swa'"),
         (("averages", "digits", "--add", "mean"), 2, "unknown average 'mean'"),
+        (("averages", "digits", "--add", "ema:0.5", "--remove", "nope"), 2, "--add and --remove are two changes"),
         (("averages", "digits", "--name", "x"), 2, "--name belongs to --add"),
         (("ledger", "digits"), 2, "is not RUN/AVERAGE"),
         (("ledger", "digits/swa"), 3, "swa"),
