@@ -148,6 +148,12 @@ class Session:
                 text = "ema: average %s has a half-life of %g steps, a decay of %.10g at each"
                 log.info(text, rule.name, steps, 0.5 ** (1 / steps))
 
+    def _tell_end(self) -> None:
+        due, last = self.steps - self.steps % self.settings.every, self.worker.stats().last_offered_step
+        if last is not None and last < due:
+            text = "ema: run %s ends with step %d: those up to %d were not sent; when_behind='wait' sends every step"
+            log.warning(text, self.settings.run, last, due)
+
     def _lacks_start(self) -> bool:
         starts = any(isinstance(rule, Ema) and rule.init == "start" for rule in self.settings.averages)
         return starts and self.worker.continuation == "new"
@@ -182,6 +188,8 @@ class Session:
             log.warning(
                 "ema: run %s is not finished on the server; what it has applied is kept there", self.settings.run
             )
+        if finished:
+            self._tell_end()
         self.close(CLOSE_TIMEOUT_S)
         self.life.state = State.FINISHED if finished else State.CLOSED
         return finished

@@ -501,6 +501,23 @@ def test_finish_says_whether_the_server_confirmed() -> None:
     assert client.stats()["client"] == "closed"
 
 
+@pytest.mark.parametrize("behind", [0, 2])
+def test_finish_says_when_the_last_steps_were_not_sent(caplog: pytest.LogCaptureFixture, behind: int) -> None:
+    model = nn.Linear(1, 1)
+    client = _client(every=2)
+    for step in range(1, 8):
+        client.update(model, step)
+    client.worker.free.clear()
+    for step in range(8, 8 + 2 * behind):
+        client.update(model, step)
+
+    assert client.finish()
+    ends = [record.getMessage() for record in caplog.records if "ends with step" in record.getMessage()]
+    assert ends == [
+        "ema: run r ends with step 6: those up to 10 were not sent; when_behind='wait' sends every step"
+    ] * (behind > 0)
+
+
 def test_the_time_spent_in_the_loop_is_measured() -> None:
     model, _ = _training()
     client = _client()
