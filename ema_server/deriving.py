@@ -23,12 +23,17 @@ from ema_server.ring import Ring
 from ema_server.synthesis import CannotSynthesize, Plan, make_plan
 
 SYNTHESIZED = "synthesized"
+QUEUE_MAX = 32  # each waits with what it was asked for in memory, and whoever asked waits too
 
 Result = TypeVar("Result")
 
 
 class NameTaken(Exception):
     """Versions of another kind have the name; the text says which."""
+
+
+class Busy(Exception):
+    """As many versions are being made, or wait for it, as may; the text says how many."""
 
 
 class Stopped(Exception):
@@ -57,6 +62,7 @@ class Deriving:
         self.store = store
         self.ring = ring
         self._stopping = stopping
+        self._room = threading.BoundedSemaphore(QUEUE_MAX)
         self._pool = ThreadPoolExecutor(1, "deriving", initializer=torch.set_num_threads, initargs=(1,))
 
     def restore(self) -> None:
@@ -72,9 +78,18 @@ class Deriving:
         """What `work` returns, called in the thread when it is its turn.
 
         Raises:
+            Busy: too much is waiting already.
             RuntimeError: the thread has ended. Whatever `work` raises goes through.
         """
-        return await asyncio.wrap_future(self._pool.submit(work))
+        if not self._room.acquire(blocking=False):
+            raise Busy(f"{QUEUE_MAX} versions are being made or wait for it, the most that may: try again in a while")
+        try:
+            future = self._pool.submit(work)
+        except RuntimeError:
+            self._room.release()
+            raise
+        future.add_done_callback(lambda _: self._room.release())
+        return await asyncio.wrap_future(future)
 
     def stop(self) -> None:
         """Give up what is in the making, and end the thread."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ema_server.http.problems import Code, Problem
+from ema_server.http.problems import Code, Problem, problem_response
 from ema_server.recalibration import BUFFERS_BYTES_MAX
 
 BODY_BYTES_MAX = 1 << 20  # a thousand metrics with long names are under 300 KiB
@@ -30,13 +30,17 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "0")
         allowed, received = bytes_max(scope["path"]), 0
+        too_large = Problem(Code.BODY_TOO_LARGE, f"a body may have {allowed} bytes here")
+        if announced.isdecimal() and int(announced) > allowed:
+            await problem_response(too_large, scope)(scope, receive, send)
+            return
 
         async def bounded() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > allowed or (announced.isdecimal() and int(announced) > allowed):
-                raise Problem(Code.BODY_TOO_LARGE, f"a body may have {allowed} bytes here")
+            if received > allowed:
+                raise too_large
             return message
 
         await self._app(scope, bounded, send)

@@ -9,10 +9,10 @@ from typing import TypeVar
 import anyio.to_thread
 
 from ema_server.catalog import VersionGone
-from ema_server.deriving import Stopped
+from ema_server.deriving import Busy, Stopped
 from ema_server.http.problems import Code, Problem
 from ema_server.http.readiness import needed_bytes
-from ema_server.http.resolve import find_version, is_alias
+from ema_server.http.resolve import RETRY_AFTER_S, find_version, is_alias
 from ema_server.http.services import Services
 from ema_server.modelfile import BadModelFile
 from ema_server.records import BrokenGeneration
@@ -29,11 +29,14 @@ async def derive(services: Services, nbytes: int, work: Callable[[], Result]) ->
         work: makes the version.
 
     Raises:
-        Problem: there is no room, the disk refuses, what is stored is damaged, or the server is stopping.
+        Problem: there is no room, the disk refuses, what is stored is damaged, too much is waiting already, or the
+            server is stopping.
     """
     await anyio.to_thread.run_sync(_check_room, services, nbytes)
     try:
         return await services.deriving.run(work)
+    except Busy as error:
+        raise busy(str(error)) from None
     except Stopped:
         raise Problem(Code.NOT_READY, "the server has been asked to stop: ask again when it is back") from None
     except (BrokenGeneration, BadModelFile) as error:
@@ -45,6 +48,11 @@ async def derive(services: Services, nbytes: int, work: Callable[[], Result]) ->
         raise Problem(Code.DERIVE_FAILED, detail) from None
     except OSError as error:
         raise Problem(Code.DERIVE_FAILED, f"it could not be written or read: {error.strerror or error}") from None
+
+
+def busy(detail: str) -> Problem:
+    """The problem of one who comes while there is enough to do."""
+    return Problem(Code.BUSY, detail, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
 async def delete_derived(services: Services, run: str, average: str, rev: str) -> None:

@@ -2,27 +2,80 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from ema_proto.errors import LocalProtocolError
 from ema_proto.names import check_name
 from ema_server.catalog import Version
-from ema_server.http.derive import derive
+from ema_server.http.derive import busy, derive
 from ema_server.http.problems import Code, Problem
 from ema_server.http.resolve import find_version, is_alias
 from ema_server.http.services import Services
 from ema_server.recalibration import RECALIBRATED, SUFFIX, BadBuffers, Recalibrated, recalibrate
 
+UPLOADS_MAX = 4  # bodies in memory at once, until their versions are made
+BODY_S = 120.0  # 16 MiB at 140 kB/s
 
-async def recalibrate_version(services: Services, run: str, average: str, rev: str, data: bytes) -> Recalibrated:
-    """Make a version of another one, with buffers in place of its own.
+
+class Uploads:
+    """Counts the bodies with tensors that are in memory. On the event loop alone."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Inside the block there is one more.
+
+        Raises:
+            Problem: there are as many as may be.
+        """
+        if self._count >= UPLOADS_MAX:
+            raise busy(
+                f"{self._count} uploads are being received or worked on, the most that may: try again in a while"
+            )
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+
+
+def find_base(services: Services, run: str, average: str, rev: str) -> Version:
+    """The version to make another one of.
 
     Raises:
-        Problem: there is no such version, the buffers do not fit, or it cannot be written.
+        Problem: there is none, or none can be made of it.
     """
     base = find_version(services, run, average, rev)
     if is_alias(rev):
         raise Problem(Code.INVALID, f"{rev!r} is an alias and may move: give the 40 hex digits, now {base.id}")
+    _check_name(services, base)
+    return base
+
+
+async def received(body: Callable[[], Awaitable[bytes]]) -> bytes:
+    """The body of a request.
+
+    Raises:
+        Problem: it has not come in time.
+    """
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await body()
+    except TimeoutError:
+        raise Problem(Code.UPLOAD_TIMEOUT, f"the body was not there after {BODY_S:g} s: send it again") from None
+
+
+async def recalibrate_version(services: Services, base: Version, data: bytes) -> Recalibrated:
+    """Make a version of another one, with buffers in place of its own.
+
+    Raises:
+        Problem: the name was taken meanwhile, the buffers do not fit, or it cannot be written.
+    """
     _check_name(services, base)
     nbytes = sum(file.size for file in base.files)
     try:

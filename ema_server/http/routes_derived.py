@@ -9,7 +9,7 @@ from ema_server.http.body_limit import UPLOAD
 from ema_server.http.derive import delete_derived
 from ema_server.http.derive_models import SynthesizedOut, SynthesizeIn
 from ema_server.http.models import ProblemOut, VersionOut
-from ema_server.http.recalibrate import recalibrate_version
+from ema_server.http.recalibrate import Uploads, find_base, recalibrate_version, received
 from ema_server.http.services import Services
 from ema_server.http.synthesize import synthesize
 
@@ -19,6 +19,7 @@ _TENSORS = {"application/octet-stream": {"schema": {"type": "string", "format": 
 def router(services: Services) -> APIRouter:
     """`…/synthesize`, `…/recalibrate`, and the end of a derived version."""
     routes = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
+    uploads = Uploads()
 
     @routes.post(
         "/synthesize",
@@ -45,6 +46,7 @@ def router(services: Services) -> APIRouter:
         responses={
             200: {"model": VersionOut, "description": "The same was uploaded before: the version that exists"},
             409: {"model": ProblemOut, "description": "The name is taken"},
+            503: {"model": ProblemOut, "description": "Too many are sent at once, or it could not be made"},
         },
         openapi_extra={"requestBody": {"required": True, "content": _TENSORS}},
     )
@@ -53,7 +55,9 @@ def router(services: Services) -> APIRouter:
 
         Only buffers can be replaced. Answers once the version is durable.
         """
-        made = await recalibrate_version(services, run, average, id, await request.body())
+        base = find_base(services, run, average, id)
+        with uploads.one():
+            made = await recalibrate_version(services, base, await received(request.body))
         version = made.version
         response.headers["Location"] = f"/v1/runs/{version.run}/averages/{version.average}/versions/{version.id}"
         if not made.is_new:
