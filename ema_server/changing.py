@@ -100,7 +100,7 @@ class Changing:
         if any(average.rule.name.lower() == rule.name.lower() for average in run.averages):
             text = f"run {run.name!r} has an average {rule.name!r}: remove it first, or give the new one another name"
             return Unchanged(WhyNot.CONFLICT, text)
-        if rule.name in self.courses.catalog.derived_averages(run.name):
+        if rule.name.lower() in map(str.lower, self.courses.catalog.derived_averages(run.name)):
             text = f"run {run.name!r} has derived versions named {rule.name!r}: give the average another name"
             return Unchanged(WhyNot.CONFLICT, text)
         if len(run.averages) >= AVERAGES_MAX:

@@ -96,6 +96,6 @@ def _check_name(services: Services, base: Version) -> None:
     status = services.board.get(base.run)
     kept = () if status is None else status.averages
     known = services.catalog.versions(base.run, name)
-    if any(one.name == name for one in kept) or any(one.derived != RECALIBRATED for one in known):
+    if any(one.name.lower() == name.lower() for one in kept) or any(one.derived != RECALIBRATED for one in known):
         detail = f"run {base.run!r} has another average {name!r}, and the new version would be listed under that name"
         raise Problem(Code.NAME_TAKEN, detail)

@@ -45,9 +45,10 @@ def _rule(body: SynthesizeIn) -> PowerEma:
 
 def _check_name(services: Services, status: RunStatus, rule: PowerEma) -> None:
     kept = {item.average for item in services.catalog.versions(status.run, rule.name) if item.derived is None}
-    if rule.name in kept | {average.name for average in status.averages}:
+    kept |= {average.name for average in status.averages if average.name.lower() == rule.name.lower()}
+    if kept:
         detail = (
-            f"run {status.run!r} keeps an average {rule.name!r} itself: download that, or ask for this one under "
+            f"run {status.run!r} keeps an average {min(kept)!r} itself: download that, or ask for this one under "
             "another name"
         )
         raise Problem(Code.NAME_TAKEN, detail)

@@ -15,7 +15,7 @@ from safetensors.torch import load
 from starlette.testclient import TestClient
 
 from ema_server.http import derive
-from ema_server.jobs import Applied
+from ema_server.jobs import Applied, Unchanged, WhyNot
 from support.afterwards import Afterwards, afterwards
 from support.keeper import WAIT_S, durable, joined, manifest_of
 
@@ -114,6 +114,7 @@ def test_the_run_tells_what_its_ring_holds(client: TestClient) -> None:
         ("r", {"sigma_rel": 0.08, "step": 99}, 409, "cannot_synthesize", "no snapshot of step 99: the nearest is of"),
         ("r", {"sigma_rel": 0.1}, 409, "name_taken", "keeps an average 'power-0.1' itself: download that"),
         ("r", {"sigma_rel": 0.08, "name": "ema-0.9"}, 409, "name_taken", "keeps an average 'ema-0.9' itself"),
+        ("r", {"sigma_rel": 0.08, "name": "EMA-0.9"}, 409, "name_taken", "keeps an average 'ema-0.9' itself"),
         ("r", {}, 422, "invalid", "give either sigma_rel, for example 0.12, or gamma"),
         ("r", {"sigma_rel": 0.1, "gamma": 1}, 422, "invalid", "give either sigma_rel"),
         ("r", {"sigma_rel": 0.3}, 422, "invalid", "sigma_rel"),
@@ -138,6 +139,17 @@ def test_two_rules_do_not_share_a_name(client: TestClient) -> None:
 
     assert (refused.status_code, refused.json()["code"]) == (409, "name_taken")
     assert "is power:sigma_rel=0.08 already, not power:sigma_rel=0.07" in refused.json()["detail"]
+
+
+def test_a_run_and_what_is_made_of_it_do_not_share_a_name_whatever_its_case(
+    client: TestClient, both: Afterwards
+) -> None:
+    assert _ask(client, sigma_rel=0.09, name="made").status_code == 201
+    refused = both.keeper.add("r", "ema:0.5,name=Made")
+
+    assert isinstance(refused, Unchanged)
+    assert refused.why is WhyNot.CONFLICT
+    assert "has derived versions named 'Made'" in refused.text
 
 
 def test_averaging_publishing_and_reading_go_on_meanwhile_and_one_is_made_at_a_time(

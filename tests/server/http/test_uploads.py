@@ -70,6 +70,14 @@ def test_what_no_version_can_be_made_of_is_refused_before_the_body_comes(
     assert (found, problem["code"]) == (status, code)
 
 
+def test_a_name_that_an_average_has_is_refused_before_the_body_comes(begin: Send, address: str, served: Served) -> None:
+    served.show("digits", 100, ["ema-0.9", "EMA-0.9-BN"])
+
+    status, problem = _answer(begin(address))
+
+    assert (status, problem["code"]) == (409, "name_taken")
+
+
 def test_of_bodies_that_do_not_come_only_a_few_are_waited_for(begin: Send, address: str) -> None:
     stalled = [begin(address) for _ in range(3 * recalibrate.UPLOADS_MAX)]
     with ThreadPoolExecutor(len(stalled)) as pool:
