@@ -6,7 +6,7 @@ A snapshot whose tensors carry different steps is torn. Ours is compared with no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from support.fake_device import FakeDevice
 from support.fake_worker import FakeWorker
 from support.snapshots import decode
 from trainer_client import EmaClient
+from trainer_client.hooks import Attachment
 from trainer_client.session import Session
 from trainer_client.settings import Settings
 from trainer_client.slots import Slot
@@ -112,3 +113,28 @@ def train(device: FakeDevice, model: Carrying, optimizer: Stamping, steps: int, 
         device.run(seconds)
         optimizer.step()
         device.advance(seconds)
+
+
+class Training:
+    """A client attached to a model on a fake device."""
+
+    made: ClassVar[list[Training]] = []
+
+    def __init__(self, *, noted: bool = True, slots: int = 2, **given: Any) -> None:
+        self.device = FakeDevice()
+        self.worker = RecordingWorker(slots)
+        self.model = Carrying()
+        self.optimizer = Stamping(self.device, self.model.parameters(), noted=noted)
+        self.client = client_on(self.device, self.worker, **given)
+        self.made.append(self)
+
+    def attach(self) -> Attachment:
+        return self.client.attach(self.model, self.optimizer)
+
+    def train(self, steps: int) -> None:
+        train(self.device, self.model, self.optimizer, steps)
+
+    def end(self) -> None:
+        """Everything that was issued happens, and what was copied is handed over."""
+        self.device.idle()
+        assert self.client.flush(timeout_s=30)

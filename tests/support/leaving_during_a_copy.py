@@ -27,7 +27,7 @@ def main() -> None:
     optimizer.step()
 
     def later() -> None:
-        time.sleep(0.3)
+        time.sleep(0.1)
         print("copied", flush=True)
         device.advance(10.0)
 

@@ -1,0 +1,28 @@
+"""For tests of the trainer: clients on a simulated device are closed, and torch does not spread small copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from support.device_training import Training
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # Several spin while they wait for one another: many times the work, beside other processes.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _ended() -> Iterator[None]:
+    yield
+    for training in Training.made:
+        training.device.idle()
+        training.client.close(10.0)
+    Training.made.clear()
