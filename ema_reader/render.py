@@ -32,9 +32,19 @@ def versions_text(versions: Sequence[Version]) -> str:
     """One line for each version."""
     if not versions:
         return "no versions yet"
-    headings = ("AVERAGE", "STEP", "VERSION", "UPDATES", "GAPS", "BYTES", "CREATED")
+    headings = ("AVERAGE", "STEP", "VERSION", "DECAY", "HALF-LIFE", "UPDATES", "GAPS", "BYTES", "CREATED")
     rows = [
-        (v.average, v.step, v.id, v.updates, v.gap_steps, sum(item.size for item in v.files), v.created)
+        (
+            v.average,
+            v.step,
+            v.id,
+            _precisely(v.decay),
+            _precisely(v.half_life_steps),
+            v.updates,
+            v.gap_steps,
+            sum(item.size for item in v.files),
+            v.created,
+        )
         for v in versions
     ]
     return table(headings, rows)

@@ -20,7 +20,10 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One average at one step, immutable; `id` has 40 hex digits, `derived` says how it was made of other versions."""
+    """One average at one step, immutable; `id` has 40 hex digits, `derived` says how it was made of other versions.
+
+    `decay` and `half_life_steps` are what its rule came to at its step, None where there is no such figure.
+    """
 
     id: str
     run: str
@@ -32,6 +35,8 @@ class Version:
     created: str
     files: tuple[File, ...]
     derived: str | None = None
+    decay: float | None = None
+    half_life_steps: float | None = None
 
     def __str__(self) -> str:
         return f"{self.run}/{self.average} at step {self.step} ({self.id[:12]})"
@@ -62,6 +67,8 @@ class Version:
             created=value["created"],
             files=files,
             derived=value["derived"],
+            decay=value["decay"],
+            half_life_steps=value["half_life_steps"],
         )
 
 
@@ -158,12 +165,17 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The steps inside a version with their shares in it, newest first; `rest` is the share of those left out."""
+    """The steps inside a version with their shares in it, newest first; `rest` is the share of those left out.
+
+    `decay` and `half_life_steps` are as of `Version`.
+    """
 
     run: str
     average: str
     version: str
     spec: str
+    decay: float | None
+    half_life_steps: float | None
     step: int
     origin: int
     steps: tuple[tuple[int, float], ...]

@@ -34,7 +34,8 @@ class Version:
     """One average at one step, immutable. `id` is 40 hex digits of its content, `folder` holds `files`.
 
     `seq` is its generation's. A version made of others after them has the word for how in `derived` (`synthesized`,
-    ...), an average name of its own, and a `seq` that counts the run's derived versions.
+    ...), an average name of its own, and a `seq` that counts the run's derived versions. `decay` and `half_life_steps`
+    are what its rule came to at its step, None where there is no such figure.
     """
 
     id: str
@@ -49,6 +50,8 @@ class Version:
     folder: Path
     seq: int
     derived: str | None = None
+    decay: float | None = None
+    half_life_steps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,6 +143,8 @@ def version_of(run: str, folder: Path, seq: int, data: bytes, own: FileEntry) ->
             folder=folder,
             seq=seq,
             derived=str(value["derived"]["kind"]) if "derived" in value else None,
+            decay=value.get("decay"),
+            half_life_steps=value.get("half_life_steps"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenGeneration(f"{VERSION_FILE} is not a version: {error!r}") from None

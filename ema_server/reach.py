@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ema_proto.averages import AverageSpec, Raw, Uniform, Window
-from ema_proto.pace import Pace
+from ema_proto.pace import Pace, needed_of
 from ema_server.rules import Span, points, weight_of
 
 
@@ -38,6 +38,23 @@ def reach_now(rule: AverageSpec, step: int, origin: int, pace: Pace) -> Reach | 
     now = max(step, origin + 1)
     weight = weight_of(rule, Span(now - 1, now, origin), pace)
     return _reach(-math.inf if weight is None else math.log1p(-weight))
+
+
+def shown_reach(rule: AverageSpec, step: int, origin: int, pace: Pace) -> tuple[float | None, float | None]:
+    """Decay and half-life as they are shown wherever a rule is; None is what there is none of, or no end to.
+
+    It never raises: a figure for people that cannot be told must not stop the averaging.
+    """
+    needed = needed_of(rule)
+    if needed is not None and getattr(pace, needed) is None:
+        return None, None
+    try:
+        reach = reach_now(rule, step, origin, pace)
+    except (ArithmeticError, ValueError):
+        return None, None
+    if reach is None:
+        return None, None
+    return reach.decay, None if math.isinf(reach.half_life_steps) else reach.half_life_steps
 
 
 def _reach(logarithm: float) -> Reach:

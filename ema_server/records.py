@@ -16,7 +16,9 @@ from typing import Any
 from ema_proto.errors import LocalProtocolError
 from ema_proto.manifest import Manifest
 from ema_proto.pace import UNKNOWN, Pace
+from ema_proto.specs import parse_average
 from ema_server.catalog import FileEntry
+from ema_server.reach import shown_reach
 
 FORMAT = 1
 GENERATION_FILE = "generation.json"
@@ -131,11 +133,18 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def version_bytes(record: RunRecord, average: AverageRecord, created: str, files: tuple[FileEntry, ...]) -> bytes:
-    """The content of `version.json` for one average of a run; `files` are the other files of the version."""
+    """The content of `version.json` for one average of a run; `files` are the other files of the version.
+
+    `decay` and `half_life_steps` are what the rule came to at the version's step: they follow from what else is there.
+    """
+    rule = parse_average(average.spec, name=average.name)
+    decay, half_life_steps = shown_reach(rule, record.step, int(average.ledger["origin"]), pace_of(record.paces))
     content = {
         "run": record.run,
         "average": average.name,
         "spec": average.spec,
+        "decay": decay,
+        "half_life_steps": half_life_steps,
         "step": record.step,
         "updates": average.updates,
         "gap_steps": average.gap_steps,

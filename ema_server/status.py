@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 from ema_proto.averages import AverageSpec, Raw
 from ema_proto.manifest import Manifest
-from ema_proto.pace import Pace, needed_of
+from ema_proto.pace import Pace
 from ema_proto.specs import parse_average
 from ema_server.average import Average
 from ema_server.board import AverageStatus, RunState, RunStatus
 from ema_server.catalog import Generation
 from ema_server.course import Course
 from ema_server.ledger import Ledger
-from ema_server.reach import Reach, reach_now
+from ema_server.reach import shown_reach
 from ema_server.records import AverageRecord, GenerationRecord, pace_of
 from ema_server.run import Run
 
@@ -80,7 +78,7 @@ def status_on_disk(generation: Generation, record: GenerationRecord, manifest: M
 
 def _average_status(average: Average | AverageRecord, rule: AverageSpec, ledger: Ledger, pace: Pace) -> AverageStatus:
     step = ledger.last_step
-    reach = _reach(rule, step, ledger.origin, pace) if step is not None else None
+    decay, half_life_steps = (None, None) if step is None else shown_reach(rule, step, ledger.origin, pace)
     return AverageStatus(
         name=rule.name,
         spec=rule.spec,
@@ -88,18 +86,8 @@ def _average_status(average: Average | AverageRecord, rule: AverageSpec, ledger:
         gap_steps=average.gap_steps,
         step=step,
         accumulator="wire" if isinstance(rule, Raw) else rule.accumulator,
-        decay=None if reach is None else reach.decay,
-        half_life_steps=None if reach is None or math.isinf(reach.half_life_steps) else reach.half_life_steps,
+        decay=decay,
+        half_life_steps=half_life_steps,
         age_steps=None if step is None else average.age_steps,
         initial_share=None if step is None else average.initial_share,
     )
-
-
-def _reach(rule: AverageSpec, step: int, origin: int, pace: Pace) -> Reach | None:
-    needed = needed_of(rule)
-    if needed is not None and getattr(pace, needed) is None:
-        return None
-    try:
-        return reach_now(rule, step, origin, pace)
-    except (ArithmeticError, ValueError):  # a figure for people: that it cannot be told must not stop the averaging
-        return None

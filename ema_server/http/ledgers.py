@@ -54,6 +54,8 @@ def _ledger_json(version: Version, written: Mapping[str, Any], tail: int | None)
         "average": version.average,
         "version": version.id,
         "spec": version.spec,
+        "decay": version.decay,
+        "half_life_steps": version.half_life_steps,
         "step": version.step,
         "origin": ledger.origin,
     }

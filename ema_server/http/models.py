@@ -25,7 +25,10 @@ class FileOut(Out):
 
 
 class VersionOut(Out):
-    """One average at one step, immutable. `derived` says how, if it was made of other versions after them."""
+    """One average at one step, immutable. `derived` says how, if it was made of other versions after them.
+
+    `decay` and `half_life_steps` are what the rule came to at this step, in steps; null where it has none.
+    """
 
     id: str
     run: str
@@ -36,6 +39,8 @@ class VersionOut(Out):
     gap_steps: int
     created: str
     derived: str | None
+    decay: float | None
+    half_life_steps: float | None
     files: tuple[FileOut, ...]
 
 

@@ -65,6 +65,7 @@ def test_status_and_versions_are_tables_for_people_and_json_for_programs(
     assert table.stdout.splitlines()[1].split()[:3] == ["digits", "active", "100"]
     assert status["runs"][0]["averages"][0]["name"] == "raw"
     assert version.id in listed.stdout
+    assert listed.stdout.split()[:5] == ["AVERAGE", "STEP", "VERSION", "DECAY", "HALF-LIFE"]
     assert [item["id"] for item in versions["versions"]] == [version.id]
 
 

@@ -49,6 +49,20 @@ def test_half_lives_in_samples_and_epochs_are_those_steps(tmp_path: Path) -> Non
         assert _kept(keeper) == pytest.approx({"samples": 0.5, "epochs": 0.5}, abs=1e-6)
 
 
+def test_what_a_rule_in_samples_came_to_is_told_with_its_versions(tmp_path: Path) -> None:
+    with keeping(tmp_path) as keeper:
+        _begin(keeper)
+        _stream(keeper, 2, 3)
+        version = versions_by_average(keeper.publish("r"))["samples"]
+    with keeping(tmp_path) as keeper:
+        found = keeper.catalog.find("r", "samples", "latest")
+
+    assert found == version
+    assert (found.decay, found.half_life_steps) == pytest.approx((0.5**0.1, 10.0), rel=1e-12)
+    told = json.loads((version.folder / "version.json").read_text())
+    assert (told["decay"], told["half_life_steps"]) == (version.decay, version.half_life_steps)
+
+
 def test_another_pace_holds_from_the_first_step_of_its_session_on_and_outlives_a_restart(tmp_path: Path) -> None:
     with keeping(tmp_path) as keeper:
         _begin(keeper)

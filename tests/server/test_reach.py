@@ -72,7 +72,7 @@ def test_a_reach_that_cannot_be_told_is_left_out_and_the_averaging_goes_on(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("ema_server.status.reach_now", refuse)
+    monkeypatch.setattr("ema_server.reach.reach_now", refuse)
     with keeping(tmp_path) as keeper:
         joined(keeper.join("r", manifest_of(_ONE), ["ema:0.9"]))
         for step in (1, 2, 3):

@@ -86,6 +86,7 @@ def test_averages_come_and_go_while_a_trainer_streams_and_a_server_is_killed(tmp
                     "ranges": [[4, 6, 1]],
                 }
                 assert reader.averages.ledger("r", "last").steps == ((6, 0.5), (5, 0.5))
+                assert reader.averages.ledger("r", "ema-0.5").decay == pytest.approx(0.5)
                 reader.averages.remove("r", "last")
                 listed = _ema("averages", "r", "--add", "swa", "--url", second.http).splitlines()
             assert client.finish()

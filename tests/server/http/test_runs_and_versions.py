@@ -50,9 +50,11 @@ def test_versions_are_listed_newest_first_with_their_files(client: TestClient, s
     assert sorted(versions[0]) == [
         "average",
         "created",
+        "decay",
         "derived",
         "files",
         "gap_steps",
+        "half_life_steps",
         "id",
         "run",
         "spec",
