@@ -62,7 +62,7 @@ class Flights:
         """Make an older generation the newest, with an amended record. The run must be quiet; memory stays as it is."""
         flight = Flight(course.name, course.take_seq(), reason, pinned=source.pinned, finished=False)
         course.airborne = Airborne(None, source.pinned, False, land, [])
-        self.publisher.submit(LinkOrder(flight, source, amend, self._lander(course)))
+        self.publisher.submit(LinkOrder(flight, source, amend, trusts=False, done=self._lander(course)))
 
     def write_alone(self, course: Course) -> None:
         """Write a boarding generation without a snapshot to ride on."""
@@ -99,7 +99,7 @@ class Flights:
             flight = Flight(course.name, course.take_seq(), wants[0].reason, pinned, finished)
             self._lift(course, run, wants, pinned, finished)
             record = run.record(last_step)
-            self.publisher.submit(LinkOrder(flight, newest, lambda _: record, self._lander(course)))
+            self.publisher.submit(LinkOrder(flight, newest, lambda _: record, trusts=True, done=self._lander(course)))
         else:
             _answer(wants, Durable(newest.step, newest.versions, new=False))
 

@@ -60,11 +60,15 @@ class SealOrder:
 
 @dataclass(frozen=True, slots=True)
 class LinkOrder:
-    """Make `source` the newest generation; `amend` makes its record of what it was. No average begins with weights."""
+    """Make `source` the newest generation; `amend` makes its record of what it was. No average begins with weights.
+
+    `trusts`: this process has written or read the bytes of `source` itself, so that they need not be checked.
+    """
 
     flight: Flight
     source: Generation
     amend: Callable[[RunRecord], RunRecord]
+    trusts: bool
     done: Callable[[Landed], None]
 
 
@@ -181,7 +185,7 @@ class Publisher:
         try:
             if isinstance(order, SealOrder):
                 return Landed(seal(order.draft, order.content, label))
-            return Landed(link(order.source, self._temporary(flight), label, order.amend))
+            return Landed(link(order.source, self._temporary(flight), label, order.amend, trusts=order.trusts))
         except BrokenGeneration as error:
             return self._give_up(order, error)
         except OSError as error:

@@ -311,3 +311,20 @@ def test_requests_for_runs_that_are_not_in_memory(tmp_path: Path) -> None:
         assert (after.new, after.versions) == (False, before.versions)
         assert isinstance(keeper.rewind("r", 1), Failed)
         assert isinstance(keeper.apply("r", 2, _weights(2)), Quarantined)
+
+
+def test_what_this_process_has_written_is_read_again_for_a_rewind_alone(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred gigabytes would keep the publisher for minutes, each time an average is added."""
+    read: list[str] = []
+    monkeypatch.setattr("ema_server.sealing.verify", lambda folder, record: read.append(folder.name))
+    joined(keeper.join("r", _MANIFEST))
+    _apply(keeper, 1)
+    durable(keeper.publish("r"))
+    durable(keeper.publish("r", "checkpoint"))
+    assert [generation.pinned for generation in keeper.catalog.generations("r")][:1] == [True]
+    assert read == []
+    _apply(keeper, 2)
+    assert isinstance(keeper.rewind("r", 1), Rewound)
+    assert len(read) == 1
