@@ -6,7 +6,7 @@ A snapshot whose tensors carry different steps is torn. Ours is compared with no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from trainer_client.hooks import Attachment
 from trainer_client.session import Session
 from trainer_client.settings import Settings
 from trainer_client.slots import Slot
+
+opened: list[tuple[FakeDevice, EmaClient]] = []  # clients made here: one that is left open hears of others' steps
 
 LARGE = 70_000  # more floats than are gathered in the scratch
 
@@ -52,7 +54,9 @@ def client_on(device: FakeDevice, worker: FakeWorker, **given: Any) -> EmaClient
         def _open(settings: Settings) -> Session:
             return Session(settings, worker, lambda place: device)
 
-    return Client("tcp://127.0.0.1:5555", run="r", **given)
+    client = Client("tcp://127.0.0.1:5555", run="r", **given)
+    opened.append((device, client))
+    return client
 
 
 class Carrying(nn.Module):
@@ -118,15 +122,12 @@ def train(device: FakeDevice, model: Carrying, optimizer: Stamping, steps: int, 
 class Training:
     """A client attached to a model on a fake device."""
 
-    made: ClassVar[list[Training]] = []
-
     def __init__(self, *, noted: bool = True, slots: int = 2, **given: Any) -> None:
         self.device = FakeDevice()
         self.worker = RecordingWorker(slots)
         self.model = Carrying()
         self.optimizer = Stamping(self.device, self.model.parameters(), noted=noted)
         self.client = client_on(self.device, self.worker, **given)
-        self.made.append(self)
 
     def attach(self) -> Attachment:
         return self.client.attach(self.model, self.optimizer)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from support.device_training import Training
+from support.device_training import opened
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _ended() -> Iterator[None]:
     yield
-    for training in Training.made:
-        training.device.idle()
-        training.client.close(10.0)
-    Training.made.clear()
+    for device, client in opened:
+        device.idle()
+        client.close(10.0)
+    opened.clear()

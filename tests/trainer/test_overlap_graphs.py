@@ -72,4 +72,3 @@ def test_a_compiled_optimizer_step_is_compiled_once_and_without_our_hooks() -> N
 
     assert [tensors["weight"].tolist() for _, tensors in worker.snapshots] == [[0.75] * 2, [0.5] * 2, [0.25] * 2]
     assert graphs == [1, 1, 1], "the optimizer's own, at its first step"
-    client.close()

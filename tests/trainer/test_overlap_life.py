@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from support.device_training import Training
+from support.device_training import Training, opened
 from support.processes import eventually
 from trainer_client import RewindError
 from trainer_client.overlap import OverlappedStager
@@ -67,7 +67,7 @@ def test_a_client_that_was_forgotten_is_closed() -> None:
     training.end()
     worker = training.worker
 
-    Training.made.clear()
+    opened.clear()
     del training
     gc.collect()
 

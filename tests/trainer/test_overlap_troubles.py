@@ -126,7 +126,6 @@ def test_a_device_without_room_costs_one_warning_and_the_overlap(
     assert len([nbytes for nbytes in device.allocated if nbytes > room]) == 1, "it is not asked again"
     assert client.stats()["skipped"]["error"] == 0
     assert ["CUDA out of memory" in record.message for record in caplog.records] == [True]
-    client.close()
 
 
 def test_a_device_that_fails_while_attach_makes_ready_does_not_make_it_raise(
