@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from ema_proto.messages import Mode
 from trainer_client.counters import Counters
-from trainer_client.overlap import Transfer
 from trainer_client.slots import Slot
+from trainer_client.transfer import Transfer
 from trainer_client.worker import Worker
 
 log = logging.getLogger("ema")

@@ -2,13 +2,11 @@
 
 Parameters stay as they are from the end of one optimizer step to the beginning of the next, so the copy engine works in
 that window, on a stream of its own; buffers change in forward, so they are secured before it. Comes in: live tensors
-and a slot. Goes out: a `Transfer`, which tells when the slot may be read, and whether someone wrote where nobody should
-have. Nothing here waits, but for a recording that another thread has begun. Knows no steps, no optimizer, no socket.
+and a slot. Goes out: a `Transfer`. Nothing here waits. Knows no steps, no optimizer, no socket.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,97 +17,10 @@ from ema_proto.manifest import Manifest
 from trainer_client.device import Device, DeviceEvent, DeviceStream
 from trainer_client.routes import Routes, pieces, plan_routes
 from trainer_client.staging import Slot, slot_views
+from trainer_client.transfer import Transfer, version_of
 
 PIECE_BYTES = 64 << 20  # another copy from the device, such as a loss's, waits for one piece at most
 BOUNCE_BYTES = 16 << 20  # where tensors that are not row-major become so, piece by piece
-_RECORDING_S = 10.0  # issuing the copies takes milliseconds: who waits so long waits for a thread that is stuck
-
-
-class Transfer:
-    """One snapshot on its way from a device into a slot. Any thread may call any method.
-
-    Attributes:
-        finished: nothing is under way any more, as far as can be told.
-        lost: that could not be told: the device answers no more, and may still write to the slot.
-    """
-
-    def __init__(self, device: Device, done: DeviceEvent, tensors: Sequence[Tensor]) -> None:
-        self._device = device
-        self._done = done
-        self._tensors: Sequence[Tensor] = tensors  # held, so that no other object gets one of the ids
-        self._ids = frozenset(map(id, tensors))
-        self._recorded = threading.Event()
-        self._lock = threading.Lock()
-        self._watched: list[tuple[Tensor, int]] = []
-        self._memory: Sequence[Tensor] = ()
-        self._side: DeviceStream | None = None
-        self._is_torn: bool | None = None
-        self.finished = False
-        self.lost = False
-
-    def holds_any(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether one of `tensors` is in the snapshot, or lies in memory of one that is (a flattened parameter)."""
-        if any(id(tensor) in self._ids for tensor in tensors):
-            return True
-        held = {_memory(tensor) for tensor in self._tensors}
-        return any((place := _memory(tensor)) is not None and place in held for tensor in tensors)
-
-    def record(self, side: DeviceStream, watched: Sequence[tuple[Tensor, int]], memory: Sequence[Tensor]) -> None:
-        """All copies have been issued to `side`.
-
-        Args:
-            side: the stream that has them.
-            watched: what they read, with the version that is to be read.
-            memory: what they go through. All of it is held until they are done.
-        """
-        self._watched, self._memory, self._side = list(watched), memory, side
-        self._done.record(side)
-        self._recorded.set()
-
-    def abandon(self) -> None:
-        """The copies could not be issued."""
-        self.finished = True
-        self._recorded.set()
-
-    def hold_back(self, stream: DeviceStream) -> None:
-        """Have what is issued to `stream` from now on wait for the copies; what was written before them counts as torn.
-
-        An event that was not recorded yet is waited for by nobody, so this waits for the recording first.
-        """
-        if self.finished:
-            return
-        recorded = self._recorded.wait(_RECORDING_S)
-        if recorded:
-            self._done.wait(stream)
-        self.seal(spoiled=not recorded)
-
-    def wait(self) -> bool:
-        """Block until the slot holds everything; False if it is torn. Also if this raises, tensors are let go."""
-        if not self.finished:
-            try:
-                self._device.block_until(self._done)
-                self.seal()
-            except BaseException:
-                self._drain()
-                raise
-            finally:
-                self._watched, self._tensors, self._memory = [], (), ()
-                self.finished = True
-        return not self._is_torn
-
-    def _drain(self) -> None:
-        """The slot goes to another snapshot: no copy may arrive in it any more."""
-        try:
-            if self._side is not None:
-                self._side.synchronize()
-        except RuntimeError:
-            self.lost = True
-
-    def seal(self, *, spoiled: bool = False) -> None:
-        """Judge by the versions now, once: whoever writes later is held back, or has nothing left to tear."""
-        with self._lock:
-            if self._is_torn is None:
-                self._is_torn = spoiled or any(_version(tensor) != version for tensor, version in self._watched)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +104,7 @@ class OverlappedStager:
         sources = [tensor.detach() for tensor in tensors]
         targets = self._targets_of(slot)
         routes = self._routes
-        watched = [(sources[index], _version(sources[index])) for index in routes.on_side]
+        watched = [(sources[index], version_of(sources[index])) for index in routes.on_side]
         if before is not None:
             before.hold_back(compute)  # its copies read the scratch
         self._gather(sources)
@@ -244,16 +155,3 @@ class OverlappedStager:
                 spans = [slot.tensor[s.slot : s.slot + s.nbytes] for s in self._routes.spans]
             self._targets[slot.index] = _Targets(list(views.values()), spans)
         return self._targets[slot.index]
-
-
-def _memory(tensor: Tensor) -> int | None:
-    """Where the tensor's memory begins; None for what has none of its own (sparse, sharded), which is never ours."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except RuntimeError:  # NotImplementedError is one
-        return None
-
-
-def _version(tensor: Tensor) -> int:
-    """How often the tensor was written to; those of inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version

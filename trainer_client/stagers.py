@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ema_proto.manifest import Manifest
 from trainer_client.device import Device, DeviceOf
-from trainer_client.overlap import OverlappedStager, Transfer
+from trainer_client.overlap import OverlappedStager
 from trainer_client.pins import Pins
 from trainer_client.staging import CpuStager, Slot
+from trainer_client.transfer import Transfer
 
 log = logging.getLogger("ema")
 

@@ -13,9 +13,9 @@ from trainer_client.copies import Copies
 from trainer_client.counters import Counters
 from trainer_client.device import DeviceOf
 from trainer_client.errors import RewindError
-from trainer_client.overlap import Transfer
 from trainer_client.pins import Pins
 from trainer_client.slots import Slot
+from trainer_client.transfer import Transfer
 from trainer_client.worker import Worker
 
 

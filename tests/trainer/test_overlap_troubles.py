@@ -14,7 +14,7 @@ from torch.optim import SGD
 from support.device_training import Carrying, RecordingWorker, Stamping, Training, client_on, stamp
 from support.fake_device import FakeDevice, FakeStream
 from support.processes import eventually
-from trainer_client import EmaClient, overlap
+from trainer_client import EmaClient, transfer
 
 
 def test_a_device_that_cannot_be_asked_to_wait_costs_the_snapshot_and_not_the_training(
@@ -193,7 +193,7 @@ def test_an_event_that_another_thread_has_not_recorded_yet_is_waited_for() -> No
 
 
 def test_an_event_that_is_never_recorded_holds_nobody_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "_RECORDING_S", 0.01)
+    monkeypatch.setattr(transfer, "_RECORDING_S", 0.01)
     device, worker, client, model, thread = _gated_training()
 
     client.before_weight_write()
