@@ -16,8 +16,9 @@ from torch import Tensor
 from ema_proto.manifest import Manifest
 from trainer_client.device import Device, DeviceEvent, DeviceStream
 from trainer_client.routes import Routes, pieces, plan_routes
+from trainer_client.sources import version_of
 from trainer_client.staging import Slot, slot_views
-from trainer_client.transfer import Transfer, version_of
+from trainer_client.transfer import Transfer
 
 PIECE_BYTES = 64 << 20  # another copy from the device, such as a loss's, waits for one piece at most
 BOUNCE_BYTES = 16 << 20  # where tensors that are not row-major become so, piece by piece

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from functools import partial
 from typing import Any, Self
 
@@ -167,7 +168,9 @@ class Session:
         if self._stream is None or step < self.steps:
             log.warning("ema: no checkpoint at step %d: the run is at step %d", step, self.steps)
             return False
-        return self._transport.checkpoint(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        self._stream.catch_up(timeout_s)
+        return self._transport.checkpoint(max(0.0, deadline - time.monotonic()))
 
     def rewind(self, step: int, timeout_s: float) -> int | None:
         """Take the run back, and count steps from there.
@@ -183,8 +186,11 @@ class Session:
 
     def finish(self, timeout_s: float) -> bool:
         """Have the run finished, and close; whether the server confirmed it."""
-        finished = self._stream is not None and self._transport.finish(timeout_s)
-        if self._stream is not None and not finished:
+        deadline, finished = time.monotonic() + timeout_s, False
+        if self._stream is not None:
+            self._stream.catch_up(timeout_s)
+            finished = self._transport.finish(max(0.0, deadline - time.monotonic()))
+        if self.joined and not finished:
             log.warning(
                 "ema: run %s is not finished on the server; what it has applied is kept there", self.settings.run
             )

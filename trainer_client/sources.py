@@ -90,6 +90,11 @@ def identity(tensor: Tensor) -> Identity | None:
     return (*place, tensor.dtype, tensor.shape, tensor.stride())
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was written to, but not through `.data`; always 0 for a tensor of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: bool = True) -> None:
     """Compare the walked tensors with what the model itself says its state is.
 

@@ -18,6 +18,7 @@ from ema_proto.messages import Join, Mode
 from ema_proto.sender import SenderState
 from trainer_client.counters import Counters, Skip
 from trainer_client.errors import PlanError, SettingsError
+from trainer_client.missed import Missed
 from trainer_client.plan import Plan
 from trainer_client.selection import Selection
 from trainer_client.settings import Settings, WhenBehind
@@ -49,6 +50,7 @@ class Stream:
         self._wait_s = settings.wait_timeout_s if settings.when_behind is WhenBehind.WAIT else 0.0
         self._counters = counters
         self._told: set[Skip] = set()
+        self._missed: Missed | None = None
 
     @classmethod
     def join(cls, transport: Transport, model: nn.Module, settings: Settings, counters: Counters, steps: int) -> Stream:
@@ -91,6 +93,8 @@ class Stream:
 
     def hold_back_writes(self, optimizer: Optimizer | None = None) -> None:
         """Have the device end a copy under way before it writes parameters of `optimizer` (default: anything)."""
+        if optimizer is None:
+            self._missed = None
         if not self._stagers.is_copying:
             return
         try:
@@ -118,20 +122,42 @@ class Stream:
             return
         self.steps = step
         if step % self._every == 0:
-            self._snapshot(model, step, overlap=overlap)
+            self._snapshot(model, step, self._wait_s, overlap=overlap)
+
+    def catch_up(self, wait_s: float) -> None:
+        """Send the step that was skipped last for want of a slot, if the weights are still those of that step.
+
+        Without it a run that ends while the server is behind would lose the very weights that it is about.
+
+        Args:
+            wait_s: how long to wait for a slot, in seconds.
+        """
+        missed, self._missed = self._missed, None
+        if missed is None or not missed.is_as_it_was():
+            return
+        self._counters.skipped[missed.reason] -= 1  # if it is skipped again it is counted again
+        try:
+            self._snapshot(missed.model, missed.step, wait_s)
+        except PlanError:  # another model than at that step
+            self._counters.skipped[missed.reason] += 1
 
     def replace(self, model: nn.Module, step: int) -> bool:
         """Have every average become the weights of `model`, as of `step`; whether they were sent. As `advance` else."""
         if self._is_capturing(step):
             return False
         self.steps = max(step, self.steps)
-        return self._snapshot(model, step, "set")
+        return self._snapshot(model, step, self._wait_s, "set")
 
-    def _snapshot(self, model: nn.Module, step: int, mode: Mode = "update", *, overlap: bool = False) -> bool:
+    def _snapshot(
+        self, model: nn.Module, step: int, wait_s: float, mode: Mode = "update", *, overlap: bool = False
+    ) -> bool:
+        self._missed = None
         try:
-            slot = self._worker.acquire(self._wait_s)
+            slot = self._worker.acquire(wait_s)
             if slot is None:
-                self._skip_none(step)
+                reason = self._skip_none(step)
+                if mode == "update":
+                    self._missed = Missed(model, step, self._plan.renewed(model).tensors(), reason)
                 return False
             try:
                 self._plan = self._plan.renewed(model)
@@ -166,13 +192,14 @@ class Stream:
             return Skip.BUSY
         return Skip.STOPPED if state in (SenderState.FAILED.value, SenderState.CLOSED.value) else Skip.OFFLINE
 
-    def _skip_none(self, step: int) -> None:
+    def _skip_none(self, step: int) -> Skip:
         reason = self._why_none()
         if reason is Skip.BUSY:
             text = f"step {step} was skipped, the snapshots before it are still on their way"
             self._skip(reason, text + "; when_behind='wait' waits for them, every= sends fewer")
         else:
             self._counters.skipped[reason] += 1  # the connection's thread says what is wrong
+        return reason
 
     def _skip(self, reason: Skip, text: str, error: Exception | None = None) -> None:
         self._counters.skipped[reason] += 1

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from trainer_client.device import Device, DeviceEvent, DeviceStream
+from trainer_client.sources import version_of
 
 _RECORDING_S = 10.0  # issuing the copies takes milliseconds: who waits so long waits for a thread that is stuck
 
@@ -101,11 +102,6 @@ class Transfer:
         with self._lock:
             if self._is_torn is None:
                 self._is_torn = spoiled or any(version_of(tensor) != version for tensor, version in self._watched)
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often the tensor was written to; those of inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _memory(tensor: Tensor) -> int | None:

@@ -6,6 +6,7 @@ import gc
 import logging
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -516,6 +517,54 @@ def test_finish_says_when_the_last_steps_were_not_sent(caplog: pytest.LogCapture
     assert ends == [
         "ema: run r ends with step 6: those up to 10 were not sent; when_behind='wait' sends every step"
     ] * (behind > 0)
+
+
+@pytest.mark.parametrize("ending", ["checkpoint", "finish"])
+def test_a_last_step_that_found_no_slot_is_sent_before_the_run_is_published(ending: str) -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+    _train(model, optimizer, 1)
+    client.worker.free.clear()
+    _train(model, optimizer, 2)
+    assert client.stats()["skipped"]["busy"] == 2
+    client.worker.free.append(client.worker.slots[0])
+
+    assert client.checkpoint(3) if ending == "checkpoint" else client.finish()
+    assert client.worker.steps == [1, 3]
+    assert client.worker.asked[-1] == ending
+    assert client.stats()["skipped"]["busy"] == 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(client.worker.sent(1)[name], tensor)
+
+
+def _write(model: nn.Module, client: OfflineClient) -> None:
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+
+
+def _announce(model: nn.Module, client: OfflineClient) -> None:
+    client.before_weight_write()
+    next(model.parameters()).data.add_(1.0)
+
+
+@pytest.mark.parametrize("write", [_write, _announce])
+def test_a_last_step_is_not_sent_with_weights_that_were_written_since(
+    write: Callable[[nn.Module, OfflineClient], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+    _train(model, optimizer, 1)
+    client.worker.free.clear()
+    _train(model, optimizer, 1)
+    client.worker.free.append(client.worker.slots[0])
+    write(model, client)
+
+    assert client.finish()
+    assert client.worker.steps == [1]
+    assert client.stats()["skipped"]["busy"] == 1
+    assert "ends with step 1" in caplog.text
 
 
 def test_the_time_spent_in_the_loop_is_measured() -> None:
