@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -396,3 +400,55 @@ def test_a_parameter_that_gets_other_memory_during_the_copy_is_copied_from_the_o
 
     assert worker.checked == 20
     assert worker.torn == []
+
+
+def test_a_graph_that_is_captured_while_copies_are_under_way_is_whole(device: torch.device) -> None:
+    model, worker, counted = Carrying(device), CheckingWorker(), torch.zeros(10, device=device)
+    optimizer = Filling(model.parameters())
+    with _client(worker) as client:
+        client.attach(model, optimizer)
+        for _ in range(20):
+            _carry(model, optimizer, 2)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(200):  # a capture that lasts
+                    counted.add_(1)
+            graph.replay()
+        assert client.flush(timeout_s=60)
+        assert client.stats()["skipped"]["error"] == 0
+
+    assert counted.tolist() == [4000.0] * 10
+    assert worker.torn == []
+
+
+def test_a_gpu_without_room_for_the_scratch_costs_one_warning(
+    device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
+    parameters = nn.ParameterList([nn.Parameter(torch.zeros(50_000, device=device)) for _ in range(200)])  # 40 MB
+    worker, optimizer = CheckingWorker(), Filling(parameters.parameters())
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(
+        torch.cuda.memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory, device
+    )
+    try:
+        with _client(worker) as client:
+            client.attach(parameters, optimizer)
+            for _ in range(3):
+                optimizer.step()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+    assert (worker.checked, worker.torn) == (3, [])
+    assert sum("out of memory" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_gpu_that_the_model_is_not_on_gets_no_context() -> None:
+    program = Path(__file__).parents[1] / "support" / "on_the_second_gpu.py"
+    environ = {**os.environ, "PYTHONPATH": str(program.parents[1])}
+
+    told = subprocess.run(
+        [sys.executable, program], env=environ, capture_output=True, text=True, timeout=200, check=False
+    )
+
+    assert (told.returncode, told.stdout) == (0, "steps [1, 2, 3], a context on GPU 0: False\n"), told.stderr
