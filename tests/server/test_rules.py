@@ -17,6 +17,7 @@ from ema_proto.averages import AverageSpec, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.exponential import Ema
 from ema_proto.pace import Pace
 from ema_proto.specs import parse_average
+from ema_server import decays
 from ema_server.reach import Reach, reach_now
 from ema_server.rules import Span, points, weight_of
 from support.any_rule import any_rules, short_rules
@@ -345,6 +346,31 @@ def test_a_half_life_of_nothing_is_a_decay_of_nothing() -> None:
 
     assert _weight(rule, 3, 4) == 1.0
     assert reach_now(rule, 4, 0, _PACE) == Reach(0.0, 0.0)
+
+
+def test_a_huge_gap_within_a_warmup_is_summed_in_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the thread that averages; while it sums, every run waits."""
+    asked: list[object] = []
+    curve = decays._timm
+
+    def counted(rule: Ema, constant: float, n: float) -> object:
+        asked.append(n)
+        return curve(rule, constant, n)
+
+    monkeypatch.setattr(decays, "_timm", counted)
+
+    assert _weight(Ema(_ALL_BUT, warmup="timm", power=1.0), 5, 2**50) < 1.0
+    assert len(asked) < 150_000
+
+
+@pytest.mark.parametrize("then", [11_985, 11_996, 12_001, 59_970, 59_999, 70_000])
+def test_no_step_of_a_gap_is_counted_with_what_a_warmup_does_after_its_turn(then: int) -> None:
+    """The decay is held at 0.5 up to step 12,001, and at 0.75 from step 60,001 on."""
+    rule = Ema(0.75, warmup="timm", gamma=4000.0, power=0.5, min_decay=0.5)
+    left = math.fsum(math.log1p(-_weight(rule, step - 1, step)) for step in range(then + 1, then + 61))
+
+    found = decays._summed(lambda n: decays._timm(rule, math.log(0.75), n), then, then + 60)
+    assert found == pytest.approx(left, rel=1e-12)
 
 
 @given(st.integers(1, 50), st.integers(0, 300), st.integers(0, 300))
