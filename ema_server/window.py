@@ -60,7 +60,7 @@ def mean_age(entries: Entries, now: int) -> float:
 
 
 def share_of(entries: Entries, step: int) -> float:
-    """Share of the snapshot of `step` in the mean, 0 where it is not there."""
+    """Share of the snapshot of `step` in the mean, 0 where it is not there; `entries` are some."""
     return sum(entry.count for entry in entries if entry.step == step) / sum(entry.count for entry in entries)
 
 
