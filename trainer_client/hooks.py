@@ -95,7 +95,8 @@ def _is_nested(optimizer: Optimizer) -> bool:
     frame: FrameType | None = sys._getframe()
     steps = 0
     while frame is not None and steps < 2:
-        if frame.f_code is _WRAPPER and frame.f_locals["args"][0] is optimizer:
+        # Looked up with care: nothing of ours may raise into a step, whatever torch calls its arguments one day.
+        if frame.f_code is _WRAPPER and frame.f_locals.get("args", ())[:1] == (optimizer,):
             steps += 1
         frame = frame.f_back
     return steps == 2
