@@ -19,10 +19,7 @@ from ema_proto.parameters import (
     Number,
     Treatment,
     Word,
-    check_fields,
     of_kind,
-    settle_name,
-    spec_of,
 )
 from ema_proto.patterns import unmatched
 from ema_proto.profiles import GAMMA_MAX, SIGMA_REL_MAX, SIGMA_REL_MIN, gamma_of, sigma_rel_of
@@ -67,19 +64,12 @@ class PowerEma(Treatment):
     _: KW_ONLY
     gamma: float | None = field(default=None, metadata=of_kind(_GAMMA))
 
-    def __post_init__(self) -> None:
-        """Validate the parameters and fill in the default name."""
-        check_fields(self)
+    def check_together(self) -> None:
+        """Refuse both lengths, or none."""
         if (self.sigma_rel is None) == (self.gamma is None):
             raise LocalProtocolError(
                 "a power average has one of sigma_rel and gamma: use for example power:sigma_rel=0.05"
             )
-        settle_name(self)
-
-    @property
-    def spec(self) -> str:
-        """The rule as a string, without the name."""
-        return spec_of(self)
 
     @property
     def exponent(self) -> float:
@@ -116,16 +106,6 @@ class Uniform(Treatment):
     every: int = field(default=1, metadata=of_kind(_EVERY))
     name: str = ""
 
-    def __post_init__(self) -> None:
-        """Validate the parameters and fill in the default name."""
-        check_fields(self)
-        settle_name(self)
-
-    @property
-    def spec(self) -> str:
-        """The rule as a string, without the name."""
-        return spec_of(self)
-
 
 @dataclass(frozen=True, slots=True)
 class Window(Treatment):
@@ -152,16 +132,6 @@ class Window(Treatment):
     k: int = field(metadata=of_kind(Count("for example window:5", low=1, high=WINDOW_MAX, unit="snapshots")))
     every: int = field(default=1, metadata=of_kind(_EVERY))
     name: str = ""
-
-    def __post_init__(self) -> None:
-        """Validate the parameters and fill in the default name."""
-        check_fields(self)
-        settle_name(self)
-
-    @property
-    def spec(self) -> str:
-        """The rule as a string, without the name."""
-        return spec_of(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,16 +166,6 @@ class Wsd(Treatment):
         default="linear", metadata=of_kind(Word(("linear", "sqrt", "cosine")))
     )
     name: str = ""
-
-    def __post_init__(self) -> None:
-        """Validate the parameters and fill in the default name."""
-        check_fields(self)
-        settle_name(self)
-
-    @property
-    def spec(self) -> str:
-        """The rule as a string, without the name."""
-        return spec_of(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import QUANTITY_MAX, QUANTITY_MIN
-from ema_proto.parameters import Count, Number, Treatment, Word, check_fields, of_kind, settle_name, spec_of
+from ema_proto.parameters import Count, Number, Treatment, Word, of_kind
 
 _EXAMPLE = "for example ema:0.9999,warmup=timm"
 _SHARE = "in [0, 1)"
@@ -101,9 +101,8 @@ class Ema(Treatment):
     update_after: int = field(default=0, metadata=of_kind(Count("for example update_after=100")))
     init: Literal["first", "start"] = field(default="first", metadata=of_kind(Word(("first", "start"))))
 
-    def __post_init__(self) -> None:
-        """Validate the parameters and fill in the default name."""
-        check_fields(self)
+    def check_together(self) -> None:
+        """Refuse several lengths or none, and what belongs to another warm-up."""
         lengths = [name for name in _LENGTHS if getattr(self, name) is not None]
         if len(lengths) != 1:
             given = f"was given {' and '.join(lengths)}" if lengths else "has no length"
@@ -121,9 +120,3 @@ class Ema(Treatment):
                 f"ema warmup={self.warmup} copies the weights at its first step, which leaves nothing of those of "
                 "before it: leave init=start out"
             )
-        settle_name(self)
-
-    @property
-    def spec(self) -> str:
-        """The rule as a string, without the name: what differs from the defaults, in a fixed order."""
-        return spec_of(self)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import NAME_CHARS_MAX, STEP_MAX
@@ -157,6 +157,18 @@ def of_kind(kind: Kind, key: str = "") -> Mapping[str, Any]:
     return {"kind": kind, "key": key}
 
 
+class Rule(Protocol):
+    """What the functions here need of a rule. `KEYWORD` begins its spec; `LEADING` is the field that needs no key."""
+
+    KEYWORD: ClassVar[str]
+    LEADING: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def name(self) -> str:
+        """Name of the average."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Treatment:
     """What every averaging rule has: which tensors it averages, and how precisely.
@@ -174,17 +186,20 @@ class Treatment:
     exclude: tuple[str, ...] = field(default=(), metadata=of_kind(Patterns()))
     accumulator: Accumulator = field(default="float32", metadata=of_kind(Word(("float32", "float64")), "acc"))
 
-
-class Rule(Protocol):
-    """What the functions here need of a rule. `KEYWORD` begins its spec; `LEADING` is the field that needs no key."""
-
-    KEYWORD: ClassVar[str]
-    LEADING: ClassVar[str]
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    def __post_init__(self) -> None:
+        """Validate the parameters and fill in the default name."""
+        rule = cast(Rule, self)  # with its keyword and its name, which have their own place in each
+        check_fields(rule)
+        self.check_together()
+        settle_name(rule)
 
     @property
-    def name(self) -> str:
-        """Name of the average."""
+    def spec(self: Rule) -> str:
+        """The rule as a string, without the name: what differs from the defaults, in a fixed order."""
+        return spec_of(self)
+
+    def check_together(self) -> None:
+        """Refuse parameters that do not go with each other; of most rules all do."""
 
 
 def parameters_of(rule: Rule | type[Rule]) -> dict[str, Field[Any]]:
