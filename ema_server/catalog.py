@@ -53,6 +53,10 @@ class Version:
     decay: float | None = None
     half_life_steps: float | None = None
 
+    def file(self, name: str) -> FileEntry | None:
+        """The entry of its file of that name, None if it has none."""
+        return next((entry for entry in self.files if entry.name == name), None)
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:

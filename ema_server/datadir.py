@@ -142,6 +142,17 @@ class DataDir:
         return self.root / "runs"
 
 
+def delete_whole(folder: Path) -> None:
+    """Delete a folder under a run's, so that a crash half-way leaves nothing under its name.
+
+    Raises:
+        OSError: the disk refuses to give it another name. What cannot be deleted then is swept at the next start.
+    """
+    aside = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def next_seq_in(folder: Path) -> int:
     """One above every seq in the names of what lies in `folder`, which may not exist, counting from 1."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []

@@ -24,9 +24,9 @@ from typing import Any, TypeAlias
 
 from ema_proto.names import check_name
 from ema_server.catalog import Catalog, FileEntry, Version, VersionGone
-from ema_server.datadir import TEMPORARY, DataDir, next_seq_in
-from ema_server.disk import sha256, sync_folders, write_durably
-from ema_server.generation import folder_name, is_folder_name, seq_in, version_of
+from ema_server.datadir import TEMPORARY, DataDir, delete_whole, next_seq_in
+from ema_server.disk import sync_folders, write_durably
+from ema_server.generation import entry_of, folder_name, is_folder_name, seq_in, version_of
 from ema_server.records import CONFIG_FILE, VERSION_FILE, BrokenGeneration, identified, read_json, rfc3339
 from ema_server.tensorfile import MODEL_FILE
 
@@ -151,9 +151,7 @@ class DerivedStore:
         """
         if not self.catalog.remove_derived(version):
             return False
-        aside = version.folder.with_name(f"{TEMPORARY}old-{version.folder.name}")
-        version.folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)  # what stays is swept at the next start
+        delete_whole(version.folder)
         return True
 
     def _restore(self, run: str, folder: Path) -> None:
@@ -177,11 +175,11 @@ class DerivedStore:
             os.fsync(file.fileno())
         if config is not None:
             write_durably(folder / CONFIG_FILE, config)
-        files = tuple(_entry(path) for path in sorted(folder.iterdir()))
+        files = tuple(entry_of(path.name, path) for path in sorted(folder.iterdir()))
         data = identified(_content(what, files), rfc3339(self._wall()))
         write_durably(folder / VERSION_FILE, data)
         sync_folders([folder])
-        return version_of(what.run, folder, 0, data, _entry(folder / VERSION_FILE))
+        return version_of(what.run, folder, 0, data, entry_of(VERSION_FILE, folder / VERSION_FILE))
 
     def _show(self, folder: Path, what: Derivation) -> Version:
         with self._naming:
@@ -206,7 +204,7 @@ def open_derived(run: str, folder: Path) -> Version:
     path = folder / VERSION_FILE
     if not path.is_file():
         raise BrokenGeneration(f"{VERSION_FILE} is missing")
-    version = version_of(run, folder, seq_in(folder.name) or 0, path.read_bytes(), _entry(path))
+    version = version_of(run, folder, seq_in(folder.name) or 0, path.read_bytes(), entry_of(VERSION_FILE, path))
     if version.derived is None or folder.name != folder_name(version.seq, version.step):
         raise BrokenGeneration(f"{VERSION_FILE} is not that of a derived version of step {version.step}")
     for file in version.files:
@@ -227,7 +225,3 @@ def _content(what: Derivation, files: tuple[FileEntry, ...]) -> dict[str, Any]:
         "derived": {"kind": what.kind, **what.provenance},
         "files": [asdict(entry) for entry in files],
     }
-
-
-def _entry(path: Path) -> FileEntry:
-    return FileEntry(path.name, path.stat().st_size, sha256(path))

@@ -93,6 +93,11 @@ def open_generation(run: str, folder: Path) -> Generation:
     return Generation(run, record.seq, record.run.step, record.pinned, record.finished, folder, versions)
 
 
+def entry_of(name: str, path: Path) -> FileEntry:
+    """The entry of a file that has just been written, under `name`; it is read whole."""
+    return FileEntry(name, path.stat().st_size, sha256(path))
+
+
 def verify(folder: Path, record: GenerationRecord) -> None:
     """Read every file and compare its sha256.
 

@@ -96,7 +96,7 @@ def checked(data: bytes, stored: tuple[Stored, ...], manifest: Manifest) -> dict
         spec = _buffer(name, specs)
         _check_tensor(name, tensor, places[name])
         content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        for each in (spec.name, *spec.aliases):
+        for each in spec.names:
             if found.setdefault(each, content) != content:
                 raise BadBuffers(f"{name!r} and {spec.name!r} are one tensor of the model, with two values here")
     return found
@@ -120,13 +120,13 @@ def _check_tensor(name: str, tensor: Tensor, place: Stored) -> None:
 
 
 def _by_name(manifest: Manifest) -> dict[str, TensorSpec]:
-    return {name: tensor for tensor in manifest.tensors for name in (tensor.name, *tensor.aliases)}
+    return {name: tensor for tensor in manifest.tensors for name in tensor.names}
 
 
 def _verify(base: Version, path: Path) -> None:
     """What is copied gets a digest of its own: damage must not be taken along under it."""
-    known = next((file.sha256 for file in base.files if file.name == MODEL_FILE), None)
-    if known != sha256(path):
+    known = base.file(MODEL_FILE)
+    if known is None or known.sha256 != sha256(path):
         raise BrokenGeneration(f"{MODEL_FILE} of version {base.id} is not what was written")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ema_server.catalog import Generation
 from ema_server.config import RingDtype
-from ema_server.datadir import TEMPORARY, DataDir
+from ema_server.datadir import TEMPORARY, DataDir, delete_whole
 from ema_server.disk import sync_folders
 from ema_server.generation import is_folder_name, step_in
 from ema_server.modelfile import BadModelFile
@@ -228,7 +228,7 @@ class Ring:
                 return
         by_step = {step_in(path.name): path for path in self._folders(run)}
         for step in thinned(sorted(by_step), self._size):
-            self._drop(by_step[step])
+            delete_whole(by_step[step])
 
     def _cut_now(self, run: str) -> None:
         step = self._cuts.step(run)
@@ -236,7 +236,7 @@ class Ring:
             return
         beyond = [path for path in self._folders(run) if step_in(path.name) > step]
         for path in beyond:
-            self._drop(path)
+            delete_whole(path)
         if beyond:
             sync_folders([self._data_dir.ring_folder(run)])
         self._cuts.done(run)
@@ -254,11 +254,6 @@ class Ring:
             self._offered.pop(run, None)
         else:
             self._offered[run] = status.last_step
-
-    def _drop(self, folder: Path) -> None:
-        aside = folder.with_name(f"{TEMPORARY}old-{folder.name}")
-        folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)  # what stays is swept at the next start
 
     def _folders(self, run: str) -> list[Path]:
         folder = self._data_dir.ring_folder(run)

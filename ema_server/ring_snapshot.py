@@ -19,8 +19,8 @@ from ema_proto.manifest import Manifest, Role, TensorSpec
 from ema_proto.specs import parse_average
 from ema_server.catalog import FileEntry, Generation, Version
 from ema_server.config import RingDtype
-from ema_server.disk import link_or_copy, sha256, sync_folders, write_durably
-from ema_server.generation import read_manifest, read_record
+from ema_server.disk import link_or_copy, sync_folders, write_durably
+from ema_server.generation import entry_of, read_manifest, read_record
 from ema_server.layout import is_averaged
 from ema_server.modelfile import Stored, describe, pieces_of, read_header
 from ema_server.records import CONFIG_FILE, BrokenGeneration, dump, read_json
@@ -131,7 +131,7 @@ def _copied(manifest: Manifest, exempt: frozenset[str], rule: AverageSpec) -> fr
         return tensor.role is not Role.FROZEN and is_averaged(tensor, exempt) and averages(rule, tensor)
 
     copies = (one for one in manifest.tensors if not is_summed(one))
-    return frozenset(name for tensor in copies for name in (tensor.name, *tensor.aliases))
+    return frozenset(name for tensor in copies for name in tensor.names)
 
 
 def _member(
@@ -173,9 +173,11 @@ def _read_member(value: Mapping[str, Any]) -> RingMember:
 
 def _place(version: Version, target: Path, dtype: RingDtype, copied: frozenset[str]) -> FileEntry:
     """Give the version's model file a second name, or write it in bfloat16."""
+    known = version.file(MODEL_FILE)
+    if known is None:
+        raise BrokenGeneration(f"version {version.id} has no {MODEL_FILE}")
     if dtype == "float32":
         link_or_copy(version.folder / MODEL_FILE, target)
-        known = next(entry for entry in version.files if entry.name == MODEL_FILE)
         return FileEntry(target.name, known.size, known.sha256)
     stored = read_header(version.folder / MODEL_FILE)
     header, placed = describe((one.name, _narrow(one, copied), one.shape) for one in stored)
@@ -186,7 +188,7 @@ def _place(version: Version, target: Path, dtype: RingDtype, copied: frozenset[s
                 writer.write(piece if old.dtype == new.dtype else _narrowed(piece))
         writer.flush()
         os.fsync(writer.fileno())
-    return FileEntry(target.name, target.stat().st_size, sha256(target))
+    return entry_of(target.name, target)
 
 
 def _narrow(stored: Stored, copied: frozenset[str]) -> str:

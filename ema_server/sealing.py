@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ema_proto.manifest import Manifest
-from ema_server.catalog import FileEntry, Generation, Version
-from ema_server.disk import link_or_copy, sha256, sync_folders, write_durably
+from ema_server.catalog import Generation, Version
+from ema_server.disk import link_or_copy, sync_folders, write_durably
 from ema_server.draft import Draft
 from ema_server.generation import (
     AVERAGES_FOLDER,
     WINDOWS_FOLDER,
+    entry_of,
     folder_name,
     open_generation,
     read_record,
@@ -67,13 +68,13 @@ def seal(draft: Draft, content: Content, label: Label) -> Generation:
     draft.close()
     folder, record = draft.folder, content.record
     write_durably(folder / MANIFEST_FILE, manifest_bytes(content.manifest))
-    files = {MANIFEST_FILE: _entry(MANIFEST_FILE, folder / MANIFEST_FILE)}
+    files = {MANIFEST_FILE: entry_of(MANIFEST_FILE, folder / MANIFEST_FILE)}
     for average in record.averages:
         if not average.has_content:
             continue
         windows = folder / WINDOWS_FOLDER / average.name
         inside = sorted(windows.iterdir()) if average.window else []
-        files |= {(path := f"{WINDOWS_FOLDER}/{average.name}/{f.name}"): _entry(path, f) for f in inside}
+        files |= {(path := f"{WINDOWS_FOLDER}/{average.name}/{f.name}"): entry_of(path, f) for f in inside}
         version = _seal_average(folder / AVERAGES_FOLDER / average.name, content, average, label)
         files |= {(path := f"{AVERAGES_FOLDER}/{average.name}/{f.name}"): replace(f, name=path) for f in version.files}
     final = GenerationRecord(label.seq, label.created, label.reason, label.pinned, label.finished, record, files)
@@ -112,10 +113,10 @@ def link(
 def _seal_average(folder: Path, content: Content, average: AverageRecord, label: Label) -> Version:
     if content.config is not None:
         write_durably(folder / CONFIG_FILE, content.config.encode())
-    files = tuple(_entry(path.name, path) for path in sorted(folder.iterdir()))
+    files = tuple(entry_of(path.name, path) for path in sorted(folder.iterdir()))
     data = version_bytes(content.record, average, label.created, files)
     write_durably(folder / VERSION_FILE, data)
-    own = _entry(VERSION_FILE, folder / VERSION_FILE)
+    own = entry_of(VERSION_FILE, folder / VERSION_FILE)
     return version_of(content.record.run, folder, label.seq, data, own)
 
 
@@ -133,7 +134,3 @@ def _belongs(path: str, record: RunRecord) -> bool:
     """Whether a file of a generation, `manifest.json` or `averages/NAME/...`, is part of the run as recorded."""
     parts = path.split("/")
     return len(parts) == 1 or parts[1] in {average.name for average in record.averages if average.has_content}
-
-
-def _entry(name: str, path: Path) -> FileEntry:
-    return FileEntry(name, path.stat().st_size, sha256(path))

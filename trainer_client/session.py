@@ -24,7 +24,7 @@ from trainer_client.hooks import Attachment
 from trainer_client.lifecycle import Lifecycle, State, when_forgotten
 from trainer_client.settings import Settings
 from trainer_client.stream import Stream, steps_before
-from trainer_client.transport import Transport
+from trainer_client.transport import Transport, seconds_left
 from trainer_client.worker import Worker
 
 log = logging.getLogger("ema")
@@ -170,7 +170,7 @@ class Session:
             return False
         deadline = time.monotonic() + timeout_s
         self._stream.catch_up(timeout_s)
-        return self._transport.checkpoint(max(0.0, deadline - time.monotonic()))
+        return self._transport.checkpoint(seconds_left(deadline))
 
     def rewind(self, step: int, timeout_s: float) -> int | None:
         """Take the run back, and count steps from there.
@@ -189,13 +189,12 @@ class Session:
         deadline, finished = time.monotonic() + timeout_s, False
         if self._stream is not None:
             self._stream.catch_up(timeout_s)
-            finished = self._transport.finish(max(0.0, deadline - time.monotonic()))
-        if self.joined and not finished:
-            log.warning(
-                "ema: run %s is not finished on the server; what it has applied is kept there", self.settings.run
-            )
-        if finished:
-            self._tell_end()
+            finished = self._transport.finish(seconds_left(deadline))
+            if finished:
+                self._tell_end()
+            else:
+                text = "ema: run %s is not finished on the server; what it has applied is kept there"
+                log.warning(text, self.settings.run)
         self.close(CLOSE_TIMEOUT_S)
         self.life.state = State.FINISHED if finished else State.CLOSED
         return finished

@@ -41,17 +41,17 @@ class Transport:
     def flush(self, timeout_s: float, *, durable: bool) -> bool:
         """See `Worker.flush`; False also when a copy does not end in time."""
         deadline = time.monotonic() + timeout_s
-        return self._copies.idle(timeout_s) and self.worker.flush(_left(deadline), durable=durable)
+        return self._copies.idle(timeout_s) and self.worker.flush(seconds_left(deadline), durable=durable)
 
     def checkpoint(self, timeout_s: float) -> bool:
         """See `Worker.checkpoint`; False also when a copy does not end in time."""
         deadline = time.monotonic() + timeout_s
-        return self._copies.idle(timeout_s) and self.worker.checkpoint(_left(deadline))
+        return self._copies.idle(timeout_s) and self.worker.checkpoint(seconds_left(deadline))
 
     def finish(self, timeout_s: float) -> bool:
         """See `Worker.finish`; False also when a copy does not end in time."""
         deadline = time.monotonic() + timeout_s
-        return self._copies.idle(timeout_s) and self.worker.finish(_left(deadline))
+        return self._copies.idle(timeout_s) and self.worker.finish(seconds_left(deadline))
 
     def rewind(self, step: int, timeout_s: float) -> int | None:
         """See `Worker.rewind`.
@@ -62,15 +62,16 @@ class Transport:
         deadline = time.monotonic() + timeout_s
         if not self._copies.idle(timeout_s):
             raise RewindError(f"the device has not copied the last snapshot in {timeout_s:g} s: nothing was rewound")
-        return self.worker.rewind(step, _left(deadline))
+        return self.worker.rewind(step, seconds_left(deadline))
 
     def close(self, timeout_s: float) -> None:
         """Give what is under way at most `timeout_s` seconds; end the threads, then let go of the memory they used."""
         deadline = time.monotonic() + timeout_s
         copied = self._copies.close(timeout_s)
-        ended = self.worker.close(_left(deadline))
+        ended = self.worker.close(seconds_left(deadline))
         self.pins.release(unused=copied and ended)
 
 
-def _left(deadline: float) -> float:
+def seconds_left(deadline: float) -> float:
+    """Until a monotonic time, 0 once it has passed."""
     return max(0.0, deadline - time.monotonic())

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from ema_server.board import RunStatus
 from ema_server.catalog import FileEntry, Version
-from ema_server.http.models import RingOut, RunOut
+from ema_server.http.models import RingOut, RunOut, VersionOut
 from ema_server.http.problems import Code, Problem
 from ema_server.http.services import Services
 
@@ -68,11 +68,16 @@ def find_version(services: Services, run: str, average: str, rev: str) -> Versio
 
 def find_file(version: Version, name: str) -> FileEntry:
     """The file `name` of a version, or the problem that there is none."""
-    for entry in version.files:
-        if entry.name == name:
-            return entry
+    entry = version.file(name)
+    if entry is not None:
+        return entry
     names = ", ".join(entry.name for entry in version.files)
     raise Problem(Code.FILE_NOT_FOUND, f"version {version.id} has no file {name[:100]!r}; it has {names}")
+
+
+def address_of(version: Version | VersionOut) -> str:
+    """The path of a version, immutable."""
+    return f"/v1/runs/{version.run}/averages/{version.average}/versions/{version.id}"
 
 
 def is_alias(rev: str) -> bool:
@@ -96,6 +101,6 @@ def refuse_resume(version: Version, entry: FileEntry, headers: Headers) -> None:
     wanted = headers.get("range")
     if wanted is None or _FROM_THE_START.fullmatch(wanted) or headers.get("if-range") == f'"{entry.sha256}"':
         return
-    address = f"/v1/runs/{version.run}/averages/{version.average}/versions/{version.id}/files/{entry.name}"
+    address = f"{address_of(version)}/files/{entry.name}"
     detail = f"the alias may have moved since the first part was downloaded; the current version is at {address}"
     raise Problem(Code.ALIAS_RANGE, detail)

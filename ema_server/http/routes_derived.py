@@ -10,6 +10,7 @@ from ema_server.http.derive import delete_derived
 from ema_server.http.derive_models import SynthesizedOut, SynthesizeIn
 from ema_server.http.models import ProblemOut, VersionOut
 from ema_server.http.recalibrate import Uploads, find_base, recalibrate_version, received
+from ema_server.http.resolve import address_of
 from ema_server.http.services import Services
 from ema_server.http.synthesize import synthesize
 
@@ -33,8 +34,7 @@ def router(services: Services) -> APIRouter:
     async def make(run: str, body: SynthesizeIn, response: Response) -> SynthesizedOut:
         """Make a power-function average that was not kept, of those that were. Answers once it is durable."""
         made, is_new = await synthesize(services, run, body)
-        version = made.version
-        response.headers["Location"] = f"/v1/runs/{version.run}/averages/{version.average}/versions/{version.id}"
+        response.headers["Location"] = address_of(made.version)
         if not is_new:
             response.status_code = 200
         return made
@@ -58,11 +58,10 @@ def router(services: Services) -> APIRouter:
         base = find_base(services, run, average, id)
         with uploads.one():
             made = await recalibrate_version(services, base, await received(request.body))
-        version = made.version
-        response.headers["Location"] = f"/v1/runs/{version.run}/averages/{version.average}/versions/{version.id}"
+        response.headers["Location"] = address_of(made.version)
         if not made.is_new:
             response.status_code = 200
-        shown: VersionOut = VersionOut.model_validate(version)
+        shown: VersionOut = VersionOut.model_validate(made.version)
         return shown
 
     @routes.delete(

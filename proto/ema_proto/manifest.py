@@ -46,6 +46,11 @@ class TensorSpec:
     aliases: tuple[str, ...] = ()
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Its name, then the tied ones."""
+        return (self.name, *self.aliases)
+
+    @property
     def elements(self) -> int:
         """Number of elements (1 for a 0-d tensor)."""
         return math.prod(self.shape)
@@ -187,7 +192,7 @@ def _tensor_from_json(item: object) -> TensorSpec:
 
 
 def _check_tensor(tensor: TensorSpec) -> None:
-    for name in (tensor.name, *tensor.aliases):
+    for name in tensor.names:
         if not 0 < len(name) <= TENSOR_NAME_CHARS_MAX or not name.isprintable():
             raise _invalid(
                 f"tensor name {name[:80]!r} is empty, unprintable or over {TENSOR_NAME_CHARS_MAX} characters"
@@ -211,7 +216,7 @@ def _checked(manifest: Manifest) -> Manifest:
     seen: set[str] = set()
     for tensor in manifest.tensors:
         _check_tensor(tensor)
-        for name in (tensor.name, *tensor.aliases):
+        for name in tensor.names:
             if name in seen:
                 raise _invalid(f"tensor name {name!r} appears twice")
             seen.add(name)
