@@ -12,14 +12,14 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.result import Row, Section, Spread, interleaved
-from ema_proto.manifest import Manifest, Role, TensorSpec
-from ema_server.crew import Crew
-from ema_server.cuda import open_device
-from ema_server.device import HOST, Device
-from ema_server.kernel import Target
-from ema_server.layout import Form, held_nbytes, segments
-from ema_server.memory import Memory
-from ema_server.slots import Slot
+from ema_proto.wire.manifest import Manifest, Role, TensorSpec
+from ema_server.compute.cuda import open_device
+from ema_server.compute.device import HOST, Device
+from ema_server.compute.kernel import Target
+from ema_server.compute.memory import Memory
+from ema_server.compute.pool import WorkerPool
+from ema_server.ingest.slots import Slot
+from ema_server.tensors.layout import Form, held_nbytes, segments
 
 _ELEMENTS = 86_567_656  # a ViT-B/16
 _ELEMENTS_QUICK = 3_000_000
@@ -76,10 +76,10 @@ def compared(device: Device, what: str, elements: int, rounds: int) -> tuple[Row
 
 
 class _Arm:
-    """A crew and its averages on one device."""
+    """A pool and its averages on one device."""
 
     def __init__(self, device: Device, manifest: Manifest, slot: Slot) -> None:
-        self._crew = Crew(device.workers, device.block_elements, device)
+        self._crew = WorkerPool(device.workers, device.block_elements, device)
         self._segments, self._slot = segments(manifest), slot
         memories = [device.allocate(held_nbytes(manifest, Form.WIDE)) for _ in range(_AVERAGES)]
         self._targets = [Target(memory.data, Form.WIDE, _WEIGHT) for memory in memories]

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from benchmarks.kernel import arithmetics
 from benchmarks.result import Row, Section, Spread
-from ema_server.arithmetic import Arithmetic, Elements
+from ema_server.compute.arithmetic import Arithmetic, Elements
 
 _DECAY = 0.9998
 _STEP = 0.01  # standard deviation of a step of the walk, which begins at values of deviation 1

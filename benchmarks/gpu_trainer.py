@@ -1,6 +1,6 @@
 """The trainer of the GPU benchmark, in a process of its own: one JSON line per round.
 
-Comes in: the server's address, the model's width, the batch. Goes out: for each way of keeping an average, seconds per
+Takes the server's address, the model's width and the batch. Prints, for each way of keeping an average, seconds per
 step, seconds per step in our code, the share of snapshots that was skipped, and the highest memory of the GPU in bytes.
 """
 

@@ -14,15 +14,15 @@ import torch
 from benchmarks.machine import all_cores
 from benchmarks.result import Row, Section, Spread, interleaved
 from ema_proto.limits import CHUNK_BYTES_DEFAULT
-from ema_proto.manifest import Manifest, Role, TensorSpec
-from ema_server.arithmetic import Arithmetic, ByTorch
-from ema_server.crew import Crew
-from ema_server.finite import FiniteCheck
-from ema_server.kernel import Target
-from ema_server.kernel_choice import KernelUnavailableError, choose
-from ema_server.layout import Form, segments
-from ema_server.memory import allocate
-from ema_server.slots import Slot
+from ema_proto.wire.manifest import Manifest, Role, TensorSpec
+from ema_server.compute.arithmetic import Arithmetic, ByTorch
+from ema_server.compute.kernel import Target
+from ema_server.compute.kernel_choice import KernelUnavailableError, choose
+from ema_server.compute.memory import allocate
+from ema_server.compute.pool import WorkerPool
+from ema_server.ingest.finite import FiniteCheck
+from ema_server.ingest.slots import Slot
+from ema_server.tensors.layout import Form, segments
 
 _ELEMENTS = 86_567_656  # a ViT-B/16
 _ELEMENTS_QUICK = 100_000
@@ -70,10 +70,10 @@ def _seconds(elements: int, threads: int, kernels: Sequence[Arithmetic], rounds:
     arms = {"lerp": _timed(lambda: average.lerp_(weights, _WEIGHT)), "finite": _timed(_checks(elements, slots["F32"]))}
     with ExitStack() as stack:
         for kernel in kernels:
-            crew = Crew(threads, arithmetic=kernel)
-            stack.callback(crew.close)
+            pool = WorkerPool(threads, arithmetic=kernel)
+            stack.callback(pool.close)
             for arm, dtype, number in zip(_ARMS, ("F32", "F32", "BF16"), (1, 3, 1), strict=True):
-                arms[f"{kernel.name} {arm}"] = _timed(_pass(crew, elements, dtype, slots[dtype], averages[:number]))
+                arms[f"{kernel.name} {arm}"] = _timed(_pass(pool, elements, dtype, slots[dtype], averages[:number]))
         return interleaved(rounds, **arms)
 
 
@@ -99,10 +99,12 @@ def _row(name: str, ours: list[float], rival: list[float], against: str, aim: st
     return Row(name, Spread.of(ours).show("ms", 1e3), shown, Spread.ratio(ours, rival), aim)
 
 
-def _pass(crew: Crew, elements: int, dtype: str, slot: Slot, averages: Sequence[torch.Tensor]) -> Callable[[], None]:
+def _pass(
+    pool: WorkerPool, elements: int, dtype: str, slot: Slot, averages: Sequence[torch.Tensor]
+) -> Callable[[], None]:
     targets = [Target(average, Form.WIDE, _WEIGHT) for average in averages]
     blocks = segments(_manifest(elements, dtype))
-    return lambda: crew.update(blocks, slot.tensor, targets, None)
+    return lambda: pool.update(blocks, slot.tensor, targets, None)
 
 
 def _checks(elements: int, slot: Slot) -> Callable[[], None]:

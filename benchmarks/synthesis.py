@@ -20,12 +20,12 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from benchmarks.result import Row, Section, Spread, interleaved
-from ema_proto.profiles import gamma_of
-from ema_server.catalog import FileEntry
-from ema_server.combining import combined
+from ema_proto.averages.profiles import gamma_of
 from ema_server.config import RingDtype
-from ema_server.ring_snapshot import RingMember, RingSnapshot
-from ema_server.synthesis import Plan, make_plan
+from ema_server.derived.combine import combined
+from ema_server.derived.plan import Plan, make_plan
+from ema_server.publishing.ring_snapshot import RingMember, RingSnapshot
+from ema_server.storage.catalog import FileEntry
 
 _KEPT = (0.05, 0.10)
 _WANTED = (0.03, 0.04, 0.06, 0.075, 0.12, 0.15, 0.20)

@@ -31,9 +31,12 @@ class Room:
 
 ROOMS = (
     Room("ema_server.cli", ("serve",)),
-    Room("ema_reader.cli", ("status", "versions", "download", "evaluate", "validate", "recalibrate", "healthcheck")),
-    Room("ema_reader.cli_derived", ("synthesize",)),
-    Room("ema_reader.cli_averages", ("averages", "ledger")),
+    Room(
+        "ema_reader.cli.commands",
+        ("status", "versions", "download", "evaluate", "validate", "recalibrate", "healthcheck"),
+    ),
+    Room("ema_reader.cli.derived", ("synthesize",)),
+    Room("ema_reader.cli.averages", ("averages", "ledger")),
     Room("ema_cli.doctor", ("doctor",)),
     Room("ema_cli.demo.command", ("demo",)),
 )

@@ -114,13 +114,13 @@ def serve(
 
 def _run(config: ServerConfig) -> int:
     # Imported only now: torch takes a second, which `ema --help` need not.
-    from ema_server.cuda import DeviceError
-    from ema_server.datadir import DataDirError
-    from ema_server.disk import allow_open_files
-    from ema_server.kernel_choice import KernelUnavailableError
-    from ema_server.metric_store import MetricStoreError
-    from ema_server.serve_http import HttpListenError
+    from ema_server.compute.cuda import DeviceError
+    from ema_server.compute.kernel_choice import KernelUnavailableError
+    from ema_server.evaluation.metric_store import MetricStoreError
+    from ema_server.http.listener import HttpListenError
     from ema_server.server import run
+    from ema_server.storage.datadir import DataDirError
+    from ema_server.storage.disk import allow_open_files
 
     allow_open_files()
     try:

@@ -17,25 +17,25 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 
-from ema_server.averager import Averager
-from ema_server.board import Board
-from ema_server.catalog import Catalog
+from ema_server.averager.averager import Averager
+from ema_server.compute.cuda import open_device
+from ema_server.compute.device import Device
 from ema_server.config import ServerConfig
-from ema_server.cuda import open_device
-from ema_server.datadir import DataDir, open_data_dir
-from ema_server.derived import DerivedStore
-from ema_server.deriving import Deriving
-from ema_server.device import Device
-from ema_server.evaluator import Evaluator
+from ema_server.derived.queue import Deriving
+from ema_server.derived.store import DerivedStore
+from ema_server.evaluation.metric_store import MetricStore
+from ema_server.evaluation.scheduler import Validations
+from ema_server.evaluation.worker import Evaluator
 from ema_server.http.app import create_app
+from ema_server.http.listener import HttpServer, loop_factory
 from ema_server.http.services import Services
-from ema_server.ingest import Ingest
-from ema_server.metric_store import MetricStore
-from ema_server.publisher import Publisher
-from ema_server.ring import Ring
-from ema_server.serve_http import HttpServer, loop_factory
+from ema_server.ingest.ingest import Ingest
+from ema_server.publishing.publisher import Publisher
+from ema_server.publishing.ring import Ring
+from ema_server.runs.status_store import StatusStore
+from ema_server.storage.catalog import Catalog
+from ema_server.storage.datadir import DataDir, open_data_dir
 from ema_server.telemetry import Telemetry
-from ema_server.validations import Validations
 from ema_server.watch import until_over
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def _build(
 ) -> tuple[Services, Averager, Ingest]:
     metrics = MetricStore(config.data / _METRICS_FILE)
     stack.callback(metrics.close)
-    catalog, board, telemetry = Catalog(), Board(), Telemetry()
+    catalog, statuses, telemetry = Catalog(), StatusStore(), Telemetry()
     ring = Ring(data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
     stopping = threading.Event()
     deriving = Deriving(DerivedStore(data_dir, catalog), ring, stopping)
@@ -118,15 +118,15 @@ def _build(
     catalog.listen(ring.rename)
     keep = config.keep_generations
     publisher = Publisher(data_dir, catalog, keep_generations=keep, telemetry=telemetry, ring=ring)
-    averager = Averager(config, catalog, publisher, board, telemetry, device=device)
+    averager = Averager(config, catalog, publisher, statuses, telemetry, device=device)
     ingest = Ingest(config, averager, telemetry)
     averager.listen(ingest.published)
     catalog.listen(metrics.rename)
-    validations = Validations(catalog, board, metrics)
+    validations = Validations(catalog, statuses, metrics)
     evaluator = None if config.evaluate is None else Evaluator(config, validations.abandon)
     services = Services(
         catalog=catalog,
-        board=board,
+        statuses=statuses,
         telemetry=telemetry,
         metrics=metrics,
         validations=validations,

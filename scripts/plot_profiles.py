@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ema_proto.averages import AverageSpec, Window
-from ema_proto.specs import parse_average
-from ema_server.rules import Span, points, weight_of
-from ema_server.window import Entries, entered
+from ema_proto.averages.rules import AverageSpec, Window
+from ema_proto.averages.specs import parse_average
+from ema_server.rules.weights import Span, points, weight_of
+from ema_server.rules.window import Entries, entered
 
 STEPS = 10_000
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # colour-blind readers tell them apart

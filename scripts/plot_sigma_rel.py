@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from ema_cli.demo.child import Child
 from ema_cli.demo.digits import DigitNet, held_out_accuracy, load
-from ema_proto.averages import AverageSpec
+from ema_proto.averages.rules import AverageSpec
 from ema_reader import Reader
 from trainer_client import EmaClient, PowerEma, Raw
 

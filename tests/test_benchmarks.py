@@ -12,7 +12,7 @@ from torch import nn
 from benchmarks import __main__ as command
 from benchmarks import device, error, gpu_step, gpu_trainer, nginx, rival
 from benchmarks.result import Row, Section, Spread, interleaved
-from ema_server.accelerator import Accelerator
+from ema_server.compute.accelerator import Accelerator
 from support.backends import InlineBackend
 
 

@@ -15,10 +15,10 @@ import typer
 
 from ema_cli.app import build
 from ema_cli.demo.train import parse
-from ema_reader.functions import import_function
+from ema_reader.evaluation.user_function import import_function
 from ema_reader.reader import DEFAULT_URL
 from ema_server.config import ServerConfig, split_host_port
-from ema_server.serve_http import GRACEFUL_S
+from ema_server.http.listener import GRACEFUL_S
 from ema_server.server import INGEST_STOP_S, PUBLISH_STOP_S
 
 _ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ The way of a snapshot, file by file: `hooks` (a step has ended) → `client` →
 
 from __future__ import annotations
 
-from ema_proto.specs import Ema, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.specs import Ema, PowerEma, Raw, Uniform, Window, Wsd
 from trainer_client.client import EmaClient
 from trainer_client.errors import (
     AverageError,
@@ -18,7 +18,7 @@ from trainer_client.errors import (
     RewindError,
     SettingsError,
 )
-from trainer_client.remote import RemoteModelEma
+from trainer_client.timm.remote import RemoteModelEma
 
 __all__ = [
     "EmaClient",

@@ -16,8 +16,8 @@ from typing import Any, Literal, Self, SupportsIndex
 from torch import nn
 from torch.optim import Optimizer
 
-from ema_proto.messages import Resume
-from ema_proto.specs import AverageSpec
+from ema_proto.averages.specs import AverageSpec
+from ema_proto.wire.messages import Resume
 from trainer_client.hooks import Attachment, check_optimizers
 from trainer_client.lifecycle import State
 from trainer_client.session import CLOSE_TIMEOUT_S, Session

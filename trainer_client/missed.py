@@ -1,6 +1,6 @@
 """The snapshot that was due last and found no slot. A run that ends can still send it, if nothing was written since.
 
-Comes in: live tensors. Goes out: whether they are as they were. Copies nothing and sends nothing.
+Comes in: live tensors. Goes out: whether they are as they were. TransferQueue nothing and sends nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from trainer_client.counters import Skip
-from trainer_client.sources import version_of
+from trainer_client.model.sources import version_of
 
 
 class Missed:

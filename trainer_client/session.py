@@ -15,17 +15,17 @@ from typing import Any, Self
 from torch import nn
 from torch.optim import Optimizer
 
-from ema_proto.exponential import Ema
-from ema_proto.pace import half_life_steps, needed_of
+from ema_proto.averages.exponential import Ema
+from ema_proto.averages.step_units import half_life_steps, needed_of
+from trainer_client.connection.transport import Transport, seconds_left
+from trainer_client.connection.worker import Worker
 from trainer_client.counters import Counters
-from trainer_client.device import DeviceOf, device_of
 from trainer_client.errors import JoinError, RewindError, SettingsError
 from trainer_client.hooks import Attachment
 from trainer_client.lifecycle import Lifecycle, State, when_forgotten
 from trainer_client.settings import Settings
+from trainer_client.staging.device import DeviceOf, device_of
 from trainer_client.stream import Stream, steps_before
-from trainer_client.transport import Transport, seconds_left
-from trainer_client.worker import Worker
 
 log = logging.getLogger("ema")
 

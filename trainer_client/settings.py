@@ -20,14 +20,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, cast, get_args
 
+from ema_proto.averages.specs import AverageSpec, parse_averages, split_averages
+from ema_proto.averages.step_units import StepUnits, check_pace
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import CONFIG_BYTES_MAX, STEP_MAX
-from ema_proto.messages import Resume
 from ema_proto.names import check_name
-from ema_proto.pace import Pace, check_pace
 from ema_proto.patterns import check_patterns
-from ema_proto.specs import AverageSpec, parse_averages, split_averages
 from ema_proto.variables import misspelt, warning
+from ema_proto.wire.messages import Resume
 from trainer_client.errors import SettingsError
 
 log = logging.getLogger("ema")
@@ -53,7 +53,7 @@ class Settings:
     run: str
     run_generated: bool
     averages: tuple[AverageSpec, ...]
-    pace: Pace
+    pace: StepUnits
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     trainable_only: bool
@@ -240,9 +240,9 @@ def _number(value: float | None, environ: Mapping[str, str], variable: str) -> f
         raise SettingsError(f"{variable}={text!r} is not a number: use for example {variable}=256") from None
 
 
-def _pace(rules: tuple[AverageSpec, ...], samples_per_step: float | None, steps_per_epoch: float | None) -> Pace:
+def _pace(rules: tuple[AverageSpec, ...], samples_per_step: float | None, steps_per_epoch: float | None) -> StepUnits:
     try:
-        pace = Pace(samples_per_step, steps_per_epoch)
+        pace = StepUnits(samples_per_step, steps_per_epoch)
         check_pace(rules, pace)
     except LocalProtocolError as error:
         raise SettingsError(str(error)) from None

@@ -12,18 +12,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ema_proto.averages import check_matches
+from ema_proto.averages.rules import check_matches
 from ema_proto.errors import LocalProtocolError
-from ema_proto.messages import Join, Mode
-from ema_proto.sender import SenderState
+from ema_proto.sender.machine import SenderState
+from ema_proto.wire.messages import Join, Mode
+from trainer_client.connection.transport import Transport
 from trainer_client.counters import Counters, Skip
 from trainer_client.errors import PlanError, SettingsError
 from trainer_client.missed import Missed
-from trainer_client.plan import Plan
-from trainer_client.selection import Selection
+from trainer_client.model.plan import Plan
+from trainer_client.model.selection import Selection
 from trainer_client.settings import Settings, WhenBehind
-from trainer_client.stagers import Stagers
-from trainer_client.transport import Transport
+from trainer_client.staging.stagers import Stagers
 
 log = logging.getLogger("ema")
 

@@ -1,1 +1,1 @@
-"""The HTTP side: turns the catalog, the board and the metric store into responses. It never writes an average."""
+"""The HTTP application and what surrounds a request."""

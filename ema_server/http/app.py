@@ -4,37 +4,27 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from ema_server.http import (
-    problems,
-    routes_averages,
-    routes_derived,
-    routes_files,
-    routes_health,
-    routes_leases,
-    routes_metrics,
-    routes_runs,
-    routes_validations,
-    routes_versions,
-)
+from ema_server.http import problems
 from ema_server.http.auth import BearerAuth
 from ema_server.http.body_limit import BodyLimit
 from ema_server.http.description import DescribedApp
-from ema_server.http.models import ProblemOut
 from ema_server.http.request_counts import CountRequests
+from ema_server.http.routes import averages, derived, files, health, leases, metrics, runs, validations, versions
+from ema_server.http.schemas import ProblemOut
 from ema_server.http.services import Services
 
 API_VERSION = "1"
 _PROBLEM = {"model": ProblemOut, "description": "Any error, as RFC 9457 problem+json"}
 _ROUTERS = (
-    routes_health,
-    routes_runs,
-    routes_averages,
-    routes_versions,
-    routes_files,
-    routes_derived,
-    routes_metrics,
-    routes_validations,
-    routes_leases,
+    health,
+    runs,
+    averages,
+    versions,
+    files,
+    derived,
+    metrics,
+    validations,
+    leases,
 )
 
 

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
+from ema_server.averager.jobs import Job
 from ema_server.http.problems import Code, Problem
 from ema_server.http.services import Services
-from ema_server.jobs import Job
 
 _Answer = TypeVar("_Answer")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ema_server.derived.recalibration import BUFFERS_BYTES_MAX
 from ema_server.http.problems import Code, Problem, problem_response
-from ema_server.recalibration import BUFFERS_BYTES_MAX
 
 BODY_BYTES_MAX = 1 << 20  # a thousand metrics with long names are under 300 KiB
 UPLOAD = "recalibrate"  # how the one address ends that takes tensors

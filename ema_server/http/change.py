@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ema_proto.averages.specs import parse_average
 from ema_proto.errors import LocalProtocolError
-from ema_proto.specs import parse_average
-from ema_server.board import AverageStatus
+from ema_server.averager.jobs import AddAverage, Changed, RemoveAverage, Unchanged, WhyNot
 from ema_server.http.ask import ask_averager
 from ema_server.http.problems import Code, Problem
 from ema_server.http.resolve import run_status
 from ema_server.http.services import Services
-from ema_server.jobs import AddAverage, Changed, RemoveAverage, Unchanged, WhyNot
+from ema_server.runs.status_store import AverageStatus
 
 _CODES = {
     WhyNot.NOT_STREAMING: Code.NOT_STREAMING,

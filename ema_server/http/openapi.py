@@ -8,18 +8,18 @@ import tempfile
 import threading
 from pathlib import Path
 
-from ema_server.board import Board
-from ema_server.catalog import Catalog
-from ema_server.datadir import open_data_dir
-from ema_server.derived import DerivedStore
-from ema_server.deriving import Deriving
+from ema_server.averager.jobs import Job
+from ema_server.derived.queue import Deriving
+from ema_server.derived.store import DerivedStore
+from ema_server.evaluation.metric_store import MetricStore
+from ema_server.evaluation.scheduler import Validations
 from ema_server.http.app import create_app
 from ema_server.http.services import Services
-from ema_server.jobs import Job
-from ema_server.metric_store import MetricStore
-from ema_server.ring import Ring
+from ema_server.publishing.ring import Ring
+from ema_server.runs.status_store import StatusStore
+from ema_server.storage.catalog import Catalog
+from ema_server.storage.datadir import open_data_dir
 from ema_server.telemetry import Telemetry
-from ema_server.validations import Validations
 
 
 def document() -> str:
@@ -27,13 +27,13 @@ def document() -> str:
     with tempfile.TemporaryDirectory() as folder:
         data_dir, metrics = open_data_dir(Path(folder)), MetricStore(Path(folder) / "metrics.sqlite")
         try:
-            catalog, board, stopping = Catalog(), Board(), threading.Event()
+            catalog, statuses, stopping = Catalog(), StatusStore(), threading.Event()
             services = Services(
                 catalog=catalog,
-                board=board,
+                statuses=statuses,
                 telemetry=Telemetry(),
                 metrics=metrics,
-                validations=Validations(catalog, board, metrics),
+                validations=Validations(catalog, statuses, metrics),
                 deriving=Deriving(DerivedStore(data_dir, catalog), Ring(data_dir, size=0), stopping),
                 submit=_nobody,
                 data=Path(folder),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ema_server.averager.jobs import Durable, Failed, Publish
 from ema_server.http.ask import ask_averager
 from ema_server.http.problems import Code, Problem
 from ema_server.http.services import Services
-from ema_server.jobs import Durable, Failed, Publish
 
 
 async def publish_now(services: Services, run: str) -> Durable:

@@ -10,11 +10,11 @@ import re
 from starlette.datastructures import Headers
 from starlette.responses import Response
 
-from ema_server.board import RunStatus
-from ema_server.catalog import FileEntry, Version
-from ema_server.http.models import RingOut, RunOut, VersionOut
 from ema_server.http.problems import Code, Problem
+from ema_server.http.schemas import RingOut, RunOut, VersionOut
 from ema_server.http.services import Services
+from ema_server.runs.status_store import RunStatus
+from ema_server.storage.catalog import FileEntry, Version
 
 RETRY_AFTER_S = 5
 _NAMES_SHOWN = 20
@@ -24,9 +24,9 @@ _FROM_THE_START = re.compile(r"\s*bytes\s*=\s*0+\s*-[^,]*", re.IGNORECASE)
 
 def run_status(services: Services, run: str) -> RunStatus:
     """The status of a run, or the problem that there is none."""
-    status = services.board.get(run)
+    status = services.statuses.get(run)
     if status is None:
-        names = [status.run for status in services.board.all()]
+        names = [status.run for status in services.statuses.all()]
         known = ", ".join(names[:_NAMES_SHOWN]) if names else "there is none yet"
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         raise Problem(Code.RUN_NOT_FOUND, f"run {run[:60]!r} is not among the runs here: {known}{more}")

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ema_server.board import Board
-from ema_server.catalog import Catalog
-from ema_server.deriving import Deriving
-from ema_server.device import HOST, Device
-from ema_server.evaluator import Evaluator
+from ema_server.averager.jobs import Job
+from ema_server.compute.device import HOST, Device
+from ema_server.derived.queue import Deriving
+from ema_server.evaluation.metric_store import MetricStore
+from ema_server.evaluation.scheduler import Validations
+from ema_server.evaluation.worker import Evaluator
 from ema_server.http.request_counts import RequestCounts
-from ema_server.jobs import Job
-from ema_server.metric_store import MetricStore
+from ema_server.runs.status_store import StatusStore
+from ema_server.storage.catalog import Catalog
 from ema_server.telemetry import Telemetry
-from ema_server.validations import Validations
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Services:
 
     Args:
         catalog: versions on disk.
-        board: state of the runs.
+        statuses: state of the runs.
         telemetry: counters and heartbeats of the other threads.
         metrics: evaluation metrics.
         validations: who evaluates what.
@@ -40,7 +40,7 @@ class Services:
     """
 
     catalog: Catalog
-    board: Board
+    statuses: StatusStore
     telemetry: Telemetry
     metrics: MetricStore
     validations: Validations

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ema_cli.app import ROOMS, build, run
-from ema_proto.specs import parse_average
+from ema_proto.averages.specs import parse_average
 from ema_reader import Reader, ReaderError
 from support.processes import Process
 

@@ -14,12 +14,12 @@ import torch
 import zmq
 from safetensors.torch import load_file
 
-from ema_proto import messages as m
-from ema_proto.codec import decode_frames, encode
+from ema_proto.averages.specs import parse_averages
 from ema_proto.errors import RejectCode
 from ema_proto.limits import FRAME_BYTES_MAX
-from ema_proto.manifest import Manifest, Role, TensorSpec, layout
-from ema_proto.specs import parse_averages
+from ema_proto.wire import messages as m
+from ema_proto.wire.codec import decode_frames, encode
+from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from ema_reader import Reader
 from support.processes import Process, ServerProcess
 from support.toy import Toy, check_version, ledger_steps

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_proto.specs import parse_average
+from ema_proto.averages.specs import parse_average
 from ema_reader import Reader
 from ema_reader.values import Ledger
 from support.library_peers import Peer, State, Update

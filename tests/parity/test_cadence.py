@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_proto.specs import parse_average
+from ema_proto.averages.specs import parse_average
 from ema_reader import Reader
 from support.libraries import library
 from support.oracle import EPS32

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ema_proto.presets import PRESETS
-from ema_proto.specs import parse_average
+from ema_proto.averages.presets import PRESETS
+from ema_proto.averages.specs import parse_average
 from support.parity_table import PEERS
 from support.scripts import script
 

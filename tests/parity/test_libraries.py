@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_proto.specs import parse_average
+from ema_proto.averages.specs import parse_average
 from support.library_peers import Form, Peer
 from support.oracle import EPS32
 from support.parity_model import STEPS

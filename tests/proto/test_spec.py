@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from ema_proto import codec, limits
-from ema_proto import messages as m
-from ema_proto.claims import ClaimState
+from ema_proto import limits
 from ema_proto.dtypes import ITEM_BYTES
 from ema_proto.errors import CURES, SCOPES, RejectCode
 from ema_proto.names import RESERVED
-from ema_proto.sender import SenderState
+from ema_proto.receiver.claims import ClaimState
+from ema_proto.sender.machine import SenderState
+from ema_proto.wire import codec
+from ema_proto.wire import messages as m
 from support.messages import EXAMPLES
 from support.peers import RECEIVER_STATES, receiver_after, sender_after
 from support.stage import TYPES

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from ema_cli.app import build
 from ema_reader import NotFound, Reader, ReaderError, RequestRefused
-from ema_reader.render import averages_text
+from ema_reader.cli.render import averages_text
 from ema_reader.values import Average
-from ema_server.catalog import Version
-from ema_server.jobs import AddAverage, Changed, Job, RemoveAverage, Unchanged, WhyNot
+from ema_server.averager.jobs import AddAverage, Changed, Job, RemoveAverage, Unchanged, WhyNot
+from ema_server.storage.catalog import Version
 from support.served import Served
 
 

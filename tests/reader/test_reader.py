@@ -13,7 +13,7 @@ import torch
 from ema_reader import NotFound, Reader, RequestRefused, Unauthorized, Unreachable, WaitTimeout
 from ema_reader.errors import UsageError
 from ema_reader.values import Version
-from ema_server.board import RunState
+from ema_server.runs.status_store import RunState
 from support.served import WAIT_S, Served, weights
 
 

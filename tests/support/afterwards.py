@@ -1,4 +1,4 @@
-"""A keeper with what makes derived versions of its runs, and the HTTP application over both, in process."""
+"""A core with what makes derived versions of its runs, and the HTTP application over both, in process."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
-from ema_server.derived import DerivedStore
-from ema_server.deriving import Deriving
+from ema_server.derived.queue import Deriving
+from ema_server.derived.store import DerivedStore
+from ema_server.evaluation.metric_store import MetricStore
+from ema_server.evaluation.scheduler import Validations
 from ema_server.http.app import create_app
 from ema_server.http.services import Services
-from ema_server.metric_store import MetricStore
-from ema_server.validations import Validations
-from support.keeper import Keeper, keeping
+from support.server_core import ServerCore, running_core
 
 
 class Afterwards:
     """What the composition root puts together, without trainers' sockets."""
 
-    def __init__(self, keeper: Keeper, data: Path) -> None:
-        self.keeper = keeper
+    def __init__(self, core: ServerCore, data: Path) -> None:
+        self.core = core
         self.stopping = threading.Event()
-        self.store = DerivedStore(keeper.data_dir, keeper.catalog)
-        self.deriving = Deriving(self.store, keeper.ring, self.stopping)
-        keeper.ring.listen(self.store.supersede)
+        self.store = DerivedStore(core.data_dir, core.catalog)
+        self.deriving = Deriving(self.store, core.ring, self.stopping)
+        core.ring.listen(self.store.supersede)
         self.deriving.restore()
         self.metrics = MetricStore(data / "metrics.sqlite")
         self.services = Services(
-            catalog=keeper.catalog,
-            board=keeper.board,
-            telemetry=keeper.telemetry,
+            catalog=core.catalog,
+            statuses=core.statuses,
+            telemetry=core.telemetry,
             metrics=self.metrics,
-            validations=Validations(keeper.catalog, keeper.board, self.metrics),
+            validations=Validations(core.catalog, core.statuses, self.metrics),
             deriving=self.deriving,
-            submit=keeper.averager.submit,
+            submit=core.averager.submit,
             data=data,
             token=None,
             stopping=self.stopping,
@@ -53,9 +53,9 @@ class Afterwards:
 
 @contextmanager
 def afterwards(data: Path, **settings: Any) -> Iterator[Afterwards]:
-    """A keeper and what comes after its runs, for the length of a `with` block."""
-    with keeping(data, **settings) as keeper:
-        both = Afterwards(keeper, data)
+    """A core and what comes after its runs, for the length of a `with` block."""
+    with running_core(data, **settings) as core:
+        both = Afterwards(core, data)
         try:
             yield both
         finally:

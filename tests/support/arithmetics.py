@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from ema_server.arithmetic import BY_TORCH, Arithmetic
+from ema_server.compute.arithmetic import BY_TORCH, Arithmetic
 
 NAMES = ("torch", "compiled")
 WITHOUT_NUMBA = "numba is not installed: pip install '.[fast]'"
@@ -18,6 +18,6 @@ def arithmetic(name: str) -> Arithmetic:
     if name == "torch":
         return BY_TORCH
     pytest.importorskip("numba", reason=WITHOUT_NUMBA)
-    from ema_server.compiled import ByLoops
+    from ema_server.compute.compiled import ByLoops
 
     return ByLoops()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ema_server.memory import HostMemory, allocate
+from ema_server.compute.memory import HostMemory, allocate
 
 _CPU = torch.device("cpu")
 

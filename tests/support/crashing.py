@@ -1,4 +1,4 @@
-"""A keeper that is killed by SIGKILL at every single call to the disk, one process for each.
+"""A core that is killed by SIGKILL at every single call to the disk, one process for each.
 
     python -m support.crashing ROOT
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.keeper import durable, joined, keeping, manifest_of
+from support.server_core import durable, joined, manifest_of, running_core
 
 _CALLS = ("mkdir", "open", "pwrite", "fsync", "rename", "link", "unlink", "rmdir")
 
@@ -35,16 +35,16 @@ def weights(step: int) -> dict[str, Tensor]:
 
 def scenario(data: Path, told: Callable[[str], None]) -> None:
     """Four generations, the third by a rewind; all but one of them are deleted on the way."""
-    with keeping(data, keep_generations=1, kernel="torch") as keeper:  # a hundred processes need not load another
-        joined(keeper.join("r", manifest_of(weights(1), aliases={"w": ("w.tied",)}), ["ema:0.9"]))
+    with running_core(data, keep_generations=1, kernel="torch") as core:  # a hundred processes need not load another
+        joined(core.join("r", manifest_of(weights(1), aliases={"w": ("w.tied",)}), ["ema:0.9"]))
         for step in (1, 2, 3, 4):
-            keeper.apply("r", step, weights(step))
+            core.apply("r", step, weights(step))
             if step in (2, 4):
-                told(f"step {durable(keeper.publish('r', 'checkpoint' if step == 2 else 'request')).step}")
-        keeper.rewind("r", 3)
+                told(f"step {durable(core.publish('r', 'checkpoint' if step == 2 else 'request')).step}")
+        core.rewind("r", 3)
         told("rewound to 2")
-        keeper.apply("r", 7, weights(7))
-        told(f"finished at {durable(keeper.finish('r')).step}")
+        core.apply("r", 7, weights(7))
+        told(f"finished at {durable(core.finish('r')).step}")
 
 
 def _die_at(fatal_call: int) -> None:

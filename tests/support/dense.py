@@ -11,14 +11,14 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from ema_proto.averages import AverageSpec, PowerEma, Uniform, Window, Wsd
-from ema_proto.exponential import Ema
-from ema_proto.pace import Pace
+from ema_proto.averages.exponential import Ema
+from ema_proto.averages.rules import AverageSpec, PowerEma, Uniform, Window, Wsd
+from ema_proto.averages.step_units import StepUnits
 
 Shares = npt.NDArray[np.float64]
 
 
-def dense_shares(rule: AverageSpec, origin: int, steps: int, pace: Pace) -> list[Shares]:
+def dense_shares(rule: AverageSpec, origin: int, steps: int, pace: StepUnits) -> list[Shares]:
     """The shares after 0, 1, ... `steps` steps."""
     if isinstance(rule, Ema):
         return _exponential(rule, steps, pace)
@@ -33,7 +33,7 @@ def _only(index: int, steps: int) -> Shares:
     return shares
 
 
-def _exponential(rule: Ema, steps: int, pace: Pace) -> list[Shares]:
+def _exponential(rule: Ema, steps: int, pace: StepUnits) -> list[Shares]:
     constant = _constant(rule, pace)
     shares = _only(0, steps)
     history, from_zero = [shares], np.zeros(steps + 1)
@@ -52,13 +52,13 @@ def _exponential(rule: Ema, steps: int, pace: Pace) -> list[Shares]:
     return history
 
 
-def _constant(rule: Ema, pace: Pace) -> float:
+def _constant(rule: Ema, pace: StepUnits) -> float:
     if rule.decay is not None:
         return rule.decay
     return float(2 ** (-1 / _half_life(rule, pace)))
 
 
-def _half_life(rule: Ema, pace: Pace) -> float:
+def _half_life(rule: Ema, pace: StepUnits) -> float:
     if rule.half_life is not None:
         return rule.half_life
     if rule.half_life_samples is not None:
@@ -71,7 +71,7 @@ def _half_life(rule: Ema, pace: Pace) -> float:
     return math.log(0.5) / math.log(rule.decay) if rule.decay else 0.0
 
 
-def _decay(rule: Ema, constant: float, n: int, pace: Pace) -> float:
+def _decay(rule: Ema, constant: float, n: int, pace: StepUnits) -> float:
     if rule.warmup == "timm":
         return max(min(1 - float((1 + (n - 1) / rule.gamma) ** -rule.power), constant), rule.min_decay)
     if rule.warmup == "tf":

@@ -19,7 +19,7 @@ from trainer_client import EmaClient
 from trainer_client.hooks import Attachment
 from trainer_client.session import Session
 from trainer_client.settings import Settings
-from trainer_client.slots import Slot
+from trainer_client.staging.slots import Slot
 
 opened: list[tuple[FakeDevice, EmaClient]] = []  # clients made here: one that is left open hears of others' steps
 

@@ -75,7 +75,7 @@ class FakeEvent:
 
 
 class FakeDevice:
-    """One device; see `trainer_client.device.Device`. `advance` lets time pass."""
+    """One device; see `trainer_client.staging.device.Device`. `advance` lets time pass."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -7,15 +7,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from ema_proto.messages import Join, Joined
+from ema_proto.wire.messages import Join, Joined
 from support.snapshots import decode
 from trainer_client import EmaClient
+from trainer_client.connection.shared_state import WorkerStats
+from trainer_client.connection.worker import Worker
 from trainer_client.errors import JoinError, RewindError
 from trainer_client.session import Session
 from trainer_client.settings import Settings
-from trainer_client.shared import WorkerStats
-from trainer_client.slots import Slot, make_slots
-from trainer_client.worker import Worker
+from trainer_client.staging.slots import Slot, make_slots
 
 
 class FakeWorker(Worker):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from support.device_training import Carrying, RecordingWorker, Stamping, client_on
 from support.fake_device import FakeDevice
-from trainer_client.slots import Slot
+from trainer_client.staging.slots import Slot
 
 
 class Telling(RecordingWorker):

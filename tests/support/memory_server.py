@@ -1,22 +1,22 @@
-"""A receiver with the smallest honest model of a keeper: the applied snapshots, and a durable copy of their list.
+"""A receiver with the smallest honest model of a core: the applied snapshots, and a durable copy of their list.
 
-A restart falls back to the durable copy. `refusal` and `quarantine` are the keeper's answers to the next JOIN and the
+A restart falls back to the durable copy. `refusal` and `quarantine` are the core's answers to the next JOIN and the
 next snapshot. Nothing here is used by the product.
 """
 
 from __future__ import annotations
 
-from ema_proto import messages as m
-from ema_proto import receiver as r
-from ema_proto import receiver_events as e
 from ema_proto.errors import RejectCode
 from ema_proto.limits import CHUNK_BYTES_MIN, RECENT_STEPS
+from ema_proto.receiver import events as e
+from ema_proto.receiver import machine as r
+from ema_proto.wire import messages as m
 
 CHUNK_BYTES = CHUNK_BYTES_MIN
 
 
 class Server:
-    """A receiver with slots and the simplest keeper; `restart` forgets what was not durable."""
+    """A receiver with slots and the simplest core; `restart` forgets what was not durable."""
 
     def __init__(self, *, token: str | None = None) -> None:
         self.token = token
@@ -60,7 +60,7 @@ class Server:
                 pass
 
     def work(self) -> None:
-        """Answer everything that the machine asks of the keeper."""
+        """Answer everything that the machine asks of the core."""
         while self.receiver.events:
             event = self.receiver.events.popleft()
             match event:

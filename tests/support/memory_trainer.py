@@ -7,13 +7,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from zlib import crc32
 
-from ema_proto import messages as m
-from ema_proto import sender as s
-from ema_proto import sender_events as e
-from ema_proto.codec import with_crc32
+from ema_proto.averages.specs import Ema
 from ema_proto.errors import RejectCode
-from ema_proto.manifest import Manifest, Role, TensorSpec, layout
-from ema_proto.specs import Ema
+from ema_proto.sender import events as e
+from ema_proto.sender import machine as s
+from ema_proto.wire import messages as m
+from ema_proto.wire.codec import with_crc32
+from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from support.memory_server import CHUNK_BYTES
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from ema_proto import sender as s
 from ema_proto.errors import RejectCode
+from ema_proto.sender import machine as s
 from support.memory_server import Server
 from support.memory_trainer import Connection, Trainer, small_manifest
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from ema_proto import messages as m
-from ema_proto import receiver_events as e
-from ema_proto import sender_events as se
-from ema_proto.codec import Header, decode_frames, encode, encode_header
+from ema_proto.averages.specs import Raw
 from ema_proto.errors import RejectCode
 from ema_proto.limits import CHUNK_BYTES_MIN, PROBE_S
-from ema_proto.manifest import Role, TensorSpec, layout
-from ema_proto.receiver import Receiver
-from ema_proto.sender import Sender, SenderState
-from ema_proto.specs import Raw
+from ema_proto.receiver import events as e
+from ema_proto.receiver.machine import Receiver
+from ema_proto.sender import events as se
+from ema_proto.sender.machine import Sender, SenderState
+from ema_proto.wire import messages as m
+from ema_proto.wire.codec import Header, decode_frames, encode, encode_header
+from ema_proto.wire.manifest import Role, TensorSpec, layout
 
 SESSION = b"session of tests"
 OTHER = b"another session."
@@ -86,7 +86,7 @@ def new_receiver(*, token: str | None = None) -> Receiver:
 
 
 def accept(receiver: Receiver, *, last_step: int | None = None, recent: tuple[int, ...] = ()) -> e.JoinRequested:
-    """Answer the last JOIN as a keeper would."""
+    """Answer the last JOIN as a core would."""
     event = receiver.events.pop()
     assert isinstance(event, e.JoinRequested)
     continuation: m.Continuation = "new" if last_step is None else "continued"
@@ -233,5 +233,5 @@ def alive(sender: Sender, until: float) -> None:
 
 
 def ends(receiver: Receiver) -> list[e.SessionEnded]:
-    """The sessions whose end the keeper was told."""
+    """The sessions whose end the core was told."""
     return [event for event in receiver.events if isinstance(event, e.SessionEnded)]

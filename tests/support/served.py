@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ema_server.board import AverageStatus, Board, RunState, RunStatus
-from ema_server.catalog import Catalog, FileEntry, Generation, Version
-from ema_server.datadir import open_data_dir
-from ema_server.derived import DerivedStore
-from ema_server.deriving import Deriving
+from ema_server.averager.jobs import Job
+from ema_server.derived.queue import Deriving
+from ema_server.derived.store import DerivedStore
+from ema_server.evaluation.metric_store import MetricStore
+from ema_server.evaluation.scheduler import Validations
 from ema_server.http.app import create_app
+from ema_server.http.listener import HttpServer
 from ema_server.http.services import Services
-from ema_server.jobs import Job
-from ema_server.metric_store import MetricStore
-from ema_server.ring import Ring
-from ema_server.serve_http import HttpServer
+from ema_server.publishing.ring import Ring
+from ema_server.runs.status_store import AverageStatus, RunState, RunStatus, StatusStore
+from ema_server.storage.catalog import Catalog, FileEntry, Generation, Version
+from ema_server.storage.datadir import open_data_dir
 from ema_server.telemetry import Telemetry
-from ema_server.validations import Validations
 
 WAIT_S = 20.0
 
@@ -37,10 +37,10 @@ class Served:
         data.mkdir(parents=True, exist_ok=True)
         self.data = data
         self.catalog = Catalog()
-        self.board = Board()
+        self.statuses = StatusStore()
         self.telemetry = Telemetry()
         self.metrics = MetricStore(data / "metrics.sqlite")
-        self.validations = Validations(self.catalog, self.board, self.metrics)
+        self.validations = Validations(self.catalog, self.statuses, self.metrics)
         self.data_dir = open_data_dir(data)
         self.derived = DerivedStore(self.data_dir, self.catalog)
         self.ring = Ring(self.data_dir, size=32)
@@ -48,7 +48,7 @@ class Served:
         self.deriving = Deriving(self.derived, self.ring, self.stopping)
         self.services = Services(
             catalog=self.catalog,
-            board=self.board,
+            statuses=self.statuses,
             telemetry=self.telemetry,
             metrics=self.metrics,
             validations=self.validations,
@@ -84,11 +84,11 @@ class Served:
         *,
         is_current: bool = True,
     ) -> None:
-        """Put the run's status on the board."""
+        """Put the run's status on the status store."""
         shown = tuple(
             AverageStatus(name, "ema:0.9", step or 0, 0, step, "float32", 0.9, 6.6, 4.5, 0.25) for name in averages
         )
-        self.board.put(
+        self.statuses.set(
             RunStatus(
                 run=run,
                 state=state,

@@ -8,7 +8,7 @@ import struct
 import safetensors.torch
 from torch import Tensor
 
-from ema_proto.manifest import Manifest
+from ema_proto.wire.manifest import Manifest
 
 
 def decode(manifest: Manifest, data: bytes | memoryview) -> dict[str, Tensor]:

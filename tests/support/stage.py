@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import shlex
 
-from ema_proto import messages as m
-from ema_proto.codec import CONTROL_MESSAGES, Header, decode_header, encode_header
 from ema_proto.errors import RejectCode
-from ema_proto.sender import SenderState
+from ema_proto.sender.machine import SenderState
+from ema_proto.wire import messages as m
+from ema_proto.wire.codec import CONTROL_MESSAGES, Header, decode_header, encode_header
 from support.memory_server import Server
 from support.memory_trainer import Connection, Trainer, small_manifest
 
@@ -86,7 +86,7 @@ class Stage:
             case ["quarantines"]:
                 self.server.quarantine = "tensor 'weight' is not finite"
             case ["refuses", code]:
-                self.server.refusal = RejectCode(code), "the keeper says no"
+                self.server.refusal = RejectCode(code), "the core says no"
             case _:
                 raise ValueError(f"the server cannot {what!r}")
 

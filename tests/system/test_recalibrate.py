@@ -15,8 +15,8 @@ from safetensors.torch import save
 
 from ema_cli.demo.digits import DigitNet, load
 from ema_reader import Reader
-from ema_reader.batchnorm import recomputed
-from ema_server.recalibration import BUFFERS_BYTES_MAX
+from ema_reader.evaluation.batchnorm import recomputed
+from ema_server.derived.recalibration import BUFFERS_BYTES_MAX
 from support.command import ema
 from support.processes import ServerProcess
 from trainer_client import EmaClient

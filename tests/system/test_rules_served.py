@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from ema_proto.pace import Pace
-from ema_proto.specs import parse_average
+from ema_proto.averages.specs import parse_average
+from ema_proto.averages.step_units import StepUnits
 from ema_reader import Reader
 from support.dense import dense_shares
 from support.processes import ServerProcess
@@ -42,7 +42,7 @@ _RULES = [
     "wsd:start=10,steps=60,shape=cosine",
     "wsd:start=3,steps=37,shape=sqrt",
 ]
-_PACE = Pace(samples_per_step=32, steps_per_epoch=11)
+_PACE = StepUnits(samples_per_step=32, steps_per_epoch=11)
 
 
 @pytest.fixture(scope="module")

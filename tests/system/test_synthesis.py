@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_proto.profiles import gamma_of
+from ema_proto.averages.profiles import gamma_of
 from ema_reader import Reader, Synthesized, Version
 from support.oracle import EPS32, ledger_steps
 from support.processes import ServerProcess, eventually

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_proto.manifest import Role
-from ema_server.catalog import Version
-from support.keeper import Keeper, joined, keeping, manifest_of, versions_by_average
+from ema_proto.wire.manifest import Role
+from ema_server.storage.catalog import Version
 from support.oracle import EPS32, largest_difference
 from support.real_timm import model_ema
+from support.server_core import ServerCore, joined, manifest_of, running_core, versions_by_average
 
 _STEPS = 220
 _LARGEST = 4.0
@@ -52,9 +52,9 @@ class _Walk:
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Iterator[Keeper]:
-    with keeping(tmp_path) as keeper:
-        yield keeper
+def core(tmp_path: Path) -> Iterator[ServerCore]:
+    with running_core(tmp_path) as core:
+        yield core
 
 
 def _replayed(step_weights: list[dict[str, Tensor]], timms: Any, *, copied: set[str]) -> dict[str, Tensor]:
@@ -73,76 +73,76 @@ def _manifest_of(model: nn.Module) -> Any:
     return manifest_of(model.state_dict(), {name: Role.BUFFER for name, _ in model.named_buffers()})
 
 
-def test_every_rule_follows_timms_own_class_and_a_float64_replay_of_it(keeper: Keeper) -> None:
+def test_every_rule_follows_timms_own_class_and_a_float64_replay_of_it(core: ServerCore) -> None:
     """One update rounds by at most 9 units of a value's last place; with decay 0.9999 they add up step by step."""
     walk = _Walk()
     timms = {rule: model_ema().ModelEmaV3(walk.model, **given) for rule, given in _RULES.items()}
-    joined(keeper.join("r", _manifest_of(walk.model), list(_RULES)))
+    joined(core.join("r", _manifest_of(walk.model), list(_RULES)))
     seen: list[dict[str, Tensor]] = []
     for step in range(1, _STEPS + 1):
         walk.step()
         seen.append({name: value.clone() for name, value in walk.model.state_dict().items()})
-        keeper.apply("r", step, walk.model.state_dict())
+        core.apply("r", step, walk.model.state_dict())
         for average in timms.values():
             average.update(walk.model, step=step)
 
-    versions = versions_by_average(keeper.publish("r"))
+    versions = versions_by_average(core.publish("r"))
     buffers = {name for name, _ in walk.model.named_buffers()}
     for rule, average in timms.items():
         version = versions[rule.replace(":", "-").replace(",", "-").replace("=", "-")]
-        loaded, bound = keeper.load(version), _STEPS * 9 * EPS32 * _LARGEST
+        loaded, bound = core.load(version), _STEPS * 9 * EPS32 * _LARGEST
         replayed = _replayed(seen, average, copied=buffers if average.exclude_buffers else set())
         for name, value in loaded.items():
             assert (value.double() - replayed[name]).abs().max() <= bound, (rule, name)
         assert largest_difference(average.module.state_dict(), loaded) <= bound, rule
 
 
-def test_the_rules_differ_from_one_another_by_far_more_than_the_bound(keeper: Keeper) -> None:
+def test_the_rules_differ_from_one_another_by_far_more_than_the_bound(core: ServerCore) -> None:
     """Otherwise the comparison above could not fail."""
     walk = _Walk()
-    joined(keeper.join("r", _manifest_of(walk.model), list(_RULES)))
+    joined(core.join("r", _manifest_of(walk.model), list(_RULES)))
     for step in range(1, _STEPS + 1):
         walk.step()
-        keeper.apply("r", step, walk.model.state_dict())
+        core.apply("r", step, walk.model.state_dict())
 
-    loaded = [keeper.load(version) for version in versions_by_average(keeper.publish("r")).values()]
+    loaded = [core.load(version) for version in versions_by_average(core.publish("r")).values()]
     for index, one in enumerate(loaded):
         for other in loaded[index + 1 :]:
             assert largest_difference(one, other) > 10 * _STEPS * 9 * EPS32 * _LARGEST
 
 
-def test_copied_buffers_are_the_newest_bit_for_bit_while_another_average_averages_them(keeper: Keeper) -> None:
+def test_copied_buffers_are_the_newest_bit_for_bit_while_another_average_averages_them(core: ServerCore) -> None:
     walk = _Walk()
-    joined(keeper.join("r", _manifest_of(walk.model), ["ema:0.9", "ema:0.9,buffers=copy", "raw"]))
+    joined(core.join("r", _manifest_of(walk.model), ["ema:0.9", "ema:0.9,buffers=copy", "raw"]))
     for step in (1, 2, 3):
         walk.step()
-        keeper.apply("r", step, walk.model.state_dict())
+        core.apply("r", step, walk.model.state_dict())
 
-    versions = versions_by_average(keeper.publish("r"))
-    copied, averaged = (keeper.load(versions[name]) for name in ("ema-0.9-buffers-copy", "ema-0.9"))
+    versions = versions_by_average(core.publish("r"))
+    copied, averaged = (core.load(versions[name]) for name in ("ema-0.9-buffers-copy", "ema-0.9"))
     assert torch.equal(copied["1.running_mean"], walk.model.state_dict()["1.running_mean"])
     assert not torch.equal(averaged["1.running_mean"], copied["1.running_mean"])
     assert torch.equal(averaged["1.weight"], copied["1.weight"])
     assert not torch.equal(averaged["1.weight"], walk.model.state_dict()["1.weight"])
 
 
-def test_dropped_steps_count_as_if_they_had_had_the_next_weights(keeper: Keeper) -> None:
+def test_dropped_steps_count_as_if_they_had_had_the_next_weights(core: ServerCore) -> None:
     """Against timm's class, updated once for each dropped step with the weights of the next one that came."""
     rule = "ema:0.999,warmup=timm,power=0.8"
     walk = _Walk()
     timms = model_ema().ModelEmaV3(walk.model, decay=0.999, use_warmup=True, warmup_power=0.8)
-    joined(keeper.join("r", _manifest_of(walk.model), [rule]))
+    joined(core.join("r", _manifest_of(walk.model), [rule]))
     last = 0
     for step in (1, 2, 3, 11, 12, 13, 60, 61, 62, 63, 100):
         walk.step()
-        keeper.apply("r", step, walk.model.state_dict())
+        core.apply("r", step, walk.model.state_dict())
         for missed in range(last + 1, step + 1):
             timms.update(walk.model, step=missed)
         last = step
 
-    (version,) = versions_by_average(keeper.publish("r")).values()
+    (version,) = versions_by_average(core.publish("r")).values()
     assert version.gap_steps == 7 + 46 + 36
-    assert largest_difference(timms.module.state_dict(), keeper.load(version)) <= 100 * 9 * EPS32 * _LARGEST
+    assert largest_difference(timms.module.state_dict(), core.load(version)) <= 100 * 9 * EPS32 * _LARGEST
 
 
 def test_the_warmup_goes_on_where_it_was_after_a_restart_and_counts_from_the_first_join(tmp_path: Path) -> None:
@@ -152,14 +152,14 @@ def test_the_warmup_goes_on_where_it_was_after_a_restart_and_counts_from_the_fir
     timms = model_ema().ModelEmaV3(walk.model, 0.999, use_warmup=True, update_after_step=2, exclude_buffers=True)
     version: Version | None = None
     for part in (range(1, 8), range(8, 15)):
-        with keeping(tmp_path) as keeper:
-            joined(keeper.join("r", _manifest_of(walk.model), [rule], first_step=1000 + part[0]))
+        with running_core(tmp_path) as core:
+            joined(core.join("r", _manifest_of(walk.model), [rule], first_step=1000 + part[0]))
             for step in part:
                 walk.step()
-                keeper.apply("r", 1000 + step, walk.model.state_dict())
+                core.apply("r", 1000 + step, walk.model.state_dict())
                 timms.update(walk.model, step=step)
-            (version,) = versions_by_average(keeper.publish("r")).values()
-            loaded = keeper.load(version)
+            (version,) = versions_by_average(core.publish("r")).values()
+            loaded = core.load(version)
 
     assert version is not None
     assert json.loads((version.folder / "version.json").read_text())["ledger"]["origin"] == 1000

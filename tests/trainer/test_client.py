@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.optim import SGD, Optimizer
 
+from ema_proto.averages.specs import Raw
 from ema_proto.errors import RejectCode
-from ema_proto.specs import Raw
 from support.fake_worker import OfflineClient
 from support.processes import eventually
 from trainer_client import ClientClosed, JoinError, PlanError, RewindError, SettingsError

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from ema_proto.averages.specs import Ema
+from ema_proto.averages.step_units import StepUnits
 from ema_proto.names import check_name
-from ema_proto.pace import Pace
-from ema_proto.specs import Ema
 from trainer_client import EmaClientError, SettingsError
 from trainer_client.settings import Settings
 
@@ -44,9 +44,9 @@ def _settings(environ: dict[str, str] | None = None, **given: Any) -> Settings:
 def test_the_pace_is_an_argument_or_a_variable() -> None:
     environ = {"EMA_SAMPLES_PER_STEP": "256", "EMA_STEPS_PER_EPOCH": "1e3"}
 
-    assert _settings(environ).pace == Pace(256, 1000)
-    assert _settings(environ, samples_per_step=64).pace == Pace(64, 1000)
-    assert _settings({"EMA_SAMPLES_PER_STEP": ""}).pace == Pace()
+    assert _settings(environ).pace == StepUnits(256, 1000)
+    assert _settings(environ, samples_per_step=64).pace == StepUnits(64, 1000)
+    assert _settings({"EMA_SAMPLES_PER_STEP": ""}).pace == StepUnits()
     with pytest.raises(SettingsError, match="EMA_STEPS_PER_EPOCH='many' is not a number"):
         _settings({"EMA_STEPS_PER_EPOCH": "many"})
     with pytest.raises(SettingsError, match=r"samples_per_step 0 is not a number in \[1e-9, 1e15\)"):

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from trainer_client.errors import EmaClientError
-from trainer_client.remote import RemoteModelEma
+from trainer_client.timm.remote import RemoteModelEma
 
 _CLASS = "ModelEmaV3"
 _FILE = "timm.utils.model_ema"

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer_client.remote import RemoteModelEma
 from trainer_client.timm.known import Known, UnknownTimm, find_known
+from trainer_client.timm.remote import RemoteModelEma
 
 _FORCE_CPU = "--model-ema-force-cpu"
 _SHORTEST = "--model-ema-f"  # argparse takes every beginning that no other option has

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from ema_server.http import ledgers
+from ema_server.averager.jobs import AddAverage, Changed, Job, RemoveAverage, Unchanged, WhyNot
 from ema_server.http.app import create_app
-from ema_server.jobs import AddAverage, Changed, Job, RemoveAverage, Unchanged, WhyNot
+from ema_server.http.routes import ledgers
 from support.served import Served
 
 BASE = "/v1/runs/digits/averages"

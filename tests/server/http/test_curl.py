@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ema_server.catalog import Version
 from ema_server.http.app import create_app
-from ema_server.serve_http import HttpListenError, HttpServer
+from ema_server.http.listener import HttpListenError, HttpServer
+from ema_server.storage.catalog import Version
 from support.served import WAIT_S, Served
 
 pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

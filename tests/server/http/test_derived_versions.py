@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load, save
 from starlette.testclient import TestClient
 
-from ema_server.catalog import Version
-from ema_server.derived import Derivation
+from ema_server.derived.store import Derivation
+from ema_server.storage.catalog import Version
 from support.served import Served, weights
 
 _BASE = "/v1/runs/digits/averages/best/versions"

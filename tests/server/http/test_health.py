@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from ema_proto.errors import RejectCode
-from ema_server.accelerator import Accelerator
+from ema_server.compute.accelerator import Accelerator
 from ema_server.http.app import create_app
 from ema_server.telemetry import Counter
 from support.backends import InlineBackend
@@ -90,8 +90,8 @@ def test_a_data_folder_that_is_gone_makes_it_unready(client: TestClient, served:
 def test_too_little_room_for_every_run_makes_it_unready(client: TestClient, served: Served) -> None:
     served.beat()
     served.publish("digits", 1)
-    status = served.board.all()[0]
-    served.board.put(
+    status = served.statuses.all()[0]
+    served.statuses.set(
         type(status)(**{name: getattr(status, name) for name in status.__slots__} | {"memory_bytes": 1 << 60})
     )
 
@@ -101,8 +101,8 @@ def test_too_little_room_for_every_run_makes_it_unready(client: TestClient, serv
 def test_a_run_that_cannot_be_published_makes_it_unready_and_is_named(client: TestClient, served: Served) -> None:
     served.beat()
     served.publish("digits", 1)
-    status = served.board.all()[0]
-    served.board.put(replace(status, publish_error="the generation could not be written: Disk quota exceeded"))
+    status = served.statuses.all()[0]
+    served.statuses.set(replace(status, publish_error="the generation could not be written: Disk quota exceeded"))
 
     publishing = client.get("/readyz").json()["checks"]["publishing"]
 

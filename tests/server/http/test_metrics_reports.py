@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from starlette.testclient import TestClient
 
-from ema_server.catalog import Version
+from ema_server.storage.catalog import Version
 from support.served import Served
 
 BASE = "/v1/runs/digits/averages/ema-0.9/versions"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from ema_server.board import RunState
 from ema_server.http.app import create_app
+from ema_server.runs.status_store import RunState
 from support.served import Served
 
 VERSIONS = "/v1/runs/digits/averages/ema-0.9/versions"

@@ -1,4 +1,4 @@
-"""Runs, versions and publishing over HTTP: what the board and the catalog say, as JSON."""
+"""Runs, versions and publishing over HTTP: what the statuses and the catalog say, as JSON."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from ema_server.board import RunState
+from ema_server.averager.jobs import Durable, Failed, Job, Publish
 from ema_server.http.app import create_app
-from ema_server.jobs import Durable, Failed, Job, Publish
+from ema_server.runs.status_store import RunState
 from support.served import Served
 
 BASE = "/v1/runs/digits/averages/ema-0.9/versions"

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load
 from starlette.testclient import TestClient
 
-from ema_server.http import derive
-from ema_server.jobs import Applied, Unchanged, WhyNot
+from ema_server.averager.jobs import Applied, Unchanged, WhyNot
+from ema_server.http.routes import derive
 from support.afterwards import Afterwards, afterwards
-from support.keeper import WAIT_S, durable, joined, manifest_of
+from support.server_core import WAIT_S, durable, joined, manifest_of
 
 _STEPS = 10
 
@@ -31,13 +31,13 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Afterwards]:
     """A run of ten generations, and one that keeps no power average; the tests ask for names of their own."""
     with afterwards(tmp_path_factory.mktemp("data")) as both:
         manifest = manifest_of(_weights(1))
-        joined(both.keeper.join("r", manifest, ["power:sigma_rel=0.05", "power:sigma_rel=0.1", "ema:0.9"]))
-        joined(both.keeper.join("plain", manifest))
+        joined(both.core.join("r", manifest, ["power:sigma_rel=0.05", "power:sigma_rel=0.1", "ema:0.9"]))
+        joined(both.core.join("plain", manifest))
         for step in range(1, _STEPS + 1):
             for run in ("r", "plain"):
-                assert isinstance(both.keeper.apply(run, step, _weights(step)), Applied)
-            durable(both.keeper.publish("r"))
-        durable(both.keeper.publish("plain"))
+                assert isinstance(both.core.apply(run, step, _weights(step)), Applied)
+            durable(both.core.publish("r"))
+        durable(both.core.publish("plain"))
         yield both
 
 
@@ -145,7 +145,7 @@ def test_a_run_and_what_is_made_of_it_do_not_share_a_name_whatever_its_case(
     client: TestClient, both: Afterwards
 ) -> None:
     assert _ask(client, sigma_rel=0.09, name="made").status_code == 201
-    refused = both.keeper.add("r", "ema:0.5,name=Made")
+    refused = both.core.add("r", "ema:0.5,name=Made")
 
     assert isinstance(refused, Unchanged)
     assert refused.why is WhyNot.CONFLICT
@@ -165,8 +165,8 @@ def test_averaging_publishing_and_reading_go_on_meanwhile_and_one_is_made_at_a_t
         making = pool.submit(asyncio.run, both.deriving.run(slow))
         assert entered.wait(WAIT_S)
         waiting = pool.submit(_ask, client, "r", sigma_rel=0.081, step=9)
-        assert isinstance(both.keeper.apply("plain", _STEPS + 1, _weights(1)), Applied)
-        assert durable(both.keeper.publish("plain")).step == _STEPS + 1
+        assert isinstance(both.core.apply("plain", _STEPS + 1, _weights(1)), Applied)
+        assert durable(both.core.publish("plain")).step == _STEPS + 1
         assert client.get("/v1/runs").status_code == 200
         assert not waiting.done()
         go_on.set()
@@ -187,7 +187,7 @@ def test_the_room_that_generations_need_is_left_to_them(
 def test_a_disk_that_refuses_is_a_problem_and_leaves_nothing(
     client: TestClient, both: Afterwards, tmp_path: Path
 ) -> None:
-    folder = both.keeper.data_dir.derived_folder("r")
+    folder = both.core.data_dir.derived_folder("r")
     away = folder.rename(tmp_path / "away") if folder.exists() else None
     folder.touch()
     try:
@@ -199,4 +199,4 @@ def test_a_disk_that_refuses_is_a_problem_and_leaves_nothing(
 
     assert (answer.status_code, answer.json()["code"]) == (503, "derive_failed")
     assert "it could not be written or read: " in answer.json()["detail"]
-    assert both.keeper.catalog.versions("r", "power-0.055") == ()
+    assert both.core.catalog.versions("r", "power-0.055") == ()

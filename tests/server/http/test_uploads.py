@@ -18,8 +18,8 @@ import pytest
 from safetensors.torch import save
 from starlette.testclient import TestClient
 
-from ema_server.deriving import QUEUE_MAX, Busy
-from ema_server.http import recalibrate
+from ema_server.derived.queue import QUEUE_MAX, Busy
+from ema_server.http.routes import recalibrate
 from support.served import WAIT_S, Served, weights
 
 Send = Callable[..., HTTPConnection]

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
-from ema_server.catalog import Version
+from ema_server.storage.catalog import Version
 from support.served import WAIT_S, Served
 
 PATH = "/v1/runs/digits/validations"

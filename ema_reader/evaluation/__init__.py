@@ -1,0 +1,1 @@
+"""The evaluation worker, and the function it calls."""

@@ -1,0 +1,191 @@
+"""The evaluation worker: ask for a version, load, evaluate, report. Comes in: a `Reader` and a function.
+
+Which version is due is the server's to say: a validation that someone asked for, else the newest version of an average
+that has no metrics for the task. The worker outlives a function that raises, a server that goes away, and versions that
+are pruned before it gets to them; what it has when it is killed, another worker takes over.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ema_reader.errors import LeaseLost, NotFound, ReaderError, RequestRefused, VerificationFailed
+from ema_reader.evaluation.user_function import Evaluate, Measured, measured
+from ema_reader.leases import LEASE_S, Heartbeat, Lease, Wanted
+from ema_reader.reader import Reader
+from ema_reader.retry import retry_while_unreachable
+from ema_reader.values import Run, Version
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_ERROR_CHARS_MAX = 4000
+_LOAD_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of evaluating one version: metrics, or the error that was reported instead. Times in seconds."""
+
+    version: Version
+    metrics: dict[str, float]
+    error: str | None
+    seconds: float
+    samples: int | None = None
+
+
+class EvaluationWorker:
+    """Evaluates versions.
+
+    Args:
+        reader: where they come from and where the metrics go.
+        function: takes a state dict, returns metrics by name.
+        run: the run, which need not exist yet; None: all that have had a trainer since the server's start, for as long
+            as nobody ends the worker.
+        averages: which averages; empty for all.
+        task: name under which metrics are reported.
+        worker: name of this worker, default the host's; what it reports replaces what it reported before.
+        poll_s: pause between two looks.
+        every: take those of each so-manieth generation of a run, and the last ones, besides what someone asked for.
+        lease_s: how long after its last sign of life, in seconds, others may take over what it has.
+        device: where the weights are loaded to, as torch writes it.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        function: Evaluate,
+        run: str | None = None,
+        averages: tuple[str, ...] = (),
+        *,
+        task: str = "default",
+        worker: str | None = None,
+        poll_s: float = 1.0,
+        every: int = 1,
+        lease_s: float = LEASE_S,
+        device: str = "cpu",
+    ) -> None:
+        self._reader = reader
+        self._function = function
+        self._wanted = Wanted(worker or socket.gethostname(), task, run, averages, every, lease_s, poll_s)
+        self._device = device
+        self._skip: list[str] = []
+        self._last: dict[tuple[str, str], Outcome] = {}
+
+    @property
+    def failures(self) -> tuple[Outcome, ...]:
+        """The averages whose last version could not be evaluated."""
+        return tuple(outcome for outcome in self._last.values() if outcome.error is not None)
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Evaluate what is due, again and again; ends when the run is finished and its last versions are done.
+
+        Raises:
+            NotFound: the run has no average of a given name.
+            Unauthorized: the server wants another token.
+        """
+        run = None if self._wanted.run is None else self._wait_for_run(self._wanted.run)
+        while True:
+            self._check_averages(run)
+            lease, held = retry_while_unreachable(lambda: self._reader.leases.ask(self._wanted, tuple(self._skip)))
+            if lease is not None:
+                outcome = self._evaluate(lease)
+                if outcome is not None:
+                    yield outcome
+            elif run is not None and run.finished and not held:
+                return
+            else:
+                time.sleep(self._wanted.poll_s)
+            if run is not None:
+                run = retry_while_unreachable(partial(self._reader.run, run.run))  # before asking: see Reader.wait
+
+    def _wait_for_run(self, run: str) -> Run:
+        waiting = False
+        while True:
+            try:
+                return retry_while_unreachable(lambda: self._reader.run(run))
+            except NotFound:
+                if not waiting:
+                    log.info("run %r is not there yet; waiting for it", run)
+                waiting = True
+                time.sleep(self._wanted.poll_s)
+
+    def _check_averages(self, run: Run | None) -> None:
+        known = () if run is None else run.average_names
+        for name in self._wanted.averages:
+            if run is not None and known and name not in known:
+                raise NotFound(f"run {run.run!r} has no average {name!r}; it has {', '.join(known)}")
+
+    def _evaluate(self, lease: Lease) -> Outcome | None:
+        version, started, settled = lease.version, time.monotonic(), False
+        try:
+            with Heartbeat(self._reader.leases, lease):
+                found, error = self._measure(version)
+            seconds = time.monotonic() - started
+            outcome = self._report(lease, Outcome(version, found.metrics, error, seconds, found.samples))
+            settled = True
+        except NotFound:
+            log.info("%s was pruned before it could be evaluated; skipped", version)
+            self._skip.append(version.id)
+            return None
+        except LeaseLost:
+            log.warning("%s: another worker has taken it over; this result is not kept", version)
+            settled = True
+            return None
+        finally:
+            if not settled:
+                self._give_back(lease)
+        self._last[version.run, version.average] = outcome
+        if outcome.error is not None:
+            self._skip.append(version.id)
+        return outcome
+
+    def _measure(self, version: Version) -> tuple[Measured, str | None]:
+        try:
+            weights = self._load(version)
+        except VerificationFailed as failure:
+            return Measured({}), str(failure)
+        try:
+            return measured(self._function(weights)), None
+        except Exception as failure:  # the user's code: what it raises is the result to report
+            log.exception("evaluating %s failed", version)
+            return Measured({}), f"{type(failure).__name__}: {failure}"[:_ERROR_CHARS_MAX]
+
+    def _load(self, version: Version) -> dict[str, Tensor]:
+        for attempt in range(1, _LOAD_ATTEMPTS + 1):
+            try:
+                return retry_while_unreachable(lambda: self._reader.load(version, self._device))
+            except VerificationFailed:
+                if attempt == _LOAD_ATTEMPTS:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _report(self, lease: Lease, outcome: Outcome) -> Outcome:
+        """Tell the server; when it refuses the metrics (a name too long), tell it that instead."""
+        try:
+            self._send(lease, outcome)
+        except LeaseLost:
+            raise
+        except RequestRefused as refusal:
+            outcome = Outcome(outcome.version, {}, f"the server refused the metrics: {refusal}", outcome.seconds)
+            self._send(lease, outcome)
+        return outcome
+
+    def _send(self, lease: Lease, outcome: Outcome) -> None:
+        settle = partial(self._reader.leases.settle, lease, outcome.metrics, error=outcome.error)
+        retry_while_unreachable(lambda: settle(samples=outcome.samples, seconds=outcome.seconds))
+
+    def _give_back(self, lease: Lease) -> None:
+        """Others need not wait until the lease expires; where this fails, they do."""
+        try:
+            self._reader.leases.give_back(lease)
+        except ReaderError as error:
+            log.info("%s could not be given back: %s", lease.version, error)

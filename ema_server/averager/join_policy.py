@@ -1,0 +1,110 @@
+"""What a JOIN leads to. Pure: what the trainer asks and what is known of the run come in, a decision goes out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ema_proto.errors import RejectCode
+from ema_proto.wire import messages
+from ema_proto.wire.manifest import Manifest
+from ema_server.averager.jobs import Refused
+
+_STEPS_SHOWN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A run that has had a snapshot.
+
+    `averages` maps names to specs, `removed` has name and spec of those that it had; `held_steps` are those of its
+    generations.
+    """
+
+    last_step: int
+    manifest: Manifest
+    averages: Mapping[str, str]
+    held_steps: tuple[int, ...]
+    removed: frozenset[tuple[str, str]] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A new run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """Go on from the last step."""
+
+
+@dataclass(frozen=True, slots=True)
+class GoBack:
+    """Rewind to the newest generation at or before `step`, then go on."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """Keep the old run under a dated name and start a new one."""
+
+
+Decision: TypeAlias = Start | Continue | GoBack | SetAside | Refused
+
+
+def decide(join: messages.Join, known: Known | None) -> Decision:
+    """What to do about `join`; `known` is None for a run without a snapshot."""
+    if known is None:
+        if join.resume == "must" and not join.reconnect:
+            text = f"run {join.run!r} has nothing to continue: check its name, or join with resume='auto'"
+            return Refused(RejectCode.NOTHING_TO_CONTINUE, text)
+        return Start()
+    if join.resume == "never" and not join.reconnect:
+        return SetAside()
+    refused = _changed(join, known)
+    if refused is not None:
+        return refused
+    if join.reconnect or join.first_step > known.last_step:
+        return Continue()
+    if any(step < join.first_step for step in known.held_steps):
+        return GoBack(join.first_step - 1)
+    return _no_generation(join, known)
+
+
+def _changed(join: messages.Join, known: Known) -> Refused | None:
+    difference = known.manifest.first_difference(join.manifest)
+    ways_out = "use another run name, or resume='never' to set the old run aside"
+    if difference is not None:
+        text = f"run {join.run!r} was started with another model: {difference}; {ways_out}"
+        return Refused(RejectCode.MANIFEST_CHANGED, text)
+    for average in join.averages:
+        if (average.name, average.spec) in known.removed:
+            continue
+        spec = known.averages.get(average.name)
+        if spec is None:
+            names = ", ".join(known.averages)
+            text = (
+                f"run {join.run!r} has no average {average.name!r}, it has {names}: join with these, and add others "
+                f"while it streams (ema averages {join.run} --add {shlex.quote(average.spec)} --name {average.name})"
+            )
+            return Refused(RejectCode.AVERAGE_CHANGED, f"{text}, {ways_out}")
+        if spec != average.spec:
+            text = f"average {average.name!r} of run {join.run!r} is {spec}, not {average.spec}: join with {spec}"
+            return Refused(RejectCode.AVERAGE_CHANGED, f"{text}, {ways_out}")
+    return None
+
+
+def _no_generation(join: messages.Join, known: Known) -> Refused:
+    steps = sorted(set(known.held_steps))
+    shown = ", ".join(map(str, steps[:_STEPS_SHOWN])) + (", ..." if len(steps) > _STEPS_SHOWN else "")
+    held = f"its generations are at steps {shown}" if steps else "it has no generation yet"
+    text = (
+        f"run {join.run!r} stands at step {known.last_step} and cannot go back before step {join.first_step}: {held}. "
+        "If the trainer goes on later than that, say how many steps it has taken (step=, load_state_dict()); else set "
+        "the old run aside (resume='never') or use another run name. There is always a generation to go back to where "
+        "ema.checkpoint(step) is called beside the trainer's own checkpoints"
+    )
+    return Refused(RejectCode.NO_GENERATION, text)

@@ -1,0 +1,1 @@
+"""Where averages are kept, and the arithmetic on them."""

@@ -1,0 +1,99 @@
+"""The averaging arithmetic in loops that numba compiles: one reading of the weights updates several averages.
+
+Comes in: elements of a snapshot as they were sent, and averages with a weight each. Goes out: the averages, updated.
+It computes what `torch.lerp_` computes, to the last bit where both have the same fused multiply-add. Importing it needs
+the extra `fast`. It knows nothing of runs, blocks and files, and allocates nothing of their size.
+
+bfloat16 becomes float32 in a register, where torch has to write it out as float32 first; and weights that several
+averages share cross the memory bus once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba.core.errors import NumbaError
+
+from ema_server.compute.arithmetic import BY_TORCH, Elements, Weighted
+
+GROUP_MAX = 4  # averages in one loop: each number compiles one of its own, and from 8 on LLVM does not vectorise it
+
+# From 0.5 on torch computes new - (1 - weight) * (new - old), with the weight rounded to the average's dtype.
+_LARGE_WEIGHT = 0.4999999
+
+
+class ByLoops:
+    """Compiled loops on the CPU; torch for large weights, which only the first steps of a run and wide gaps have.
+
+    The loop that most runs need is compiled here, the others at their first use, each in some tenths of a second.
+    Nothing is kept for the next process: numba's cache would be pickles in a folder that may not be writable.
+
+    Raises:
+        RuntimeError: this machine cannot compile the loops, or they compute nonsense.
+    """
+
+    name = "compiled"
+
+    def __init__(self) -> None:
+        average = torch.zeros(3)
+        try:
+            _lerp(torch.tensor([1.0, 2.0, 4.0]), [(average, 0.25)])
+        except NumbaError as error:
+            raise RuntimeError(f"numba {numba.__version__} cannot compile here: {error}") from error
+        if average.tolist() != [0.25, 0.5, 1.0]:
+            raise RuntimeError(f"numba {numba.__version__} computes {average.tolist()} where [0.25, 0.5, 1.0] is right")
+
+    def lerp(self, elements: Elements, averages: Sequence[Weighted]) -> None:
+        """See `Arithmetic.lerp`."""
+        source = elements.source
+        if source.dtype is torch.float16:
+            source = elements.to(torch.float32)
+        ours = [pair for pair in averages if pair[1] < _LARGE_WEIGHT]
+        _lerp(source, ours)
+        if len(ours) < len(averages):
+            BY_TORCH.lerp(elements, [pair for pair in averages if pair[1] >= _LARGE_WEIGHT])
+
+
+def _lerp(source: torch.Tensor, averages: Sequence[Weighted]) -> None:
+    """In the averages' dtypes, which are not narrower than the source's: bfloat16, float32 or float64."""
+    loop, new = _lerp_same, source
+    if source.dtype is torch.bfloat16:
+        loop, new = _lerp_bfloat16, source.view(torch.uint16)  # numpy has no bfloat16
+    for group in _groups(averages):
+        held = tuple([average.numpy() for average, _ in group])
+        as_held = held[0].dtype.type
+        loop(new.numpy(), held, tuple([as_held(weight) for _, weight in group]))
+
+
+def _groups(averages: Sequence[Weighted]) -> Iterator[Sequence[Weighted]]:
+    """Averages of one dtype, at most `GROUP_MAX` of them."""
+    for dtype in (torch.float32, torch.float64):
+        alike = [pair for pair in averages if pair[0].dtype is dtype]
+        for first in range(0, len(alike), GROUP_MAX):
+            yield alike[first : first + GROUP_MAX]
+
+
+def _same(source: Any, averages: Any, weights: Any) -> None:
+    for i in range(source.size):
+        new = source[i]
+        for k in range(len(averages)):
+            old = averages[k][i]
+            averages[k][i] = old + weights[k] * (new - old)
+
+
+def _bfloat16(source: Any, averages: Any, weights: Any) -> None:
+    for i in range(source.size):
+        new = np.int32(np.uint32(source[i]) << np.uint32(16)).view(np.float32)
+        for k in range(len(averages)):
+            old = averages[k][i]
+            averages[k][i] = old + weights[k] * (new - old)
+
+
+# `contract` lets LLVM fuse the multiplication with the addition, as torch's own loops do; nothing else is relaxed.
+_compiled = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+_lerp_same: Callable[..., None] = _compiled(_same)
+_lerp_bfloat16: Callable[..., None] = _compiled(_bfloat16)

@@ -1,0 +1,97 @@
+"""The averaging arithmetic on blocks: each block of a snapshot updates every average while it is in cache.
+
+Comes in: blocks of a run's segments, each with its elements of the snapshot, for each average its memory and the
+snapshot's weight. Goes out: the same memory, updated. A sink, if there is one, sees each block before it changes.
+Nothing of a model's size is allocated, and nothing here knows of threads, runs, steps or files, nor on which device the
+tensors are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ema_proto.dtypes import ITEM_BYTES
+from ema_server.compute.arithmetic import Arithmetic, Elements, Weighted
+from ema_server.tensors.dtypes import view
+from ema_server.tensors.layout import Form, Segment, held_dtype
+
+
+class BlockSink(Protocol):
+    """Takes what an average held before the pass. Several threads may call it, for different blocks."""
+
+    def write(self, index: int, begin: int, end: int) -> None:
+        """Bytes `begin` to `end` of average number `index` are about to change. Must not raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One average: its bytes (uint8, 1-D), their form, and the snapshot's weight; None copies it all, 0 leaves all.
+
+    `number` is that of its bit in a segment's mask; blocks that it does not average are copied. With a `mix` the blocks
+    that it averages are made anew of these snapshots (uint8, 1-D, the wire's layout), which are earlier targets: each
+    is blended into those before it with its weight, the first with 1.
+    """
+
+    data: torch.Tensor
+    form: Form
+    weight: float | None
+    number: int = 0
+    mix: tuple[tuple[torch.Tensor, float], ...] = ()
+
+
+class Kernel:
+    """One thread's pass over blocks, and scratch, in which a block's floats become wider once for all averages."""
+
+    def __init__(self, block_elements: int, device: torch.device, arithmetic: Arithmetic) -> None:
+        self._arithmetic = arithmetic
+        wide = (torch.float32, torch.float64)
+        self._scratch = {dtype: torch.empty(block_elements, dtype=dtype, device=device) for dtype in wide}
+
+    def update(
+        self,
+        blocks: Iterable[tuple[Segment, torch.Tensor]],
+        targets: Sequence[Target],
+        sink: BlockSink | None = None,
+    ) -> None:
+        """Bring these blocks, each with its elements of the snapshot (1-D, the wire's dtype), into every target.
+
+        A block is averaged last, for all targets that average it at once; see `Arithmetic.lerp`.
+        """
+        for block, source in blocks:
+            averaged: list[Weighted] = []
+            for index, target in enumerate(targets):
+                begin, dtype = block.offset(target.form), held_dtype(target.form, block.dtype)
+                if sink is not None:
+                    sink.write(index, begin, begin + block.count * ITEM_BYTES[dtype])
+                if target.weight == 0.0:
+                    continue
+                held = view(target.data, dtype, begin, block.count)
+                if not block.averaged >> target.number & 1:
+                    held.copy_(source)
+                elif target.mix:
+                    self._blend(held, block, target.mix)
+                elif target.weight is None:
+                    held.copy_(source)
+                else:
+                    averaged.append((held, target.weight))
+            self._arithmetic.lerp(Elements(source, self._scratch), averaged)
+
+    def _blend(self, held: torch.Tensor, block: Segment, mix: Sequence[tuple[torch.Tensor, float]]) -> None:
+        for index, (snapshot, weight) in enumerate(mix):
+            elements = Elements(view(snapshot, block.dtype, block.wire_offset, block.count), self._scratch)
+            if index == 0:
+                held.copy_(elements.source)
+            else:
+                self._arithmetic.lerp(elements, [(held, weight)])
+
+
+def show(blocks: Iterable[Segment], forms: Sequence[Form], sink: BlockSink) -> None:
+    """Show these blocks of every average to `sink` and change nothing."""
+    for block in blocks:
+        for index, form in enumerate(forms):
+            begin = block.offset(form)
+            sink.write(index, begin, begin + block.count * ITEM_BYTES[held_dtype(form, block.dtype)])

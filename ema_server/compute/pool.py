@@ -1,0 +1,89 @@
+"""Threads that share one pass over all averages of a run. Segments come in; when a call returns, the pass is over.
+
+Each thread takes the next block when it is done with its last, and computes with one thread of torch's own. Torch's
+pool would split every block and wait for the slowest part of each: beside processes that keep all cores busy that made
+a pass over 87 million elements 20 times as long (1.4 s instead of 0.07 s).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from ema_server.compute.arithmetic import BY_TORCH, Arithmetic
+from ema_server.compute.device import BLOCK_ELEMENTS, HOST, Device, Feed
+from ema_server.compute.kernel import BlockSink, Kernel, Target, show
+from ema_server.tensors.layout import Form, Segment, cut
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """What one thread has for itself."""
+
+    kernel: Kernel
+    feed: Feed
+
+
+class WorkerPool:
+    """A pool of kernels.
+
+    Args:
+        workers: threads that share a pass, at least 1.
+        block_elements: what one thread takes at a time.
+        device: where the averages are.
+        arithmetic: what the kernels compute with.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        block_elements: int = BLOCK_ELEMENTS,
+        device: Device = HOST,
+        arithmetic: Arithmetic = BY_TORCH,
+    ) -> None:
+        self._block_elements = block_elements
+        self._workers = tuple(
+            _Worker(Kernel(block_elements, device.torch_device, arithmetic), device.feed(block_elements))
+            for _ in range(workers)
+        )
+        self._pool = ThreadPoolExecutor(workers, "averaging", initializer=torch.set_num_threads, initargs=(1,))
+
+    def update(
+        self, segments: Sequence[Segment], snapshot: torch.Tensor, targets: Sequence[Target], sink: BlockSink | None
+    ) -> None:
+        """Bring the whole snapshot (uint8, 1-D, in host memory) into every target; see `Kernel.update`."""
+
+        def update(worker: _Worker, blocks: Iterator[Segment]) -> None:
+            with worker.feed.turn():
+                worker.kernel.update(worker.feed.blocks(snapshot, blocks), targets, sink)
+
+        self._share(segments, update)
+
+    def write(self, segments: Sequence[Segment], forms: Sequence[Form], sink: BlockSink) -> None:
+        """Show every block of every average to `sink` and change nothing."""
+        self._share(segments, lambda _, blocks: show(blocks, forms, sink))
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+    def _share(self, segments: Sequence[Segment], work: Callable[[_Worker, Iterator[Segment]], None]) -> None:
+        blocks = _Shared(cut(segments, self._block_elements))
+        for done in [self._pool.submit(work, worker, blocks) for worker in self._workers]:
+            done.result()
+
+
+class _Shared(Iterator[Segment]):
+    """One iterator for several threads."""
+
+    def __init__(self, blocks: Iterator[Segment]) -> None:
+        self._blocks = blocks
+        self._lock = threading.Lock()
+
+    def __next__(self) -> Segment:
+        with self._lock:
+            return next(self._blocks)

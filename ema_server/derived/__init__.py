@@ -1,0 +1,1 @@
+"""Versions computed from stored versions."""

@@ -1,0 +1,146 @@
+"""The weighted sum of stored model files, piece by piece. Comes in: a plan. Goes out: the bytes of the new model file.
+
+Sums are in float64 and rounded once, to float32: beside the rounding of the stored weights, which the plan tells, the
+error is half a unit in the last place. What the averages copy is taken from the newest part. Every byte that is read
+is checked against the sha256 of its file before the last piece is out.
+
+Shares of both signs can leave a variance of batch norm below zero, where it is none, and the network useless. A mean of
+variances is not below the least of them; so the sum is not let below the least that is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from ema_proto.dtypes import ITEM_BYTES
+from ema_server.derived.plan import Part, Plan
+from ema_server.derived.store import Piece
+from ema_server.storage.records import BrokenGeneration
+from ema_server.tensors.dtypes import TORCH_DTYPES
+from ema_server.tensors.safetensors_file import BadModelFile, Stored, describe, read_header
+
+_CHUNK_ELEMENTS = 1 << 17  # 1 MiB of sums stays in a core's cache, whatever the size of the model
+_FLOATS = ("F32", "BF16")  # as a ring stores averaged tensors
+_VARIANCE = "running_var"  # torch's name for it, in every class of batch norm
+
+
+class _Kind(Enum):
+    """How a tensor is made."""
+
+    COPIED = "taken from the newest part"
+    SUMMED = "the sum"
+    VARIANCE = "the sum, not below the least stored"
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """Tensors side by side that are treated alike: those from number `first` on, `units` elements or bytes together."""
+
+    first: int
+    units: int
+    kind: _Kind
+
+
+class _Source:
+    """One stored file, read from front to back."""
+
+    def __init__(self, part: Part, share: float) -> None:
+        self.path: Path = part.snapshot.folder / part.member.file.name
+        self.share = share
+        self.stored = read_header(self.path)
+        self._sha256 = part.member.file.sha256
+        self._digest = hashlib.sha256()
+        self._position = 0
+        self.read(self.stored[0].offset if self.stored else part.member.file.size)
+
+    def read(self, nbytes: int) -> bytearray:
+        """The next bytes."""
+        piece = bytearray(nbytes)
+        with self.path.open("rb") as file:  # not kept open: there may be more parts than files may be open
+            file.seek(self._position)
+            file.readinto(piece)
+        self._digest.update(piece)
+        self._position += nbytes
+        return piece
+
+    def units(self, region: _Region, count: int) -> torch.Tensor:
+        """The next `count` elements of a region that is averaged."""
+        dtype = self.stored[region.first].dtype
+        return torch.frombuffer(self.read(count * ITEM_BYTES[dtype]), dtype=TORCH_DTYPES[dtype])
+
+    def check(self) -> None:
+        """Compare what was read with what was written."""
+        found = self._digest.hexdigest()
+        if found != self._sha256:
+            raise BrokenGeneration(f"{self.path} has sha256 {found} instead of {self._sha256}")
+
+
+def combined(plan: Plan) -> Iterator[Piece]:
+    """The model file that the plan leads to, from its first byte to its last.
+
+    Raises:
+        BrokenGeneration: a file is not what was written.
+        BadModelFile: the files do not hold the same tensors.
+        OSError: the disk fails, or the ring was cut meanwhile.
+    """
+    newest, *others = sources = _sources(plan)
+    if any([one.name for one in other.stored] != [one.name for one in newest.stored] for other in others):
+        raise BadModelFile(f"the files that are to be added up hold other tensors than {newest.path}")
+    header, _ = describe((one.name, "F32" if one.dtype == "BF16" else one.dtype, one.shape) for one in newest.stored)
+    yield header
+    for region in _regions(newest.stored, plan.newest.member.copied):
+        for begin in range(0, region.units, _CHUNK_ELEMENTS):
+            count = min(_CHUNK_ELEMENTS, region.units - begin)
+            yield _copy(sources, count) if region.kind is _Kind.COPIED else _sum(sources, region, count)
+    for source in sources:
+        source.check()
+
+
+def _sources(plan: Plan) -> list[_Source]:
+    """The newest part first, whatever its share is."""
+    shares = {_key(part): part.share for part in plan.parts}
+    newest = _Source(plan.newest, shares.get(_key(plan.newest), 0.0))
+    return [newest, *(_Source(part, part.share) for part in plan.parts if _key(part) != _key(plan.newest))]
+
+
+def _key(part: Part) -> tuple[int, str]:
+    return part.snapshot.step, part.member.average
+
+
+def _regions(stored: Sequence[Stored], copied: frozenset[str]) -> Iterator[_Region]:
+    def kind_of(number: int) -> _Kind:
+        name = stored[number].name
+        if stored[number].dtype not in _FLOATS or name in copied:
+            return _Kind.COPIED
+        return _Kind.VARIANCE if name.rpartition(".")[2] == _VARIANCE else _Kind.SUMMED
+
+    for kind, group in groupby(range(len(stored)), key=kind_of):
+        numbers = list(group)
+        sizes = [stored[number].nbytes if kind is _Kind.COPIED else stored[number].elements for number in numbers]
+        yield _Region(numbers[0], sum(sizes), kind)
+
+
+def _sum(sources: Sequence[_Source], region: _Region, count: int) -> memoryview:
+    total, least = torch.zeros(count, dtype=torch.float64), None
+    for source in sources:
+        values = source.units(region, count).double()  # mixed dtypes take three times as long
+        total.add_(values, alpha=source.share)
+        if region.kind is _Kind.VARIANCE:
+            least = values if least is None else torch.minimum(least, values)
+    if least is not None:
+        total = torch.maximum(total, least)
+    rounded = bytearray(count * ITEM_BYTES["F32"])
+    torch.frombuffer(rounded, dtype=torch.float32).copy_(total)
+    return memoryview(rounded)
+
+
+def _copy(sources: Sequence[_Source], nbytes: int) -> bytearray:
+    pieces = [source.read(nbytes) for source in sources]  # all of them: their files are checked whole
+    return pieces[0]

@@ -1,0 +1,154 @@
+"""A version with other buffers: the same weights, with statistics that somebody recomputed for them.
+
+Comes in: a version and an upload, a safetensors file of the buffers that changed. Goes out: a derived version, of the
+average `{average}-bn`. How the buffers were computed is not known here; that they fit, and are finite, is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from ema_proto.wire.manifest import Manifest, Role, TensorSpec
+from ema_server.derived.queue import Deriving
+from ema_server.derived.store import Derivation
+from ema_server.storage.catalog import Catalog, Version, VersionGone
+from ema_server.storage.disk import sha256
+from ema_server.storage.generation import read_manifest, read_record
+from ema_server.storage.records import CONFIG_FILE, BrokenGeneration
+from ema_server.tensors.dtypes import TORCH_DTYPES
+from ema_server.tensors.file_plan import MODEL_FILE
+from ema_server.tensors.safetensors_file import Stored, read_header, replaced
+
+RECALIBRATED = "recalibrated"
+SUFFIX = "-bn"
+BUFFERS_BYTES_MAX = 16 << 20  # a ResNet-152 has 1.2 MB of statistics
+
+
+class BadBuffers(ValueError):
+    """What was uploaded cannot take the place of a version's buffers; the text says which tensor and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalibrated:
+    """A version with other buffers, made now or there already."""
+
+    version: Version
+    is_new: bool
+
+
+def recalibrate(deriving: Deriving, base: Version, data: bytes) -> Recalibrated:
+    """Write the version that `base` is with the buffers in `data`. The same upload again gives the same version.
+
+    Args:
+        deriving: where it is kept; this is called in its thread.
+        base: the version; kept from being deleted meanwhile.
+        data: a safetensors file.
+
+    Raises:
+        BadBuffers: `data` does not fit.
+        BrokenGeneration, BadModelFile: what is stored is not what was written.
+        OSError: the disk refuses.
+        VersionGone: the base has been deleted, or the run was set aside.
+    """
+    catalog = deriving.store.catalog
+    with catalog.hold(base):
+        path = base.folder / MODEL_FILE
+        _verify(base, path)
+        buffers = checked(data, read_header(path), _manifest(catalog, base))
+        known = {version.id for version in catalog.derived(base.run)}
+        config = base.folder / CONFIG_FILE
+        version = deriving.store.write(
+            _derivation(base, sorted(buffers)),
+            deriving.pieces(replaced(path, buffers)),
+            config.read_bytes() if config.exists() else None,
+        )
+    return Recalibrated(version, version.id not in known)
+
+
+def checked(data: bytes, stored: tuple[Stored, ...], manifest: Manifest) -> dict[str, bytes]:
+    """The bytes of the uploaded buffers, by every name that each one has in the version's file.
+
+    Args:
+        data: a safetensors file.
+        stored: the tensors of the version's file.
+        manifest: the run's.
+
+    Raises:
+        BadBuffers: it is no such file, is empty, or a tensor in it is no buffer, has another dtype or shape, or is not
+            finite.
+    """
+    try:
+        uploaded = load(data)
+    except SafetensorError as error:
+        raise BadBuffers(f"the body is not a safetensors file: {error}") from None
+    if not uploaded:
+        raise BadBuffers("the body holds no tensor: send the buffers that changed")
+    places, specs = {place.name: place for place in stored}, _by_name(manifest)
+    found: dict[str, bytes] = {}
+    for name, tensor in uploaded.items():
+        spec = _buffer(name, specs)
+        _check_tensor(name, tensor, places[name])
+        content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        for each in spec.names:
+            if found.setdefault(each, content) != content:
+                raise BadBuffers(f"{name!r} and {spec.name!r} are one tensor of the model, with two values here")
+    return found
+
+
+def _buffer(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec:
+    spec = specs.get(name)
+    if spec is None:
+        raise BadBuffers(f"the model has no tensor {name[:100]!r}: names are those of its state dict")
+    if spec.role is not Role.BUFFER:
+        raise BadBuffers(f"{name!r} is a {spec.role.value} of the model: only buffers can be replaced")
+    return spec
+
+
+def _check_tensor(name: str, tensor: Tensor, place: Stored) -> None:
+    if (tensor.dtype, tuple(tensor.shape)) != (TORCH_DTYPES[place.dtype], place.shape):
+        wanted = f"{TORCH_DTYPES[place.dtype]} {list(place.shape)}"
+        raise BadBuffers(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, and {wanted} in the version")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise BadBuffers(f"{name!r} holds NaN or Inf")
+
+
+def _by_name(manifest: Manifest) -> dict[str, TensorSpec]:
+    return {name: tensor for tensor in manifest.tensors for name in tensor.names}
+
+
+def _verify(base: Version, path: Path) -> None:
+    """What is copied gets a digest of its own: damage must not be taken along under it."""
+    known = base.file(MODEL_FILE)
+    if known is None or known.sha256 != sha256(path):
+        raise BrokenGeneration(f"{MODEL_FILE} of version {base.id} is not what was written")
+
+
+def _manifest(catalog: Catalog, base: Version) -> Manifest:
+    """The run's manifest: a run has one, so that of any generation is it."""
+    newest = next(iter(catalog.generations(base.run)), None)
+    if newest is None:
+        raise VersionGone(f"run {base.run} has no generation any more: ask again")
+    return read_manifest(newest.folder, read_record(newest.folder))
+
+
+def _derivation(base: Version, replaced_names: list[str]) -> Derivation:
+    return Derivation(
+        run=base.run,
+        average=base.average + SUFFIX,
+        spec=base.spec,
+        step=base.step,
+        updates=base.updates,
+        gap_steps=base.gap_steps,
+        kind=RECALIBRATED,
+        provenance={
+            "from": {"average": base.average, "step": base.step, "id": base.id},
+            "replaced": replaced_names,
+        },
+    )

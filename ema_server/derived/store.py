@@ -1,0 +1,227 @@
+"""Versions made of other versions after them: written once, durably, beside the generations, and kept until deleted.
+
+Comes in: what the version is, and the bytes of its model file, piece by piece. Goes out: a `Version` in the catalog,
+like any other to readers. How the weights were made is the caller's; here it is only recorded, in `version.json`.
+
+    runs/{run}/derived/{seq}-{step}/    model.safetensors  config.json  version.json
+
+What a crash leaves is swept at the next start. Retention does not touch them, and a run that is set aside takes them
+along.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ema_proto.names import check_name
+from ema_server.storage.catalog import Catalog, FileEntry, Version, VersionGone
+from ema_server.storage.datadir import TEMPORARY, DataDir, delete_whole, next_seq_in
+from ema_server.storage.disk import sync_folders, write_durably
+from ema_server.storage.generation import entry_of, folder_name, is_folder_name, seq_in, version_of
+from ema_server.storage.records import CONFIG_FILE, VERSION_FILE, BrokenGeneration, identified, read_json, rfc3339
+from ema_server.tensors.file_plan import MODEL_FILE
+
+Piece: TypeAlias = bytes | bytearray | memoryview
+
+_SUPERSEDED = ".superseded"
+
+logger = logging.getLogger("ema")
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """What a derived version is.
+
+    Args:
+        run: whose it is.
+        average: the name under which it is listed; none that the run has an average of.
+        spec: the rule that it stands for.
+        step: the step that its weights are of.
+        updates: snapshots in what it was made of, as in a version.
+        gap_steps: steps missing there, as in a version.
+        kind: one word for how it was made.
+        provenance: what it was made of, as JSON values; with the kind it stands in `version.json` under `derived`.
+    """
+
+    run: str
+    average: str
+    spec: str
+    step: int
+    updates: int
+    gap_steps: int
+    kind: str
+    provenance: Mapping[str, Any]
+
+
+class DerivedStore:
+    """The derived versions of every run. Safe from any thread.
+
+    Args:
+        data_dir: where they lie.
+        catalog: where they are shown.
+        wall: seconds since the epoch, for `created`.
+    """
+
+    def __init__(self, data_dir: DataDir, catalog: Catalog, wall: Callable[[], float] = time.time) -> None:
+        self.catalog = catalog
+        self._data_dir = data_dir
+        self._wall = wall
+        self._naming = threading.Lock()
+
+    def restore(self) -> None:
+        """Show what is on the disk; what is not whole there is set aside.
+
+        Raises:
+            OSError: the data folder cannot be read.
+        """
+        for run in self._data_dir.runs():
+            folder = self._data_dir.derived_folder(run)
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if is_folder_name(path.name):
+                    self._restore(run, path)
+
+    def write(self, what: Derivation, pieces: Iterable[Piece], config: bytes | None) -> Version:
+        """Write a version and show it. The same content as that of a version that is there gives that version.
+
+        Args:
+            what: what it is.
+            pieces: its model file from the first byte to the last, header included.
+            config: the content of its `config.json`, None without.
+
+        Raises:
+            LocalProtocolError: the average's name is not allowed.
+            OSError: the disk refuses; nothing is left of it. Whatever `pieces` raises goes through likewise.
+            VersionGone: the run was set aside meanwhile.
+        """
+        check_name("average", what.average)
+        parent = self._data_dir.derived_folder(what.run)
+        self._create(parent)
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
+        try:
+            version = self._fill(folder, what, pieces, config)
+            known = next((old for old in self.catalog.derived(what.run) if old.id == version.id), None)
+            return known if known is not None else self._show(folder, what)
+        except FileNotFoundError:
+            if folder.exists():
+                raise
+            raise VersionGone(f"run {what.run} was set aside while {what.average} was made: ask again") from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # renamed, where all went well
+
+    def provenance(self, version: Version) -> dict[str, Any]:
+        """What a derived version was made of, `kind` included.
+
+        Raises:
+            BrokenGeneration: its `version.json` cannot be read.
+            OSError: the disk fails, or the version has been deleted.
+        """
+        found = read_json((version.folder / VERSION_FILE).read_bytes()).get("derived")
+        if not isinstance(found, dict):
+            raise BrokenGeneration(f"{version.folder / VERSION_FILE} does not say what it was made of")
+        return found
+
+    def supersede(self, run: str, step: int) -> None:
+        """The run goes on from `step` on another way: what was made for later steps is of a history left behind."""
+        for version in self.catalog.derived(run):
+            if version.step > step:
+                try:
+                    (version.folder / _SUPERSEDED).touch()
+                    sync_folders([version.folder])
+                except OSError as error:
+                    logger.warning("%s could not be marked as superseded: %s", version.folder, error)
+
+    def is_superseded(self, version: Version) -> bool:
+        """Whether the run has gone back before the version's step since it was made."""
+        return (version.folder / _SUPERSEDED).exists()
+
+    def delete(self, version: Version) -> bool:
+        """Delete a derived version; False while a reader holds it, or has a moment ago.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        if not self.catalog.remove_derived(version):
+            return False
+        delete_whole(version.folder)
+        return True
+
+    def _restore(self, run: str, folder: Path) -> None:
+        try:
+            self.catalog.add_derived(open_derived(run, folder))
+        except BrokenGeneration as error:
+            self._data_dir.set_bad(folder, error)
+
+    def _create(self, folder: Path) -> None:
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            sync_folders([folder.parent])
+
+    def _fill(self, folder: Path, what: Derivation, pieces: Iterable[Piece], config: bytes | None) -> Version:
+        """Write the files into a temporary folder; the version as it would be there."""
+        folder.chmod(0o755)
+        with (folder / MODEL_FILE).open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        if config is not None:
+            write_durably(folder / CONFIG_FILE, config)
+        files = tuple(entry_of(path.name, path) for path in sorted(folder.iterdir()))
+        data = identified(_content(what, files), rfc3339(self._wall()))
+        write_durably(folder / VERSION_FILE, data)
+        sync_folders([folder])
+        return version_of(what.run, folder, 0, data, entry_of(VERSION_FILE, folder / VERSION_FILE))
+
+    def _show(self, folder: Path, what: Derivation) -> Version:
+        with self._naming:
+            final = folder.with_name(folder_name(next_seq_in(folder.parent), what.step))
+            folder.rename(final)
+            sync_folders([final.parent])
+            version = open_derived(what.run, final)
+            self.catalog.add_derived(version)
+            return version
+
+
+def open_derived(run: str, folder: Path) -> Version:
+    """Read a derived version and check that it is whole.
+
+    Args:
+        run: the run under whose name it is listed (a run that was set aside has another name inside).
+        folder: the version's folder.
+
+    Raises:
+        BrokenGeneration: it is not whole.
+    """
+    path = folder / VERSION_FILE
+    if not path.is_file():
+        raise BrokenGeneration(f"{VERSION_FILE} is missing")
+    version = version_of(run, folder, seq_in(folder.name) or 0, path.read_bytes(), entry_of(VERSION_FILE, path))
+    if version.derived is None or folder.name != folder_name(version.seq, version.step):
+        raise BrokenGeneration(f"{VERSION_FILE} is not that of a derived version of step {version.step}")
+    for file in version.files:
+        found = folder / file.name
+        if not found.is_file() or found.stat().st_size != file.size:
+            raise BrokenGeneration(f"{file.name} is missing, or does not have its {file.size} bytes")
+    return version
+
+
+def _content(what: Derivation, files: tuple[FileEntry, ...]) -> dict[str, Any]:
+    return {
+        "run": what.run,
+        "average": what.average,
+        "spec": what.spec,
+        "step": what.step,
+        "updates": what.updates,
+        "gap_steps": what.gap_steps,
+        "derived": {"kind": what.kind, **what.provenance},
+        "files": [asdict(entry) for entry in files],
+    }

@@ -1,0 +1,1 @@
+"""Leases, validations, reported metrics, and the evaluator process."""

@@ -1,0 +1,213 @@
+"""The rows of leases and validations: each public function is one transaction. Comes in: a connection and times.
+
+There is one lease row for each version and task: who takes a version over replaces the row, and with it the id that the
+one before knows. It knows nothing of threads and of workers that do not ask.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ema_server.evaluation.leases import Ask, Finding, Grant, Lease, Validation
+from ema_server.evaluation.metric_store import Report, Subject, insert_report, latest_report
+from ema_server.storage.records import rfc3339
+
+ATTEMPTS_MAX = 3  # a version that takes its worker down each time must not take all of them down for ever
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS leases (
+    run TEXT NOT NULL, average TEXT NOT NULL, version TEXT NOT NULL, step INTEGER NOT NULL, task TEXT NOT NULL,
+    id TEXT NOT NULL UNIQUE, worker TEXT NOT NULL, lease_s REAL NOT NULL, expires REAL NOT NULL,
+    attempts INTEGER NOT NULL, done INTEGER NOT NULL, PRIMARY KEY (run, version, task)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS validations (
+    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, run TEXT NOT NULL, average TEXT NOT NULL,
+    version TEXT NOT NULL, step INTEGER NOT NULL, task TEXT NOT NULL, again INTEGER NOT NULL, created TEXT NOT NULL,
+    result TEXT
+);
+"""
+
+_COLUMNS = "id, run, average, version, step, task, worker, lease_s, expires"
+
+
+def live(db: sqlite3.Connection, now: float) -> tuple[Lease, ...]:
+    """Those that have neither expired nor ended."""
+    query = f"SELECT {_COLUMNS} FROM leases WHERE NOT done AND expires > ?"  # noqa: S608 -- a constant
+    return tuple(_lease(*row) for row in db.execute(query, (now,)))
+
+
+def grant(
+    db: sqlite3.Connection, ask: Ask, due: Sequence[Subject], exists: Callable[[Subject], bool], now: float
+) -> Grant:
+    """The first version that is wanted and free; ends what has become pointless on the way."""
+    held = set()
+    with db:
+        unmeasured = [item for item in due if latest_report(db, item, ask.task) is None]
+        for subject in (*_requested(db, ask, exists, now), *unmeasured):
+            key = (subject.run, subject.version, ask.task)
+            row = db.execute(
+                "SELECT worker, expires, attempts, done FROM leases WHERE run = ? AND version = ? AND task = ?", key
+            ).fetchone()
+            worker, expires, attempts, done = row or ("", 0.0, 0, 1)
+            if not done and expires > now:
+                held.add(subject)
+            elif attempts < ATTEMPTS_MAX:
+                return Grant(_lend(db, subject, ask, 1 if done else attempts + 1, now), len(held))
+            elif not done:
+                _give_up(db, subject, ask.task, worker, now)
+    return Grant(None, len(held))
+
+
+def _requested(db: sqlite3.Connection, ask: Ask, exists: Callable[[Subject], bool], now: float) -> list[Subject]:
+    """The versions that someone waits for and this worker may take; ends the waiting that has become pointless."""
+    query = (
+        "SELECT id, again, run, average, version, step FROM validations"
+        " WHERE task = ? AND result IS NULL ORDER BY number"
+    )
+    found = []
+    for validation_id, again, *names in db.execute(query, (ask.task,)).fetchall():
+        subject = Subject(*names)
+        known = None if again else latest_report(db, subject, ask.task)
+        if known is not None:
+            _end(db, validation_id, known)
+        elif not exists(subject):
+            text = "the version was pruned before a worker took it"
+            _end(db, validation_id, _failure(subject, ask.task, None, text, now))
+        elif ask.covers(subject.run, subject.average, ask.task):
+            found.append(subject)
+    return found
+
+
+def _lend(db: sqlite3.Connection, subject: Subject, ask: Ask, attempts: int, now: float) -> Lease:
+    lease = Lease(secrets.token_hex(16), subject, ask.task, ask.worker, ask.lease_s, now + ask.lease_s)
+    names = (subject.run, subject.average, subject.version, subject.step, ask.task, lease.id, ask.worker)
+    row = (*names, lease.lease_s, lease.expires, attempts)
+    db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)", row)
+    return lease
+
+
+def _give_up(db: sqlite3.Connection, subject: Subject, task: str, worker: str, now: float) -> None:
+    text = (
+        f"its worker vanished {ATTEMPTS_MAX} times while it evaluated this version; ask for a validation to try again"
+    )
+    report = _failure(subject, task, worker, text, now)
+    insert_report(db, report)
+    _end_all(db, report)
+    key = (subject.run, subject.version, task)
+    db.execute("UPDATE leases SET done = 1 WHERE run = ? AND version = ? AND task = ?", key)
+
+
+def beat(db: sqlite3.Connection, lease_id: str, now: float) -> Lease | None:
+    """Extend a lease, unless it has ended or its version was taken over."""
+    with db:
+        db.execute("UPDATE leases SET expires = ? + lease_s WHERE id = ? AND NOT done", (now, lease_id))
+        lease, done = _by_id(db, lease_id)
+    return None if done else lease
+
+
+def settle(db: sqlite3.Connection, lease_id: str, finding: Finding, now: float) -> tuple[Report, bool] | None:
+    """Keep a result, end its lease, and answer everyone who waits for it."""
+    with db:
+        lease, _ = _by_id(db, lease_id)
+        if lease is None:
+            return None
+        report = _report(lease.subject, lease.task, lease.worker, finding, now)
+        first = insert_report(db, report)
+        db.execute("UPDATE leases SET done = 1 WHERE id = ?", (lease_id,))
+        _end_all(db, report)
+        return report, first
+
+
+def give_back(db: sqlite3.Connection, lease_id: str) -> Lease | None:
+    """Undo a grant."""
+    with db:
+        lease, done = _by_id(db, lease_id)
+        query = "UPDATE leases SET expires = 0, attempts = attempts - 1 WHERE id = ? AND NOT done AND expires > 0"
+        db.execute(query, (lease_id,))
+    return None if done else lease
+
+
+def abandon(db: sqlite3.Connection, worker: str) -> None:
+    """Let every lease of a worker expire; the attempts count."""
+    with db:
+        db.execute("UPDATE leases SET expires = 0 WHERE worker = ? AND NOT done", (worker,))
+
+
+def request(
+    db: sqlite3.Connection, subject: Subject, task: str, now: float, again: bool, possible: bool
+) -> Validation | None:
+    """What there is, or a new row; None when there is nothing and nobody could do it."""
+    key = (subject.run, subject.version, task)
+    with db:
+        known = None if again else latest_report(db, subject, task)
+        query = "SELECT id FROM validations WHERE run = ? AND version = ? AND task = ? AND result IS NULL"
+        waiting = db.execute(query, key).fetchone()
+        if waiting and known is None:
+            return find(db, subject.run, waiting[0], now)
+        if known is None and not possible:
+            return None
+        db.execute(  # whoever asks wants it tried again, also if it took its workers down
+            "UPDATE leases SET attempts = 0 WHERE run = ? AND version = ? AND task = ? AND (done OR expires <= ?)",
+            (*key, now),
+        )
+        new = secrets.token_hex(16)
+        row = (new, subject.run, subject.average, subject.version, subject.step, task, again, rfc3339(now))
+        db.execute("INSERT INTO validations VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
+        if known is not None:
+            _end(db, new, known)
+        return find(db, subject.run, new, now)
+
+
+def find(db: sqlite3.Connection, run: str, validation_id: str, now: float) -> Validation | None:
+    """A validation, and who has its version now."""
+    query = "SELECT average, version, step, task, created, result FROM validations WHERE run = ? AND id = ?"
+    row = db.execute(query, (run, validation_id)).fetchone()
+    if row is None:
+        return None
+    average, version, step, task, created, result = row
+    *finding, worker, at = json.loads(result) if result else (None, None)
+    query = "SELECT worker FROM leases WHERE run = ? AND version = ? AND task = ? AND NOT done AND expires > ?"
+    leased = db.execute(query, (run, version, task, now)).fetchone()
+    subject, found = Subject(run, average, version, step), Finding(*finding) if finding else None
+    return Validation(validation_id, subject, task, created, found, worker, at, leased[0] if leased else None)
+
+
+def _end_all(db: sqlite3.Connection, report: Report) -> None:
+    """The version has a result for the task: that is what everyone who waits for it gets."""
+    query = "SELECT id FROM validations WHERE run = ? AND version = ? AND task = ? AND result IS NULL"
+    for row in db.execute(query, (report.subject.run, report.subject.version, report.task)).fetchall():
+        _end(db, row[0], report)
+
+
+def _end(db: sqlite3.Connection, validation_id: str, report: Report) -> None:
+    result = [report.metrics, report.error, report.samples, report.seconds, report.worker, report.at]
+    db.execute("UPDATE validations SET result = ? WHERE id = ?", (json.dumps(result), validation_id))
+
+
+def rename(db: sqlite3.Connection, run: str, new_run: str) -> None:
+    """Write another name of a run into every row."""
+    with db:
+        db.execute("UPDATE OR REPLACE leases SET run = ? WHERE run = ?", (new_run, run))
+        db.execute("UPDATE validations SET run = ? WHERE run = ?", (new_run, run))
+
+
+def _by_id(db: sqlite3.Connection, lease_id: str) -> tuple[Lease | None, bool]:
+    query = f"SELECT {_COLUMNS}, done FROM leases WHERE id = ?"  # noqa: S608 -- a constant
+    row = db.execute(query, (lease_id,)).fetchone()
+    return (None, False) if row is None else (_lease(*row[:-1]), bool(row[-1]))
+
+
+def _lease(id: str, run: str, average: str, version: str, step: int, *rest: Any) -> Lease:
+    return Lease(id, Subject(run, average, version, step), *rest)
+
+
+def _report(subject: Subject, task: str, worker: str | None, finding: Finding, now: float) -> Report:
+    return Report(subject, task, worker, finding.metrics, finding.error, finding.samples, finding.seconds, rfc3339(now))
+
+
+def _failure(subject: Subject, task: str, worker: str | None, text: str, now: float) -> Report:
+    return _report(subject, task, worker, Finding(error=text), now)

@@ -1,0 +1,74 @@
+"""Leases and validations as values. A lease is a worker's claim to one version for one task, until it expires.
+
+Pure: who may have one is decided in `lease_rows`, which versions there are and who asks is known in `validations`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ema_server.evaluation.metric_store import Subject
+
+LEASE_S = 30.0  # a killed worker's version waits no longer; a worker beats three times in it
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a worker would take: versions of one run (None: of all), of these averages (none named: of all)."""
+
+    worker: str
+    task: str
+    run: str | None = None
+    averages: tuple[str, ...] = ()
+    lease_s: float = LEASE_S
+
+    def covers(self, run: str, average: str, task: str) -> bool:
+        """Whether a version of this run and average may go to this worker."""
+        return task == self.task and self.run in (None, run) and (not self.averages or average in self.averages)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A worker's claim to one version for one task, until `expires` (the server's clock, seconds since the epoch).
+
+    Every heartbeat extends it by `lease_s`.
+    """
+
+    id: str
+    subject: Subject
+    task: str
+    worker: str
+    lease_s: float
+    expires: float
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A lease, or none; and how many versions that are due others have."""
+
+    lease: Lease | None
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What came of an evaluation: metrics, or the error that kept it from having any."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    samples: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """A validation that was asked for. `finding`, `worker` and `at` are None until it has ended; `leased_to` while."""
+
+    id: str
+    subject: Subject
+    task: str
+    created: str
+    finding: Finding | None
+    worker: str | None
+    at: str | None
+    leased_to: str | None

@@ -1,0 +1,79 @@
+"""The steps inside a version as streamed JSON: they may be millions. Comes in: a version; goes out: pieces of text."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from ema_proto.averages.specs import parse_average
+from ema_proto.averages.step_units import StepUnits
+from ema_server.http.problems import Code, Problem
+from ema_server.rules.contributions import shares_of
+from ema_server.rules.ledger import Ledger
+from ema_server.storage.catalog import Catalog, Version, VersionGone
+from ema_server.storage.records import VERSION_FILE, BrokenGeneration, PaceRecord, pace_of, read_json
+
+_PIECE = 1000  # steps
+
+
+def ledger_json(catalog: Catalog, version: Version, tail: int | None) -> Iterator[str]:
+    """The ledger of a version as one JSON object in pieces: `steps` has step and share, newest first.
+
+    `rest` is the share of what `tail` left out: steps beyond the newest `tail` ones. A ledger of many gaps is megabytes
+    of JSON, which are read and parsed before the first piece: not for the event loop.
+
+    Raises:
+        Problem: the version has none, since it was made of other versions; or it is gone, or damaged.
+    """
+    try:
+        return _ledger_json(version, _read(catalog, version), tail)
+    except VersionGone as error:
+        raise Problem(Code.VERSION_NOT_FOUND, str(error)) from None
+    except (BrokenGeneration, KeyError, TypeError, ValueError) as error:
+        raise Problem(Code.DAMAGED, f"{VERSION_FILE} of version {version.id} tells no ledger: {error!r}") from None
+    except OSError as error:
+        detail = f"{VERSION_FILE} of version {version.id} could not be read: {error.strerror or error}"
+        raise Problem(Code.DAMAGED, detail) from None
+
+
+def _read(catalog: Catalog, version: Version) -> dict[str, Any]:
+    with catalog.hold(version):
+        return read_json((version.folder / VERSION_FILE).read_bytes())
+
+
+def _ledger_json(version: Version, written: Mapping[str, Any], tail: int | None) -> Iterator[str]:
+    if "derived" in written:
+        detail = f"version {version.id} was made of other versions after them: its version.json says of which"
+        raise Problem(Code.NO_LEDGER, detail)
+    rule, ledger = parse_average(version.spec, name=version.average), Ledger.from_json(written["ledger"])
+    head = {
+        "run": version.run,
+        "average": version.average,
+        "version": version.id,
+        "spec": version.spec,
+        "decay": version.decay,
+        "half_life_steps": version.half_life_steps,
+        "step": version.step,
+        "origin": ledger.origin,
+    }
+    paces = [PaceRecord(**told) for told in written["paces"]]
+    return _pieces(head, islice(shares_of(rule, ledger, _pace_at(paces)), tail))
+
+
+def _pace_at(paces: Sequence[PaceRecord]) -> Callable[[int], StepUnits]:
+    starts = [told.from_step for told in paces]
+    return lambda step: pace_of(paces[: max(1, bisect_right(starts, step))])
+
+
+def _pieces(head: dict[str, Any], steps: Iterator[tuple[int, float]]) -> Iterator[str]:
+    yield json.dumps(head)[:-1] + ', "steps": ['
+    rest, separator = 1.0, ""
+    while piece := list(islice(steps, _PIECE)):
+        yield separator + ", ".join(f"[{step}, {share!r}]" for step, share in piece)
+        separator = ", "
+        for _, share in piece:
+            rest -= share
+    yield f'], "rest": {max(rest, 0.0)!r}}}\n'

@@ -1,0 +1,103 @@
+"""Finds NaN and Inf in the averaged tensors of a snapshot, chunk by chunk, while each chunk is in cache.
+
+Comes in: a range of bytes of a slot. Goes out: names of tensors. It changes nothing and remembers nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ema_proto.dtypes import ITEM_BYTES
+from ema_proto.wire.manifest import Manifest, TensorSpec
+from ema_server.tensors.dtypes import view
+from ema_server.tensors.layout import is_averaged
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Averaged float tensors of one dtype, side by side in the snapshot."""
+
+    dtype: str
+    begin: int
+    end: int
+    tensors: tuple[TensorSpec, ...]
+
+
+class FiniteCheck:
+    """The finite check of one manifest. Immutable, so several threads may share it.
+
+    Args:
+        manifest: the run's manifest.
+        exempt: names of tensors that are copied instead of averaged, and not checked.
+    """
+
+    def __init__(self, manifest: Manifest, exempt: frozenset[str] = frozenset()) -> None:
+        self._manifest = manifest
+        self._exempt = exempt
+        self._runs = tuple(_runs(manifest, exempt))
+        self._begins = [run.begin for run in self._runs]
+
+    def exempt(self, names: Iterable[str]) -> FiniteCheck:
+        """The same check without these tensors."""
+        exempt = self._exempt | frozenset(names)
+        return self if exempt == self._exempt else FiniteCheck(self._manifest, exempt)
+
+    def check(self, offset: int, length: int, slot: torch.Tensor) -> tuple[str, ...]:
+        """Names of the averaged tensors with a value that is not finite in bytes `offset` to `offset + length`.
+
+        Args:
+            offset: first byte, a multiple of 8.
+            length: bytes, a multiple of 8 unless the range ends with the snapshot.
+            slot: uint8, 1-D, the whole snapshot's slot.
+        """
+        end = offset + length
+        found: list[str] = []
+        for run in self._runs[max(bisect_right(self._begins, offset) - 1, 0) :]:
+            if run.begin >= end:
+                break
+            first, last = max(offset, run.begin), min(end, run.end)
+            if first < last and not _is_finite(_elements(slot, run.dtype, first, last)):
+                found.extend(_unclean(run, first, last, slot))
+        return tuple(found)
+
+
+def _unclean(run: _Run, first: int, last: int, slot: torch.Tensor) -> Iterator[str]:
+    for tensor in run.tensors:
+        begin, end = max(first, tensor.offset), min(last, tensor.end)
+        if begin < end and not _is_finite(_elements(slot, run.dtype, begin, end)):
+            yield tensor.name
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    # A NaN or Inf always makes the sum one, and summing reads at the speed of memory (half floats are summed in
+    # float32). Finite values may overflow it too: then the extremes decide, exactly, at half the speed.
+    if math.isfinite(values.sum().item()):
+        return True
+    lowest, highest = torch.aminmax(values)
+    return math.isfinite(lowest.item()) and math.isfinite(highest.item())
+
+
+def _elements(slot: torch.Tensor, dtype: str, begin: int, end: int) -> torch.Tensor:
+    return view(slot, dtype, begin, (end - begin) // ITEM_BYTES[dtype])
+
+
+def _runs(manifest: Manifest, exempt: frozenset[str]) -> Iterator[_Run]:
+    group: list[TensorSpec] = []
+    for tensor in manifest.by_offset:
+        if not tensor.nbytes or not is_averaged(tensor, exempt):
+            continue
+        if group and (group[-1].dtype != tensor.dtype or group[-1].end != tensor.offset):
+            yield _run(group)
+            group = []
+        group.append(tensor)
+    if group:
+        yield _run(group)
+
+
+def _run(group: list[TensorSpec]) -> _Run:
+    return _Run(group[0].dtype, group[0].offset, group[-1].end, tuple(group))

@@ -1,0 +1,282 @@
+"""The ingest thread: it owns the socket, the receiver machine and the slots.
+
+Comes in: frames. Goes out: jobs for the averager, whose answers come back through an inbox. Each chunk is received
+straight into its slot and checked for NaN and Inf while it is in cache. What an average is, is not known here.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ema_proto.auth import NONCE_BYTES
+from ema_proto.errors import RejectCode
+from ema_proto.limits import SLOTS
+from ema_proto.receiver import events as e
+from ema_proto.receiver import machine
+from ema_server.averager import jobs
+from ema_server.averager.averager import Averager
+from ema_server.config import ServerConfig
+from ema_server.ingest.finite import FiniteCheck
+from ema_server.ingest.link import RouterLink
+from ema_server.ingest.slots import Slot
+from ema_server.telemetry import Counter, Gauge, Telemetry
+
+logger = logging.getLogger("ema")
+
+_TICK_S = 0.25
+_BURST = 64  # messages taken before the averager's answers are looked at
+
+
+@dataclass(slots=True, eq=False)
+class _Staging:
+    """What one session's snapshots arrive in. The slots live until the averager has answered the last of them."""
+
+    run: str
+    slots: tuple[Slot, ...]
+    check: FiniteCheck
+
+
+class Ingest:
+    """Receives all runs' snapshots.
+
+    Args:
+        config: where to listen, the token, and the protocol's settings.
+        averager: who keeps the runs.
+        telemetry: where to count.
+    """
+
+    def __init__(self, config: ServerConfig, averager: Averager, telemetry: Telemetry) -> None:
+        self._config = config
+        self._averager = averager
+        self._telemetry = telemetry
+        self._link = RouterLink()
+        self._receiver = machine.Receiver(
+            epoch=secrets.randbits(63) | 1,
+            token=config.token,
+            nonce=lambda: secrets.token_hex(NONCE_BYTES),
+            chunk_bytes=config.chunk_bytes,
+            lost_after_s=config.lost_after_seconds,
+        )
+        self._staging: dict[int, _Staging] = {}  # by ticket
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._greeted = 0  # of the receiver's count, what telemetry has been told
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="ingest", daemon=True)
+
+    def start(self) -> str:
+        """Listen and start receiving; returns the endpoint with the port that was taken.
+
+        Raises:
+            OSError: the address cannot be had.
+        """
+        endpoint = self._link.bind(self._config.zmq)
+        self._thread.start()
+        return endpoint
+
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def stop(self, timeout_s: float) -> None:
+        """Stop receiving. A snapshot that is not whole leaves no trace."""
+        self._stopping = True
+        self._link.wake()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def published(self, run: str, step: int) -> None:
+        """Tell the run's trainer that a generation is durable. Any thread may call it."""
+        self._post(lambda: self._receiver.published(run, step))
+
+    def _post(self, answer: Callable[[], None]) -> None:
+        self._inbox.append(answer)
+        self._link.wake()
+
+    def _run(self) -> None:
+        # A chunk in cache is summed as fast by one thread as by two (53 and 51 us for 4 MiB), and torch's threads wait
+        # for each other where the cores are busy. The setting is this thread's own.
+        torch.set_num_threads(1)
+        try:
+            while not self._stopping:
+                self._turn()
+        finally:
+            self._link.close()
+
+    def _turn(self) -> None:
+        self._telemetry.beat("ingest")
+        self._link.wait(_TICK_S)
+        now = time.monotonic()
+        for _ in range(_BURST):
+            if not self._take_message(now):
+                break
+        while self._inbox:
+            self._inbox.popleft()()
+            self._forward()
+        self._receiver.tick(now)
+        self._forward()
+
+    def _take_message(self, now: float) -> bool:
+        message = self._link.next_header()
+        if message is None:
+            return False
+        match self._receiver.header(*message, now):
+            case e.Payload() as target:
+                self._take_payload(target)
+            case e.Control(length):
+                self._receiver.control(self._link.read(length))
+            case e.Discard():
+                self._link.drop()
+        self._forward()
+        return True
+
+    def _take_payload(self, target: e.Payload) -> None:
+        staging = self._staging[target.ticket]
+        slot = staging.slots[target.slot]
+        view = slot.view[target.offset : target.offset + target.length]
+        if not self._link.read_into(view):
+            self._receiver.payload(None)
+            return
+        slot.note(target.attempt, staging.check.check(target.offset, target.length, slot.tensor))
+        self._receiver.payload(view)
+        self._telemetry.count(Counter.CHUNKS)
+        self._telemetry.count(Counter.INGEST_BYTES, target.length)
+
+    def _forward(self) -> None:
+        """Write what the machine wants to say, and pass on what it asks."""
+        while self._receiver.outbox:
+            peer, frames = self._receiver.outbox.popleft()
+            self._link.send(peer, frames)
+        while self._receiver.events:
+            self._take_event(self._receiver.events.popleft())
+        for code, count in self._receiver.rejects.items():
+            for _ in range(count):
+                self._telemetry.reject(code)
+        self._receiver.rejects.clear()
+        if self._receiver.greeted > self._greeted:
+            self._telemetry.count(Counter.CONNECTIONS, self._receiver.greeted - self._greeted)
+            self._greeted = self._receiver.greeted
+
+    def _take_event(self, event: e.ReceiverEvent) -> None:
+        match event:
+            case e.JoinRequested():
+                self._submit_join(event)
+            case e.SnapshotReady():
+                self._submit_apply(event)
+            case e.PublishRequested():
+                self._submit_publish(event)
+            case e.RewindRequested():
+                self._submit_rewind(event)
+            case e.FinishRequested():
+                self._submit_finish(event)
+            case e.SessionEnded(run, ticket, lost):
+                logger.info("run %s: the trainer %s", run, "is lost" if lost else "said goodbye")
+                self._staging.pop(ticket, None)
+                self._averager.submit(jobs.Leave(run, lost))
+
+    def _submit_join(self, event: e.JoinRequested) -> None:
+        self._telemetry.count(Counter.JOINS)
+
+        def answer(outcome: jobs.Joined | jobs.Refused) -> None:
+            self._post(lambda: self._take_joined(event, outcome))
+
+        self._averager.submit(jobs.Join(event.run, event.join, answer))
+
+    def _take_joined(self, event: e.JoinRequested, outcome: jobs.Joined | jobs.Refused) -> None:
+        if isinstance(outcome, jobs.Refused):
+            logger.warning("run %s: refused: %s", event.run, outcome.text)
+            self._receiver.refuse_join(event.run, event.ticket, outcome.code, outcome.text)
+            return
+        nbytes = outcome.manifest.nbytes
+        try:
+            slots = tuple(Slot(nbytes) for _ in range(SLOTS))
+        except MemoryError as error:
+            text = f"{SLOTS} slots of {nbytes} bytes cannot be had on the server: {error}"
+            self._receiver.refuse_join(event.run, event.ticket, RejectCode.OUT_OF_MEMORY, text)
+            self._averager.submit(jobs.Leave(event.run, lost=False))
+            return
+        accepted = self._receiver.accept_join(
+            event.run,
+            event.ticket,
+            last_step=outcome.last_step,
+            published_step=outcome.published_step,
+            recent=outcome.recent,
+            continuation=outcome.continuation,
+            slots=SLOTS,
+        )
+        if accepted:
+            self._drop_staging(event.run)
+            self._staging[event.ticket] = _Staging(
+                event.run, slots, FiniteCheck(outcome.manifest).exempt(outcome.exempt)
+            )
+            where = "" if outcome.last_step is None else f" at step {outcome.last_step}"
+            logger.info("run %s: %s%s", event.run, outcome.continuation, where)
+        self._gauge()
+
+    def _drop_staging(self, run: str) -> None:
+        """Earlier sessions of the run are over: only one streams."""
+        for ticket in [ticket for ticket, staging in self._staging.items() if staging.run == run]:
+            del self._staging[ticket]
+
+    def _submit_apply(self, event: e.SnapshotReady) -> None:
+        self._telemetry.count(Counter.SNAPSHOTS)
+        slot = self._staging[event.ticket].slots[event.slot]
+        not_finite = tuple(sorted(slot.not_finite))
+
+        def answer(outcome: jobs.Applied | jobs.Quarantined) -> None:
+            self._post(lambda: self._take_applied(event, outcome))
+
+        self._averager.submit(jobs.Apply(event.run, event.step, event.mode, slot.tensor, not_finite, answer))
+
+    def _take_applied(self, event: e.SnapshotReady, outcome: jobs.Applied | jobs.Quarantined) -> None:
+        if isinstance(outcome, jobs.Quarantined):
+            self._receiver.quarantined(event.run, event.ticket, event.slot, outcome.text)
+            return
+        staging = self._staging.get(event.ticket)
+        if staging is not None:
+            staging.check = staging.check.exempt(outcome.exempt)
+        self._receiver.applied(event.run, event.ticket, event.slot)
+
+    def _submit_publish(self, event: e.PublishRequested) -> None:
+        def answer(outcome: jobs.Durable | jobs.Failed) -> None:
+            step, error = (None, outcome.text) if isinstance(outcome, jobs.Failed) else (outcome.step, None)
+            self._post(lambda: self._receiver.publish_answered(event.run, event.ticket, event.request, step, error))
+
+        self._averager.submit(jobs.Publish(event.run, "checkpoint" if event.pin else "request", answer))
+
+    def _submit_rewind(self, event: e.RewindRequested) -> None:
+        def answer(outcome: jobs.Rewound | jobs.Failed) -> None:
+            run, ticket, request = event.run, event.ticket, event.request
+            if isinstance(outcome, jobs.Failed):
+                text = outcome.text
+                self._post(lambda: self._receiver.rewound(run, ticket, request, None, error=text))
+            else:
+                step, recent = outcome.step, outcome.recent
+                self._post(lambda: self._receiver.rewound(run, ticket, request, step, recent=recent))
+
+        self._averager.submit(jobs.Rewind(event.run, event.step, answer))
+
+    def _submit_finish(self, event: e.FinishRequested) -> None:
+        def answer(outcome: jobs.Durable | jobs.Failed) -> None:
+            step, error = (None, outcome.text) if isinstance(outcome, jobs.Failed) else (outcome.step, None)
+            self._post(lambda: self._take_finished(event, step, error))
+
+        self._averager.submit(jobs.Finish(event.run, answer))
+
+    def _take_finished(self, event: e.FinishRequested, step: int | None, error: str | None) -> None:
+        self._receiver.finished(event.run, event.ticket, event.request, step, error)
+        if error is None:
+            self._staging.pop(event.ticket, None)
+            self._gauge()
+
+    def _gauge(self) -> None:
+        self._telemetry.set(Gauge.SESSIONS, len(self._staging))
+        slots = [slot for staging in self._staging.values() for slot in staging.slots]
+        self._telemetry.set(Gauge.SLOT_BYTES, sum(len(slot.view) for slot in slots))

@@ -1,0 +1,281 @@
+"""A bounded ring of a run's power-function averages, so that others of the kind can be made after the run.
+
+Comes in: generations as they become durable, and the steps to which runs go back. Goes out: `RingSnapshot`s. Hard links
+make a snapshot cost only what the generations no longer hold. A disk that refuses stops the ring, and nothing else.
+
+    runs/{run}/ring/{seq}-{step}/    snapshot.json  config.json  {average}.safetensors...
+
+The publisher's thread alone writes, anyone may read. What a snapshot is, is known in `ring_snapshot`; what
+is still to be dropped, in `ring_cuts`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ema_server.config import RingDtype
+from ema_server.publishing.retention import thinned
+from ema_server.publishing.ring_cuts import Cuts
+from ema_server.publishing.ring_snapshot import RingSnapshot, powers_of, read_snapshot, write_snapshot
+from ema_server.storage.catalog import Generation
+from ema_server.storage.datadir import TEMPORARY, DataDir, delete_whole
+from ema_server.storage.disk import sync_folders
+from ema_server.storage.generation import is_folder_name, step_in
+from ema_server.storage.records import BrokenGeneration
+from ema_server.tensors.safetensors_file import BadModelFile
+
+logger = logging.getLogger("ema")
+
+_GENERATIONS_TO_COME = 2  # one may be in the making while another is deleted
+_EXPECTED_S = 60.0  # a snapshot of links takes milliseconds, one in bfloat16 as long as its bytes
+
+
+class _NoRoom(Exception):
+    """What would be kept takes the room that generations need."""
+
+
+@dataclass(frozen=True, slots=True)
+class RingStatus:
+    """How many snapshots a run's ring has, from which step to which; `error` says why it stands still, if it does."""
+
+    snapshots: int
+    first_step: int | None
+    last_step: int | None
+    error: str | None
+
+
+_NOTHING = RingStatus(0, None, None, None)
+
+
+class Ring:
+    """The rings of all runs.
+
+    Args:
+        data_dir: where they lie.
+        size: how many snapshots a ring has at most; 0 keeps none.
+        every_steps: from one snapshot to the next it is at least so many steps; the last of a run is kept always.
+        dtype: in which averaged tensors are kept.
+    """
+
+    def __init__(self, data_dir: DataDir, size: int, every_steps: int = 0, dtype: RingDtype = "float32") -> None:
+        self._data_dir = data_dir
+        self._size = size
+        self._every_steps = every_steps
+        self._dtype: RingDtype = dtype
+        self._lock = threading.Condition()
+        self._expected: Counter[str] = Counter()
+        self._statuses: dict[str, RingStatus] = {}
+        self._offered: dict[str, int] = {}
+        self._readers: dict[str, int] = {}
+        self._on_cut: list[Callable[[str, int], None]] = []
+        self._cuts = Cuts(data_dir)
+
+    def restore(self) -> None:
+        """Look at what is on the disk, before the publisher starts.
+
+        Raises:
+            OSError: the data folder cannot be read.
+        """
+        for run in self._data_dir.runs():
+            try:
+                self._cuts.read(run)
+                self._cut_now(run)
+                self._show(run)
+            except OSError as error:
+                self._fail(run, f"it could not be read: {_reason(error)}")
+            self._offer_again(run)
+
+    def listen(self, on_cut: Callable[[str, int], None]) -> None:
+        """Call `on_cut(run, step)` whenever a run goes on from an earlier step. It runs on the publisher's thread."""
+        self._on_cut.append(on_cut)
+
+    def due_at(self, run: str, begun_step: int) -> int | None:
+        """The step at which a run with power averages is due for a snapshot; None where publications set the pace.
+
+        Args:
+            run: its name.
+            begun_step: what counts as the last one where there has been none.
+        """
+        if not self._size or not self._every_steps:
+            return None
+        return self._offered.get(run, begun_step) + self._every_steps
+
+    def expect(self, run: str) -> None:
+        """A generation of `run` will be offered to `keep`: until it has `arrived`, who asks for the ring waits."""
+        with self._lock:
+            self._expected[run] += 1
+
+    def arrived(self, run: str) -> None:
+        """What was expected has been offered."""
+        with self._lock:
+            self._expected -= Counter((run,))  # which leaves no zeros
+            self._lock.notify_all()
+
+    def keep(self, generation: Generation) -> None:
+        """Put a generation's power averages into the ring if one is due, and thin it out (publisher only).
+
+        One that is there already is not put in again.
+        """
+        run, due_at = generation.run, self.due_at(generation.run, -self._every_steps)
+        is_early = due_at is not None and generation.step < due_at and not generation.finished
+        if not self._size or is_early or not powers_of(generation):
+            return
+        self._offered[run] = generation.step
+        try:
+            self._cut_now(run)
+            self._check_room(generation)
+            self._add(generation)
+            self._thin_out(run)
+        except (OSError, BrokenGeneration, BadModelFile, _NoRoom) as error:
+            if not os.path.lexists(generation.folder):
+                return  # set aside meanwhile: it will be offered under its new name
+            self._fail(run, f"step {generation.step} could not be kept: {_reason(error)}")
+        else:
+            self._show(run)
+
+    def cut(self, run: str, step: int) -> None:
+        """Drop what lies beyond `step`: the run goes on from there, on another way (publisher only).
+
+        What cannot be dropped now is dropped before the next snapshot comes in, after a restart as well: the two are
+        never mixed.
+        """
+        self._cuts.want(run, step)
+        for listener in self._on_cut:
+            listener(run, step)
+        try:
+            self._cut_now(run)
+            self._show(run)
+            self._offer_again(run)
+        except OSError as error:
+            self._fail(run, f"what lies beyond step {step} could not be dropped: {_reason(error)}")
+            self._note_cut(run)
+
+    def settle(self, run: str) -> None:
+        """Wait for a snapshot that is about to come in."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._expected[run] <= 0, _EXPECTED_S)
+
+    def snapshots(self, run: str) -> tuple[RingSnapshot, ...]:
+        """What the ring of a run holds, by step, with the one that is about to come in.
+
+        Raises:
+            OSError: the disk fails, or a snapshot was dropped a moment ago.
+            BrokenGeneration: a snapshot cannot be read.
+        """
+        self.settle(run)
+        found = [read_snapshot(path) for path in self._folders(run)]
+        return tuple(sorted(found, key=lambda snapshot: snapshot.step))
+
+    def status(self, run: str) -> RingStatus | None:
+        """How the ring of a run stands; None where there is none."""
+        with self._lock:
+            return self._statuses.get(run)
+
+    def rename(self, run: str, new_run: str) -> None:
+        """The run and its folder have another name."""
+        with self._lock:
+            self._offered.pop(run, None)
+            self._cuts.rename(run, new_run)
+            moved = self._statuses.pop(run, None)
+            if moved is not None:
+                self._statuses[new_run] = moved
+
+    @contextmanager
+    def reading(self, run: str) -> Iterator[None]:
+        """Inside the block the ring is not thinned out; it may grow beyond its size meanwhile."""
+        with self._lock:
+            self._readers[run] = self._readers.get(run, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._readers[run] -= 1
+                if not self._readers[run]:
+                    del self._readers[run]
+
+    def _check_room(self, generation: Generation) -> None:
+        """A link costs nothing now, but keeps old files from making room for new generations: those come first."""
+        nbytes = sum(entry.size for version in generation.versions for entry in version.files)
+        free = shutil.disk_usage(generation.folder).free
+        if free < _GENERATIONS_TO_COME * nbytes:
+            raise _NoRoom(f"{free} bytes are free on the disk, and the next generations take {nbytes} each")
+
+    def _add(self, generation: Generation) -> None:
+        parent = self._data_dir.ring_folder(generation.run)
+        folder = parent / generation.folder.name
+        if any(step_in(path.name) == generation.step for path in self._folders(generation.run)):
+            return
+        temporary = parent / (TEMPORARY + folder.name)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was set aside meanwhile
+        try:
+            write_snapshot(temporary, generation, self._dtype)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # renamed, where all went well
+        sync_folders([parent, parent.parent])
+
+    def _thin_out(self, run: str) -> None:
+        with self._lock:
+            if self._readers.get(run):
+                return
+        by_step = {step_in(path.name): path for path in self._folders(run)}
+        for step in thinned(sorted(by_step), self._size):
+            delete_whole(by_step[step])
+
+    def _cut_now(self, run: str) -> None:
+        step = self._cuts.step(run)
+        if step is None:
+            return
+        beyond = [path for path in self._folders(run) if step_in(path.name) > step]
+        for path in beyond:
+            delete_whole(path)
+        if beyond:
+            sync_folders([self._data_dir.ring_folder(run)])
+        self._cuts.done(run)
+
+    def _note_cut(self, run: str) -> None:
+        try:
+            self._cuts.write(run)
+        except OSError as error:
+            logger.error("run %s: a restart would forget to cut its ring: %s", run, _reason(error))
+
+    def _offer_again(self, run: str) -> None:
+        """Let the cadence count from the newest snapshot there is."""
+        status = self.status(run)
+        if status is None or status.last_step is None:
+            self._offered.pop(run, None)
+        else:
+            self._offered[run] = status.last_step
+
+    def _folders(self, run: str) -> list[Path]:
+        folder = self._data_dir.ring_folder(run)
+        return [path for path in folder.iterdir() if is_folder_name(path.name)] if folder.is_dir() else []
+
+    def _fail(self, run: str, error: str) -> None:
+        """Take note of what failed, without a look at the disk that has just refused."""
+        with self._lock:
+            known = self._statuses.get(run, _NOTHING)
+            self._statuses[run] = replace(known, error=error)
+        if known.error is None:
+            logger.error("run %s: its ring for later synthesis stands still, averaging goes on: %s", run, error)
+
+    def _show(self, run: str) -> None:
+        steps = [step_in(path.name) for path in self._folders(run)]
+        with self._lock:
+            known = self._statuses.pop(run, _NOTHING)
+            if steps:
+                self._statuses[run] = RingStatus(len(steps), min(steps), max(steps), None)
+        if known.error is not None:
+            logger.info("run %s: its ring for later synthesis goes on", run)
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -1,0 +1,203 @@
+"""One snapshot of a ring: a folder with the power averages of one generation. Comes in: a generation. Goes out: values.
+
+A file is the generation's own, hard-linked, or a copy with the averaged tensors in bfloat16. Beside it stands which
+tensors the average copies: those are taken over and not added up when another average is made of several.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ema_proto.averages.rules import AverageSpec, PowerEma
+from ema_proto.averages.specs import parse_average
+from ema_proto.wire.manifest import Manifest, Role, TensorSpec
+from ema_server.config import RingDtype
+from ema_server.storage.catalog import FileEntry, Generation, Version
+from ema_server.storage.disk import link_or_copy, sync_folders, write_durably
+from ema_server.storage.generation import entry_of, read_manifest, read_record
+from ema_server.storage.records import CONFIG_FILE, BrokenGeneration, dump, read_json
+from ema_server.tensors.file_plan import MODEL_FILE
+from ema_server.tensors.layout import is_averaged
+from ema_server.tensors.safetensors_file import Stored, describe, pieces_of, read_header
+from ema_server.tensors.selection import averages
+
+_RECORD_FILE = "snapshot.json"
+
+
+@dataclass(frozen=True, slots=True)
+class RingMember:
+    """One power average as it stood.
+
+    Args:
+        average: its name.
+        spec: its rule.
+        gamma: the exponent of its profile.
+        version: id of the version it was published as.
+        updates: snapshots in it.
+        gap_steps: steps missing in it.
+        origin: the steps already taken when it began: its time is counted from there.
+        began: the step whose weights replaced it the last time; what was before is not in it.
+        file: its model file.
+        copied: names of its tensors that are copies of the weights, not averages.
+    """
+
+    average: str
+    spec: str
+    gamma: float
+    version: str
+    updates: int
+    gap_steps: int
+    origin: int
+    began: int
+    file: FileEntry
+    copied: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class RingSnapshot:
+    """The power averages of one generation, in `folder`; `dtype` is that of averaged tensors there."""
+
+    folder: Path
+    step: int
+    dtype: RingDtype
+    members: tuple[RingMember, ...]
+
+    @property
+    def config(self) -> bytes | None:
+        """The content of the versions' `config.json`, None without."""
+        path = self.folder / CONFIG_FILE
+        return path.read_bytes() if path.exists() else None
+
+
+def powers_of(generation: Generation) -> tuple[tuple[Version, PowerEma], ...]:
+    """The versions of a generation that are of power averages, with their rules."""
+    rules = ((version, parse_average(version.spec, name=version.average)) for version in generation.versions)
+    return tuple((version, rule) for version, rule in rules if isinstance(rule, PowerEma))
+
+
+def write_snapshot(folder: Path, generation: Generation, dtype: RingDtype) -> None:
+    """Make the snapshot of a generation in `folder`, which must not exist, and bring it to the disk.
+
+    Raises:
+        BrokenGeneration: the generation's record or a file cannot be read.
+        OSError: the disk refuses. The folder is left to the caller.
+    """
+    record = read_record(generation.folder)
+    manifest, exempt = read_manifest(generation.folder, record), frozenset(record.run.exempt)
+    ledgers = {average.name: average.ledger for average in record.run.averages}
+    folder.mkdir(parents=True)
+    members = []
+    for version, rule in powers_of(generation):
+        copied = _copied(manifest, exempt, rule)
+        file = _place(version, folder / f"{version.average}.safetensors", dtype, copied)
+        members.append(_member(version, rule.exponent, ledgers[version.average], file, copied))
+    config = generation.versions[0].folder / CONFIG_FILE
+    if config.exists():
+        link_or_copy(config, folder / CONFIG_FILE)
+    value = {"step": generation.step, "dtype": dtype, "members": [_json(member) for member in members]}
+    write_durably(folder / _RECORD_FILE, dump(value))
+    sync_folders([folder])
+
+
+def read_snapshot(folder: Path) -> RingSnapshot:
+    """Read what `write_snapshot` made.
+
+    Raises:
+        BrokenGeneration: it is something else.
+        OSError: it is not there, or the disk fails.
+    """
+    value = read_json((folder / _RECORD_FILE).read_bytes())
+    try:
+        dtype: RingDtype = "bfloat16" if value["dtype"] == "bfloat16" else "float32"
+        members = tuple(_read_member(member) for member in value["members"])
+        return RingSnapshot(folder, int(value["step"]), dtype, members)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BrokenGeneration(f"{folder / _RECORD_FILE} is not the record of a snapshot: {error!r}") from None
+
+
+def _copied(manifest: Manifest, exempt: frozenset[str], rule: AverageSpec) -> frozenset[str]:
+    """Names, tied ones too, of the tensors that an average of this rule copies.
+
+    A frozen one counts as such: it is the same in every average, and a sum, or a narrower dtype, could only round it.
+    """
+
+    def is_summed(tensor: TensorSpec) -> bool:
+        return tensor.role is not Role.FROZEN and is_averaged(tensor, exempt) and averages(rule, tensor)
+
+    copies = (one for one in manifest.tensors if not is_summed(one))
+    return frozenset(name for tensor in copies for name in tensor.names)
+
+
+def _member(
+    version: Version, gamma: float, ledger: Mapping[str, Any], file: FileEntry, copied: frozenset[str]
+) -> RingMember:
+    return RingMember(
+        average=version.average,
+        spec=version.spec,
+        gamma=gamma,
+        version=version.id,
+        updates=version.updates,
+        gap_steps=version.gap_steps,
+        origin=int(ledger["origin"]),
+        began=int(ledger["set"][-1]),
+        file=file,
+        copied=copied,
+    )
+
+
+def _json(member: RingMember) -> dict[str, Any]:
+    return {**asdict(member), "copied": sorted(member.copied)}
+
+
+def _read_member(value: Mapping[str, Any]) -> RingMember:
+    file = value["file"]
+    return RingMember(
+        average=str(value["average"]),
+        spec=str(value["spec"]),
+        gamma=float(value["gamma"]),
+        version=str(value["version"]),
+        updates=int(value["updates"]),
+        gap_steps=int(value["gap_steps"]),
+        origin=int(value["origin"]),
+        began=int(value["began"]),
+        file=FileEntry(str(file["name"]), int(file["size"]), str(file["sha256"])),
+        copied=frozenset(map(str, value["copied"])),
+    )
+
+
+def _place(version: Version, target: Path, dtype: RingDtype, copied: frozenset[str]) -> FileEntry:
+    """Give the version's model file a second name, or write it in bfloat16."""
+    known = version.file(MODEL_FILE)
+    if known is None:
+        raise BrokenGeneration(f"version {version.id} has no {MODEL_FILE}")
+    if dtype == "float32":
+        link_or_copy(version.folder / MODEL_FILE, target)
+        return FileEntry(target.name, known.size, known.sha256)
+    stored = read_header(version.folder / MODEL_FILE)
+    header, placed = describe((one.name, _narrow(one, copied), one.shape) for one in stored)
+    with (version.folder / MODEL_FILE).open("rb") as reader, target.open("xb") as writer:
+        writer.write(header)
+        for old, new in zip(stored, placed, strict=True):
+            for piece in pieces_of(reader.fileno(), old.offset, old.offset + old.nbytes):
+                writer.write(piece if old.dtype == new.dtype else _narrowed(piece))
+        writer.flush()
+        os.fsync(writer.fileno())
+    return entry_of(target.name, target)
+
+
+def _narrow(stored: Stored, copied: frozenset[str]) -> str:
+    return "BF16" if stored.dtype == "F32" and stored.name not in copied else stored.dtype
+
+
+def _narrowed(piece: bytes) -> bytearray:
+    """Float32 bytes as bfloat16, each rounded to the nearest."""
+    narrow = bytearray(len(piece) // 2)
+    wide = torch.frombuffer(bytearray(piece), dtype=torch.float32)
+    torch.frombuffer(narrow, dtype=torch.bfloat16).copy_(wide)
+    return narrow

@@ -1,0 +1,1 @@
+"""The maths of averaging: decays, weights and windows. Floats only, no tensors."""

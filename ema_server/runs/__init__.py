@@ -1,0 +1,1 @@
+"""One run in memory: its averages, its state, its status."""

@@ -1,0 +1,174 @@
+"""One average of a run: its rule, its bytes and its history. The run owns it; nothing else changes it.
+
+Comes in: the steps of snapshots. Goes out: what the pool's pass is to do with the average's memory, which files hold
+it, and a record of how it stands. No snapshot's bytes are seen here, no thread and no folder is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ema_proto.averages.rules import AverageSpec, Window
+from ema_proto.averages.step_units import StepUnits
+from ema_proto.wire.manifest import Manifest
+from ema_server.compute.device import Device
+from ema_server.compute.kernel import Target
+from ema_server.compute.memory import Memory
+from ema_server.rules.ledger import Ledger
+from ema_server.rules.weights import Span, points, weight_of
+from ema_server.rules.window import Entries, blends, entered, mean_age, share_of
+from ema_server.storage.records import AverageRecord
+from ema_server.tensors.file_plan import TensorFile, files_of, snapshot_file
+from ema_server.tensors.layout import Form, held_nbytes
+from ema_server.tensors.selection import averaged_names, form_of
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Bytes of an average as the pool's pass sees them: their form, and the files in which a generation keeps them."""
+
+    memory: Memory
+    form: Form
+    files: tuple[TensorFile, ...]
+    is_snapshot: bool
+
+
+@dataclass(slots=True)
+class Average:
+    """One average, as it stands. Build with `new_average`.
+
+    `averaged` names the tensors that it averages where they can be. `slots` hold the snapshots of a window, `entries`
+    say which. `age_steps` is the mean age of the weights inside; `initial_share` the share of those it began from: the
+    first snapshot, or the last `set`. While it is `leaving` it is updated still, but no longer recorded.
+    """
+
+    rule: AverageSpec
+    averaged: frozenset[str]
+    memory: Memory
+    files: tuple[TensorFile, ...]
+    snapshot_files: tuple[TensorFile, ...]
+    slots: tuple[Memory, ...]
+    ledger: Ledger
+    entries: Entries = ()
+    updates: int = 0
+    gap_steps: int = 0
+    age_steps: float = 0.0
+    initial_share: float = 1.0
+    leaving: bool = False
+
+    @property
+    def form(self) -> Form:
+        """How its mean is held."""
+        return form_of(self.rule)
+
+    @property
+    def has_content(self) -> bool:
+        """Whether it has had a snapshot."""
+        return self.ledger.last_step is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds."""
+        return self.memory.nbytes + sum(slot.nbytes for slot in self.slots)
+
+    @property
+    def holdings(self) -> tuple[Holding, ...]:
+        """What it holds, in the order of `advance`'s targets. No files: a generation made now does not keep it."""
+        is_kept = self.has_content and not self.leaving
+        order = {entry.slot: index for index, entry in enumerate(self.entries)} if is_kept else {}
+        snapshots = (
+            Holding(slot, Form.WIRE, (self.snapshot_files[order[index]],) if index in order else (), is_snapshot=True)
+            for index, slot in enumerate(self.slots)
+        )
+        return (*snapshots, Holding(self.memory, self.form, self.files if is_kept else (), False))
+
+    def advance(self, number: int, step: int, gap_steps: int, pace: StepUnits, *, replaces: bool) -> tuple[Target, ...]:
+        """Take note of the snapshot of `step`; what the kernel is to do with it.
+
+        Args:
+            number: the average's bit in the segments' masks.
+            step: of the snapshot.
+            gap_steps: steps that were due before it and are missing.
+            pace: what the trainer told of its steps.
+            replaces: the snapshot replaces the average whatever the rule says; the first one always does.
+        """
+        then = None if replaces else self.ledger.last_step
+        self.ledger.append(step, replaces=replaces)
+        self.updates += 1
+        if isinstance(self.rule, Window):
+            targets = self._slide(self.rule, number, then, step)
+        else:
+            weight = None if then is None else weight_of(self.rule, Span(then, step, self.ledger.origin), pace)
+            left = 0.0 if weight is None else 1.0 - weight
+            self.initial_share = 1.0 if then is None else left * self.initial_share
+            self.age_steps = 0.0 if then is None else left * (self.age_steps + step - then)
+            targets = (Target(self.memory.data, self.form, weight, number),)
+        self.gap_steps += 0 if then is None else gap_steps
+        return targets
+
+    def record(self) -> AverageRecord:
+        """The average as values, a copy."""
+        return AverageRecord(
+            name=self.rule.name,
+            spec=self.rule.spec,
+            updates=self.updates,
+            gap_steps=self.gap_steps,
+            age_steps=self.age_steps,
+            initial_share=self.initial_share,
+            window=tuple((entry.step, entry.count) for entry in self.entries),
+            ledger=self.ledger.to_json(),
+        )
+
+    def _slide(self, rule: Window, number: int, then: int | None, step: int) -> tuple[Target, ...]:
+        """A snapshot that is due goes into a slot, and the mean is made anew; before the first, the mean follows.
+
+        One that begins the average, as `then` is None, stands for all steps since the origin.
+        """
+        before = () if then is None else self.entries
+        due = points(rule.every, self.ledger.origin if then is None else then, step)
+        self.entries = entered(before, len(self.slots), step, due)
+        follows = not self.entries
+        self.age_steps = mean_age(self.entries, step)
+        initial_step = self.ledger.set_steps[-1]
+        self.initial_share = float(step == initial_step) if follows else share_of(self.entries, initial_step)
+        taken = self.entries[-1].slot if due else None
+        weights = (None if index == taken else 0.0 for index in range(len(self.slots)))
+        snapshots = (Target(slot.data, Form.WIRE, weight) for slot, weight in zip(self.slots, weights, strict=True))
+        mix = tuple(zip((self.slots[entry.slot].data for entry in self.entries), blends(self.entries), strict=True))
+        mean = Target(self.memory.data, self.form, None if due or follows else 0.0, number, mix)
+        return (*snapshots, mean)
+
+
+def needed_nbytes(manifest: Manifest, rule: AverageSpec) -> int:
+    """Bytes of memory that an average of this rule takes: its mean, and the snapshots of a window."""
+    return held_nbytes(manifest, form_of(rule)) + _slots_of(rule) * manifest.nbytes
+
+
+def new_average(
+    manifest: Manifest, rule: AverageSpec, ledger: Ledger, device: Device, old: Average | None = None
+) -> Average:
+    """An average without content.
+
+    Args:
+        manifest: the run's manifest.
+        rule: its rule.
+        ledger: its history.
+        device: where it is to be.
+        old: an average of the same manifest and device, whose memory is used if its rule is the same.
+
+    Raises:
+        MemoryError: the device has not enough.
+    """
+    if old is not None and old.rule.spec == rule.spec:
+        memory, slots = old.memory, old.slots
+    else:
+        memory = device.allocate(held_nbytes(manifest, form_of(rule)))
+        slots = tuple(device.allocate(manifest.nbytes) for _ in range(_slots_of(rule)))
+    snapshot = snapshot_file(manifest, "") if slots else None
+    files = tuple(replace(snapshot, name=f"{index:03d}.safetensors") for index in range(len(slots)) if snapshot)
+    averaged = averaged_names(manifest, rule)
+    return Average(rule, averaged, memory, files_of(manifest, form_of(rule)), files, slots, ledger)
+
+
+def _slots_of(rule: AverageSpec) -> int:
+    return rule.k or 0 if isinstance(rule, Window) else 0

@@ -1,0 +1,114 @@
+"""From a generation on disk back to a run in memory. Every byte is checked against its sha256 before it counts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ema_proto.averages.specs import AverageSpec, parse_average
+from ema_proto.errors import LocalProtocolError
+from ema_proto.wire.manifest import Manifest
+from ema_server.compute.device import Device
+from ema_server.compute.memory import Memory
+from ema_server.rules.ledger import Ledger
+from ema_server.rules.window import restored
+from ema_server.runs.average import Average, new_average
+from ema_server.runs.run import Run
+from ema_server.storage.catalog import Generation
+from ema_server.storage.disk import pread_into
+from ema_server.storage.generation import AVERAGES_FOLDER, WINDOWS_FOLDER, read_manifest, read_record, verify
+from ema_server.storage.records import CONFIG_FILE, AverageRecord, BrokenGeneration
+from ema_server.tensors.file_plan import Span, TensorFile
+
+
+def load_run(generation: Generation, old: Mapping[str, Average], device: Device) -> Run:
+    """The run as it stood at `generation`.
+
+    Args:
+        generation: a whole generation.
+        old: averages of the run, by name, whose memory is used again where it fits. Overwritten even on failure.
+        device: where the averages are to be, and those of `old` are.
+
+    Raises:
+        BrokenGeneration: a file is not what it should be.
+        OSError: the disk fails.
+        MemoryError: the device has not enough.
+    """
+    folder = generation.folder
+    record = read_record(folder)
+    verify(folder, record)
+    manifest = read_manifest(folder, record)
+    run = record.run
+    return Run(
+        name=generation.run,
+        manifest=manifest,
+        averages=tuple(_average(folder, manifest, kept, device, old.get(kept.name)) for kept in run.averages),
+        ledger=_ledger("the run", run.ledger),
+        created=run.created,
+        every=run.every,
+        config=_config(folder, run.averages),
+        exempt=frozenset(run.exempt),
+        applied=run.applied,
+        gap_steps=run.gap_steps,
+        quarantined=run.quarantined,
+        removed=run.removed,
+        paces=run.paces,
+    )
+
+
+def _average(folder: Path, manifest: Manifest, kept: AverageRecord, device: Device, old: Average | None) -> Average:
+    held = new_average(manifest, _rule(kept), _ledger(f"average {kept.name}", kept.ledger), device, old)
+    held.updates, held.gap_steps = kept.updates, kept.gap_steps
+    held.age_steps, held.initial_share = kept.age_steps, kept.initial_share
+    try:
+        held.entries = restored(kept.window, len(held.slots))
+    except ValueError as error:
+        raise BrokenGeneration(f"average {kept.name}: {error}") from None
+    for holding in held.holdings:
+        inside = folder / (WINDOWS_FOLDER if holding.is_snapshot else AVERAGES_FOLDER) / kept.name
+        for file in holding.files:
+            _read(inside / file.name, file, holding.memory)
+    return held
+
+
+def _config(folder: Path, averages: Iterable[AverageRecord]) -> str | None:
+    """The text of `config.json`, which every version of a generation has, or none."""
+    for average in averages:
+        path = folder / AVERAGES_FOLDER / average.name / CONFIG_FILE
+        if average.has_content and path.exists():
+            return path.read_bytes().decode()
+    return None
+
+
+def _rule(kept: AverageRecord) -> AverageSpec:
+    try:
+        return parse_average(kept.spec, name=kept.name)
+    except LocalProtocolError as error:
+        raise BrokenGeneration(f"average {kept.name}: {error}") from None
+
+
+def _ledger(whose: str, kept: object) -> Ledger:
+    try:
+        return Ledger.from_json(kept)
+    except ValueError as error:
+        raise BrokenGeneration(f"{whose}: {error}") from None
+
+
+def _read(path: Path, file: TensorFile, memory: Memory) -> None:
+    """Read back the spans that hold accumulators whole; a narrowed one has its own file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if os.pread(fd, len(file.header), 0) != file.header:
+            raise BrokenGeneration(f"{path.name} of average {path.parent.name} has another layout than the manifest")
+        for span in file.spans:
+            if not span.narrows:
+                _fill(fd, span, memory)
+    except EOFError as error:
+        raise BrokenGeneration(f"{path.name} of average {path.parent.name}: {error}") from None
+    finally:
+        os.close(fd)
+
+
+def _fill(fd: int, span: Span, memory: Memory) -> None:
+    memory.fill(span.begin, span.end, lambda data, at: pread_into(fd, data, span.file_offset + at - span.begin))

@@ -1,0 +1,204 @@
+"""A run in memory: its averages, ledgers and counters. The only mutable state of the averaging; it has one owner.
+
+Comes in: a trainer's JOIN, then snapshots. Goes out: the averages' bytes, updated in place, and records of how they
+stand. Threads, files, sessions and schedules are not known here. Memory is taken once, when the run is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ema_proto.averages.step_units import StepUnits
+from ema_proto.limits import RECENT_STEPS
+from ema_proto.wire import messages
+from ema_proto.wire.manifest import Manifest
+from ema_proto.wire.messages import Mode
+from ema_server.compute.device import Device
+from ema_server.compute.kernel import BlockSink
+from ema_server.compute.pool import WorkerPool
+from ema_server.rules.ledger import Ledger
+from ema_server.runs.average import Average, Holding, needed_nbytes, new_average
+from ema_server.storage.records import PaceRecord, RemovedRecord, RunRecord, pace_of
+from ema_server.tensors.layout import Segment
+from ema_server.tensors.selection import segments_for
+
+REMOVED_MAX = 1000  # trainers that list one of them still are few, and every generation carries them
+PACES_MAX = 1000  # sessions that change it are few, likewise
+
+
+@dataclass(slots=True)
+class Run:
+    """All averages of one run. Build with `new_run` or `restore.load_run`.
+
+    `ledger` has every applied step, whatever averages there were at the time; its origin is the steps already taken
+    when the run was first joined. `created` in RFC 3339; `config` the text of its versions' `config.json`. `removed`
+    are averages that it had, `paces` what trainers told of their steps, oldest first; `edits` counts, since the run
+    came into memory, how often its averages were others.
+    """
+
+    name: str
+    manifest: Manifest
+    averages: tuple[Average, ...]
+    ledger: Ledger
+    created: str
+    every: int
+    config: str | None
+    exempt: frozenset[str] = frozenset()
+    applied: int = 0
+    gap_steps: int = 0
+    quarantined: int = 0
+    paces: tuple[PaceRecord, ...] = ()
+    removed: tuple[RemovedRecord, ...] = ()
+    edits: int = 0
+    segments: tuple[Segment, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Lay the segments out."""
+        self._lay_out()
+
+    @property
+    def last_step(self) -> int | None:
+        """The last applied step, None before the first snapshot."""
+        return self.ledger.last_step
+
+    @property
+    def first_step(self) -> int | None:
+        """The first applied step, None before the first snapshot."""
+        return self.ledger.first_step
+
+    @property
+    def recent(self) -> tuple[int, ...]:
+        """The newest applied steps, increasing."""
+        return self.ledger.tail(RECENT_STEPS)
+
+    @property
+    def pace(self) -> StepUnits:
+        """What the trainer told of its steps."""
+        return pace_of(self.paces)
+
+    @property
+    def mark(self) -> tuple[int, int]:
+        """What tells a state of the run from an earlier one: snapshots applied, changes of its averages."""
+        return self.applied, self.edits
+
+    @property
+    def present(self) -> tuple[Average, ...]:
+        """The averages without those that are leaving."""
+        return tuple(average for average in self.averages if not average.leaving)
+
+    @property
+    def holdings(self) -> tuple[Holding, ...]:
+        """What the averages hold, in the order of the pool's targets."""
+        return tuple(holding for average in self.averages for holding in average.holdings)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the averages hold."""
+        return sum(average.nbytes for average in self.averages)
+
+    def exempt_also(self, names: frozenset[str]) -> None:
+        """Copy these tensors from now on instead of averaging them."""
+        if names - self.exempt:
+            self.exempt |= names
+            self._lay_out()
+
+    def add(self, average: Average) -> None:
+        """Have one more average. Its origin is the last applied step."""
+        self.averages += (average,)
+        self.edits += 1
+        self._lay_out()
+
+    def leave(self, average: Average) -> None:
+        """Record the run without this average from now on; it is still updated, for `stay` or `drop` to follow."""
+        average.leaving = True
+        self.edits += 1
+        gone = RemovedRecord(average.rule.name, average.rule.spec)
+        self.removed = (*(removed for removed in self.removed if removed != gone), gone)[-REMOVED_MAX:]
+
+    def stay(self, average: Average) -> None:
+        """Record it again."""
+        average.leaving = False
+        self.edits += 1
+        self.removed = tuple(gone for gone in self.removed if gone.name != average.rule.name)
+
+    def drop(self, average: Average) -> None:
+        """Have it no longer."""
+        self.edits += not average.leaving
+        self.averages = tuple(other for other in self.averages if other is not average)
+        self._lay_out()
+
+    def tell(self, pace: StepUnits) -> None:
+        """Count with this pace from the next step on; what it leaves open stays as it was."""
+        now = pace.over(self.pace)
+        if now != self.pace:
+            from_step = 1 + (self.ledger.origin if self.last_step is None else self.last_step)
+            before = tuple(told for told in self.paces if told.from_step < from_step)
+            told = PaceRecord(from_step, now.samples_per_step, now.steps_per_epoch)
+            self.paces = (*before, told)[-PACES_MAX:]
+
+    def apply(self, pool: WorkerPool, step: int, mode: Mode, snapshot: torch.Tensor, sink: BlockSink | None) -> None:
+        """Bring the snapshot of `step` into every average.
+
+        The first one, and one of mode `set`, replaces the averages. Otherwise each rule weighs it for the true number
+        of steps since the last one, so that neither gaps nor `every` change what a decay means.
+
+        Args:
+            pool: who does the arithmetic.
+            step: above the last applied step (a `set` may repeat it).
+            mode: `update` or `set`.
+            snapshot: uint8, 1-D, `manifest.nbytes` long.
+            sink: sees each block as it was before, None without.
+
+        Raises:
+            ValueError: `step` does not follow the last one.
+        """
+        last, replaces = self.last_step, mode == "set"
+        missing = 0 if last is None or replaces else (step - 1) // self.every - last // self.every
+        self.ledger.append(step, replaces=replaces)
+        targets = [
+            target
+            for number, average in enumerate(self.averages)
+            for target in average.advance(number, step, missing, self.pace, replaces=replaces)
+        ]
+        self.applied += 1
+        self.gap_steps += missing
+        pool.update(self.segments, snapshot, targets, sink)
+
+    def record(self, last_step: int) -> RunRecord:
+        """The run as values, a copy."""
+        return RunRecord(
+            run=self.name,
+            step=last_step,
+            created=self.created,
+            ledger=self.ledger.to_json(),
+            every=self.every,
+            manifest_digest=self.manifest.digest,
+            exempt=tuple(sorted(self.exempt)),
+            applied=self.applied,
+            gap_steps=self.gap_steps,
+            quarantined=self.quarantined,
+            averages=tuple(average.record() for average in self.present),
+            removed=self.removed,
+            paces=self.paces,
+        )
+
+    def _lay_out(self) -> None:
+        self.segments = segments_for(self.manifest, self.exempt, [average.averaged for average in self.averages])
+
+
+def new_run(join: messages.Join, created: str, device: Device) -> Run:
+    """The run that a first JOIN asks for. Steps up to the one before `first_step` are its origin.
+
+    Raises:
+        MemoryError: the device has not enough; the text says how much the averages need.
+    """
+    origin = join.first_step - 1
+    try:
+        averages = tuple(new_average(join.manifest, rule, Ledger(origin), device) for rule in join.averages)
+    except MemoryError:
+        needed = sum(needed_nbytes(join.manifest, rule) for rule in join.averages)
+        text = f"{len(join.averages)} averages of this model need {needed} bytes of memory on {device.name}"
+        raise MemoryError(text) from None
+    return Run(join.run, join.manifest, averages, Ledger(origin), created, join.every, join.config)

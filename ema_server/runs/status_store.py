@@ -1,0 +1,110 @@
+"""The state of every run, for whoever wants to look. Comes in: whole statuses, from the averager. Goes out: the same.
+
+Safe from any thread: a status is immutable and replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class RunState(StrEnum):
+    """`waiting`: known, not finished, no trainer. `lost`: its trainer went silent."""
+
+    ACTIVE = "active"
+    WAITING = "waiting"
+    LOST = "lost"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """The last snapshot that was refused: its step, the tensors in question, why, and when (RFC 3339)."""
+
+    step: int
+    tensors: tuple[str, ...]
+    text: str
+    at: str
+
+
+@dataclass(frozen=True, slots=True)
+class AverageStatus:
+    """One average: updates applied to it, steps that were due and missing, and the step it stands at.
+
+    `accumulator` is the dtype in which it adds up, `wire` for one that adds nothing up. `decay` is that of the last
+    step and `half_life_steps` how long it takes at this decay until half of what is inside is new: None where the rule
+    has none (`raw`, a window), where nothing decays any more, or where the trainer has not told what the rule needs.
+    `age_steps` is the mean age of the weights inside; `initial_share` how much of the average are the weights that it
+    began from, the first snapshot or the last `set`. Both are None before its first snapshot, as the step is.
+    """
+
+    name: str
+    spec: str
+    updates: int
+    gap_steps: int
+    step: int | None
+    accumulator: str
+    decay: float | None
+    half_life_steps: float | None
+    age_steps: float | None
+    initial_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """One run as it stands.
+
+    `step` is the last applied one, `published_step` the last durable one, `first_step` the first applied one;
+    `applied`, `gap_steps` and `quarantined` count since the run began; `memory_bytes` is what its averages hold now.
+    `is_current` says whether a trainer has joined it since the server's start.
+    """
+
+    run: str
+    state: RunState
+    created: str
+    step: int | None
+    published_step: int | None
+    first_step: int | None
+    every: int
+    steps_per_second: float | None
+    applied: int
+    gap_steps: int
+    quarantined: int
+    quarantine: Quarantine | None
+    exempt: tuple[str, ...]
+    tensors: int
+    snapshot_bytes: int
+    memory_bytes: int
+    publish_error: str | None
+    averages: tuple[AverageStatus, ...]
+    is_current: bool = True
+
+
+class StatusStore:
+    """The newest status of each run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._statuses: dict[str, RunStatus] = {}
+
+    def get(self, run: str) -> RunStatus | None:
+        """The status of one run, None when it is unknown."""
+        with self._lock:
+            return self._statuses.get(run)
+
+    def all(self) -> tuple[RunStatus, ...]:
+        """Every status, sorted by the run's name."""
+        with self._lock:
+            return tuple(status for _, status in sorted(self._statuses.items()))
+
+    def set(self, status: RunStatus) -> None:
+        """Replace the status of `status.run` (averager only)."""
+        with self._lock:
+            self._statuses[status.run] = status
+
+    def remove(self, run: str) -> None:
+        """Forget a run (averager only)."""
+        with self._lock:
+            self._statuses.pop(run, None)

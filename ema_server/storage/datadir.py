@@ -1,0 +1,245 @@
+"""The data folder: its lock, its format, its runs' folders. Comes in: a path. Goes out: paths and whole generations.
+
+    LOCK  format.json  runs/{run}/generations/{seq}-{step}/
+                       runs/{run}/derived/{seq}-{step}/     versions made of others after them
+                       runs/{run}/ring/{seq}-{step}/        power averages to make others of
+
+What a crash leaves is swept when the folder is opened; a generation that is not whole is moved out of the way as
+`.bad-...`, for a person to look at, and said so in the log.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ema_proto.errors import LocalProtocolError
+from ema_proto.limits import NAME_CHARS_MAX
+from ema_proto.names import check_name
+from ema_server.storage.catalog import Generation
+from ema_server.storage.disk import replace_durably, sync_folders
+from ema_server.storage.generation import is_folder_name, open_generation, seq_in
+from ema_server.storage.records import FORMAT, BrokenGeneration
+
+_LOCK_FILE = "LOCK"
+_FORMAT_FILE = "format.json"
+TEMPORARY = ".tmp-"
+_ROOM_BYTES = 256 << 10  # what a database takes before it holds anything
+_BAD = ".bad-"
+
+logger = logging.getLogger("ema")
+
+
+class DataDirError(Exception):
+    """The data folder cannot be used; the text says why and what to do."""
+
+
+class DataDir:
+    """An opened data folder, locked against a second server. Build with `open_data_dir`."""
+
+    def __init__(self, root: Path, lock_fd: int, made: tuple[Path, ...]) -> None:
+        self.root = root
+        self._lock_fd = lock_fd
+        self._made = made
+
+    def close(self, *, unused: bool = False) -> None:
+        """Let another server have it. A folder that was made when it was opened goes again, if it is `unused`."""
+        if unused and self._made and not self.runs():
+            self._remove()
+        os.close(self._lock_fd)
+
+    def runs(self) -> tuple[str, ...]:
+        """Names of the runs that have a folder."""
+        return tuple(sorted(path.name for path in self._runs.iterdir() if path.is_dir() and _is_run(path.name)))
+
+    def generations_folder(self, run: str) -> Path:
+        """Where the generations of `run` lie; it may not exist yet."""
+        return self._runs / run / "generations"
+
+    def run_folder(self, run: str) -> Path:
+        """Where everything of `run` lies."""
+        return self._runs / run
+
+    def derived_folder(self, run: str) -> Path:
+        """Where the derived versions of `run` lie; it may not exist yet."""
+        return self._runs / run / "derived"
+
+    def ring_folder(self, run: str) -> Path:
+        """Where the ring of `run` lies; it may not exist yet."""
+        return self._runs / run / "ring"
+
+    def create_run(self, run: str) -> None:
+        """Make the folder of a run durable, if it is new."""
+        folder = self.generations_folder(run)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            sync_folders([folder.parent, self._runs])
+
+    def whole_generations(self, run: str) -> Iterator[Generation]:
+        """The whole generations of a run; those that are not are set aside."""
+        folder = self.generations_folder(run)
+        if not folder.is_dir():
+            return
+        for path in sorted(folder.iterdir()):
+            if not is_folder_name(path.name):
+                continue
+            try:
+                yield open_generation(run, path)
+            except BrokenGeneration as error:
+                self.set_bad(path, error)
+
+    def set_bad(self, folder: Path, error: BrokenGeneration) -> None:
+        """Move a broken generation, or whatever else is kept like one, out of the way."""
+        logger.error("%s is broken and set aside: %s", folder, error)
+        folder.rename(folder.with_name(_BAD + folder.name))
+
+    def next_seq(self, run: str) -> int:
+        """One above every seq of a generation in use or set aside, counting from 1."""
+        return next_seq_in(self.generations_folder(run))
+
+    def temporary(self, run: str, name: str) -> Path:
+        """A path beside the generations of `run` that is swept if a crash leaves it."""
+        return self.generations_folder(run) / (TEMPORARY + name)
+
+    def set_run_aside(self, run: str, stamp: str) -> str:
+        """Rename a run to its own name and a date; return the new name.
+
+        Args:
+            run: its name.
+            stamp: the date, in characters that a name may have.
+        """
+        new = next(name for name in _dated_names(run, stamp) if not (self._runs / name).exists())
+        (self._runs / run).rename(self._runs / new)
+        sync_folders([self._runs])
+        return new
+
+    def sweep(self) -> None:
+        """Delete what unfinished writes left."""
+        for run in self.runs():
+            for path in self._runs.joinpath(run).glob(f"*/{TEMPORARY}*"):
+                logger.info("sweeping %s, left by an earlier process", path)
+                shutil.rmtree(path)
+
+    def _remove(self) -> None:
+        """Delete what a server writes before there is a run, and the folders made for it."""
+        try:
+            for path in self.root.iterdir():
+                if path.is_file():
+                    path.unlink()
+            for folder in (self._runs, *self._made):
+                folder.rmdir()
+        except OSError as error:
+            logger.debug("%s stays: %s", self.root, error)
+
+    @property
+    def _runs(self) -> Path:
+        return self.root / "runs"
+
+
+def delete_whole(folder: Path) -> None:
+    """Delete a folder under a run's, so that a crash half-way leaves nothing under its name.
+
+    Raises:
+        OSError: the disk refuses to give it another name. What cannot be deleted then is swept at the next start.
+    """
+    aside = folder.with_name(f"{TEMPORARY}old-{folder.name}")
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def next_seq_in(folder: Path) -> int:
+    """One above every seq in the names of what lies in `folder`, which may not exist, counting from 1."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((seq for name in names if (seq := seq_in(name)) is not None), default=0) + 1
+
+
+def open_data_dir(root: Path) -> DataDir:
+    """Create or open a data folder, lock it, check its format and sweep it.
+
+    Raises:
+        DataDirError: it is in use, of a newer format, or cannot be written.
+    """
+    made = tuple(folder for folder in (root, *root.parents) if not folder.exists())
+    try:
+        (root / "runs").mkdir(parents=True, exist_ok=True)
+        data_dir = DataDir(root, _lock(root / _LOCK_FILE), made)
+    except OSError as error:
+        raise DataDirError(
+            f"data folder {root} cannot be used: {error.strerror}; choose another with --data"
+        ) from error
+    try:
+        _check_format(root / _FORMAT_FILE)
+        data_dir.sweep()
+        _check_room(root)
+    except OSError as error:
+        data_dir.close(unused=True)
+        raise DataDirError(
+            f"data folder {root} cannot be used: {error.strerror}; make room, or choose another with --data"
+        ) from error
+    except DataDirError:
+        data_dir.close()
+        raise
+    return data_dir
+
+
+def _lock(path: Path) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise DataDirError(
+            f"data folder {path.parent} is in use by another server (process {owner}): stop it or choose another --data"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _check_format(path: Path) -> None:
+    if not path.exists():
+        replace_durably(path, json.dumps({"format": FORMAT}).encode() + b"\n")
+        return
+    try:
+        found = json.loads(path.read_bytes())["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataDirError(
+            f"{path} is not what a server wrote ({error!r}): restore it or choose another --data"
+        ) from None
+    if found != FORMAT:
+        raise DataDirError(
+            f"data folder {path.parent} has format {found!r}, this server knows {FORMAT}: "
+            "use the server that wrote it or choose another --data"
+        )
+
+
+def _check_room(root: Path) -> None:
+    """Fail now where the database of the metrics would fail next, in words that say less."""
+    with tempfile.TemporaryFile(dir=root) as probe:
+        probe.write(bytes(_ROOM_BYTES))
+        probe.flush()
+        os.fsync(probe.fileno())
+
+
+def _is_run(name: str) -> bool:
+    try:
+        check_name("run", name)
+    except LocalProtocolError:
+        logger.warning("ignoring runs/%s: not the name of a run", name)
+        return False
+    return True
+
+
+def _dated_names(run: str, stamp: str) -> Iterator[str]:
+    number = 1
+    while True:
+        suffix = f".{stamp}" if number == 1 else f".{stamp}-{number}"
+        yield run[: NAME_CHARS_MAX - len(suffix)].rstrip(".-") + suffix
+        number += 1

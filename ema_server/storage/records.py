@@ -1,0 +1,268 @@
+"""What stands in `generation.json` and `version.json`. Values in, JSON bytes out, and back; nothing is read or written.
+
+A version's id is the first 40 hex digits of the sha256 over the canonical JSON (sorted keys, no blanks) of its
+`version.json` without `id`, `created` and that file's own entry: the same weights with the same history have one id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from ema_proto.averages.specs import parse_average
+from ema_proto.averages.step_units import UNKNOWN, StepUnits
+from ema_proto.errors import LocalProtocolError
+from ema_proto.wire.manifest import Manifest
+from ema_server.rules.half_life import shown_reach
+from ema_server.storage.catalog import FileEntry
+
+FORMAT = 1
+GENERATION_FILE = "generation.json"
+MANIFEST_FILE = "manifest.json"
+VERSION_FILE = "version.json"
+CONFIG_FILE = "config.json"
+
+
+class BrokenGeneration(Exception):
+    """A generation's files are not what they should be; the text says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class AverageRecord:
+    """One average as it stood; `ledger` as JSON values.
+
+    `age_steps` is the mean age of the weights inside, `initial_share` the share of those it began from; `window` has
+    step and count of the snapshots inside, oldest first.
+    """
+
+    name: str
+    spec: str
+    updates: int
+    gap_steps: int
+    age_steps: float
+    initial_share: float
+    window: tuple[tuple[int, int], ...]
+    ledger: dict[str, Any]
+
+    @property
+    def has_content(self) -> bool:
+        """Whether it had had a snapshot; there are no files of it otherwise."""
+        return self.updates > 0
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedRecord:
+    """An average that a run had: a trainer that was started with it may still list it."""
+
+    name: str
+    spec: str
+
+
+@dataclass(frozen=True, slots=True)
+class PaceRecord:
+    """What the trainer told of its steps; snapshots of `from_step` and later were counted with it."""
+
+    from_step: int
+    samples_per_step: float | None
+    steps_per_epoch: float | None
+
+    @property
+    def pace(self) -> StepUnits:
+        """The pace itself."""
+        return StepUnits(self.samples_per_step, self.steps_per_epoch)
+
+
+def pace_of(paces: Sequence[PaceRecord]) -> StepUnits:
+    """The newest of them."""
+    return paces[-1].pace if paces else UNKNOWN
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run as it stood at `step`: everything a restart needs besides the averages' own bytes.
+
+    `created` is when the run was first joined, in RFC 3339; `ledger`, as JSON values, has every applied step; `paces`,
+    oldest first, all that the trainers told of their steps.
+    """
+
+    run: str
+    step: int
+    created: str
+    ledger: dict[str, Any]
+    every: int
+    manifest_digest: str
+    exempt: tuple[str, ...]
+    applied: int
+    gap_steps: int
+    quarantined: int
+    averages: tuple[AverageRecord, ...]
+    removed: tuple[RemovedRecord, ...]
+    paces: tuple[PaceRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRecord:
+    """The content of `generation.json`. `files` maps paths within the folder to size and sha256."""
+
+    seq: int
+    created: str
+    reason: str
+    pinned: bool
+    finished: bool
+    run: RunRecord
+    files: dict[str, FileEntry]
+
+
+def rfc3339(seconds: float) -> str:
+    """Seconds since the epoch as text, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def dump(value: object) -> bytes:
+    """JSON for people to read."""
+    return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The content of `manifest.json`."""
+    return json.dumps(manifest.to_json(), separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+def version_bytes(record: RunRecord, average: AverageRecord, created: str, files: tuple[FileEntry, ...]) -> bytes:
+    """The content of `version.json` for one average of a run; `files` are the other files of the version.
+
+    `decay` and `half_life_steps` are what the rule came to at the version's step: they follow from what else is there.
+    """
+    rule = parse_average(average.spec, name=average.name)
+    decay, half_life_steps = shown_reach(rule, record.step, int(average.ledger["origin"]), pace_of(record.paces))
+    content = {
+        "run": record.run,
+        "average": average.name,
+        "spec": average.spec,
+        "decay": decay,
+        "half_life_steps": half_life_steps,
+        "step": record.step,
+        "updates": average.updates,
+        "gap_steps": average.gap_steps,
+        "ledger": average.ledger,
+        "paces": [asdict(told) for told in record.paces],
+        "files": [asdict(entry) for entry in files],
+    }
+    return identified(content, created)
+
+
+def identified(content: Mapping[str, Any], created: str) -> bytes:
+    """The content of a `version.json`, with the id that follows from it."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return dump({"id": hashlib.sha256(canonical).hexdigest()[:40], "created": created, **content})
+
+
+def generation_bytes(record: GenerationRecord) -> bytes:
+    """The content of `generation.json`."""
+    run = record.run
+    return dump(
+        {
+            "format": FORMAT,
+            "run": run.run,
+            "seq": record.seq,
+            "step": run.step,
+            "created": record.created,
+            "reason": record.reason,
+            "pinned": record.pinned,
+            "finished": record.finished,
+            "run_created": run.created,
+            "ledger": run.ledger,
+            "every": run.every,
+            "manifest_digest": run.manifest_digest,
+            "exempt": list(run.exempt),
+            "counters": {"applied": run.applied, "gap_steps": run.gap_steps, "quarantined": run.quarantined},
+            "averages": [asdict(average) for average in run.averages],
+            "removed": [asdict(average) for average in run.removed],
+            "paces": [asdict(told) for told in run.paces],
+            "files": {path: {"size": entry.size, "sha256": entry.sha256} for path, entry in record.files.items()},
+        }
+    )
+
+
+def read_generation(data: bytes) -> GenerationRecord:
+    """Read what `generation_bytes` wrote.
+
+    Raises:
+        BrokenGeneration: it is something else.
+    """
+    value = read_json(data)
+    try:
+        if value["format"] != FORMAT:
+            raise BrokenGeneration(f"{GENERATION_FILE} has format {value['format']!r}, this server reads {FORMAT}")
+        files = {path: FileEntry(path, int(f["size"]), str(f["sha256"])) for path, f in value["files"].items()}
+        return GenerationRecord(
+            seq=int(value["seq"]),
+            created=str(value["created"]),
+            reason=str(value["reason"]),
+            pinned=bool(value["pinned"]),
+            finished=bool(value["finished"]),
+            run=_run_record(value),
+            files=files,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BrokenGeneration(f"{GENERATION_FILE} is not a generation: {error!r}") from None
+
+
+def read_json(data: bytes) -> dict[str, Any]:
+    """Decode one JSON object.
+
+    Raises:
+        BrokenGeneration: it is not one.
+    """
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise BrokenGeneration(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BrokenGeneration("not a JSON object")
+    return value
+
+
+def _run_record(value: Mapping[str, Any]) -> RunRecord:
+    counters = value["counters"]
+    return RunRecord(
+        run=str(value["run"]),
+        step=int(value["step"]),
+        created=str(value["run_created"]),
+        ledger=dict(value["ledger"]),
+        every=int(value["every"]),
+        manifest_digest=str(value["manifest_digest"]),
+        exempt=tuple(map(str, value["exempt"])),
+        applied=int(counters["applied"]),
+        gap_steps=int(counters["gap_steps"]),
+        quarantined=int(counters["quarantined"]),
+        averages=tuple(_average_record(average) for average in value["averages"]),
+        removed=tuple(RemovedRecord(str(gone["name"]), str(gone["spec"])) for gone in value["removed"]),
+        paces=tuple(_pace_record(told) for told in value["paces"]),
+    )
+
+
+def _pace_record(value: Mapping[str, Any]) -> PaceRecord:
+    told = PaceRecord(int(value["from_step"]), value["samples_per_step"], value["steps_per_epoch"])
+    try:
+        _ = told.pace
+    except LocalProtocolError as error:
+        raise ValueError(str(error)) from None
+    return told
+
+
+def _average_record(value: Mapping[str, Any]) -> AverageRecord:
+    return AverageRecord(
+        name=str(value["name"]),
+        spec=str(value["spec"]),
+        updates=int(value["updates"]),
+        gap_steps=int(value["gap_steps"]),
+        age_steps=float(value["age_steps"]),
+        initial_share=float(value["initial_share"]),
+        window=tuple((int(step), int(count)) for step, count in value["window"]),
+        ledger=dict(value["ledger"]),
+    )

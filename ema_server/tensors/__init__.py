@@ -1,0 +1,1 @@
+"""Which byte is where: from the manifest to memory and to safetensors files."""

@@ -1,0 +1,132 @@
+"""Where each element lies: in a snapshot, in an average's memory, in its file. Pure arithmetic on offsets.
+
+Comes in: the manifest of a run and the names of its exempt tensors. Goes out: `Segment`s, long runs of elements that
+are treated alike, for the kernel. It allocates nothing of a model's size and has never seen a tensor.
+
+An average is held in one of three forms. `WIRE` is the snapshot's own bytes. `WIDE` has every float as float32, or
+float64 where the wire says float64; `EXACT` has every float as float64; the rest is as on the wire. Tensors lie by item
+size, large first, and then in the order of the wire, so every element is aligned to its own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from ema_proto.dtypes import FLOATS, ITEM_BYTES
+from ema_proto.wire.manifest import Manifest, Role, TensorSpec
+
+
+class Form(Enum):
+    """How an average is held in memory."""
+
+    WIRE = "wire"
+    WIDE = "wide"
+    EXACT = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one tensor lies in an average's memory, and in which dtype."""
+
+    tensor: TensorSpec
+    dtype: str
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the average's memory, in bytes."""
+        return self.tensor.elements * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`count` elements of one wire dtype, side by side in the snapshot and in every form, all treated alike.
+
+    Bit i of `averaged` says that average number i averages them; the others copy them.
+    """
+
+    dtype: str
+    averaged: int
+    count: int
+    wire_offset: int
+    wide_offset: int
+    exact_offset: int
+
+    def offset(self, form: Form) -> int:
+        """First byte of the segment in an average of this form."""
+        match form:
+            case Form.WIRE:
+                return self.wire_offset
+            case Form.WIDE:
+                return self.wide_offset
+            case Form.EXACT:
+                return self.exact_offset
+
+
+def held_dtype(form: Form, dtype: str) -> str:
+    """The dtype in which an average of this form holds a tensor of wire dtype `dtype`."""
+    if form is Form.WIRE or dtype not in FLOATS:
+        return dtype
+    return "F64" if form is Form.EXACT or dtype == "F64" else "F32"
+
+
+def places(manifest: Manifest, form: Form) -> tuple[Place, ...]:
+    """Where the tensors lie in an average of this form, in memory order, without gaps."""
+    return tuple(_places(manifest, form))
+
+
+def held_nbytes(manifest: Manifest, form: Form) -> int:
+    """Bytes of one average of this form."""
+    return sum(place.nbytes for place in _places(manifest, form))
+
+
+def is_averaged(tensor: TensorSpec, exempt: frozenset[str]) -> bool:
+    """Whether averaging rules apply to a tensor; otherwise its newest value is copied."""
+    return tensor.is_float and tensor.role is not Role.STRUCTURAL and tensor.name not in exempt
+
+
+def averaged_by_all(tensor: TensorSpec) -> int:
+    """The mask of a tensor where no average differs from another and no tensor is exempt."""
+    return -1 if is_averaged(tensor, frozenset()) else 0
+
+
+def segments(manifest: Manifest, averaged_by: Callable[[TensorSpec], int] = averaged_by_all) -> tuple[Segment, ...]:
+    """The snapshot as few long runs, in memory order. Empty tensors are in none.
+
+    Args:
+        manifest: the run's manifest.
+        averaged_by: the mask of a tensor: bit i says that average number i averages it.
+    """
+    offsets = {form: {place.tensor.name: place.offset for place in _places(manifest, form)} for form in Form}
+    merged: list[Segment] = []
+    for tensor in manifest.by_offset:
+        if not tensor.elements:
+            continue
+        starts = (offsets[form][tensor.name] for form in (Form.WIRE, Form.WIDE, Form.EXACT))
+        new = Segment(tensor.dtype, averaged_by(tensor), tensor.elements, *starts)
+        last = merged[-1] if merged else None
+        if last is not None and (last.dtype, last.averaged) == (new.dtype, new.averaged):
+            merged[-1] = replace(last, count=last.count + new.count)
+        else:
+            merged.append(new)
+    return tuple(merged)
+
+
+def cut(runs: Iterable[Segment], block_elements: int) -> Iterator[Segment]:
+    """The same elements in the same order, in pieces of at most `block_elements`."""
+    for run in runs:
+        items = [(run.offset(form), ITEM_BYTES[held_dtype(form, run.dtype)]) for form in Form]
+        for start in range(0, run.count, block_elements):
+            count = min(block_elements, run.count - start)
+            yield Segment(run.dtype, run.averaged, count, *(begin + start * item for begin, item in items))
+
+
+def _places(manifest: Manifest, form: Form) -> Iterator[Place]:
+    position = 0
+    held = ((tensor, held_dtype(form, tensor.dtype)) for tensor in manifest.by_offset)
+    for tensor, dtype in sorted(held, key=lambda pair: -ITEM_BYTES[pair[1]]):
+        place = Place(tensor, dtype, position)
+        position += place.nbytes
+        yield place

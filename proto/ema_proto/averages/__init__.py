@@ -1,0 +1,1 @@
+"""Averaging rules as values and as strings."""

@@ -1,0 +1,81 @@
+"""How fast a trainer goes, for rules that are given in samples or epochs. Values in, refusals out; no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ema_proto.averages.exponential import Ema
+from ema_proto.averages.rules import AverageSpec
+from ema_proto.errors import LocalProtocolError
+from ema_proto.limits import QUANTITY_MAX, QUANTITY_MIN
+
+
+@dataclass(frozen=True, slots=True)
+class StepUnits:
+    """What the trainer told of one optimizer step: the samples in it, and how many of them are an epoch.
+
+    Raises:
+        LocalProtocolError: one of them is not a number in [1e-9, 1e15).
+    """
+
+    samples_per_step: float | None = None
+    steps_per_epoch: float | None = None
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for name in ("samples_per_step", "steps_per_epoch"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not QUANTITY_MIN <= value < QUANTITY_MAX:
+                raise LocalProtocolError(f"{name} {value!r} is not a number in [1e-9, 1e15): say how many")
+            object.__setattr__(self, name, float(value))
+
+    def over(self, before: StepUnits) -> StepUnits:
+        """This pace, with what it leaves open as it was before."""
+        samples = before.samples_per_step if self.samples_per_step is None else self.samples_per_step
+        return StepUnits(samples, before.steps_per_epoch if self.steps_per_epoch is None else self.steps_per_epoch)
+
+
+UNKNOWN = StepUnits()
+
+
+def needed_of(rule: AverageSpec) -> str | None:
+    """The field of `StepUnits` without which the rule means nothing; None where it needs none."""
+    if not isinstance(rule, Ema):
+        return None
+    if rule.half_life_samples is not None:
+        return "samples_per_step"
+    return "steps_per_epoch" if rule.half_life_epochs is not None else None
+
+
+def half_life_steps(rule: Ema, pace: StepUnits) -> float:
+    """The half-life that the rule was given, in steps.
+
+    Raises:
+        ValueError: it was given a decay, or in a unit that is not known.
+    """
+    if rule.half_life is not None:
+        return rule.half_life
+    if rule.half_life_samples is not None and pace.samples_per_step is not None:
+        return rule.half_life_samples / pace.samples_per_step
+    if rule.half_life_epochs is not None and pace.steps_per_epoch is not None:
+        return rule.half_life_epochs * pace.steps_per_epoch
+    raise ValueError(f"average {rule.name!r} ({rule.spec}) has no half-life in steps without {needed_of(rule)}")
+
+
+def check_pace(rules: Iterable[AverageSpec], pace: StepUnits) -> None:
+    """Refuse rules whose unit the trainer has not told.
+
+    Raises:
+        LocalProtocolError: the text names the rule, what is missing and what to do.
+    """
+    for rule in rules:
+        needed = needed_of(rule)
+        if needed is not None and getattr(pace, needed) is None:
+            raise LocalProtocolError(
+                f"average {rule.name!r} ({rule.spec}) needs to know {needed.replace('_', ' ')}: "
+                f"pass {needed}= to EmaClient, or give its half-life in steps (ema:half_life=5000)"
+            )

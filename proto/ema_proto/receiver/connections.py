@@ -1,0 +1,149 @@
+"""The connections of a server: who was greeted, what is sent to whom, and who is forgotten. Runs are not known here.
+
+A peer that breaks the protocol is told so once, then ignored until it says HELLO again: a refusal for each frame that
+was under way would help nobody.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ema_proto.auth import verify
+from ema_proto.errors import RejectCode, RemoteProtocolError
+from ema_proto.limits import CONNECTIONS_MAX, VERSION_MAJOR
+from ema_proto.wire import messages as m
+from ema_proto.wire.codec import NO_SESSION, Header, encode
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One peer of the server's socket; `run` is the one that it owns or asks for."""
+
+    peer: bytes
+    seen_at: float
+    session: bytes = NO_SESSION
+    nonce: str | None = None
+    welcomed: bool = False
+    told: bool = False
+    run: str | None = None
+
+
+class Connections:
+    """All connections, the longest silent one first.
+
+    Args:
+        epoch: random number of this server start, not 0.
+        token: shared secret, or None.
+        nonce: returns fresh random text for a challenge.
+        chunk_bytes: how snapshots are to be cut.
+    """
+
+    def __init__(self, *, epoch: int, token: str | None, nonce: Callable[[], str], chunk_bytes: int) -> None:
+        self.outbox: deque[tuple[bytes, tuple[bytes, bytes]]] = deque()
+        self.rejects: Counter[RejectCode] = Counter()
+        self.greeted = 0
+        self._epoch = epoch
+        self._token = token
+        self._nonce = nonce
+        self._chunk_bytes = chunk_bytes
+        self._by_peer: OrderedDict[bytes, Connection] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._by_peer)
+
+    def heard(self, peer: bytes, now: float) -> Connection:
+        """The connection of a peer that has just sent something, known or new."""
+        connection = self._by_peer.get(peer)
+        if connection is None:
+            if len(self._by_peer) >= CONNECTIONS_MAX:
+                self._forget_a_stranger()
+            connection = self._by_peer[peer] = Connection(peer, now)
+        connection.seen_at = now
+        self._by_peer.move_to_end(peer)
+        return connection
+
+    def forget_silent(self, before: float) -> list[Connection]:
+        """Forget, and return, the connections that were last heard before this time."""
+        forgotten = []
+        while self._by_peer and next(iter(self._by_peer.values())).seen_at < before:
+            forgotten.append(self._by_peer.popitem(last=False)[1])
+        return forgotten
+
+    def check_current(self, connection: Connection, header: Header) -> None:
+        """Refuse a frame of another server start, or of a session that was not greeted on this connection.
+
+        Raises:
+            RemoteProtocolError: `stale_epoch` or `unknown_connection`.
+        """
+        if header.epoch not in (0, self._epoch):
+            raise RemoteProtocolError(RejectCode.STALE_EPOCH, "the server has restarted since: say HELLO again")
+        if not connection.welcomed or header.session != connection.session:
+            raise RemoteProtocolError(RejectCode.UNKNOWN_CONNECTION, "this connection was not greeted: say HELLO")
+
+    def greet(self, connection: Connection, session: bytes, hello: m.Hello) -> None:
+        """Answer a HELLO by WELCOME or CHALLENGE; a doubled one is answered as the first.
+
+        Raises:
+            RemoteProtocolError: `version`, `unauthorized`, or `bad_message` for a second session on one connection.
+        """
+        connection.told = False
+        if session == NO_SESSION or connection.session not in (NO_SESSION, session):
+            raise RemoteProtocolError(RejectCode.BAD_MESSAGE, "a connection has one session, and its id is not zero")
+        connection.session = session
+        if VERSION_MAJOR not in hello.majors:
+            spoken = ", ".join(str(major) for major in hello.majors)
+            text = f"this server speaks protocol {VERSION_MAJOR}, the trainer {spoken}: upgrade the older side"
+            raise RemoteProtocolError(RejectCode.VERSION, text)
+        if self._token is None or connection.welcomed or self._is_proven(connection, self._token, hello.proof):
+            self.greeted += not connection.welcomed
+            connection.welcomed = True
+            self.send(connection.peer, m.Welcome(self._epoch, self._chunk_bytes))
+        else:
+            connection.nonce = connection.nonce or self._nonce()
+            self.send(connection.peer, m.Challenge(connection.nonce))
+
+    def refuse(self, connection: Connection, code: RejectCode, text: str) -> None:
+        """The connection has to be greeted anew; told once, counted always."""
+        connection.welcomed = False
+        if connection.told:
+            self.rejects[code] += 1
+        else:
+            connection.told = True
+            self.send(connection.peer, m.Reject(code, text))
+
+    def dismiss(self, peer: bytes) -> None:
+        """The session has a newer connection: frames of this one do not count any more."""
+        connection = self._by_peer.get(peer)
+        if connection is not None:
+            connection.welcomed, connection.run = False, None
+
+    def leave(self, peer: bytes) -> None:
+        """The connection has no run any more."""
+        connection = self._by_peer.get(peer)
+        if connection is not None:
+            connection.run = None
+
+    def send(self, peer: bytes, message: m.Message) -> None:
+        """Put a message for `peer` into the outbox, unless it was forgotten."""
+        if isinstance(message, m.Reject):
+            self.rejects[message.code] += 1
+        connection = self._by_peer.get(peer)
+        if connection is not None:
+            self.outbox.append((peer, encode(message, session=connection.session, epoch=self._epoch)))
+
+    def _is_proven(self, connection: Connection, token: str, proof: str | None) -> bool:
+        """Whether the token is proved; False where there is nothing to judge yet. A nonce is good for one attempt."""
+        if proof is None or connection.nonce is None:
+            return False
+        nonce, connection.nonce = connection.nonce, None
+        if not verify(token, proof, nonce=nonce, session=connection.session):
+            text = "the token is wrong: set EMA_TOKEN to the server's"
+            raise RemoteProtocolError(RejectCode.UNAUTHORIZED, text)
+        return True
+
+    def _forget_a_stranger(self) -> None:
+        stranger = next((peer for peer, connection in self._by_peer.items() if connection.run is None), None)
+        if stranger is not None:
+            del self._by_peer[stranger]

@@ -1,0 +1,100 @@
+"""What the receiver tells its caller: where a body belongs, and what it asks of the keeper of the runs.
+
+`ticket` names one session's claim; an answer with a stale one is ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ema_proto.wire import messages as m
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Receive exactly `length` bytes into the slot of this ticket's run at `offset`, then call `payload`."""
+
+    ticket: int
+    slot: int
+    attempt: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """Receive a body of `length` bytes and pass it to `control`."""
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Drop whatever follows the header."""
+
+
+Target: TypeAlias = Payload | Control | Discard
+
+
+@dataclass(frozen=True, slots=True)
+class JoinRequested:
+    """A session may have the run: create, continue or rewind it, then `accept_join` or `refuse_join`."""
+
+    run: str
+    ticket: int
+    join: m.Join
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReady:
+    """A whole snapshot lies in the slot: apply it, then `applied` or `quarantined`."""
+
+    run: str
+    ticket: int
+    slot: int
+    step: int
+    mode: m.Mode
+
+
+@dataclass(frozen=True, slots=True)
+class PublishRequested:
+    """Make everything before this event durable, then `publish_answered`."""
+
+    run: str
+    ticket: int
+    request: int
+    pin: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RewindRequested:
+    """Go back to the newest generation at or before `step`, then `rewound`."""
+
+    run: str
+    ticket: int
+    request: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class FinishRequested:
+    """Publish and finish the run, then `finished`."""
+
+    run: str
+    ticket: int
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnded:
+    """The run has no trainer any more: it said goodbye, or (`lost`) fell silent."""
+
+    run: str
+    ticket: int
+    lost: bool
+
+
+ReceiverEvent: TypeAlias = (
+    JoinRequested | SnapshotReady | PublishRequested | RewindRequested | FinishRequested | SessionEnded
+)

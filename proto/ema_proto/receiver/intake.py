@@ -1,0 +1,208 @@
+"""Snapshots of one joined session on one connection: which slot fills, what is held, how much may still come.
+
+Comes in: BEGIN, chunks, COMMIT and the averager's outcomes. Goes out: `replies` for the sender, and whole snapshots.
+A slot is free, filling or held; a step is applied at most once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from zlib import crc32
+
+from ema_proto.errors import RejectCode, RemoteProtocolError
+from ema_proto.limits import CREDIT_WINDOW_CHUNKS, RECENT_STEPS
+from ema_proto.wire import messages as m
+from ema_proto.wire.chunks import Coverage, count_chunks
+from ema_proto.wire.codec import Header, decode_chunk
+
+
+@dataclass(slots=True)
+class _Filling:
+    slot: int
+    begin: m.Begin
+    coverage: Coverage
+    refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WholeSnapshot:
+    """A snapshot whose every byte is in its slot."""
+
+    slot: int
+    step: int
+    mode: m.Mode
+
+
+class Intake:
+    """Staging of one session.
+
+    Args:
+        nbytes: bytes of a snapshot.
+        chunk_bytes: how it is cut.
+        slots: number of slots.
+        checksum: whether chunks carry a CRC-32 that must match.
+        last_step: last applied step, None when there is none.
+        recent: newest applied steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        nbytes: int,
+        chunk_bytes: int,
+        slots: int,
+        checksum: bool,
+        last_step: int | None,
+        recent: tuple[int, ...],
+    ) -> None:
+        self.replies: deque[m.Committed | m.Credit | m.Reject] = deque()
+        self.recent = deque(recent, maxlen=RECENT_STEPS)
+        self._nbytes = nbytes
+        self._chunk_bytes = chunk_bytes
+        self._slots = slots
+        self._checksum = checksum
+        self._last_step = last_step
+        self._filling: _Filling | None = None
+        self._held: dict[int, m.Begin] = {}
+        self._rewinds = 0
+        self._received_chunks = 0
+        self.credit_limit = self._allowance()
+
+    def begin(self, begin: m.Begin) -> None:
+        """A snapshot starts; one still filling is abandoned. A step that cannot count any more gets no slot."""
+        if self._rewinds or not self._can_count(begin):
+            return
+        self._filling = None
+        slot = next((index for index in range(self._slots) if index not in self._held), None)
+        if slot is None:
+            self._reject(begin, RejectCode.OUT_OF_ORDER, "BEGIN came without credit: no slot is free")
+            return
+        self._filling = _Filling(slot, begin, Coverage(self._nbytes, self._chunk_bytes))
+
+    def target(self, header: Header) -> int | None:
+        """The slot that a chunk belongs into; None when its payload is to be dropped."""
+        self._received_chunks += 1
+        filling = self._filling
+        if filling is None or filling.refused or self._is_other(filling, header.step, header.attempt):
+            self._grant()
+            return None
+        try:
+            chunk = decode_chunk(header)
+            if not filling.coverage.holds(chunk.offset, chunk.length):
+                return filling.slot
+        except RemoteProtocolError as error:
+            self._refuse(filling, error.code, error.text)
+        self._grant()
+        return None
+
+    def payload(self, header: Header, received: memoryview | bytes | None) -> None:
+        """The chunk's bytes are in their slot; None when their number was not the header's."""
+        filling = self._filling
+        if filling is not None and received is None:
+            self._refuse(filling, RejectCode.BAD_CHUNK, f"the chunk at {header.offset} has not {header.length} bytes")
+        elif filling is not None and self._checksum and header.crc32 != crc32(received or b""):
+            self._refuse(filling, RejectCode.CHECKSUM, f"the chunk at {header.offset} has another checksum")
+        elif filling is not None:
+            filling.coverage.add(header.offset)
+        self._grant()
+
+    def commit(self, commit: m.Commit) -> WholeSnapshot | None:
+        """The sender has sent everything; returns the snapshot if it is whole."""
+        filling = self._filling
+        if filling is None or self._is_other(filling, commit.step, commit.attempt):
+            self._answer_stray(commit)
+            return None
+        self._filling = None
+        coverage = filling.coverage
+        if filling.refused:
+            self._grant()
+            return None
+        if coverage.missing or (commit.chunks, commit.nbytes) != (coverage.chunks, self._nbytes):
+            text = f"{coverage.missing} of {coverage.chunks} chunks are missing"
+            text += f", the first at byte {coverage.first_missing()}"
+            if not coverage.missing:
+                text = f"COMMIT says {commit.chunks} chunks and {commit.nbytes} bytes"
+                text += f", the snapshot has {coverage.chunks} and {self._nbytes}"
+            self._reject(commit, RejectCode.INCOMPLETE, text)
+            self._grant()
+            return None
+        self._held[filling.slot] = filling.begin
+        return WholeSnapshot(filling.slot, commit.step, filling.begin.mode)
+
+    def applied(self, slot: int) -> None:
+        """The snapshot held in `slot` is in the averages."""
+        held = self._held.pop(slot)
+        self._last_step = held.step
+        if held.step not in self.recent:
+            self.recent.append(held.step)
+        self.replies.append(m.Committed(held.step, held.attempt))
+        self._grant()
+
+    def quarantined(self, slot: int, text: str) -> None:
+        """The snapshot held in `slot` was not finite and touched nothing."""
+        self._reject(self._held.pop(slot), RejectCode.NOT_FINITE, text)
+        self._grant()
+
+    def rewinding(self) -> None:
+        """The run goes back; until that is done, no step can be judged, and none is taken."""
+        self._rewinds += 1
+        self._filling = None
+
+    def not_rewound(self) -> None:
+        """The run stays where it is."""
+        self._rewinds -= 1
+
+    def rewound(self, last_step: int | None, recent: tuple[int, ...]) -> None:
+        """The run is back at `last_step`."""
+        self._rewinds -= 1
+        self._last_step = last_step
+        self.recent = deque(recent, maxlen=RECENT_STEPS)
+        self._grant()
+
+    def _is_passed(self, step: int) -> bool:
+        return self._last_step is not None and step <= self._last_step
+
+    def _can_count(self, begin: m.Begin) -> bool:
+        """Whether the step is above all before it; a `set` may also repeat the newest."""
+        lowest = begin.step + (begin.mode == "set")
+        return not self._is_passed(lowest) and all(held.step < lowest for held in self._held.values())
+
+    def _is_other(self, filling: _Filling, step: int, attempt: int) -> bool:
+        return (filling.begin.step, filling.begin.attempt) != (step, attempt)
+
+    def _answer_stray(self, commit: m.Commit) -> None:
+        if any((held.step, held.attempt) == (commit.step, commit.attempt) for held in self._held.values()):
+            return
+        if self._rewinds:
+            self._reject(commit, RejectCode.OUT_OF_ORDER, f"COMMIT of step {commit.step} came while the run goes back")
+        elif commit.step in self.recent:
+            self.replies.append(m.Committed(commit.step, commit.attempt))
+        elif self._is_passed(commit.step):
+            text = f"step {self._last_step} was applied before step {commit.step} was whole"
+            self._reject(commit, RejectCode.STEP_PASSED, text)
+        else:
+            self._reject(commit, RejectCode.OUT_OF_ORDER, f"COMMIT of step {commit.step} came without its BEGIN")
+
+    def _refuse(self, filling: _Filling, code: RejectCode, text: str) -> None:
+        filling.refused = True
+        self._reject(filling.begin, code, text)
+
+    def _reject(self, what: m.Begin | m.Commit, code: RejectCode, text: str) -> None:
+        self.replies.append(m.Reject(code, text, what.step, what.attempt))
+
+    def _allowance(self) -> int:
+        """Chunks that may come now: what staging has room for, at most a window."""
+        missing = self._filling.coverage.missing if self._filling else 0
+        free = self._slots - len(self._held) - (1 if self._filling else 0)
+        return min(CREDIT_WINDOW_CHUNKS, missing + free * count_chunks(self._nbytes, self._chunk_bytes))
+
+    def _grant(self) -> None:
+        """Raise the limit when that is worth a message: half a window more, or the sender has nothing left."""
+        allowance = self._allowance()
+        limit = self._received_chunks + allowance
+        grown = limit - self.credit_limit
+        is_out = self.credit_limit <= self._received_chunks
+        if allowance > 0 and grown > 0 and (is_out or grown >= CREDIT_WINDOW_CHUNKS // 2):
+            self.credit_limit = limit
+            self.replies.append(m.Credit(limit))

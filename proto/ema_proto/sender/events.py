@@ -1,0 +1,82 @@
+"""What the sender tells its caller: where it is, and what has happened.
+
+A failed or closed session gives everything back that was offered to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from ema_proto.errors import RejectCode
+from ema_proto.wire import messages as m
+
+
+class SenderState(Enum):
+    """Where the sender is; see the diagram in `sender`."""
+
+    DISCONNECTED = "disconnected"
+    GREETING = "greeting"
+    GREETED = "greeted"
+    JOINING = "joining"
+    STREAMING = "streaming"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Greeted:
+    """The server accepted the connection; version and token are right."""
+
+
+@dataclass(frozen=True, slots=True)
+class JoinAccepted:
+    """The run is ours: snapshots flow."""
+
+    joined: m.Joined
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A final refusal of the connection or the run; nothing will be sent any more."""
+
+    code: RejectCode
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLost:
+    """Close the transport, and open a fresh one at `retry_at`."""
+
+    reason: str
+    retry_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDone:
+    """The slot is the caller's again. `code` and `text` say why a snapshot was not applied; both None when it was."""
+
+    slot: int
+    step: int
+    code: RejectCode | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedAt:
+    """A generation at `step` became durable."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A request of ours is done; with `error`, it was refused."""
+
+    request: int
+    step: int | None
+    error: str | None = None
+
+
+Event: TypeAlias = Greeted | JoinAccepted | Refused | ConnectionLost | SnapshotDone | PublishedAt | Answered

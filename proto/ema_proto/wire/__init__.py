@@ -1,0 +1,1 @@
+"""Messages, the manifest, and their bytes."""

@@ -1,0 +1,185 @@
+"""Messages to frames and back. A message is two frames: a fixed 64-byte header and a body (JSON, or a chunk's payload).
+
+Header, little-endian: magic 4s, major u8, minor u8, type u8, flags u8, session 16s, epoch u64, step u64, attempt u32,
+body length u32, offset u64, crc32 u32, reserved u32 (zero). Payloads are never touched here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
+from ema_proto.limits import (
+    CHUNK_BYTES_MAX,
+    CONTROL_BODY_BYTES_MAX,
+    HEADER_BYTES,
+    JOIN_BODY_BYTES_MAX,
+    MAGIC,
+    STEP_MAX,
+    VERSION_MAJOR,
+    VERSION_MINOR,
+)
+from ema_proto.wire import messages as m
+from ema_proto.wire.bodies import decode_body, encode_body
+from ema_proto.wire.fields import Fields
+
+SESSION_BYTES = 16
+NO_SESSION = bytes(SESSION_BYTES)
+
+_LAYOUT = struct.Struct("<4sBBBB16sQQIIQII")
+_FLAG_CRC32 = 1
+
+CONTROL_MESSAGES: dict[int, type[m.ControlMessage]] = {message.type: message for message in get_args(m.ControlMessage)}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The fields of a header frame."""
+
+    type: int
+    session: bytes
+    epoch: int
+    length: int
+    step: int = 0
+    attempt: int = 0
+    offset: int = 0
+    crc32: int | None = None
+    major: int = VERSION_MAJOR
+    minor: int = VERSION_MINOR
+
+
+def encode_header(header: Header) -> bytes:
+    """The 64 bytes of a header."""
+    flags, crc32 = (0, 0) if header.crc32 is None else (_FLAG_CRC32, header.crc32)
+    return _LAYOUT.pack(
+        MAGIC,
+        header.major,
+        header.minor,
+        header.type,
+        flags,
+        header.session,
+        header.epoch,
+        header.step,
+        header.attempt,
+        header.length,
+        header.offset,
+        crc32,
+        0,
+    )
+
+
+def decode_header(frame: bytes) -> Header:
+    """Read a header frame. Only HELLO and REJECT may carry a foreign major: by them both sides say which they speak.
+
+    Raises:
+        RemoteProtocolError: `bad_frame` for anything that is no header, `version` for another major.
+    """
+    if len(frame) != HEADER_BYTES:
+        raise RemoteProtocolError(RejectCode.BAD_FRAME, f"the header frame has {len(frame)} bytes, not {HEADER_BYTES}")
+    magic, major, minor, kind, flags, session, epoch, step, attempt, length, offset, crc32, _ = _LAYOUT.unpack(frame)
+    if magic != MAGIC:
+        raise RemoteProtocolError(RejectCode.BAD_FRAME, f"the header starts with {magic!r}, not {MAGIC!r}")
+    if major != VERSION_MAJOR and kind not in (m.Hello.type, m.Reject.type):
+        raise RemoteProtocolError(
+            RejectCode.VERSION, f"protocol version {major} is not spoken here, only {VERSION_MAJOR}"
+        )
+    if length > body_bytes_max(kind):
+        raise RemoteProtocolError(RejectCode.BAD_FRAME, f"a body of {length} bytes is over {body_bytes_max(kind)}")
+    return Header(
+        type=kind,
+        session=session,
+        epoch=epoch,
+        length=length,
+        step=step,
+        attempt=attempt,
+        offset=offset,
+        crc32=crc32 if flags & _FLAG_CRC32 else None,
+        major=major,
+        minor=minor,
+    )
+
+
+def body_bytes_max(kind: int) -> int:
+    """Largest body of a message type."""
+    if kind == m.Chunk.type:
+        return CHUNK_BYTES_MAX
+    return JOIN_BODY_BYTES_MAX if kind == m.Join.type else CONTROL_BODY_BYTES_MAX
+
+
+def encode(message: m.Message, *, session: bytes, epoch: int) -> tuple[bytes, bytes]:
+    """Header and body of a message. A chunk's body is its payload, which the caller appends: it comes back empty.
+
+    Raises:
+        LocalProtocolError: the body is over the limit of its type (a JOIN with too many, or too long, tensor names).
+    """
+    if isinstance(message, m.Chunk):
+        return encode_header(
+            Header(
+                type=message.type,
+                session=session,
+                epoch=epoch,
+                length=message.length,
+                step=message.step,
+                attempt=message.attempt,
+                offset=message.offset,
+                crc32=message.crc32,
+            )
+        ), b""
+    body = encode_body(message.body())
+    if len(body) > body_bytes_max(message.type):
+        text = f"{type(message).__name__.upper()} has a body of {len(body)} bytes, over {body_bytes_max(message.type)}"
+        raise LocalProtocolError(text)
+    header = Header(type=message.type, session=session, epoch=epoch, length=len(body))
+    if isinstance(message, m.Begin | m.Commit | m.Committed | m.Reject):
+        header = replace(header, step=message.step, attempt=message.attempt)
+    return encode_header(header), body
+
+
+def with_crc32(header: bytes, crc32: int) -> bytes:
+    """The same header carrying the CRC-32 of its payload."""
+    return encode_header(replace(decode_header(header), crc32=crc32))
+
+
+def decode_chunk(header: Header) -> m.Chunk:
+    """The chunk that a header describes; its payload follows.
+
+    Raises:
+        RemoteProtocolError: `bad_chunk`; it is empty.
+    """
+    if header.length == 0:
+        raise RemoteProtocolError(RejectCode.BAD_CHUNK, "a chunk is empty")
+    return m.Chunk(header.step, header.attempt, header.offset, header.length, header.crc32)
+
+
+def decode_frames(frames: Sequence[bytes]) -> tuple[Header, m.ControlMessage]:
+    """Read a whole control message.
+
+    Raises:
+        RemoteProtocolError: see `decode_header` and `decode`; `bad_frame` when there are not two frames.
+    """
+    if len(frames) != 2:
+        raise RemoteProtocolError(RejectCode.BAD_FRAME, f"the message has {len(frames)} frames, not 2")
+    header = decode_header(frames[0])
+    return header, decode(header, frames[1])
+
+
+def decode(header: Header, body: bytes) -> m.ControlMessage:
+    """Read a control message.
+
+    Raises:
+        RemoteProtocolError: the type is unknown, the length differs from the header's, or a field is wrong.
+    """
+    message = CONTROL_MESSAGES.get(header.type)
+    if message is None:
+        raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"message type {header.type} is unknown")
+    if len(body) != header.length:
+        raise RemoteProtocolError(
+            RejectCode.BAD_FRAME, f"the body has {len(body)} bytes, the header says {header.length}"
+        )
+    if header.step > STEP_MAX:
+        raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"step {header.step} is over {STEP_MAX}")
+    name = message.__name__.upper()
+    return message.read(Fields(name, decode_body(body), header.step, header.attempt, header.epoch))

@@ -1,0 +1,305 @@
+"""The evaluation worker: every new version once, whatever the function, the server and the retention do meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ema_reader import LeaseLost, NotFound, Reader, WaitTimeout
+from ema_reader.errors import UsageError
+from ema_reader.evaluation.batchnorm import recalibrating
+from ema_reader.evaluation.user_function import Measured, check_device, import_function, measured, plain_metrics
+from ema_reader.evaluation.worker import EvaluationWorker, Outcome
+from ema_reader.leases import Wanted
+from ema_server.runs.status_store import RunState
+from support.served import WAIT_S, Served, weights
+
+AVERAGES = ["ema-0.9", "raw"]
+
+
+def bias(state: dict[str, torch.Tensor]) -> dict[str, float]:
+    """A metric that tells which step was evaluated."""
+    return {"bias": float(state["bias"][0])}
+
+
+def worker(reader: Reader, function: Callable[..., Mapping[str, Any]] = bias, **settings: Any) -> EvaluationWorker:
+    return EvaluationWorker(reader, function, "digits", poll_s=0.02, **settings)
+
+
+def finish(served: Served, step: int) -> None:
+    served.show("digits", step, AVERAGES, RunState.FINISHED)
+
+
+def in_thread(work: EvaluationWorker) -> tuple[threading.Thread, list[Outcome]]:
+    found: list[Outcome] = []
+    thread = threading.Thread(target=lambda: found.extend(work.outcomes()), daemon=True)
+    thread.start()
+    return thread, found
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def finished(served: Served) -> Served:
+    served.publish("digits", 100, AVERAGES)
+    served.publish("digits", 200, AVERAGES)
+    finish(served, 200)
+    return served
+
+
+def test_the_last_version_of_each_average_of_a_finished_run_is_evaluated_and_reported(
+    finished: Served, reader: Reader
+) -> None:
+    outcomes = list(worker(reader).outcomes())
+
+    rows = reader.metrics("digits")
+    assert [(o.version.average, o.version.step, o.metrics) for o in outcomes] == [
+        ("ema-0.9", 200, {"bias": 200.0}),
+        ("raw", 200, {"bias": 200.0}),
+    ]
+    assert [(row.average, row.metrics) for row in rows] == [("ema-0.9", {"bias": 200.0}), ("raw", {"bias": 200.0})]
+
+
+def test_only_the_averages_asked_for_are_evaluated_and_a_wrong_name_says_which_there_are(
+    finished: Served, reader: Reader
+) -> None:
+    assert [o.version.average for o in worker(reader, averages=("raw",)).outcomes()] == ["raw"]
+    with pytest.raises(NotFound, match=r"ema-0\.9, raw"):
+        list(worker(reader, averages=("ema-0.99",)).outcomes())
+
+
+def test_each_version_is_evaluated_once_while_it_is_the_newest_and_the_final_one_always(
+    served: Served, reader: Reader
+) -> None:
+    served.publish("digits", 100, AVERAGES)
+    thread, found = in_thread(worker(reader))
+    until(lambda: len(found) == 2)
+    time.sleep(0.1)
+    served.publish("digits", 200, AVERAGES)
+    until(lambda: len(found) == 4)
+    served.publish("digits", 300, AVERAGES)
+    finish(served, 300)
+    thread.join(WAIT_S)
+
+    assert sorted(o.version.step for o in found) == [100, 100, 200, 200, 300, 300]
+
+
+def test_a_run_that_has_not_begun_is_waited_for(served: Served, reader: Reader) -> None:
+    thread, found = in_thread(worker(reader))
+    time.sleep(0.1)
+    was_waiting = thread.is_alive()
+    served.publish("digits", 100, AVERAGES)
+    finish(served, 100)
+    thread.join(WAIT_S)
+
+    assert was_waiting
+    assert len(found) == 2
+
+
+def test_a_function_that_raises_is_reported_for_that_version_and_the_worker_lives_on(
+    served: Served, reader: Reader
+) -> None:
+    def fails_at_100(state: dict[str, torch.Tensor]) -> dict[str, float]:
+        if state["bias"][0] == 100:
+            raise RuntimeError("out of cheese")
+        return bias(state)
+
+    served.publish("digits", 100, ["raw"])
+    work = worker(reader, fails_at_100)
+    thread, found = in_thread(work)
+    until(lambda: len(found) == 1)
+    served.publish("digits", 200, ["raw"])
+    served.show("digits", 200, ["raw"], RunState.FINISHED)
+    thread.join(WAIT_S)
+
+    rows = [(row.step, row.metrics, row.error) for row in reader.metrics("digits")]
+    assert rows == [(100, {}, "RuntimeError: out of cheese"), (200, {"bias": 200.0}, None)]
+    assert work.failures == ()
+
+
+def test_a_loader_that_raises_is_the_error_of_the_evaluation_and_is_named(finished: Served, reader: Reader) -> None:
+    def loader() -> tuple[torch.nn.Module, list[torch.Tensor]]:
+        raise FileNotFoundError("no such data set")
+
+    work = worker(reader, recalibrating(bias, "my_data:calibration", loader), averages=("raw",))
+    list(work.outcomes())
+
+    errors = [row.error for row in reader.metrics("digits")]
+    assert errors == ["RecalibrationFailed: my_data:calibration: FileNotFoundError: no such data set"]
+
+
+def test_a_last_version_that_could_not_be_evaluated_is_named(finished: Served, reader: Reader) -> None:
+    def never(state: dict[str, torch.Tensor]) -> dict[str, float]:
+        raise KeyError("weight")
+
+    work = worker(reader, never)
+    list(work.outcomes())
+
+    assert [o.version.average for o in work.failures] == AVERAGES
+
+
+def test_a_worker_that_starts_again_skips_what_has_metrics_and_tries_failures_again(
+    finished: Served, reader: Reader
+) -> None:
+    newest = {version.average: version for name in AVERAGES for version in reader.versions("digits", name)[:1]}
+    reader.report(newest["raw"], {"bias": 200.0})
+    reader.report(newest["ema-0.9"], error="it crashed")
+
+    outcomes = list(worker(reader).outcomes())
+
+    assert [o.version.average for o in outcomes] == ["ema-0.9"]
+
+
+def test_a_version_pruned_before_it_is_loaded_is_skipped(served: Served, reader: Reader) -> None:
+    served.publish("digits", 100, ["raw"])
+
+    class Slow(Reader):
+        """Looks, and is overtaken by the retention before it loads."""
+
+        def load(self, version: Any, device: str = "cpu") -> dict[str, torch.Tensor]:
+            if version.step == 100 and served.catalog.generations("digits")[-1].step == 100:
+                served.publish("digits", 200, ["raw"])
+                served.catalog.remove(served.catalog.generations("digits")[-1], force=True)
+                served.show("digits", 200, ["raw"], RunState.FINISHED)
+            return super().load(version, device)
+
+    with Slow(reader.url) as slow:
+        outcomes = list(worker(slow).outcomes())
+
+    assert [o.version.step for o in outcomes] == [200]
+
+
+def test_a_server_that_goes_away_is_waited_for_and_said_once(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    served.publish("digits", 100, ["raw"])
+    with served.listening() as url:
+        reader = Reader(url)
+        thread, found = in_thread(worker(reader))
+        until(lambda: len(found) == 1)
+    until(lambda: "waiting for it" in caplog.text)
+    with served.listening(int(url.rsplit(":", 1)[1])):
+        served.publish("digits", 200, ["raw"])
+        served.show("digits", 200, ["raw"], RunState.FINISHED)
+        thread.join(WAIT_S)
+    reader.close()
+
+    assert [o.version.step for o in found] == [100, 200]
+    assert caplog.text.count("waiting for it") == 1
+
+
+@pytest.mark.parametrize(
+    "result",
+    [None, {}, 0.5, [("a", 1)], {"a": None}, {"a": "good"}, {"a": float("nan")}, {"a": float("inf")}, {1: 1.0}],
+)
+def test_a_result_that_is_no_dict_of_finite_numbers_is_refused(result: object) -> None:
+    with pytest.raises(ValueError, match=r"returned|metric"):
+        plain_metrics(result)
+
+
+def test_numbers_of_torch_become_floats() -> None:
+    metrics = plain_metrics({"a": torch.tensor(0.5), "b": 1, "c": True})
+
+    assert metrics == {"a": 0.5, "b": 1.0, "c": 1.0}
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_the_number_of_samples_is_no_metric() -> None:
+    assert measured({"accuracy": 0.5, "samples": 360}) == Measured({"accuracy": 0.5}, 360)
+    assert measured({"accuracy": 0.5}) == Measured({"accuracy": 0.5}, None)
+
+
+@pytest.mark.parametrize("result", [{"samples": 3}, {"a": 1.0, "samples": -1}, {"a": 1.0, "samples": 0.5}])
+def test_a_wrong_number_of_samples_is_refused(result: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="samples"):
+        measured(result)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cpu:x"])
+def test_a_device_that_cannot_be_used_is_a_usage_error_that_names_it(device: str) -> None:
+    check_device("cpu")
+    with pytest.raises(UsageError, match=device):
+        check_device(device)
+
+
+def test_samples_reach_the_server(finished: Served, reader: Reader) -> None:
+    list(worker(reader, lambda state: {**bias(state), "samples": 12}, averages=("raw",)).outcomes())
+
+    found = reader.validate("digits", "raw")
+    assert (found.state, found.samples, found.metrics) == ("done", 12, {"bias": 200.0})
+
+
+def test_two_workers_never_evaluate_the_same_version(served: Served, reader: Reader) -> None:
+    served.publish("digits", 200, [f"ema-0.{digit}" for digit in range(1, 9)])
+    served.show("digits", 200, [f"ema-0.{digit}" for digit in range(1, 9)], RunState.FINISHED)
+    threads = [in_thread(worker(reader, worker=name)) for name in ("a", "b", "c")]
+    for thread, _ in threads:
+        thread.join(WAIT_S)
+
+    averages = [o.version.average for _, found in threads for o in found]
+    assert sorted(averages) == [f"ema-0.{digit}" for digit in range(1, 9)]
+
+
+def test_a_worker_without_a_run_takes_the_versions_of_all_runs(served: Served, reader: Reader) -> None:
+    served.publish("digits", 100, ["raw"])
+    served.publish("other", 7, ["raw"])
+    outcomes = EvaluationWorker(reader, bias, poll_s=0.02).outcomes()
+
+    assert {next(outcomes).version.run for _ in range(2)} == {"digits", "other"}
+
+
+def test_a_validation_that_nobody_finishes_ends_in_time_and_says_how_it_stood(served: Served, reader: Reader) -> None:
+    served.publish("digits", 100, ["raw"])
+    wanted = Wanted("w", "default", "digits", ())
+    lease, _ = reader.leases.ask(wanted)
+    with pytest.raises(WaitTimeout, match="running"):
+        reader.validate("digits", "raw", timeout_s=1)
+    assert lease is not None
+    reader.leases.give_back(lease)
+
+    with pytest.raises(LeaseLost):
+        reader.leases.settle(replace(lease, id="nope"), {"a": 1.0}, error=None, samples=None, seconds=0.0)
+
+
+def test_a_long_evaluation_keeps_its_lease(finished: Served, reader: Reader) -> None:
+    held = []
+
+    def long(state: dict[str, torch.Tensor]) -> dict[str, float]:
+        time.sleep(3)
+        held.append(reader.leases.ask(Wanted("other", "default", "digits", ("raw",))))
+        return bias(state)
+
+    outcomes = list(worker(reader, long, averages=("raw",), lease_s=2.0).outcomes())
+
+    assert held == [(None, 1)]
+    assert [o.error for o in outcomes] == [None]
+
+
+@pytest.mark.parametrize(
+    "target", ["module", ":f", "module:", "no_such_module_here:f", "json:no_such_function", "json:__name__", "a b:c"]
+)
+def test_a_function_that_cannot_be_imported_is_a_usage_error(target: str) -> None:
+    with pytest.raises(UsageError):
+        import_function(target)
+
+
+def test_loaded_weights_reach_the_function_unchanged(finished: Served, reader: Reader) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(state: dict[str, torch.Tensor]) -> dict[str, float]:
+        seen.append(state)
+        return {"x": 1.0}
+
+    list(worker(reader, look, averages=("raw",)).outcomes())
+
+    expected = weights("raw", 200, 8)
+    assert all(torch.equal(seen[0][name], expected[name]) for name in expected)

@@ -1,0 +1,260 @@
+"""What the averager makes of a stream of snapshots, measured against replays in float64 that share no code with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema_proto.wire.manifest import Role
+from ema_server.averager.jobs import Applied, Quarantined
+from ema_server.storage.catalog import Version
+from support.oracle import bound, largest_difference, ledger_steps, replay
+from support.server_core import ServerCore, durable, joined, manifest_of, running_core, versions_by_average
+
+
+@pytest.fixture
+def core(tmp_path: Path) -> Iterator[ServerCore]:
+    with running_core(tmp_path) as core:
+        yield core
+
+
+@cache
+def _weights(step: int) -> dict[str, Tensor]:
+    """A walk that stays within [-4, 4], an integer, a mask that flips."""
+    generator = torch.Generator().manual_seed(step)
+    walk = torch.sin(torch.arange(40.0) * (1 + step / 97)) * 3 + torch.rand(40, generator=generator)
+    return {"walk": walk, "seen": torch.tensor(step * 3), "mask": torch.arange(5) % (step % 3 + 1) == 0}
+
+
+_MANIFEST = manifest_of(_weights(1))
+
+
+def _ledger(version: Version) -> dict[str, Any]:
+    ledger: dict[str, Any] = json.loads((version.folder / "version.json").read_text())["ledger"]
+    return ledger
+
+
+def _check(core: ServerCore, version: Version, decay: float) -> None:
+    ledger = _ledger(version)
+    difference = largest_difference(replay(ledger, decay, _weights), core.load(version))
+    assert difference <= bound(ledger, decay, 4.0)
+
+
+def _unit(value: float) -> dict[str, Tensor]:
+    return {"w": torch.full((3,), value)}
+
+
+def test_a_thousand_steps_with_gaps_equal_a_float64_replay_of_the_ledger(core: ServerCore) -> None:
+    """Steps are dropped one by one and in long rows; the bound follows from float32's eps (`support.oracle.bound`)."""
+    chance = random.Random(3)
+    decays = {"ema-0.9": 0.9, "ema-0.99": 0.99, "ema-0.999": 0.999, "ema-0.9999": 0.9999, "ema-0": 0.0}
+    joined(core.join("r", _MANIFEST, ["raw", *(f"ema:{name[4:]}" for name in decays)]))
+    applied: list[int] = []
+    step = 0
+    while len(applied) < 1000:
+        step += 1 if chance.random() < 0.8 else chance.randint(2, 40)
+        assert core.apply("r", step, _weights(step)) == Applied(step, frozenset())
+        applied.append(step)
+
+    versions = versions_by_average(core.publish("r"))
+    for name, decay in decays.items():
+        assert ledger_steps(_ledger(versions[name])) == applied
+        assert (versions[name].updates, versions[name].gap_steps) == (1000, applied[-1] - applied[0] + 1 - 1000)
+        _check(core, versions[name], decay)
+    assert largest_difference(_weights(step), core.load(versions["raw"])) == 0
+
+
+def test_it_follows_timms_model_ema_v3(core: ServerCore) -> None:
+    """ModelEmaV3 as timm states it, written here with torch alone.
+
+    A copy of the model at first, then `lerp` of every float entry of the state dict by 1 - decay, other entries copied;
+    batch norm's statistics are averaged like weights.
+    """
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    roles = {name: Role.BUFFER for name, _ in model.named_buffers()}
+    joined(core.join("r", manifest_of(model.state_dict(), roles), ["ema:0.98"]))
+    shadow: dict[str, Tensor] = {}
+    for step in range(1, 101):
+        loss = nn.functional.cross_entropy(model(torch.randn(16, 6)), torch.randint(0, 2, (16,)))
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.sub_(gradient, alpha=0.1)
+        for name, value in model.state_dict().items():
+            if step == 1 or not value.is_floating_point():
+                shadow[name] = value.detach().clone()
+            else:
+                shadow[name].lerp_(value.detach(), weight=1 - 0.98)
+        core.apply("r", step, model.state_dict())
+
+    version = versions_by_average(core.publish("r"))["ema-0.98"]
+    assert largest_difference(shadow, core.load(version)) <= bound(_ledger(version), 0.98, 4.0)
+
+
+def test_a_unit_step_comes_in_as_one_minus_the_product_of_the_decays(core: ServerCore) -> None:
+    joined(core.join("r", manifest_of(_unit(0.0)), ["ema:0.9"]))
+    core.apply("r", 1, _unit(0.0))
+    for step, expected in ((2, 1 - 0.9), (3, 1 - 0.9**2), (10, 1 - 0.9**9)):
+        core.apply("r", step, _unit(1.0))
+        version = versions_by_average(core.publish("r"))["ema-0.9"]
+        torch.testing.assert_close(core.load(version)["w"], torch.full((3,), expected), rtol=0, atol=1e-6)
+
+
+def test_every_is_transport_and_does_not_change_what_a_decay_means(core: ServerCore) -> None:
+    """A stream of every 5th step weighs each by decay ** 5, and the steps left out are no gap; a missing due one is."""
+    joined(core.join("r", _MANIFEST, ["ema:0.99"], every=5))
+    for step in (5, 10, 15, 30, 35):
+        core.apply("r", step, _weights(step))
+
+    version = versions_by_average(core.publish("r"))["ema-0.99"]
+    assert version.gap_steps == 2
+    assert _ledger(version)["ranges"] == [[5, 15, 5], [30, 35, 5]]
+    _check(core, version, 0.99)
+
+
+def test_steps_before_the_first_snapshot_are_no_gap(core: ServerCore) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.99"], first_step=101))
+    core.apply("r", 107, _weights(107))
+    core.apply("r", 109, _weights(109))
+
+    version = versions_by_average(core.publish("r"))["ema-0.99"]
+    assert version.gap_steps == 1
+    assert _ledger(version) == {"origin": 100, "set": [107], "ranges": [[107, 109, 2]]}
+    status = core.statuses.get("r")
+    assert status is not None
+    assert (status.first_step, status.step, status.gap_steps, status.applied) == (107, 109, 1, 2)
+
+
+def test_a_set_replaces_the_averages_and_is_recorded(core: ServerCore) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
+    for step in (1, 2, 3):
+        core.apply("r", step, _weights(step))
+    core.apply("r", 9, _weights(9), mode="set")
+    version = versions_by_average(core.publish("r"))["ema-0.9"]
+    assert largest_difference(_weights(9), core.load(version)) == 0
+    assert version.gap_steps == 0
+    core.apply("r", 10, _weights(10))
+
+    version = versions_by_average(core.publish("r"))["ema-0.9"]
+    assert _ledger(version)["set"] == [1, 9]
+    _check(core, version, 0.9)
+
+
+def test_a_set_may_repeat_the_last_step_but_not_go_below_it(core: ServerCore) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9"]))
+    core.apply("r", 4, _weights(4))
+    core.apply("r", 5, _weights(5))
+
+    assert core.apply("r", 5, _weights(6), mode="set") == Applied(5, frozenset())
+    answer = core.apply("r", 4, _weights(4), mode="set")
+    assert isinstance(answer, Quarantined)
+    assert "below the last applied step 5: rewind first" in answer.text
+    version = versions_by_average(core.publish("r"))["ema-0.9"]
+    assert largest_difference(_weights(6), core.load(version)) == 0
+
+
+def test_a_step_that_was_applied_is_acknowledged_and_not_applied_again(core: ServerCore) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9"]))
+    for step in (1, 2, 3):
+        core.apply("r", step, _weights(step))
+    before = versions_by_average(core.publish("r"))
+
+    assert core.apply("r", 3, _weights(77)) == Applied(3, frozenset())
+    assert core.apply("r", 2, _weights(77)) == Applied(2, frozenset())
+    after = core.publish("r")
+    assert versions_by_average(after) == before
+    assert not durable(after).new
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_unclean_snapshot_touches_nothing_and_its_step_is_a_gap(core: ServerCore, bad: float) -> None:
+    joined(core.join("r", _MANIFEST, ["raw", "ema:0.9"]))
+    core.apply("r", 1, _weights(1))
+    core.apply("r", 2, _weights(2))
+    before = versions_by_average(core.publish("r"))
+    dirty = {**_weights(3), "walk": _weights(3)["walk"].clone()}
+    dirty["walk"][17] = bad
+
+    answer = core.apply("r", 3, dirty)
+
+    assert isinstance(answer, Quarantined)
+    assert (answer.step, answer.text) == (3, "NaN or Inf at step 3 in 1 tensors: walk")
+    status = core.statuses.get("r")
+    assert status is not None
+    assert status.quarantine is not None
+    assert (status.quarantined, status.quarantine.step, status.quarantine.tensors) == (1, 3, ("walk",))
+    after = core.publish("r")
+    assert (durable(after).step, durable(after).new) == (2, False)
+    assert versions_by_average(after) == before, "not one bit has changed"
+    core.apply("r", 4, _weights(4))
+    version = versions_by_average(core.publish("r"))["ema-0.9"]
+    assert version.gap_steps == 1
+    _check(core, version, 0.9)
+
+
+def test_a_first_snapshot_with_an_unclean_parameter_is_quarantined(core: ServerCore) -> None:
+    tensors = {"w": torch.tensor([math.nan]), "mask": torch.tensor([-math.inf])}
+    joined(core.join("r", manifest_of(tensors, {"mask": Role.BUFFER}), ["ema:0.9"]))
+
+    assert isinstance(core.apply("r", 1, tensors), Quarantined)
+    assert durable(core.publish("r")).step is None
+    assert core.apply("r", 2, {**tensors, "w": torch.ones(1)}) == Applied(2, frozenset({"mask"}))
+
+
+def test_a_mask_of_infinities_is_copied_from_then_on_and_reported(core: ServerCore) -> None:
+    def masked(step: int) -> dict[str, Tensor]:
+        return {"w": torch.tensor([float(step)]), "mask": torch.tensor([0.0, -math.inf, float(step)])}
+
+    joined(core.join("r", manifest_of(masked(1), {"mask": Role.BUFFER}), ["ema:0.5"]))
+    for step in (1, 2, 3):
+        assert core.apply("r", step, masked(step)) == Applied(step, frozenset({"mask"}))
+
+    status = core.statuses.get("r")
+    assert status is not None
+    assert (status.exempt, status.quarantined) == (("mask",), 0)
+    loaded = core.load(versions_by_average(core.publish("r"))["ema-0.5"])
+    assert torch.equal(loaded["mask"], masked(3)["mask"])
+    assert loaded["w"].item() == 0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 3
+
+
+def test_a_buffer_that_is_clean_at_first_is_never_exempt(core: ServerCore) -> None:
+    def buffered(value: float) -> dict[str, Tensor]:
+        return {"w": torch.ones(1), "running": torch.tensor([value])}
+
+    joined(core.join("r", manifest_of(buffered(1.0), {"running": Role.BUFFER}), ["ema:0.5"]))
+    core.apply("r", 1, buffered(1.0))
+
+    assert isinstance(core.apply("r", 2, buffered(math.inf)), Quarantined)
+
+
+def test_structural_buffers_are_copied_and_not_averaged(core: ServerCore) -> None:
+    def model(value: float) -> dict[str, Tensor]:
+        return {"w": torch.tensor([value]), "u": torch.tensor([value])}
+
+    joined(core.join("r", manifest_of(model(0.0), {"u": Role.STRUCTURAL}), ["ema:0.5"]))
+    core.apply("r", 1, model(0.0))
+    core.apply("r", 2, model(1.0))
+
+    loaded = core.load(versions_by_average(core.publish("r"))["ema-0.5"])
+    assert (loaded["w"].item(), loaded["u"].item()) == (0.5, 1.0)
+
+
+def test_bfloat16_weights_that_creep_are_followed(core: ServerCore) -> None:
+    """An average kept in bfloat16 would not move at all here: each step is far below its resolution."""
+    joined(core.join("r", manifest_of({"w": torch.zeros(4, dtype=torch.bfloat16)}), ["ema:0.999"]))
+    core.apply("r", 1, {"w": torch.ones(4, dtype=torch.bfloat16)})
+    for step in range(2, 202):
+        core.apply("r", step, {"w": torch.full((4,), 1.25, dtype=torch.bfloat16)})
+
+    loaded = core.load(versions_by_average(core.publish("r"))["ema-0.999"])
+    torch.testing.assert_close(loaded["w"], torch.full((4,), 1.25 - 0.25 * 0.999**200), rtol=0, atol=1e-5)

@@ -1,0 +1,342 @@
+"""Averages come and go while a run streams; what was answered survives a restart, and nothing half-done does."""
+
+from __future__ import annotations
+
+import json
+import queue
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ema_proto.averages.specs import parse_average
+from ema_proto.patterns import is_chosen
+from ema_server.averager.jobs import (
+    AddAverage,
+    Applied,
+    Changed,
+    Failed,
+    Refused,
+    RemoveAverage,
+    Rewound,
+    Unchanged,
+    WhyNot,
+)
+from support.oracle import bound, largest_difference, replay
+from support.server_core import ServerCore, durable, joined, manifest_of, running_core, versions_by_average
+
+
+def _weights(step: int) -> dict[str, Tensor]:
+    return {"w": torch.sin(torch.arange(30.0) * step), "seen": torch.tensor(step)}
+
+
+_MANIFEST = manifest_of(_weights(1))
+
+
+@pytest.fixture
+def core(tmp_path: Path) -> Iterator[ServerCore]:
+    with running_core(tmp_path) as core:
+        yield core
+
+
+def _stream(core: ServerCore, *steps: int) -> None:
+    for step in steps:
+        assert isinstance(core.apply("r", step, _weights(step)), Applied)
+
+
+def _names(core: ServerCore) -> list[str]:
+    status = core.statuses.get("r")
+    assert status is not None
+    return [average.name for average in status.averages]
+
+
+def _ledger(core: ServerCore, average: str) -> dict[str, Any]:
+    version = core.catalog.find("r", average, "latest")
+    assert version is not None
+    ledger: dict[str, Any] = json.loads((version.folder / "version.json").read_text())["ledger"]
+    return ledger
+
+
+def _check(core: ServerCore, average: str, decay: float) -> None:
+    version = versions_by_average(core.publish("r"))[average]
+    ledger = _ledger(core, average)
+    assert largest_difference(replay(ledger, decay, _weights), core.load(version)) <= bound(ledger, decay, 1.0)
+
+
+def test_an_added_average_begins_with_the_next_snapshot(core: ServerCore) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9"]))
+    _stream(core, 1, 2, 3)
+
+    assert core.add("r", "ema:0.5") == Changed("ema-0.5")
+    assert _names(core) == ["ema-0.9", "ema-0.5"]
+    assert [version.average for version in durable(core.publish("r")).versions] == ["ema-0.9"]
+    _stream(core, 6, 7)
+    _check(core, "ema-0.5", 0.5)
+    _check(core, "ema-0.9", 0.9)
+    assert _ledger(core, "ema-0.5") == {"origin": 3, "set": [6], "ranges": [[6, 7, 1]]}
+    added, status = core.catalog.find("r", "ema-0.5", "latest"), core.statuses.get("r")
+    assert added is not None
+    assert status is not None
+    assert (added.updates, added.gap_steps, status.gap_steps) == (2, 0, 2)
+
+
+def test_an_added_average_survives_a_restart_before_its_first_snapshot(tmp_path: Path) -> None:
+    with running_core(tmp_path) as core:
+        joined(core.join("r", _MANIFEST, ["ema:0.9"]))
+        _stream(core, 1, 2)
+        durable(core.publish("r"))
+        assert isinstance(core.add("r", "window:2"), Changed)
+        core.leave("r", lost=True)
+    with running_core(tmp_path) as core:
+        assert _names(core) == ["ema-0.9", "window-2"]
+        joined(core.join("r", _MANIFEST, ["ema:0.9"], first_step=3))
+        _stream(core, 3, 4, 5)
+        loaded = core.load(versions_by_average(core.publish("r"))["window-2"])
+        torch.testing.assert_close(loaded["w"], (_weights(4)["w"] + _weights(5)["w"]) / 2)
+        _check(core, "ema-0.9", 0.9)
+
+
+def test_a_removed_average_is_gone_and_its_versions_stay(core: ServerCore) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9", "window:5"]))
+    _stream(core, 1, 2)
+    before = versions_by_average(core.publish("r"))["window-5"]
+    memory = core.statuses.get("r")
+
+    assert core.remove("r", "window-5") == Changed("window-5")
+    assert _names(core) == ["ema-0.9"]
+    after = core.statuses.get("r")
+    assert memory is not None
+    assert after is not None
+    assert after.memory_bytes < memory.memory_bytes - 5 * _MANIFEST.nbytes
+    assert core.catalog.find("r", "window-5", "latest") == before
+    _stream(core, 3)
+    assert list(versions_by_average(core.publish("r"))) == ["ema-0.9"]
+    _check(core, "ema-0.9", 0.9)
+
+
+def test_the_first_average_can_be_removed(core: ServerCore) -> None:
+    """Nothing about the run depends on any one average: not its steps, not what it acknowledges."""
+    joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"]))
+    _stream(core, 1, 2)
+    assert isinstance(core.remove("r", "ema-0.9"), Changed)
+    assert isinstance(core.add("r", "swa"), Changed)
+
+    assert isinstance(core.apply("r", 2, _weights(99)), Applied)
+    answer = joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"], first_step=3, reconnect=True))
+    assert (answer.last_step, answer.recent) == (2, (1, 2))
+    _stream(core, 3)
+    _check(core, "ema-0.5", 0.5)
+
+
+def test_a_trainer_that_still_lists_a_removed_average_is_let_in(tmp_path: Path) -> None:
+    with running_core(tmp_path) as core:
+        joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"]))
+        _stream(core, 1)
+        assert isinstance(core.remove("r", "ema-0.9"), Changed)
+        joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"], first_step=2, reconnect=True))
+    with running_core(tmp_path) as core:
+        joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"], first_step=2))
+        assert _names(core) == ["ema-0.5"]
+        answer = core.join("r", _MANIFEST, ["ema:0.99"], first_step=2)
+        assert isinstance(answer, Refused)
+        assert "has no average 'ema-0.99'" in answer.text
+        answer = core.join("r", _MANIFEST, ["ema:0.8,name=ema-0.9"], first_step=2)
+        assert isinstance(answer, Refused)
+
+
+def test_a_name_can_be_used_again_after_its_removal(core: ServerCore) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5,name=short"]))
+    _stream(core, 1, 2)
+    assert isinstance(core.remove("r", "short"), Changed)
+    assert isinstance(core.add("r", "ema:0.6,name=short"), Changed)
+    _stream(core, 3, 4)
+
+    _check(core, "short", 0.6)
+    joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5,name=short"], first_step=5, reconnect=True))
+    joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.6,name=short"], first_step=5, reconnect=True))
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("ema:0.9", "has an average 'ema-0.9': remove it first"),
+        ("swa:name=EMA-0.9", "has an average 'EMA-0.9': remove it first"),
+        ("ema:half_life_samples=1000", "needs to know samples per step"),
+    ],
+)
+def test_what_cannot_be_added_is_refused_with_what_to_do(core: ServerCore, spec: str, text: str) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
+    _stream(core, 1)
+
+    answer = core.add("r", spec)
+    assert isinstance(answer, Unchanged)
+    assert answer.why is WhyNot.CONFLICT
+    assert text in answer.text
+    assert _names(core) == ["ema-0.9", "raw"]
+
+
+def test_a_run_has_at_most_64_averages(core: ServerCore) -> None:
+    joined(core.join("r", _MANIFEST, [f"ema:0.9,name=a{index}" for index in range(64)]))
+    _stream(core, 1)
+
+    answer = core.add("r", "raw")
+    assert isinstance(answer, Unchanged)
+    assert "has 64 averages, the most that a run may have" in answer.text
+
+
+def test_patterns_of_averages_that_are_added_count_with_those_that_are_there(core: ServerCore) -> None:
+    """Each is compared with each name, while every trainer waits."""
+    joined(core.join("r", _MANIFEST, ["ema:0.9,name=a,include=" + "|".join(["w"] * 200)]))
+    _stream(core, 1)
+
+    refused = core.add("r", f"ema:0.9,name=b,exclude={'|'.join(['w'] * 57)}")
+    assert isinstance(refused, Unchanged)
+    assert "the run's averages have 257 patterns: use 256 at most" in refused.text
+    assert core.add("r", f"ema:0.9,name=b,exclude={'|'.join(['w'] * 56)}") == Changed("b")
+
+
+def test_a_change_compares_the_names_with_the_patterns_of_the_average_it_adds_alone(
+    core: ServerCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9,include=w*,name=c", "ema:0.8,exclude=w*,name=d"]))
+    _stream(core, 1)
+    asked: list[Sequence[str]] = []
+
+    def chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+        asked.append(include)
+        return is_chosen(name, include, exclude)
+
+    monkeypatch.setattr("ema_server.tensors.selection.is_chosen", chosen)
+    assert core.add("r", "ema:0.7,name=b,include=w") == Changed("b")
+    assert core.remove("r", "b") == Changed("b")
+    assert set(asked) == {("w",)}
+    assert len(asked) <= len(_MANIFEST.tensors)
+
+
+def test_what_does_not_fit_is_refused_and_the_run_goes_on(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9"]))
+    _stream(core, 1)
+    monkeypatch.setattr("ema_server.compute.memory.available_bytes", lambda: 10)
+
+    answer = core.add("r", "window:3")
+    assert isinstance(answer, Unchanged)
+    assert answer.why is WhyNot.OUT_OF_MEMORY
+    assert f"needs {4 * _MANIFEST.nbytes} bytes of memory" in answer.text
+    _stream(core, 2)
+    _check(core, "ema-0.9", 0.9)
+
+
+def test_only_a_run_that_streams_changes_its_averages(core: ServerCore) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
+    early = core.add("r", "swa")
+    assert isinstance(early, Unchanged)
+    assert "has had no snapshot yet" in early.text
+    _stream(core, 1)
+    durable(core.finish("r"))
+
+    for answer in (core.add("r", "swa"), core.remove("r", "raw"), core.add("unknown", "swa")):
+        assert isinstance(answer, Unchanged)
+        assert answer.why is WhyNot.NOT_STREAMING
+
+
+def test_the_last_average_with_weights_cannot_be_removed(core: ServerCore) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9"]))
+    _stream(core, 1)
+    assert isinstance(core.add("r", "swa"), Changed)
+
+    answer = core.remove("r", "ema-0.9")
+    assert isinstance(answer, Unchanged)
+    assert "is the only one of run 'r' that has weights" in answer.text
+    _stream(core, 2)
+    assert isinstance(core.remove("r", "ema-0.9"), Changed)
+    missing = core.remove("r", "ema-0.9")
+    assert isinstance(missing, Unchanged)
+    assert (missing.why, missing.text) == (
+        WhyNot.NO_SUCH_AVERAGE,
+        "run 'r' has no average 'ema-0.9': it has swa",
+    )
+
+
+def test_what_cannot_be_made_durable_does_not_happen(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
+    _stream(core, 1, 2)
+    durable(core.publish("r"))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ema_server.publishing.commit.write_durably", fail)
+        for answer in (core.add("r", "swa"), core.remove("r", "raw")):
+            assert isinstance(answer, Unchanged)
+            assert answer.why is WhyNot.NOT_DURABLE
+            assert "No space left on device" in answer.text
+            assert _names(core) == ["ema-0.9", "raw"]
+    _stream(core, 3)
+    assert set(versions_by_average(core.publish("r"))) == {"ema-0.9", "raw"}
+    assert isinstance(core.remove("r", "raw"), Changed)
+    _check(core, "ema-0.9", 0.9)
+
+
+def test_a_rewind_keeps_the_averages_of_today(tmp_path: Path) -> None:
+    """Back at step 2: one added since begins anew, one removed stays so, one made anew is not the old one."""
+    with running_core(tmp_path) as core:
+        joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5", "ema:0.7"]))
+        _stream(core, 1, 2)
+        durable(core.publish("r", "checkpoint"))
+        _stream(core, 3)
+        assert isinstance(core.remove("r", "ema-0.5"), Changed)
+        assert isinstance(core.remove("r", "ema-0.7"), Changed)
+        assert isinstance(core.add("r", "ema:0.7"), Changed)
+        assert isinstance(core.add("r", "swa"), Changed)
+        _stream(core, 4)
+        assert not isinstance(core.rewind("r", 2), Failed)
+        assert _names(core) == ["ema-0.9", "ema-0.7", "swa"]
+    with running_core(tmp_path) as core:
+        joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"], first_step=3))
+        _stream(core, 3, 4)
+        _check(core, "ema-0.9", 0.9)
+        _check(core, "ema-0.7", 0.7)
+        assert _ledger(core, "ema-0.9")["set"] == [1]
+        assert _ledger(core, "ema-0.7") == {"origin": 2, "set": [3], "ranges": [[3, 4, 1]]}
+        assert _ledger(core, "swa") == {"origin": 2, "set": [3], "ranges": [[3, 4, 1]]}
+
+
+def test_a_run_all_of_whose_averages_began_later_goes_back_and_on(tmp_path: Path) -> None:
+    """At step 2 there was only one that is removed by now: the run stands there without weights, and begins anew."""
+    with running_core(tmp_path) as core:
+        joined(core.join("r", _MANIFEST, ["ema:0.9"]))
+        _stream(core, 1, 2)
+        durable(core.publish("r", "checkpoint"))
+        assert isinstance(core.add("r", "ema:0.5"), Changed)
+        _stream(core, 3)
+        assert isinstance(core.remove("r", "ema-0.9"), Changed)
+        back = core.rewind("r", 2)
+        assert isinstance(back, Rewound)
+        assert (back.step, back.recent) == (2, (1, 2))
+        assert durable(core.publish("r")).versions == ()
+    with running_core(tmp_path) as core:
+        answer = joined(core.join("r", _MANIFEST, ["ema:0.9"], first_step=3))
+        assert (answer.last_step, answer.continuation) == (2, "continued")
+        _stream(core, 3, 4)
+        _check(core, "ema-0.5", 0.5)
+
+
+def test_changes_that_are_asked_for_at_once_all_happen(core: ServerCore) -> None:
+    """None waits for the one before: later ones go into the next generation."""
+    joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
+    _stream(core, 1)
+    answers: queue.Queue[Changed | Unchanged] = queue.Queue()
+    for rule in ("ema:0.5", "swa", "window:2"):
+        core.averager.submit(AddAverage("r", parse_average(rule), answers.put))
+    core.averager.submit(RemoveAverage("r", "raw", answers.put))
+    core.averager.submit(RemoveAverage("r", "swa", answers.put))
+
+    changed = [answers.get(timeout=30) for _ in range(5)]
+    assert all(isinstance(answer, Changed) for answer in changed), changed
+    assert _names(core) == ["ema-0.9", "ema-0.5", "window-2"]
+    _stream(core, 2, 3)
+    assert set(versions_by_average(core.publish("r"))) == {"ema-0.9", "ema-0.5", "window-2"}

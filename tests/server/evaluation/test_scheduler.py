@@ -1,0 +1,290 @@
+"""Leases and requested validations: one worker for each version and task, whoever dies, on the server's clock alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from ema_server.evaluation.lease_rows import ATTEMPTS_MAX
+from ema_server.evaluation.leases import Ask, Finding, Lease
+from ema_server.evaluation.metric_store import MetricStore
+from ema_server.evaluation.scheduler import REQUEST_HOLD_S, Validations
+from ema_server.runs.status_store import RunState
+from support.served import WAIT_S, Served
+
+GOOD = Finding({"accuracy": 0.5}, None, 10, 0.1)
+Result = TypeVar("Result")
+
+
+class Desk:
+    """The validations of a served folder, on a clock that only the test moves."""
+
+    def __init__(self, served: Served) -> None:
+        self.now = 1_000_000.0
+        self.served = served
+        self.validations = Validations(served.catalog, served.statuses, served.metrics, lambda: self.now)
+
+    def ask(self, worker: str = "w", *, every: int = 1, skip: tuple[str, ...] = (), **wanted: Any) -> Lease | None:
+        ask = Ask(worker, **{"task": "default", "run": "digits", "lease_s": 30.0, **wanted})
+        grant = run(self.validations.ask(ask, every=every, skip=frozenset(skip), poll_s=1.0))
+        self.held = grant.held
+        return grant.lease
+
+    def take(self, worker: str = "w", **wanted: Any) -> Lease:
+        lease = self.ask(worker, **wanted)
+        assert lease is not None
+        return lease
+
+    def settle(self, lease: Lease, finding: Finding = GOOD) -> bool:
+        return run(self.validations.settle(lease.id, finding)) is not None
+
+    def request(self, step: int, *, again: bool = False, possible: bool = True, task: str = "default") -> Any:
+        version = self.served.catalog.find("digits", "raw", f"step-{step}")
+        assert version is not None
+        return run(self.validations.request(version, task, again=again, possible=possible))
+
+    def result(self, validation: Any) -> Finding | None:
+        found = run(self.validations.find("digits", validation.id))
+        assert found is not None
+        return found.finding
+
+    def prune(self, step: int) -> bool:
+        generation = next(item for item in self.served.catalog.generations("digits") if item.step == step)
+        return self.served.catalog.remove(generation)
+
+
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    return asyncio.run(work)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    served = Served(tmp_path / "data")
+    served.publish("digits", 100, ["raw"])
+    yield Desk(served)
+    served.close()
+
+
+def test_a_version_goes_to_one_worker_and_the_others_are_told_that_it_is_held(desk: Desk) -> None:
+    lease = desk.take("first")
+
+    assert (lease.subject.step, desk.held) == (100, 0)
+    assert (desk.ask("second"), desk.held) == (None, 1)
+
+
+def test_a_worker_for_all_runs_leaves_those_alone_that_had_no_trainer_since_the_start(desk: Desk) -> None:
+    desk.served.show("digits", 100, ["raw"], RunState.FINISHED, is_current=False)
+    assert desk.ask(run=None) is None
+    desk.request(100)
+    asked_for = desk.take(run=None)
+    assert asked_for.subject.run == "digits"
+    run(desk.validations.give_back(asked_for.id))
+    assert desk.ask(run="digits") is not None
+
+
+def test_heartbeats_keep_a_lease_and_without_them_the_next_worker_takes_it_over(desk: Desk) -> None:
+    lease = desk.take("first")
+    for _ in range(5):
+        desk.now += 29
+        assert run(desk.validations.beat(lease.id)) is not None
+        assert desk.ask("second") is None
+    desk.now += 31
+    taken = desk.take("second")
+
+    assert taken.subject == lease.subject
+    assert run(desk.validations.beat(lease.id)) is None
+    assert not desk.settle(lease)
+    assert desk.settle(taken)
+
+
+def test_a_late_result_counts_as_long_as_nobody_took_over(desk: Desk) -> None:
+    lease = desk.take()
+    desk.now += 1000
+
+    assert desk.settle(lease)
+    assert desk.ask() is None
+
+
+def test_a_result_that_is_sent_twice_is_one_result(desk: Desk) -> None:
+    lease = desk.take()
+    first, again = (run(desk.validations.settle(lease.id, GOOD)) for _ in range(2))
+
+    assert first is not None
+    assert again is not None
+    assert (first[1], again[1]) == (True, False)
+    assert len(desk.served.metrics.reports("digits").result(WAIT_S)) == 1
+
+
+def test_a_version_that_has_metrics_is_done_for_its_task_and_due_for_others(desk: Desk) -> None:
+    desk.settle(desk.take())
+
+    assert desk.ask("another") is None
+    assert desk.take(task="robustness").task == "robustness"
+
+
+def test_a_failure_is_tried_again_by_a_worker_that_has_not_failed_on_it(desk: Desk) -> None:
+    lease = desk.take()
+    desk.settle(lease, Finding(error="ValueError: no"))
+
+    assert desk.ask(skip=(lease.subject.version,)) is None
+    assert desk.ask("another") is not None
+
+
+def test_what_is_given_back_is_free_at_once_and_no_attempt(desk: Desk) -> None:
+    for _ in range(ATTEMPTS_MAX + 2):
+        run(desk.validations.give_back(desk.take().id))
+
+    assert desk.ask("another") is not None
+
+
+def test_what_a_dead_worker_had_is_free_as_soon_as_its_death_is_known(desk: Desk) -> None:
+    desk.take("server")
+    desk.take("other", task="robustness")
+    desk.validations.abandon("server")
+
+    assert desk.take("next").subject.step == 100
+    assert desk.ask("next", task="robustness") is None
+
+
+def test_a_version_that_takes_its_worker_down_each_time_is_reported_and_left_alone_until_someone_asks(
+    desk: Desk,
+) -> None:
+    for number in range(ATTEMPTS_MAX):
+        desk.take(f"w{number}")
+        desk.now += 31
+
+    assert desk.ask("next") is None
+    rows = desk.served.metrics.reports("digits").result(WAIT_S)
+    assert [row.worker for row in rows] == [f"w{ATTEMPTS_MAX - 1}"]
+    assert "vanished" in str(rows[0].error)
+    desk.request(100)
+    assert desk.ask("next") is not None
+
+
+def test_the_newest_version_of_each_average_of_each_run_is_due(desk: Desk) -> None:
+    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
+    desk.served.publish("other", 7, ["raw"])
+    found = [desk.take(run=None).subject for _ in range(3)]
+
+    assert [(item.run, item.average, item.step) for item in found] == [
+        ("digits", "raw", 200),
+        ("digits", "ema-0.9", 200),
+        ("other", "raw", 7),
+    ]
+    assert desk.ask(run=None) is None
+
+
+def test_every_so_many_versions_are_due_and_the_last_one_of_a_finished_run(desk: Desk) -> None:
+    found = []
+    for step in range(100, 700, 100):
+        if step > 100:
+            desk.served.publish("digits", step, ["raw"])
+        if (lease := desk.ask(every=3)) is not None:
+            found.append(lease.subject.step)
+            desk.settle(lease)
+    desk.served.show("digits", 600, ["raw"], RunState.FINISHED)
+    last = desk.take(every=3)
+
+    assert found == [100, 400]
+    assert last.subject.step == 600
+
+
+def test_a_lease_holds_its_version_against_pruning_until_it_ends_or_expires(desk: Desk) -> None:
+    lease = desk.take()
+    held = desk.prune(100)
+    desk.now += 31
+    expired = desk.prune(100)
+
+    assert (held, expired) == (False, True)
+    desk.served.publish("digits", 200, ["raw"])
+    lease = desk.take()
+    assert not desk.prune(200)
+    desk.settle(lease)
+    assert desk.prune(200)
+
+
+def test_a_version_that_was_asked_for_waits_for_a_worker_and_after_ten_minutes_may_be_pruned(desk: Desk) -> None:
+    asked = desk.request(100)
+    held = desk.prune(100)
+    desk.now += REQUEST_HOLD_S + 1
+    pruned = desk.prune(100)
+    desk.ask()
+    found = desk.result(asked)
+
+    assert (held, pruned) == (False, True)
+    assert found is not None
+    assert "pruned" in str(found.error)
+
+
+def test_what_was_asked_for_comes_first_also_an_older_version_and_everyone_who_asked_gets_the_result(
+    desk: Desk,
+) -> None:
+    desk.served.publish("digits", 200, ["raw"])
+    asked = desk.request(100)
+    twice = desk.request(100)
+    lease = desk.take()
+    running = run(desk.validations.find("digits", asked.id))
+    desk.settle(lease)
+
+    assert asked.id == twice.id
+    assert lease.subject.step == 100
+    assert running is not None
+    assert (running.leased_to, running.finding) == ("w", None)
+    assert desk.result(asked) == GOOD
+
+
+def test_what_has_metrics_is_answered_with_them_and_evaluated_again_only_if_asked(desk: Desk) -> None:
+    desk.settle(desk.take())
+    known = desk.request(100, possible=False)
+    again = desk.request(100, again=True)
+    once_more = desk.request(100)
+    lease = desk.take()
+    desk.settle(lease, Finding({"accuracy": 0.75}))
+    newer = desk.result(again)
+
+    assert (known.finding, once_more.finding) == (GOOD, GOOD)
+    assert newer is not None
+    assert newer.metrics == {"accuracy": 0.75}
+    assert desk.ask() is None
+
+
+def test_nothing_waits_where_nobody_would_evaluate_it(desk: Desk) -> None:
+    assert desk.request(100, possible=False) is None
+    desk.settle(desk.take())
+    assert desk.request(100, possible=False, task="robustness") is None
+
+
+def test_a_worker_is_present_for_what_it_asked_about_until_it_stays_away(desk: Desk) -> None:
+    desk.ask(averages=("raw",))
+    there = [desk.validations.has_worker("digits", name, "default") for name in ("raw", "ema-0.9")]
+    desk.now += 3600
+    later = desk.validations.has_worker("digits", "raw", "default")
+
+    assert (there, later) == ([True, False], False)
+
+
+def test_leases_and_requests_outlive_the_server(desk: Desk, tmp_path: Path) -> None:
+    lease, asked = desk.take("first"), desk.request(100)
+    desk.served.metrics.close()
+    desk.served.metrics = MetricStore(desk.served.data / "metrics.sqlite")
+    after = Desk(desk.served)
+    held = after.prune(100)
+
+    assert (after.ask("second"), held) == (None, False)
+    assert after.settle(lease)
+    assert after.result(asked) == GOOD
+
+
+def test_leases_and_requests_follow_a_run_to_its_new_name(desk: Desk) -> None:
+    lease, asked = desk.take(), desk.request(100)
+    desk.served.catalog.move("digits", "digits.old", desk.served.data / "runs" / "digits.old")
+    desk.settle(lease)
+
+    moved = run(desk.validations.find("digits.old", asked.id))
+    assert run(desk.validations.find("digits", asked.id)) is None
+    assert moved is not None
+    assert moved.finding == GOOD

@@ -1,0 +1,57 @@
+"""The supervisor of the server's own worker: it starts it again, later each time, and says how it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from ema_server.config import ServerConfig
+from ema_server.evaluation.worker import WORKER, Evaluator
+
+NOWHERE = "http://127.0.0.1:1"
+WAIT_S = 60.0
+
+
+async def until(check: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not check():
+            await asyncio.sleep(0.01)
+
+
+def test_a_worker_that_ends_at_once_is_started_again_after_twice_the_pause_each_time() -> None:
+    ended: list[str] = []
+    evaluator = Evaluator(ServerConfig(Path("data"), evaluate="no_such_module_here:f"), ended.append)
+
+    async def watch() -> list[str]:
+        evaluator.start(NOWHERE)
+        states = [evaluator.state()]
+        for count in (1, 2, 3):
+            await until(lambda count=count: len(ended) == count and "starts again" in evaluator.state())  # type: ignore[misc]
+            states.append(evaluator.state())
+        await evaluator.stop()
+        return states
+
+    first, *later = asyncio.run(watch())
+    assert "is starting" in first
+    assert [re.findall(r"after ([\d.]+) s", state) for state in later] == [["0.5"], ["1"], ["2"]]
+    assert all("exit code 2" in state for state in later)
+    assert ended == [WORKER] * 3
+
+
+def test_stopping_ends_the_worker_that_waits_for_its_server_and_starts_no_other() -> None:
+    ended: list[str] = []
+    evaluator = Evaluator(ServerConfig(Path("data"), evaluate="json:dumps"), ended.append)
+
+    async def stop() -> None:
+        evaluator.start(NOWHERE)
+        await until(lambda: "has started" in evaluator.state())
+        await evaluator.stop()
+
+    asyncio.run(stop())
+    assert ended == []
+
+
+def test_an_evaluator_that_was_never_started_can_be_stopped() -> None:
+    asyncio.run(Evaluator(ServerConfig(Path("data"), evaluate="json:dumps"), print).stop())

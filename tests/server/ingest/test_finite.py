@@ -1,0 +1,81 @@
+"""NaN and Inf are found wherever they are, in the tensor they are in; large but finite values are no false alarm."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ema_proto.wire.manifest import Role
+from ema_server.ingest.finite import FiniteCheck
+from support.server_core import encode, manifest_of
+
+_FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+_BAD = [math.nan, math.inf, -math.inf]
+
+
+def _chunks(nbytes: int, chunk: int) -> list[tuple[int, int]]:
+    return [(offset, min(chunk, nbytes - offset)) for offset in range(0, nbytes, chunk)]
+
+
+def _found(check: FiniteCheck, slot: Tensor, chunk: int) -> set[str]:
+    return {name for offset, length in _chunks(slot.numel(), chunk) for name in check.check(offset, length, slot)}
+
+
+@pytest.mark.parametrize("dtype", _FLOATS)
+@pytest.mark.parametrize("bad", _BAD)
+@pytest.mark.parametrize("chunk", [8, 64, 1 << 20])
+def test_one_bad_value_names_its_tensor_alone(dtype: torch.dtype, bad: float, chunk: int) -> None:
+    tensors = {
+        "a": torch.randn(5).to(dtype),
+        "b": torch.randn(7, 3).to(dtype),
+        "n": torch.arange(3),
+        "c": torch.randn(1).to(dtype),
+    }
+    manifest = manifest_of(tensors)
+    check = FiniteCheck(manifest)
+    for name in ("a", "b", "c"):
+        for index in range(tensors[name].numel()):
+            dirty = {key: value.clone() for key, value in tensors.items()}
+            dirty[name].view(-1)[index] = bad
+            assert _found(check, encode(manifest, dirty), chunk) == {name}
+
+    assert _found(check, encode(manifest, tensors), chunk) == set()
+
+
+@pytest.mark.parametrize("dtype", _FLOATS)
+def test_the_largest_finite_values_are_clean_though_their_sum_overflows(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    tensors = {"up": torch.full((1000,), largest, dtype=dtype), "down": torch.full((1000,), -largest, dtype=dtype)}
+    manifest = manifest_of(tensors)
+
+    assert FiniteCheck(manifest).check(0, manifest.nbytes, encode(manifest, tensors)) == ()
+
+
+def test_infinities_that_would_cancel_are_found() -> None:
+    tensors = {"a": torch.tensor([math.inf, 1.0]), "b": torch.tensor([-math.inf, 1.0])}
+    manifest = manifest_of(tensors)
+
+    assert FiniteCheck(manifest).check(0, manifest.nbytes, encode(manifest, tensors)) == ("a", "b")
+
+
+def test_tensors_that_are_copied_are_not_checked() -> None:
+    tensors = {"u": torch.tensor([math.nan]), "mask": torch.tensor([-math.inf]), "w": torch.tensor([math.nan])}
+    manifest = manifest_of(tensors, {"u": Role.STRUCTURAL, "mask": Role.BUFFER})
+    check, slot = FiniteCheck(manifest), encode(manifest, tensors)
+
+    assert set(check.check(0, manifest.nbytes, slot)) == {"mask", "w"}
+    assert check.exempt(["mask"]).check(0, manifest.nbytes, slot) == ("w",)
+    assert check.exempt(["mask"]).exempt(["w"]).check(0, manifest.nbytes, slot) == ()
+    assert set(check.check(0, manifest.nbytes, slot)) == {"mask", "w"}, "the first check is unchanged"
+
+
+def test_only_the_range_that_is_asked_for_is_read() -> None:
+    tensors = {"a": torch.tensor([1.0, 2.0, math.nan, 4.0])}
+    manifest = manifest_of(tensors)
+    check, slot = FiniteCheck(manifest), encode(manifest, tensors)
+
+    assert check.check(0, 8, slot) == ()
+    assert check.check(8, 8, slot) == ("a",)

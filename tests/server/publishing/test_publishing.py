@@ -1,0 +1,330 @@
+"""When generations are made, what is in them while snapshots keep coming, and what happens when the disk refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ema_server.averager.jobs import Applied, Durable, Failed, Publish, Quarantined, Rewound
+from ema_server.averager.schedule import FIRST_S
+from ema_server.compute.kernel import BlockSink
+from ema_server.compute.pool import WorkerPool
+from ema_server.storage.catalog import Version
+from ema_server.tensors.layout import Form, Segment
+from support.oracle import bound, largest_difference, ledger_steps, replay
+from support.server_core import WAIT_S, ServerCore, durable, joined, manifest_of, running_core, versions_by_average
+
+
+@cache
+def _weights(step: int) -> dict[str, Tensor]:
+    return {"w": torch.rand(70_000, generator=torch.Generator().manual_seed(step)), "n": torch.tensor(step)}
+
+
+_MANIFEST = manifest_of(_weights(1))
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def core(tmp_path: Path) -> Iterator[ServerCore]:
+    with running_core(tmp_path) as core:
+        joined(core.join("r", _MANIFEST))
+        yield core
+
+
+def _apply(core: ServerCore, *steps: int) -> None:
+    for step in steps:
+        assert isinstance(core.apply("r", step, _weights(step)), Applied)
+
+
+def _check(core: ServerCore, version: Version, steps: list[int]) -> None:
+    ledger = json.loads((version.folder / "version.json").read_text())["ledger"]
+    assert ledger_steps(ledger) == steps
+    assert largest_difference(replay(ledger, 0.9, _weights), core.load(version)) <= bound(ledger, 0.9, 1.0)
+
+
+@contextmanager
+def _standing_still(core: ServerCore) -> Iterator[None]:
+    """Inside the block the averager takes no job; what is submitted waits in its inbox."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def block(_: Any) -> None:
+        entered.set()
+        go_on.wait(WAIT_S)
+
+    core.averager.submit(Publish("no-such-run", "request", block))
+    assert entered.wait(WAIT_S)
+    yield
+    go_on.set()
+
+
+def _forbid_writing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(self: WorkerPool, segments: tuple[Segment, ...], forms: tuple[Form, ...], sink: BlockSink) -> None:
+        raise AssertionError("a snapshot was waiting: the write had to ride on its pass")
+
+    monkeypatch.setattr(WorkerPool, "write", write)
+
+
+def test_a_generation_rides_on_the_next_snapshots_pass_and_holds_what_was_before(
+    core: ServerCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _apply(core, 1, 2)
+    answers: Queue[Durable | Failed] = Queue()
+    applied: Queue[Applied | Quarantined] = Queue()
+    _forbid_writing_alone(monkeypatch)
+    with _standing_still(core):
+        for _ in range(2):
+            core.averager.submit(Publish("r", "request", answers.put))
+        for step in (3, 4):
+            core.averager.submit(core.apply_job("r", step, _weights(step), applied.put))
+
+    assert [applied.get(timeout=WAIT_S).step for _ in range(2)] == [3, 4]
+    first, second = (durable(answers.get(timeout=WAIT_S)) for _ in range(2))
+    assert first == second, "two wishes at one step are one generation"
+    monkeypatch.undo()
+    _check(core, versions_by_average(first)["ema-0.9"], [1, 2])
+    _check(core, versions_by_average(core.publish("r"))["ema-0.9"], [1, 2, 3, 4])
+
+
+def test_a_generation_does_not_wait_for_a_snapshot_that_does_not_count(core: ServerCore) -> None:
+    _apply(core, 1, 2)
+    answers: Queue[Durable | Failed] = Queue()
+    dirty = {**_weights(3), "w": torch.full((70_000,), math.nan)}
+    for tensors, step in ((dirty, 3), (_weights(2), 2)):
+        with _standing_still(core):
+            core.averager.submit(Publish("r", "request", answers.put))
+            core.averager.submit(core.apply_job("r", step, tensors, lambda _: None))
+        assert durable(answers.get(timeout=WAIT_S)).step == 2
+
+
+def test_a_wish_made_while_a_generation_is_in_the_making_gets_its_own_step(core: ServerCore) -> None:
+    """Every answer is at the step the run stood at when it was asked for, or later; never before."""
+    answers: Queue[tuple[int, Durable | Failed]] = Queue()
+
+    def answer(asked_at: int) -> Callable[[Durable | Failed], None]:
+        return lambda outcome: answers.put((asked_at, outcome))
+
+    for step in range(1, 41):
+        _apply(core, step)
+        core.averager.submit(Publish("r", "request", answer(step)))
+    for _ in range(40):
+        asked_at, outcome = answers.get(timeout=WAIT_S)
+        assert (durable(outcome).step or 0) >= asked_at
+    assert [step for _, step in core.announced] == sorted({step for _, step in core.announced})
+
+
+def test_the_timer_publishes_what_has_changed_and_only_that(tmp_path: Path) -> None:
+    clock = _Clock()
+    with running_core(tmp_path, clock=clock, publish_every_seconds=0.2) as core:
+        joined(core.join("r", _MANIFEST))
+        _apply(core, 1)
+        assert core.announced == []
+        clock.now += 0.25
+        core.settled("r", lambda status: status.published_step == 1)
+        clock.now += 10
+        core.settled("r", lambda status: status.step == 1)
+        _apply(core, 2)
+        core.settled("r", lambda status: status.published_step == 2)
+        assert core.announced == [("r", 1), ("r", 2)]
+
+
+def test_the_first_generation_comes_early_so_that_there_is_one_to_go_back_to(tmp_path: Path) -> None:
+    clock = _Clock()
+    with running_core(tmp_path, clock=clock, publish_every_seconds=300) as core:
+        joined(core.join("r", _MANIFEST))
+        _apply(core, 1)
+        clock.now += FIRST_S + 1
+        core.settled("r", lambda status: status.published_step == 1)
+        _apply(core, 2)
+        clock.now += FIRST_S + 1
+        _apply(core, 3)
+        assert core.announced == [("r", 1)]
+        clock.now += 300
+        core.settled("r", lambda status: status.published_step == 3)
+
+
+def test_a_generation_every_so_many_steps(tmp_path: Path) -> None:
+    with running_core(tmp_path, publish_every_steps=10) as core:
+        joined(core.join("r", _MANIFEST, first_step=101))
+        for step in range(101, 136):
+            _apply(core, step)
+            core.settled("r", lambda status: (status.published_step or 100) + 10 > (status.step or 0))
+        assert core.announced == [("r", 110), ("r", 120), ("r", 130)]
+
+
+@contextmanager
+def _largest_file(nbytes: int) -> Iterator[None]:
+    """No file of this process may grow beyond `nbytes`: what a full disk does, without filling one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("nbytes", [0, 40, 100_000])
+def test_a_full_disk_stops_publishing_and_not_averaging(tmp_path: Path, nbytes: int) -> None:
+    """The write fails at the header, within the header, or within the weights; then, after 10 s, it is tried again."""
+    clock = _Clock()
+    with running_core(tmp_path, clock=clock) as core:
+        joined(core.join("r", _MANIFEST))
+        _apply(core, 1, 2)
+        durable(core.publish("r"))
+        _apply(core, 3)
+        with _largest_file(nbytes):
+            answer = core.publish("r")
+            assert isinstance(answer, Failed)
+            assert "could not be written: File too large" in answer.text
+            _apply(core, 4)
+            status = core.settled("r", lambda status: status.publish_error is not None)
+            assert (status.step, status.published_step) == (4, 2)
+            folder = core.data_dir.generations_folder("r")
+            assert [path.name for path in folder.iterdir()] == [f"{1:08d}-{2:012d}"], "nothing half is left"
+        clock.now += 9
+        _apply(core, 5)
+        assert core.announced == [("r", 2)]
+        clock.now += 2
+        status = core.settled("r", lambda status: status.published_step == 5)
+        assert status.publish_error is None
+        _check(core, core.catalog.versions("r", "ema-0.9")[0], [1, 2, 3, 4, 5])
+
+
+def test_a_run_that_left_during_a_full_disk_stays_in_memory_until_it_is_durable(tmp_path: Path) -> None:
+    clock = _Clock()
+    with running_core(tmp_path, clock=clock) as core:
+        joined(core.join("r", _MANIFEST))
+        _apply(core, 1, 2)
+        with _largest_file(100):
+            core.leave("r", lost=True)
+            status = core.settled("r", lambda status: status.publish_error is not None)
+            assert status.memory_bytes > 0
+            assert isinstance(core.finish("r"), Failed)
+        clock.now += 11
+        status = core.settled("r", lambda status: status.memory_bytes == 0)
+        assert (status.published_step, status.publish_error) == (2, None)
+
+
+def test_the_newest_generations_stay_and_pinned_ones_and_the_first_besides(tmp_path: Path) -> None:
+    with running_core(tmp_path, keep_generations=2) as core:
+        joined(core.join("r", _MANIFEST))
+        for step in range(1, 16):
+            _apply(core, step)
+            durable(core.publish("r", "checkpoint" if step <= 12 else "request"))
+
+        kept = [generation.step for generation in core.catalog.generations("r")]
+        assert kept == [15, 14, *range(12, 2, -1), 1]
+        folders = core.data_dir.generations_folder("r").glob("0*")
+        assert {int(folder.name.split("-")[1]) for folder in folders} == set(kept)
+
+
+def test_a_checkpoint_of_what_is_published_already_pins_it(tmp_path: Path) -> None:
+    with running_core(tmp_path, keep_generations=1) as core:
+        joined(core.join("r", _MANIFEST))
+        _apply(core, 1)
+        plain = durable(core.publish("r"))
+        pinned = durable(core.publish("r", "checkpoint"))
+        assert not pinned.new
+        assert [v.id for v in pinned.versions] == [v.id for v in plain.versions]
+        _apply(core, 2)
+        durable(core.publish("r"))
+        _apply(core, 3)
+        durable(core.publish("r"))
+        assert [generation.step for generation in core.catalog.generations("r")] == [3, 1]
+        assert isinstance(core.rewind("r", 1), Rewound)
+        assert core.catalog.generations("r")[0].pinned, "a rewind to a checkpoint leaves it one"
+
+
+def test_a_version_that_a_reader_holds_keeps_its_files(tmp_path: Path) -> None:
+    clock = _Clock()
+    with running_core(tmp_path, clock=clock, keep_generations=1) as core:
+        joined(core.join("r", _MANIFEST))
+        _apply(core, 1)
+        durable(core.publish("r"))  # the first stays anyway
+        _apply(core, 2)
+        old = versions_by_average(core.publish("r"))["raw"]
+
+        def publish(step: int) -> None:
+            _apply(core, step)
+            durable(core.publish("r"))
+
+        with core.catalog.hold(old):
+            clock.now += 1000
+            publish(3)
+            assert largest_difference(_weights(2), core.load(old)) == 0
+        clock.now += 59
+        publish(4)
+        assert old in core.catalog.versions("r", "raw"), "a download in parts comes back"
+        clock.now += 2
+        publish(5)
+        assert core.catalog.find("r", "raw", old.id) is None
+        assert not old.folder.exists()
+
+
+def test_stopping_publishes_every_run(tmp_path: Path) -> None:
+    with running_core(tmp_path) as core:
+        for run in ("a", "b", "c"):
+            joined(core.join(run, _MANIFEST))
+            core.apply(run, 1, _weights(1))
+        durable(core.publish("a"))
+        core.apply("a", 2, _weights(2))
+    with running_core(tmp_path) as core:
+        assert {status.run: status.step for status in core.statuses.all()} == {"a": 2, "b": 1, "c": 1}
+
+
+def test_stopping_says_when_not_everything_is_durable(tmp_path: Path) -> None:
+    core = ServerCore(tmp_path)
+    core.start()
+    joined(core.join("r", _MANIFEST))
+    _apply(core, 1)
+    with _largest_file(100):
+        assert not core.stop()
+
+
+def test_requests_for_runs_that_are_not_in_memory(tmp_path: Path) -> None:
+    with running_core(tmp_path) as core:
+        assert isinstance(core.publish("nobody"), Failed)
+        joined(core.join("r", _MANIFEST))
+        assert durable(core.publish("r")) == Durable(None, (), new=False)
+        _apply(core, 1)
+        before = durable(core.finish("r"))
+        core.settled("r", lambda status: status.memory_bytes == 0)
+        after = durable(core.publish("r"))
+        assert (after.new, after.versions) == (False, before.versions)
+        assert isinstance(core.rewind("r", 1), Failed)
+        assert isinstance(core.apply("r", 2, _weights(2)), Quarantined)
+
+
+def test_what_this_process_has_written_is_read_again_for_a_rewind_alone(
+    core: ServerCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred gigabytes would keep the publisher for minutes, each time an average is added."""
+    read: list[str] = []
+    monkeypatch.setattr("ema_server.publishing.commit.verify", lambda folder, record: read.append(folder.name))
+    joined(core.join("r", _MANIFEST))
+    _apply(core, 1)
+    durable(core.publish("r"))
+    durable(core.publish("r", "checkpoint"))
+    assert [generation.pinned for generation in core.catalog.generations("r")][:1] == [True]
+    assert read == []
+    _apply(core, 2)
+    assert isinstance(core.rewind("r", 1), Rewound)
+    assert len(read) == 1

@@ -1,0 +1,260 @@
+"""An averager over a real data folder, driven by jobs as the ingest thread drives it."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ema_proto.averages.specs import parse_average, parse_averages
+from ema_proto.averages.step_units import UNKNOWN, StepUnits
+from ema_proto.wire import messages
+from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
+from ema_proto.wire.messages import Mode, Resume
+from ema_server.averager.averager import Averager
+from ema_server.averager.jobs import (
+    AddAverage,
+    Applied,
+    Apply,
+    Changed,
+    Durable,
+    Failed,
+    Finish,
+    Join,
+    Joined,
+    Leave,
+    Publish,
+    Quarantined,
+    Reason,
+    Refused,
+    RemoveAverage,
+    Rewind,
+    Rewound,
+    Unchanged,
+)
+from ema_server.compute.device import HOST, Device
+from ema_server.config import ServerConfig
+from ema_server.ingest.finite import FiniteCheck
+from ema_server.publishing.publisher import Publisher
+from ema_server.publishing.ring import Ring
+from ema_server.runs.status_store import RunStatus, StatusStore
+from ema_server.storage.catalog import Catalog, Version
+from ema_server.storage.datadir import open_data_dir
+from ema_server.telemetry import Telemetry
+
+WAIT_S = 30.0
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+_walls = itertools.count(1_750_000_000)
+
+
+def manifest_of(
+    tensors: Mapping[str, Tensor],
+    roles: Mapping[str, Role] | None = None,
+    aliases: Mapping[str, tuple[str, ...]] | None = None,
+) -> Manifest:
+    """The manifest of tensors in state-dict order; integers are buffers, floats parameters unless `roles` says."""
+    return layout(
+        TensorSpec(
+            name,
+            NAMES[value.dtype],
+            tuple(value.shape),
+            (roles or {}).get(name, Role.PARAM if value.is_floating_point() else Role.BUFFER),
+            0,
+            (aliases or {}).get(name, ()),
+        )
+        for name, value in tensors.items()
+    )
+
+
+def encode(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The snapshot's bytes, written tensor by tensor."""
+    slot = torch.zeros(manifest.nbytes, dtype=torch.uint8)
+    for spec in manifest.tensors:
+        value = tensors[spec.name].contiguous().reshape(-1)
+        slot[spec.offset : spec.end] = value.view(torch.uint8) if value.numel() else value.to(torch.uint8)
+    return slot
+
+
+class ServerCore:
+    """Jobs in, answers out; each call waits for its answer."""
+
+    def __init__(
+        self, data: Path, clock: Callable[[], float] | None = None, device: Device = HOST, **settings: Any
+    ) -> None:
+        config = ServerConfig(data=data, **{"publish_every_seconds": 0.0, **settings})
+        self.data_dir = open_data_dir(data)
+        self.telemetry = Telemetry()
+        self.statuses = StatusStore()
+        self.catalog = Catalog() if clock is None else Catalog(clock)
+        self.ring = Ring(self.data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
+        self.ring.restore()
+        self.catalog.listen(self.ring.rename)
+        self.publisher = Publisher(
+            self.data_dir,
+            self.catalog,
+            keep_generations=config.keep_generations,
+            telemetry=self.telemetry,
+            ring=self.ring,
+            wall=lambda: float(next(_walls)),
+        )
+        clock = time.monotonic if clock is None else clock
+        self.averager = Averager(
+            config, self.catalog, self.publisher, self.statuses, self.telemetry, device=device, clock=clock
+        )
+        self.announced: list[tuple[str, int]] = []
+        self.averager.listen(lambda run, step: self.announced.append((run, step)))
+        self.manifests: dict[str, Manifest] = {}
+        self.exempt: dict[str, frozenset[str]] = {}
+
+    def start(self) -> None:
+        """Start the threads."""
+        self.averager.start()
+
+    def stop(self) -> bool:
+        """Publish everything, stop the threads and let the folder go."""
+        try:
+            return self.averager.stop(WAIT_S)
+        finally:
+            self.data_dir.close()
+
+    def join(
+        self,
+        run: str,
+        manifest: Manifest,
+        averages: Sequence[str] = ("raw", "ema:0.9"),
+        *,
+        first_step: int = 1,
+        every: int = 1,
+        resume: Resume = "auto",
+        reconnect: bool = False,
+        config: str | None = None,
+        world: int = 1,
+        pace: StepUnits = UNKNOWN,
+    ) -> Joined | Refused:
+        """Join a run."""
+        specs = parse_averages(averages)
+        asked = messages.Join(
+            run, first_step, manifest, specs, every, resume, reconnect=reconnect, config=config, world=world, pace=pace
+        )
+        answer: Joined | Refused = self._ask(lambda reply: Join(run, asked, reply))
+        if isinstance(answer, Joined):
+            self.manifests[run], self.exempt[run] = answer.manifest, answer.exempt
+        return answer
+
+    def apply(self, run: str, step: int, tensors: Mapping[str, Tensor], mode: Mode = "update") -> Applied | Quarantined:
+        """Apply a snapshot, after the finite check that ingest makes."""
+        answer: Applied | Quarantined = self._ask(lambda reply: self.apply_job(run, step, tensors, reply, mode))
+        if isinstance(answer, Applied):
+            self.exempt[run] = answer.exempt
+        return answer
+
+    def apply_job(
+        self,
+        run: str,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        reply: Callable[[Applied | Quarantined], None],
+        mode: Mode = "update",
+    ) -> Apply:
+        """The job of `apply`, not submitted."""
+        manifest = self.manifests[run]
+        data = encode(manifest, tensors)
+        not_finite = FiniteCheck(manifest).exempt(self.exempt[run]).check(0, manifest.nbytes, data)
+        return Apply(run, step, mode, data, not_finite, reply)
+
+    def publish(self, run: str, reason: Reason = "request") -> Durable | Failed:
+        """Publish a run."""
+        answer: Durable | Failed = self._ask(lambda reply: Publish(run, reason, reply))
+        return answer
+
+    def rewind(self, run: str, step: int) -> Rewound | Failed:
+        """Rewind a run."""
+        answer: Rewound | Failed = self._ask(lambda reply: Rewind(run, step, reply))
+        return answer
+
+    def finish(self, run: str) -> Durable | Failed:
+        """Finish a run."""
+        answer: Durable | Failed = self._ask(lambda reply: Finish(run, reply))
+        return answer
+
+    def add(self, run: str, spec: str) -> Changed | Unchanged:
+        """Add an average."""
+        answer: Changed | Unchanged = self._ask(lambda reply: AddAverage(run, parse_average(spec), reply))
+        return answer
+
+    def remove(self, run: str, average: str) -> Changed | Unchanged:
+        """Remove an average."""
+        answer: Changed | Unchanged = self._ask(lambda reply: RemoveAverage(run, average, reply))
+        return answer
+
+    def leave(self, run: str, *, lost: bool = False) -> None:
+        """End the session."""
+        self.averager.submit(Leave(run, lost))
+
+    def settled(self, run: str, done: Callable[[RunStatus], bool]) -> RunStatus:
+        """The run's status as soon as `done` says so; every question asked on the way goes through the averager."""
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
+            self._ask(lambda reply: Publish("no-such-run", "request", reply))
+            status = self.statuses.get(run)
+            if status is not None and done(status):
+                return status
+            time.sleep(0.001)
+        raise AssertionError(f"run {run} did not get there: {self.statuses.get(run)}")
+
+    def load(self, version: Version) -> dict[str, Tensor]:
+        """The tensors of a version, by safetensors' own reader."""
+        return load_file(version.folder / "model.safetensors")
+
+    def _ask(self, job: Callable[[Callable[[Any], None]], Any]) -> Any:
+        answers: queue.Queue[Any] = queue.Queue()
+        self.averager.submit(job(answers.put))
+        return answers.get(timeout=WAIT_S)
+
+
+@contextmanager
+def running_core(data: Path, **settings: Any) -> Iterator[ServerCore]:
+    """A core for the length of a `with` block, stopped as a server is on SIGTERM."""
+    core = ServerCore(data, **settings)
+    core.start()
+    try:
+        yield core
+    finally:
+        core.stop()
+
+
+def durable(answer: Durable | Failed) -> Durable:
+    """The answer, which must be a success."""
+    assert isinstance(answer, Durable), answer
+    return answer
+
+
+def joined(answer: Joined | Refused) -> Joined:
+    """The answer, which must be a success."""
+    assert isinstance(answer, Joined), answer
+    return answer
+
+
+def versions_by_average(answer: Durable | Failed) -> dict[str, Version]:
+    """The versions of a successful publication by the average's name."""
+    return {version.average: version for version in durable(answer).versions}

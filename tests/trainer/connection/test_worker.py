@@ -1,0 +1,27 @@
+"""The training thread's end of a connection: what it holds, and until when."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+
+from support.peers import JOIN
+from trainer_client import JoinError
+from trainer_client.connection.worker import Worker
+
+
+def test_a_worker_that_was_closed_holds_no_slots() -> None:
+    worker = Worker("tcp://127.0.0.1:9", token=None)  # nobody is there
+    with pytest.raises(JoinError, match="has not answered"):
+        worker.join(JOIN, 0.0)
+    slots = [weakref.ref(slot.view.obj) for slot in worker.slots]
+
+    gc.collect()  # the error's traceback
+    gc.disable()
+    try:
+        assert worker.close(5.0)
+        assert [slot() for slot in slots] == [None, None]
+    finally:
+        gc.enable()

@@ -1,0 +1,274 @@
+"""Copying while training goes on, on a device whose time the test keeps: what a snapshot holds, who waits for whom."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from support.device_training import Carrying, Stamping, Training, note_write, stamp
+from support.fake_device import FakeDevice, FakeEvent
+from trainer_client.staging import overlapped as overlap
+from trainer_client.staging.copy_plan import plan_routes
+from trainer_client.staging.stagers import Stagers
+
+STEPS = 8
+
+
+def test_every_snapshot_is_of_one_step_while_training_goes_on() -> None:
+    training = Training(noted=False, slots=STEPS)
+    training.attach()
+
+    training.train(STEPS)
+    training.end()
+
+    assert training.worker.steps == list(range(1, STEPS + 1))
+    assert training.worker.torn == []
+    assert training.client.stats()["torn"] == 0
+
+
+def test_the_loop_is_not_held_up_by_a_copy() -> None:
+    training = Training()
+    training.attach()
+
+    training.optimizer.step()
+
+    assert training.device.now == 0.0
+    assert training.worker.steps == []
+    training.end()
+    assert training.worker.steps == [1]
+
+
+def test_without_the_wait_before_the_next_step_snapshots_tear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stagers, "hold_back_writes", lambda *_: None)
+    training = Training(noted=False, slots=STEPS)
+    training.attach()
+
+    training.train(STEPS)
+    training.end()
+
+    assert len(training.worker.torn) > STEPS / 2
+
+
+def test_a_tear_that_the_versions_show_is_counted_and_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stagers, "hold_back_writes", lambda *_: None)
+    training = Training(noted=True, slots=STEPS)
+    training.attach()
+
+    training.train(STEPS)
+    training.end()
+
+    assert training.worker.torn == []
+    assert training.client.stats()["torn"] > STEPS / 2
+
+
+def test_a_buffer_that_forward_changes_during_the_copy_is_that_of_the_step() -> None:
+    training = Training()
+    training.attach()
+    stamp(training.device, [training.model.seen], 1)
+    training.optimizer.step()
+
+    stamp(training.device, [training.model.seen], 99)
+    training.end()
+
+    assert training.worker.snapshots[0][1]["seen"].unique().tolist() == [1]
+    assert training.worker.torn == []
+
+
+def test_buffers_for_which_the_scratch_has_no_room_are_copied_before_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "plan_routes", lambda manifest: plan_routes(manifest, scratch_bytes=0))
+    training = Training()
+    training.attach()
+    stamp(training.device, [training.model.seen], 1)
+    training.optimizer.step()
+
+    stamp(training.device, [training.model.seen], 99)
+    training.end()
+
+    assert training.device.allocated == [0]
+    assert training.worker.torn == []
+
+
+def test_an_optimizer_that_attach_was_not_given_waits_too() -> None:
+    training = Training(noted=False)
+    training.attach()
+    other = Stamping(training.device, [training.model.weights[3]], noted=False, steps=6)
+    training.optimizer.step()
+    stamp(training.device, [training.model.seen], 1)
+
+    other.step()
+    training.end()
+
+    assert training.worker.snapshots[0][1]["weights.3"].unique().tolist() == [1]
+    assert training.model.weights[3].unique().tolist() == [7]
+
+
+def test_an_optimizer_of_the_parameters_in_other_clothes_waits_too() -> None:
+    training = Training(noted=False)
+    training.attach()
+    whole = nn.Parameter(training.model.weights[3].detach().view(2, -1))
+    other = Stamping(training.device, [whole], noted=False, steps=6)
+    training.optimizer.step()
+
+    other.step()
+    training.end()
+
+    assert training.worker.snapshots[0][1]["weights.3"].unique().tolist() == [1]
+    assert training.model.weights[3].unique().tolist() == [7]
+
+
+def test_an_optimizer_of_another_model_waits_for_nothing() -> None:
+    training = Training()
+    training.attach()
+    elsewhere = Carrying()
+    training.optimizer.step()
+    issued = len(training.device.compute.work)
+
+    Stamping(training.device, elsewhere.parameters()).step()
+
+    assert len(training.device.compute.work) == issued + len(elsewhere.weights)
+
+
+def test_an_optimizer_of_tensors_without_memory_of_their_own_is_none_of_ours() -> None:
+    training = Training()
+    training.attach()
+    training.optimizer.step()
+    issued = len(training.device.compute.work)
+
+    SGD([nn.Parameter(torch.eye(3).to_sparse())], lr=0.1).step()
+
+    assert len(training.device.compute.work) == issued
+
+
+def test_a_write_outside_the_hooks_costs_the_snapshot_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    training = Training()
+    training.attach()
+    for _ in range(2):
+        training.optimizer.step()
+        note_write(training.model.weights[1])
+        training.end()
+
+    assert training.worker.steps == []
+    assert training.client.stats()["torn"] == 2
+    assert len(training.worker.free) == 2
+    assert ["before_weight_write" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_write_through_data_is_announced_or_tears(announced: bool) -> None:
+    training = Training(noted=False)
+    training.attach()
+    stamp(training.device, [training.model.seen], 1)
+    training.optimizer.step()
+
+    if announced:
+        training.client.before_weight_write()
+    stamp(training.device, training.model.weights, 50)
+    training.end()
+
+    assert training.worker.torn == ([] if announced else [1])
+
+
+def test_a_parameter_that_gets_other_memory_during_the_copy_is_copied_from_the_old_one() -> None:
+    training = Training()
+    training.attach()
+    stamp(training.device, [training.model.seen], 1)
+    training.optimizer.step()
+    training.device.advance(1e-4)  # the kernels; the copies take longer
+
+    for weight in training.model.weights:
+        weight.data = torch.full_like(weight, 99)
+    training.end()
+
+    assert training.worker.steps == [1]
+    assert training.worker.torn == []
+
+
+def test_after_attach_was_taken_back_a_copy_under_way_is_still_waited_for() -> None:
+    training = Training(noted=False)
+    handle = training.attach()
+    stamp(training.device, [training.model.seen], 1)
+    training.optimizer.step()
+
+    handle.remove()
+    training.optimizer.step()
+    training.end()
+
+    assert training.worker.steps == [1]
+    assert training.worker.torn == []
+
+
+def test_with_every_slot_in_use_a_step_is_skipped_and_nobody_waits() -> None:
+    training = Training(slots=1)
+    training.attach()
+    training.optimizer.step()
+
+    training.optimizer.step()
+
+    assert training.client.stats()["skipped"]["busy"] == 1
+    assert training.device.now == 0.0
+    training.end()
+    training.optimizer.step()
+    training.end()
+    assert training.worker.steps == [1, 3]
+
+
+@pytest.mark.parametrize("way", ["overlap=False", "update"])
+def test_a_copy_that_has_no_window_is_over_when_the_call_returns(way: str) -> None:
+    training = Training(noted=False, overlap=way != "overlap=False")
+    if way == "update":
+        training.optimizer.step()
+        training.client.update(training.model, 1)
+    else:
+        training.attach()
+        training.optimizer.step()
+
+    assert training.device.now > 0.0
+    assert training.worker.steps == [1]
+    stamp(training.device, training.model.parameters(), 99)
+    training.end()
+    assert set(training.worker.snapshots[0][1]["weights.0"].tolist()) == {1}
+
+
+def test_an_update_during_a_copy_is_sent_after_it() -> None:
+    training = Training()
+    training.attach()
+    training.optimizer.step()
+
+    training.client.update(training.model, 5)
+    training.end()
+
+    assert training.worker.steps == [1, 5]
+
+
+def test_a_snapshot_right_after_another_leaves_the_scratch_alone_until_that_is_copied() -> None:
+    training = Training()
+    training.attach()
+    stamp(training.device, [training.model.seen], 1)
+    training.optimizer.step()
+
+    stamp(training.device, [training.model.seen], 2, seconds=1e-9)
+    training.client.update(training.model, 2)
+    training.end()
+
+    assert [snapshot["seen"].unique().tolist() for _, snapshot in training.worker.snapshots] == [[1], [2]]
+
+
+def test_the_fake_waits_for_nothing_where_an_event_was_not_recorded() -> None:
+    device = FakeDevice()
+    side = device.new_stream()
+    seen: list[str] = []
+    event = FakeEvent()
+    event.wait(device.compute)
+    device.run(1.0, lambda: seen.append("compute"))
+    with device.issue_to(side):
+        device.run(2.0, lambda: seen.append("side"))
+    event.record(side)
+    event.wait(device.compute)
+    device.run(0.0, lambda: seen.append("after"))
+
+    device.advance(1.5)
+    assert seen == ["compute"]
+    device.idle()
+    assert seen == ["compute", "side", "after"]

@@ -1,0 +1,1 @@
+"""The thread that sends snapshots, and its socket."""

@@ -1,0 +1,222 @@
+"""The thread that owns the connection: it drives the sender machine and the link.
+
+Comes in: commands on the machine. Goes out: frames on the link, and the machine's events, told to the other thread
+through `Shared`. It never touches a tensor, so the interpreter may end while it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ema_proto.errors import RejectCode
+from ema_proto.sender import events as e
+from ema_proto.sender.machine import Sender, SenderState
+from ema_proto.sender.send_queue import Outgoing
+from ema_proto.wire import codec
+from ema_proto.wire.messages import Joined
+from trainer_client.connection.link import Link
+from trainer_client.connection.shared_state import Shared
+from trainer_client.staging.slots import Slot
+
+logger = logging.getLogger("ema")
+
+_TICK_S = 0.25  # heartbeats are 2 s apart: fine enough, and an idle client wakes four times a second
+_REAP_S = 0.002  # a committed slot is released by ZeroMQ's own thread a moment later
+_REOPEN_S = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A request on its way; `answer` is set once, under the condition."""
+
+    answer: e.Answered | None = None
+
+
+class Driver:
+    """One session's connection.
+
+    Args:
+        sender: the machine; from now on only this thread touches it.
+        link: the socket; likewise.
+        shared: where outcomes are told.
+    """
+
+    def __init__(self, sender: Sender, link: Link, shared: Shared) -> None:
+        self._sender = sender
+        self._link = link
+        self._shared = shared
+        self._commands: deque[Callable[[float], None]] = deque()
+        self._stopping = False
+        self._slots: tuple[Slot, ...] = ()
+        self._draining: list[Slot] = []
+        self._requests: dict[int, Pending] = {}
+        self._outgoing: Outgoing | None = None
+        self._retry_at = 0.0
+        self._thread = threading.Thread(target=self._run, name="ema-driver", daemon=True)
+
+    def start(self) -> None:
+        """Start connecting."""
+        self._thread.start()
+
+    def do(self, command: Callable[[float], None]) -> None:
+        """Run `command(now)` on the driver's thread. Any thread; never blocks."""
+        self._commands.append(command)
+        self._link.wake()
+
+    def lend(self, slots: tuple[Slot, ...]) -> None:
+        """The memory that offered snapshots lie in, by index. Before the first offer."""
+        self._slots = slots
+
+    def ask(self, request: Callable[[], int]) -> Pending:
+        """Make a request of the machine; the answer appears in what is returned."""
+        pending = Pending()
+
+        def command(_: float) -> None:
+            self._requests[request()] = pending
+
+        self.do(command)
+        return pending
+
+    def stop(self, timeout_s: float) -> bool:
+        """Run what was commanded, write what can be written, end the thread; whether it ended, and ZeroMQ with it."""
+        self._stopping = True
+        self._link.wake()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+            self._run_commands(time.monotonic())
+            self._write()
+            self._settle()
+        except Exception:
+            # The trainer goes on whatever happens here; a dead session is told by its state and by this line.
+            logger.exception("ema: the connection's thread failed; no more snapshots are sent")
+            with self._shared.changed:
+                self._shared.refused = e.Refused(RejectCode.UNAVAILABLE, "the connection's thread failed, see the log")
+                self._shared.state = SenderState.FAILED
+                self._shared.changed.notify_all()
+        finally:
+            self._link.terminate()
+            self._slots, self._draining = (), []
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        self._run_commands(now)
+        if self._sender.state is SenderState.DISCONNECTED and now >= self._retry_at:
+            self._open(now)
+        self._sender.tick(now)
+        self._write()
+        self._settle()
+        received = self._link.wait(self._pause_s(now), writable=self._outgoing is not None)
+        now = time.monotonic()
+        for frames in received.messages:
+            self._sender.receive(frames, now)
+        if received.broken:
+            self._sender.lost(now, "the connection broke")
+        self._settle()
+
+    def _run_commands(self, now: float) -> None:
+        while self._commands:
+            self._commands.popleft()(now)
+
+    def _pause_s(self, now: float) -> float:
+        if self._draining:
+            return _REAP_S
+        if self._sender.state is SenderState.DISCONNECTED:
+            return max(0.0, min(_TICK_S, self._retry_at - now))
+        return _TICK_S
+
+    def _open(self, now: float) -> None:
+        try:
+            self._link.open()
+        except OSError as error:
+            self._retry_at = now + _REOPEN_S
+            logger.warning("ema: %s", error)
+        else:
+            self._sender.opened(now)
+
+    def _write(self) -> None:
+        while True:
+            out = self._outgoing or self._sender.next_frame()
+            if out is None:
+                return
+            self._outgoing = out
+            if not self._send(out):
+                return
+            self._outgoing = None
+
+    def _send(self, out: Outgoing) -> bool:
+        payload = out.payload
+        if payload is None:
+            return self._link.send(out.header, out.body)
+        view = self._slots[payload.slot].view[payload.offset : payload.offset + payload.length]
+        header = codec.with_crc32(out.header, zlib.crc32(view)) if out.checksum else out.header
+        return self._link.send_payload(header, view, payload.slot)
+
+    def _settle(self) -> None:
+        """Tell the other thread what the machine has to say, and which slots ZeroMQ has released."""
+        with self._shared.changed:
+            while self._sender.events:
+                self._take(self._sender.events.popleft())
+            self._shared.show(self._sender.state, time.monotonic())
+            for slot in [slot for slot in self._draining if not self._link.in_flight(slot.index)]:
+                self._draining.remove(slot)
+                self._shared.free.append(slot)
+            self._shared.changed.notify_all()
+
+    def _take(self, event: e.Event) -> None:
+        match event:
+            case e.Greeted():
+                self._shared.greeted = True
+            case e.JoinAccepted(joined):
+                self._take_joined(joined)
+            case e.Refused():
+                self._shared.refused = event
+                self._link.close()
+                if self._shared.joined is not None:
+                    logger.error("ema: the run is no longer streamed: %s", event.text)
+            case e.ConnectionLost():
+                self._take_lost(event)
+            case e.SnapshotDone():
+                self._take_done(event)
+            case e.PublishedAt(step):
+                self._shared.last_published = step
+            case e.Answered():
+                pending = self._requests.pop(event.request, None)
+                if pending is not None:
+                    pending.answer = event
+
+    def _take_joined(self, joined: Joined) -> None:
+        if self._shared.joined is not None:
+            self._shared.reconnects += 1
+            # As loud as the line that says the connection broke: most scripts show warnings only.
+            logger.warning("ema: connected again; the server is at step %s", joined.last_step)
+        self._shared.joined = joined
+        self._shared.last_published = joined.published_step
+
+    def _take_lost(self, event: e.ConnectionLost) -> None:
+        self._link.close()
+        self._outgoing = None
+        self._retry_at = event.retry_at
+        if self._shared.streaming:  # once for each time it was up, not for each attempt
+            logger.warning("ema: %s; steps are skipped until %s answers again", event.reason, self._link.endpoint)
+
+    def _take_done(self, event: e.SnapshotDone) -> None:
+        self._shared.in_flight -= 1
+        self._draining.append(self._slots[event.slot])
+        if event.code is None:
+            self._shared.committed += 1
+            self._shared.last_committed = event.step
+            return
+        self._shared.dropped[event.code.value] += 1
+        if self._shared.streaming:
+            logger.warning("ema: step %d was not applied: %s", event.step, event.text or event.code.value)

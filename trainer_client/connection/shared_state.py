@@ -1,0 +1,87 @@
+"""What the training thread and the connection's thread both see. Every field is read and written under `changed`.
+
+Comes in: slots and offers from one side, outcomes from the other. Goes out: whatever a waiter waits for. Neither side
+holds the condition while it talks to a socket or copies weights.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ema_proto.sender.events import Refused
+from ema_proto.sender.machine import SenderState
+from ema_proto.wire.messages import Joined
+from trainer_client.staging.slots import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """What became of the snapshots. Steps are None before the first."""
+
+    state: str
+    offered: int
+    committed: int
+    dropped: dict[str, int]
+    reconnects: int
+    last_offered_step: int | None
+    last_committed_step: int | None
+    last_published_step: int | None
+
+
+class Shared:
+    """The state of one session, as both threads see it."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.state = SenderState.DISCONNECTED
+        self.down_since: float | None = time.monotonic()
+        self.greeted = False
+        self.joined: Joined | None = None
+        self.refused: Refused | None = None
+        self.free: list[Slot] = []
+        self.in_flight = 0
+        self.offered = 0
+        self.committed = 0
+        self.reconnects = 0
+        self.dropped: Counter[str] = Counter()
+        self.last_offered: int | None = None
+        self.last_committed: int | None = None
+        self.last_published: int | None = None
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the run is joined and the connection is up."""
+        return self.state is SenderState.STREAMING
+
+    def show(self, state: SenderState, now: float) -> None:
+        """Note where the sender is, and since when the server has not been heard of."""
+        self.state = state
+        if state not in (SenderState.DISCONNECTED, SenderState.GREETING):
+            self.down_since = None
+        elif self.down_since is None:
+            self.down_since = now
+
+    def is_down_for(self, seconds: float) -> bool:
+        """Whether no server has answered for so long."""
+        return self.down_since is not None and time.monotonic() - self.down_since >= seconds
+
+    def wait(self, until: Callable[[], object], timeout_s: float) -> bool:
+        """Wait, holding `changed`, until a predicate holds; whether it does."""
+        return bool(self.changed.wait_for(until, max(0.0, timeout_s)))
+
+    def stats(self) -> WorkerStats:
+        """A copy of the counters, consistent if `changed` is held."""
+        return WorkerStats(
+            state=self.state.value,
+            offered=self.offered,
+            committed=self.committed,
+            dropped=dict(self.dropped),
+            reconnects=self.reconnects,
+            last_offered_step=self.last_offered,
+            last_committed_step=self.last_committed,
+            last_published_step=self.last_published,
+        )

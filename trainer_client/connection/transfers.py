@@ -1,0 +1,110 @@
+"""The thread that waits for copies which go on while training does, and then has them sent.
+
+Comes in: slots that are filled or being filled, in the order of their steps. Goes out: offers to the worker in that
+order; a torn snapshot's slot goes back. It is joined before the interpreter ends: a thread inside torch would abort it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+from ema_proto.wire.messages import Mode
+from trainer_client.connection.worker import Worker
+from trainer_client.counters import Counters
+from trainer_client.staging.slots import Slot
+from trainer_client.staging.transfer import AsyncCopy
+
+log = logging.getLogger("ema")
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    transfer: AsyncCopy | None
+    slot: Slot
+    step: int
+    mode: Mode
+
+
+class TransferQueue:
+    """Snapshots under way to a worker.
+
+    Args:
+        worker: takes them.
+        counters: `torn` and `failed` are written here, and nothing else.
+    """
+
+    def __init__(self, worker: Worker, counters: Counters) -> None:
+        self._worker = worker
+        self._counters = counters
+        self._changed = threading.Condition()
+        self._waiting: deque[_Snapshot] = deque()  # the first stays until it is done
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._lost = False
+        self._told = False
+
+    def hand_over(self, transfer: AsyncCopy | None, slot: Slot, step: int, mode: Mode) -> None:
+        """Send what `slot` holds, now or when `transfer` has filled it, after all that was handed over before."""
+        snapshot = _Snapshot(transfer, slot, step, mode)
+        with self._changed:
+            if self._waiting or not (transfer is None or transfer.finished):
+                self._waiting.append(snapshot)
+                self._changed.notify_all()
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="ema-copies", daemon=True)
+                    self._thread.start()
+                return
+        self._send(snapshot)
+
+    def idle(self, timeout_s: float) -> bool:
+        """Wait until nothing is under way here; whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting, max(0.0, timeout_s))
+
+    def close(self, timeout_s: float) -> bool:
+        """Wait as `idle` does, and end the thread; whether that was done in time and no copy can arrive any more."""
+        idle = self.idle(timeout_s)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None and idle:
+            self._thread.join(max(1.0, timeout_s))
+        return idle and not self._lost
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return
+                snapshot = self._waiting[0]
+            self._send(snapshot)
+            with self._changed:
+                self._waiting.popleft()
+                self._changed.notify_all()
+
+    def _send(self, snapshot: _Snapshot) -> None:
+        try:
+            whole = snapshot.transfer is None or snapshot.transfer.wait()
+        # The device's error belongs to the training, which will meet it; here it costs a snapshot.
+        except Exception as error:  # noqa: BLE001
+            self._counters.failed += 1
+            self._lost = self._lost or (snapshot.transfer is not None and snapshot.transfer.lost)
+            self._worker.give_back(snapshot.slot)
+            log.warning("ema: step %d was not sent, its copy failed: %r", snapshot.step, error)
+            return
+        if whole:
+            self._worker.offer(snapshot.slot, snapshot.step, snapshot.mode)
+            return
+        self._counters.torn += 1
+        self._worker.give_back(snapshot.slot)
+        if not self._told:
+            log.warning(
+                "ema: step %d was not sent: something other than an optimizer wrote the weights during their copy; "
+                "call before_weight_write() before that, or pass overlap=False (said once, then only counted)",
+                snapshot.step,
+            )
+        self._told = True

@@ -1,0 +1,79 @@
+"""Which part of a model is streamed: patterns of names, or what is trained. Sources in, those that are chosen out.
+
+What has been chosen once stays so for the run: parameters that are frozen or unfrozen later change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ema_proto.patterns import is_chosen, unmatched
+from trainer_client.errors import PlanError
+from trainer_client.model.sources import Source
+
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What is chosen of a model; by default everything.
+
+    Args:
+        include: patterns of canonical names; empty for all.
+        exclude: patterns of names that are left out even so.
+        trainable_only: only parameters that require a gradient, and no buffers.
+        chosen: names that were chosen before.
+        passed: names that were there and were not.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    trainable_only: bool = False
+    chosen: frozenset[str] = frozenset()
+    passed: frozenset[str] = frozenset()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything is chosen."""
+        return not (self.include or self.exclude or self.trainable_only)
+
+    def of(self, sources: Sequence[Source]) -> tuple[Source, ...]:
+        """The sources that are chosen, in their order; a tied tensor by each of its names.
+
+        Raises:
+            PlanError: a pattern matches nothing, or nothing is left.
+        """
+        names = [source.name for source in sources]
+        for what, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in unmatched(patterns, names):
+                raise PlanError(f"the pattern {pattern!r} of {what}= matches no tensor of the model: {_some(names)}")
+        chosen = tuple(source for source in sources if self._has(source))
+        if not chosen:
+            raise PlanError(f"nothing of the model is chosen by {self._described()}: {_some(names)}")
+        return chosen
+
+    def settled(self, sources: Sequence[Source]) -> Selection:
+        """This selection with its choice among `sources` kept, whatever is frozen later."""
+        chosen = frozenset(source.name for source in self.of(sources))
+        return replace(self, chosen=chosen, passed=frozenset(source.name for source in sources) - chosen)
+
+    def _has(self, source: Source) -> bool:
+        if source.name in self.chosen or source.name in self.passed:
+            return source.name in self.chosen
+        if not is_chosen(source.name, self.include, self.exclude):
+            return False
+        tensor = source.maybe_tensor()
+        return not self.trainable_only or (not source.is_buffer and tensor is not None and tensor.requires_grad)
+
+    def _described(self) -> str:
+        given = [f"{name}={list(patterns)}" for name in ("include", "exclude") if (patterns := getattr(self, name))]
+        return " and ".join(given + (["trainable_only=True"] if self.trainable_only else []))
+
+
+WHOLE = Selection()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > _NAMES_SHOWN else ""
+    return f"its tensors are {', '.join(names[:_NAMES_SHOWN])}{more}"

@@ -1,0 +1,150 @@
+"""Where the tensors of a model live: which module holds each, under which attribute, and by which canonical name.
+
+Comes in: a model. Goes out: its tensors' places in the order of its state dict, and what tells that the model has been
+rebuilt since. Places are kept instead of tensors because buffers and `.data` are replaced in the wild. Knows no dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from trainer_client.errors import PlanError
+from trainer_client.model.wrappers import canonical_name, wrapped_attribute
+
+Identity: TypeAlias = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The place of one tensor."""
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    is_buffer: bool
+
+    def maybe_tensor(self) -> Tensor | None:
+        """What is there now."""
+        table = self.owner._buffers if self.is_buffer else self.owner._parameters
+        if self.attribute not in table:  # not .get(): the tables of scripted modules have none
+            return None
+        return table[self.attribute]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A module as it was found: the names of its tensors and the very children that it had."""
+
+    module: nn.Module
+    parameters: list[str]
+    buffers: list[str]
+    children: list[nn.Module | None]  # held, so that no other object can get one of the ids
+    children_ids: list[int]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Node:
+        """Look at `module` now."""
+        children = list(module._modules.values())
+        return cls(module, _parameters(module), _buffers(module), children, list(map(id, children)))
+
+    def is_intact(self) -> bool:
+        """Whether looking again gives the same. Runs for every module at every snapshot."""
+        module = self.module
+        return (
+            list(map(id, module._modules.values())) == self.children_ids
+            and _parameters(module) == self.parameters
+            and _buffers(module) == self.buffers
+        )
+
+
+def walk(model: nn.Module) -> tuple[tuple[Node, ...], tuple[Source, ...]]:
+    """Every module and every tensor of the state dict, in its order; a tied tensor once for each of its names.
+
+    Raises:
+        PlanError: two tensors get the same name, or a wrapper hides the parameters.
+    """
+    nodes: list[Node] = []
+    sources: dict[str, Source] = {}
+    for prefix, node in _nodes(model, ""):
+        nodes.append(node)
+        for attribute in (*node.parameters, *node.buffers):
+            source = Source(prefix + attribute, node.module, attribute, attribute in node.buffers)
+            if source.name in sources:
+                raise PlanError(
+                    f"two tensors are named {source.name!r} once the wrappers' prefixes are dropped: rename a module"
+                )
+            sources[source.name] = source
+    return tuple(nodes), tuple(sources.values())
+
+
+def identity(tensor: Tensor) -> Identity | None:
+    """What two tensors share if and only if they are the same memory seen the same way; None for an empty tensor."""
+    if tensor.layout is not torch.strided or tensor.numel() == 0:
+        return None
+    place = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+    return (*place, tensor.dtype, tensor.shape, tensor.stride())
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was written to, but not through `.data`; always 0 for a tensor of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: bool = True) -> None:
+    """Compare the walked tensors with what the model itself says its state is.
+
+    A module may rename, add or compute entries of its state dict; a stream of its parameters and buffers would then
+    give files that it cannot load.
+
+    Args:
+        model: the model that was walked.
+        tensors: its tensors by canonical name, or some of them.
+        whole: whether they are all; entries of others are not looked at.
+
+    Raises:
+        PlanError: an entry of the state dict is not one of the tensors, or one of them is missing there.
+    """
+    missing = dict(tensors)
+    for key, value in model.state_dict().items():
+        name = canonical_name(model, key)
+        if not whole and name not in tensors:
+            continue
+        if name.rpartition(".")[2] == "_extra_state":
+            raise PlanError(
+                f"the state dict has {name!r} (get_extra_state of the module), which is no tensor: "
+                "register what it returns as buffers, or stream a submodule without it"
+            )
+        if name not in tensors or not isinstance(value, Tensor) or identity(value) != identity(tensors[name]):
+            raise PlanError(
+                f"the state dict's {name!r} is not a parameter or buffer of the model but made by its own state_dict() "
+                "or a hook: stream the module inside, whose state dict is plain"
+            )
+        missing.pop(name, None)
+    if missing:
+        raise PlanError(
+            f"{next(iter(missing))!r} is a parameter or buffer of the model, but its own state_dict() or a hook leaves "
+            "it out: register it with persistent=False, or stream the module inside, whose state dict is plain"
+        )
+
+
+def _nodes(module: nn.Module, prefix: str) -> Iterator[tuple[str, Node]]:
+    node = Node.of(module)
+    yield prefix, node
+    inner = wrapped_attribute(module, prefix.removesuffix("."))
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _nodes(child, prefix if name == inner else f"{prefix}{name}.")
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    return [name for name, tensor in module._parameters.items() if tensor is not None]
+
+
+def _buffers(module: nn.Module) -> list[str]:
+    hidden = module._non_persistent_buffers_set
+    return [name for name, tensor in module._buffers.items() if tensor is not None and name not in hidden]

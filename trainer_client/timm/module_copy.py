@@ -1,0 +1,84 @@
+"""A module of the trainer's own kind that holds averaged weights: to look at, to validate, to save.
+
+Comes in: the trained model, and weights by canonical name. Goes out: one module in eval mode, whose tensors are filled
+in place, so that whoever holds it sees the new weights. Knows no server and no steps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer_client.errors import PlanError
+from trainer_client.model.wrappers import canonical_name, wrapped_attribute
+
+_PREFIX = "module."
+_CPU = torch.device("cpu")
+
+
+class Copy:
+    """`module`: a copy of `model` without its wrappers and without gradients.
+
+    It is on `device` from when it is shown until it is put away, and otherwise on the CPU, so that no accelerator holds
+    a second copy of the model while it trains.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        while (hidden := wrapped_attribute(model, "")) is not None:
+            model = getattr(model, hidden)
+        known: dict[int, Any] = {id(tensor): _held(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.module = copy.deepcopy(model, known).eval()
+        self._device = device
+        self._is_shown = device == _CPU
+
+    def shown(self) -> nn.Module:
+        """The module, on its device."""
+        if not self._is_shown:
+            self.module.to(self._device)
+            self._is_shown = True
+        return self.module
+
+    def put_away(self) -> None:
+        """Free the device."""
+        if self._is_shown and self._device != _CPU:
+            self.module.to(_CPU)
+            self._is_shown = False
+
+    def take(self, model: nn.Module) -> None:
+        """Make the copy equal to `model`."""
+        self.fill({canonical_name(model, key): value for key, value in model.state_dict().items()})
+
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Write weights into the tensors that are there.
+
+        Raises:
+            PlanError: a tensor is missing, or has another shape.
+        """
+        with torch.no_grad():
+            for key, held in self.module.state_dict().items():
+                name = canonical_name(self.module, key)
+                if name not in weights or weights[name].shape != held.shape:
+                    raise PlanError(f"the average does not fit this model: {name!r} is missing or has another shape")
+                held.copy_(weights[name])
+
+    def load(self, state: Mapping[str, Any], *, strict: bool) -> Any:
+        """Load a state dict of the module, or one whose names begin with `module.`, as the averaging classes' do."""
+        if not set(self.module.state_dict()) <= set(state):
+            state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+        return self.module.load_state_dict(state, strict=strict)
+
+    def state_dict(self, destination: dict[str, Any] | None, prefix: str, *, keep_vars: bool) -> dict[str, Any]:
+        """The state dict, its names beginning with `module.`."""
+        prefix += _PREFIX
+        if destination is None:
+            return dict(self.module.state_dict(prefix=prefix, keep_vars=keep_vars))
+        return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+
+def _held(tensor: Tensor) -> Tensor:
+    held = tensor.detach().to(_CPU, copy=True)
+    return nn.Parameter(held, requires_grad=False) if isinstance(tensor, nn.Parameter) else held
