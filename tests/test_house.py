@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 import sysconfig
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 _ROOT = Path(__file__).parents[1]
 _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
-_FACES = ("trainer_client", "ema_reader", "ema_proto")
-_ROOMS = ("proto/ema_proto", "trainer_client", "ema_server", "ema_reader", "ema_cli")
-_FILE_LINES_MAX = 300
+_PUBLIC = ("trainer_client", "ema_reader", "ema_proto")
+_PACKAGES = ("proto/ema_proto", "trainer_client", "ema_server", "ema_reader", "ema_cli")
+_FILE_LINES_MAX = 500
 _FUNCTION_LINES_MAX = 60
 _NESTING_MAX = 3
 
@@ -53,7 +56,7 @@ def _public_names(module: ModuleType) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("name", _FACES)
+@pytest.mark.parametrize("name", _PUBLIC)
 def test_what_a_package_exports_is_what_it_has(name: str) -> None:
     module = importlib.import_module(name)
 
@@ -88,8 +91,8 @@ def test_the_folder_proto_is_no_package() -> None:
     assert not (_ROOT / "proto" / "__init__.py").exists()  # proto-plus owns that import name
 
 
-def test_every_room_says_that_it_is_typed() -> None:
-    assert [room for room in _ROOMS if not (_ROOT / room / "py.typed").exists()] == []
+def test_every_package_is_marked_as_typed() -> None:
+    assert [package for package in _PACKAGES if not (_ROOT / package / "py.typed").exists()] == []
 
 
 def test_a_trainer_gets_no_torch_it_did_not_choose() -> None:
@@ -99,27 +102,9 @@ def test_a_trainer_gets_no_torch_it_did_not_choose() -> None:
     assert not any(requirement.startswith("torch") for requirement in extras["trainer"] + extras["reader"])
 
 
-def test_the_licence_is_the_one_that_is_named() -> None:
-    text = (_ROOT / "LICENSE").read_text()
-
-    assert _PROJECT["license"] == "Apache-2.0"
-    assert "Apache License" in text
-    assert "Version 2.0, January 2004" in text
-
-
-def test_the_changelog_knows_the_release() -> None:
-    changelog = (_ROOT / "CHANGELOG.md").read_text()
-
-    assert f"## [{_PROJECT['version']}]" in changelog or "## [Unreleased]" in changelog
-
-
-def test_contributing_fits_on_a_page() -> None:
-    assert len((_ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
-
-
 def test_files_and_functions_stay_small() -> None:
     offenders = []
-    for path in _sources(*_ROOMS):
+    for path in _sources(*_PACKAGES):
         source, name = path.read_text(), path.relative_to(_ROOT)
         if (lines := len(source.splitlines())) > _FILE_LINES_MAX:
             offenders.append(f"{name} has {lines} lines")
@@ -130,5 +115,34 @@ def test_files_and_functions_stay_small() -> None:
     assert offenders == []
 
 
-def test_every_file_begins_with_what_it_is_for() -> None:
-    assert [path for path in _sources(*_ROOMS) if not ast.get_docstring(ast.parse(path.read_text()))] == []
+def _undocumented(name: str, value: Any) -> list[str]:
+    """The name, and those of its public methods and properties, that have no docstring of their own."""
+    if not callable(value) or not str(getattr(value, "__module__", "")).startswith(_PUBLIC):
+        return []
+    missing = [] if value.__doc__ else [name]
+    if inspect.isclass(value):
+        members = {
+            n: m for n, m in vars(value).items() if not n.startswith("_") and (callable(m) or isinstance(m, property))
+        }
+        missing += [f"{name}.{n}" for n, member in members.items() if not member.__doc__]
+    return missing
+
+
+@pytest.mark.parametrize("name", _PUBLIC)
+def test_everything_that_a_package_exports_has_a_docstring(name: str) -> None:
+    module = importlib.import_module(name)
+
+    assert [each for exported in module.__all__ for each in _undocumented(exported, getattr(module, exported))] == []
+
+
+def _subpackages() -> list[Path]:
+    inits = [init for folder in _PACKAGES for init in (_ROOT / folder).rglob("*/__init__.py")]
+    return sorted(init.parent for init in inits)
+
+
+@pytest.mark.parametrize("package", _subpackages(), ids=lambda path: str(path.relative_to(_ROOT)))
+def test_a_package_lists_its_modules_in_its_docstring(package: Path) -> None:
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    modules = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+
+    assert set(re.findall(r"^- `(\w+)`", text, flags=re.MULTILINE)) == modules - {"__init__", "__main__"}

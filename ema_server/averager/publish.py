@@ -30,7 +30,7 @@ logger = logging.getLogger("ema")
 
 @dataclass(slots=True)
 class Publications:
-    """Begins and completes generations. `show` updates the status store; `announce` is called once a step is durable."""
+    """Begins and completes generations. `show` updates the status store; `announce` is called when it is durable."""
 
     publisher: Publisher
     inbox: Inbox

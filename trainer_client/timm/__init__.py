@@ -1,5 +1,9 @@
 """Runs timm's own training script with its averaged model out of process.
 
-The way: `__main__` (arguments) → `known` (is this a timm that we know, and where does it keep its class?) → `run` (put
-ours in its place, run the script, finish the runs that it began).
+- `client`: a client that can also replace the averages, for `RemoteModelEma`, which begins with
+- `fetch`: the way back of an average, from the server to the trainer, over HTTP
+- `known`: what this timm averages with, and whether we can take its place
+- `module_copy`: a module of the trainer's own kind that holds averaged weights
+- `remote`: `RemoteModelEma`
+- `run`: puts `RemoteModelEma` in the place of timm's class, runs a script as Python would, an
 """
