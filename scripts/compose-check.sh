@@ -158,7 +158,7 @@ interrupted() { # SIGTERM in the middle of a run
   say "  up again: published is step $published"
 }
 
-with_evaluation() { # the server gets an evaluation of its own, by a file over the others as docs/validation.md has it
+with_evaluation() { # the server gets an evaluation of its own, by a file over the others as docs/guides/evaluation.md has it
   chmod 755 "$folder"
   mkdir "$folder/evaluation"
   echo 'def evaluate(state): return {"tensors": len(state), "loss": 1.0}' >"$folder/evaluation/my_evaluation.py"

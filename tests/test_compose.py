@@ -194,7 +194,7 @@ def test_compose_takes_the_files(files: tuple[str, ...]) -> None:
 
 
 def test_the_snippet_for_ones_own_evaluation_mounts_it_where_the_server_looks() -> None:
-    page = (_ROOT / "docs" / "validation.md").read_text()
+    page = (_ROOT / "docs" / "guides" / "evaluation.md").read_text()
     place = re.search(r"^      PYTHONPATH: (\S+)", _service("ema"), flags=re.MULTILINE)
 
     assert place is not None

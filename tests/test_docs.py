@@ -148,11 +148,11 @@ def test_every_variable_that_is_documented_is_read_by_the_code() -> None:
     [
         "README.md",
         "CONTRIBUTING.md",
-        "docs/averages.md",
-        "docs/bad-input.md",
+        "docs/guides/averages.md",
+        "docs/guides/troubleshooting.md",
         "docs/reference.md",
-        "docs/timm.md",
-        "docs/validation.md",
+        "docs/guides/timm.md",
+        "docs/guides/evaluation.md",
         "proto/SPEC.md",
     ],
 )

@@ -1,4 +1,4 @@
-"""The tables of docs/averages.md hold what was compared, and the page and its drawings name rules that there are."""
+"""The tables of docs/guides/averages.md match what was compared; its rules, and those of the drawings, parse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.parity_table import PEERS
 from support.scripts import script
 
 _ROOT = Path(__file__).parents[2]
-_PAGE = (_ROOT / "docs" / "averages.md").read_text()
+_PAGE = (_ROOT / "docs" / "guides" / "averages.md").read_text()
 _ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
     for line in _PAGE.split("## From another library")[1].splitlines()

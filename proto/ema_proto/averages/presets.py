@@ -1,7 +1,7 @@
 """What other libraries compute, as one table: each preset is parameters of a rule, put in when a string is read.
 
 A preset keeps no trace: the spec and the default name are those of what it stands for. What is given beside it wins.
-docs/averages.md says which call of which library each of them is, and where that differs.
+docs/guides/averages.md says which call of which library each of them is, and where that differs.
 """
 
 from __future__ import annotations
