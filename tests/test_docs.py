@@ -79,7 +79,7 @@ def test_every_endpoint_is_in_the_reference() -> None:
 def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:
     served = Served(tmp_path)
     served.publish("run", 3)
-    served.services.requests.add("/v1/runs", 200)
+    served.telemetry.http_requests.labels("/v1/runs", "200").inc()
 
     exposed = set(re.findall(r"^(ema_\w+)(?:\{| )", render(served.services).decode(), flags=re.MULTILINE))
     assert exposed == set(_named(_REFERENCE, "Metrics"))

@@ -17,7 +17,7 @@ from ema_server.compute.pool import WorkerPool
 from ema_server.runs.run import Run
 from ema_server.runs.status_store import Quarantine
 from ema_server.storage.records import rfc3339
-from ema_server.telemetry import Counter, Telemetry
+from ema_server.telemetry import Telemetry
 
 _TENSORS_SHOWN = 5
 _TENSORS_KEPT = 100  # in the status, which readers poll: a model has up to 100,000
@@ -78,17 +78,17 @@ class SnapshotApplier:
             job.reply(Applied(job.step, run.exempt))
 
     def _apply(self, course: ActiveRun, run: Run, job: Apply) -> None:
-        started = time.perf_counter_ns()
+        started = time.perf_counter()
         run.exempt_also(exempt_at_first(run, job))
         sink = course.boarding.draft if course.boarding is not None else None
         run.apply(self.pool, job.step, job.mode, job.data, sink)
         self.flights.take_off(course)
-        self.telemetry.count(Counter.UPDATES)
-        self.telemetry.count(Counter.UPDATE_NS, time.perf_counter_ns() - started)
+        self.telemetry.updates.inc()
+        self.telemetry.update_seconds.inc(time.perf_counter() - started)
 
     def _quarantine(self, course: ActiveRun, run: Run, job: Apply, objected: Objection) -> None:
         run.quarantined += 1
-        self.telemetry.count(Counter.QUARANTINED)
+        self.telemetry.quarantined.inc()
         at = rfc3339(self.flights.publisher.wall())
         course.quarantine = Quarantine(job.step, objected.tensors, objected.text, at)
         self.courses.show(course)

@@ -44,7 +44,7 @@ from ema_server.config import ServerConfig
 from ema_server.publishing.publisher import Publisher
 from ema_server.runs.status_store import RunState, StatusStore
 from ema_server.storage.catalog import Catalog
-from ema_server.telemetry import Gauge, Telemetry
+from ema_server.telemetry import Telemetry
 
 THREAD_NAME = "averager"
 
@@ -138,7 +138,7 @@ class Averager:
         tick_s = max(min(_TICK_S, self._config.publish_every_seconds or _TICK_S), _TICK_S_MIN)
         while True:
             self._telemetry.beat(THREAD_NAME)
-            self._telemetry.set(Gauge.INBOX, len(self._inbox))
+            self._telemetry.inbox_jobs.set(len(self._inbox))
             item = self._inbox.take(tick_s)
             if isinstance(item, Stop):
                 break

@@ -5,10 +5,8 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from ema_server.http import problems
-from ema_server.http.auth import BearerAuth
-from ema_server.http.body_limit import BodyLimit
 from ema_server.http.description import DescribedApp
-from ema_server.http.request_counts import CountRequests
+from ema_server.http.middleware import BearerAuth, BodyLimit, RequestCounter
 from ema_server.http.routes import averages, derived, files, health, leases, metrics, runs, validations, versions
 from ema_server.http.schemas import ProblemOut
 from ema_server.http.services import Services
@@ -48,5 +46,5 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(BodyLimit)
     if services.token is not None:
         app.add_middleware(BearerAuth, token=services.token)
-    app.add_middleware(CountRequests, counts=services.requests)  # outermost: counts refusals too
+    app.add_middleware(RequestCounter, counter=services.telemetry.http_requests)  # outermost: counts refusals too
     return app

@@ -13,7 +13,6 @@ from ema_server.derived.queue import Deriving
 from ema_server.evaluation.metric_store import MetricStore
 from ema_server.evaluation.scheduler import Validations
 from ema_server.evaluation.worker import Evaluator
-from ema_server.http.request_counts import RequestCounts
 from ema_server.runs.status_store import StatusStore
 from ema_server.storage.catalog import Catalog
 from ema_server.telemetry import Telemetry
@@ -52,4 +51,3 @@ class Services:
     kernel: str = "torch"
     evaluator: Evaluator | None = None
     device: Device = HOST
-    requests: RequestCounts = field(default_factory=RequestCounts)

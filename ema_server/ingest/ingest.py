@@ -27,7 +27,7 @@ from ema_server.config import ServerConfig
 from ema_server.ingest.finite import FiniteCheck
 from ema_server.ingest.link import RouterLink
 from ema_server.ingest.slots import Slot
-from ema_server.telemetry import Counter, Gauge, Telemetry
+from ema_server.telemetry import Telemetry
 
 logger = logging.getLogger("ema")
 
@@ -146,8 +146,8 @@ class Ingest:
             return
         slot.note(target.attempt, staging.check.check(target.offset, target.length, slot.tensor))
         self._receiver.payload(view)
-        self._telemetry.count(Counter.CHUNKS)
-        self._telemetry.count(Counter.INGEST_BYTES, target.length)
+        self._telemetry.chunks.inc()
+        self._telemetry.ingest_bytes.inc(target.length)
 
     def _forward(self) -> None:
         """Write what the machine wants to say, and pass on what it asks."""
@@ -157,11 +157,10 @@ class Ingest:
         while self._receiver.events:
             self._take_event(self._receiver.events.popleft())
         for code, count in self._receiver.rejects.items():
-            for _ in range(count):
-                self._telemetry.reject(code)
+            self._telemetry.rejects.labels(code.value).inc(count)
         self._receiver.rejects.clear()
         if self._receiver.greeted > self._greeted:
-            self._telemetry.count(Counter.CONNECTIONS, self._receiver.greeted - self._greeted)
+            self._telemetry.connections.inc(self._receiver.greeted - self._greeted)
             self._greeted = self._receiver.greeted
 
     def _take_event(self, event: e.ReceiverEvent) -> None:
@@ -182,7 +181,7 @@ class Ingest:
                 self._averager.submit(jobs.Leave(run, lost))
 
     def _submit_join(self, event: e.JoinRequested) -> None:
-        self._telemetry.count(Counter.JOINS)
+        self._telemetry.joins.inc()
 
         def answer(outcome: jobs.Joined | jobs.Refused) -> None:
             self._post(lambda: self._take_joined(event, outcome))
@@ -226,7 +225,7 @@ class Ingest:
             del self._staging[ticket]
 
     def _submit_apply(self, event: e.SnapshotReady) -> None:
-        self._telemetry.count(Counter.SNAPSHOTS)
+        self._telemetry.snapshots.inc()
         slot = self._staging[event.ticket].slots[event.slot]
         not_finite = tuple(sorted(slot.not_finite))
 
@@ -277,6 +276,6 @@ class Ingest:
             self._gauge()
 
     def _gauge(self) -> None:
-        self._telemetry.set(Gauge.SESSIONS, len(self._staging))
+        self._telemetry.sessions.set(len(self._staging))
         slots = [slot for staging in self._staging.values() for slot in staging.slots]
-        self._telemetry.set(Gauge.SLOT_BYTES, sum(len(slot.view) for slot in slots))
+        self._telemetry.slot_bytes.set(sum(len(slot.view) for slot in slots))

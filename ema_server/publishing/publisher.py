@@ -22,7 +22,7 @@ from ema_server.publishing.writer import GenerationWriter
 from ema_server.storage.catalog import Catalog, Generation
 from ema_server.storage.datadir import DataDir
 from ema_server.storage.records import BrokenGeneration, RunRecord, rfc3339
-from ema_server.telemetry import Counter, Telemetry
+from ema_server.telemetry import Telemetry
 
 logger = logging.getLogger("ema")
 
@@ -157,9 +157,9 @@ class Publisher:
 
     def _land(self, order: SealOrder | LinkOrder) -> None:
         """Carry out, answer, and do afterwards what nobody waits for."""
-        started = time.perf_counter_ns()
+        started = time.perf_counter()
         landed = self._carry_out(order)
-        self._telemetry.count(Counter.GENERATION_NS, time.perf_counter_ns() - started)
+        self._telemetry.generation_seconds.inc(time.perf_counter() - started)
         self._count(landed)
         if landed.generation is None:
             order.done(landed)
@@ -228,8 +228,8 @@ class Publisher:
 
     def _count(self, landed: PublishResult) -> None:
         if landed.generation is None:
-            self._telemetry.count(Counter.GENERATION_FAILURES)
+            self._telemetry.generation_failures.inc()
             return
-        self._telemetry.count(Counter.GENERATIONS)
+        self._telemetry.generations.inc()
         written = sum(entry.size for version in landed.generation.versions for entry in version.files)
-        self._telemetry.count(Counter.GENERATION_BYTES, written)
+        self._telemetry.generation_bytes.inc(written)

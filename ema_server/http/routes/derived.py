@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ema_server.http.body_limit import UPLOAD
+from ema_server.http.middleware import UPLOAD
 from ema_server.http.resolve import address_of
 from ema_server.http.routes.derive import delete_derived
 from ema_server.http.routes.derived_schemas import SynthesizedOut, SynthesizeIn

@@ -1,8 +1,4 @@
-"""The state of the server for Prometheus. Comes in: statuses, telemetry, request counts; goes out: the text format.
-
-Nothing is accumulated here: each scrape renders what the other threads have counted. Labels are bounded: runs,
-averages, codes, routes; never a step, a version or a worker.
-"""
+"""`GET /metrics`: the server's counters and gauges, and the status of every run, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -10,78 +6,36 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ema_server.http.services import Services
 from ema_server.publishing.ring import Ring
 from ema_server.runs.status_store import RunState, RunStatus
-from ema_server.telemetry import Counter, Gauge
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-_COUNTERS: dict[Counter, tuple[str, str, float]] = {
-    Counter.CONNECTIONS: ("ema_connections", "Connections that trainers opened", 1),
-    Counter.JOINS: ("ema_joins", "Sessions that joined a run", 1),
-    Counter.CHUNKS: ("ema_chunks", "Chunks received", 1),
-    Counter.INGEST_BYTES: ("ema_ingest_bytes", "Snapshot bytes received", 1),
-    Counter.SNAPSHOTS: ("ema_snapshots", "Whole snapshots received", 1),
-    Counter.UPDATES: ("ema_updates", "Snapshots applied to the averages", 1),
-    Counter.UPDATE_NS: ("ema_update_seconds", "Time spent applying snapshots", 1e-9),
-    Counter.QUARANTINED: ("ema_quarantined", "Snapshots refused because of NaN or Inf", 1),
-    Counter.GENERATIONS: ("ema_generations", "Generations made durable", 1),
-    Counter.GENERATION_BYTES: ("ema_generation_bytes", "Bytes of the generations made durable", 1),
-    Counter.GENERATION_NS: (
-        "ema_generation_seconds",
-        "Time from the first byte to durable, over all generations",
-        1e-9,
-    ),
-    Counter.GENERATION_FAILURES: ("ema_generation_failures", "Generations that could not be written", 1),
-}
-_GAUGES: dict[Gauge, tuple[str, str]] = {
-    Gauge.SESSIONS: ("ema_sessions", "Trainers that own a run now"),
-    Gauge.SLOT_BYTES: ("ema_slot_bytes", "Memory held by slots"),
-    Gauge.INBOX: ("ema_inbox_jobs", "Jobs waiting for the averager"),
-}
 
 
 def render(services: Services) -> bytes:
     """The whole exposition."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Snapshot(services))
-    return generate_latest(registry)
+    statuses = CollectorRegistry(auto_describe=False)
+    statuses.register(_Statuses(services))
+    return generate_latest(services.telemetry.registry) + generate_latest(statuses)
 
 
-class _Snapshot(Collector):
-    """Everything that is exposed, read at the moment of a scrape."""
+class _Statuses(Collector):
+    """The status of every run, read at the moment of a scrape. Labels are runs and averages."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
 
     def collect(self) -> Iterator[Metric]:
         labels = {"version": _release(), "kernel": self._services.kernel}
-        yield InfoMetricFamily("ema_build", "Release of the server, and what it computes with", labels)
-        yield from _process(self._services)
+        yield InfoMetricFamily("ema_build", "Release of the server, and the averaging kernel", labels)
         statuses = self._services.statuses.all()
         yield from _runs(statuses)
         yield from _rings(statuses, self._services.deriving.ring)
         yield from _averages(statuses)
-
-
-def _process(services: Services) -> Iterator[Metric]:
-    counters, gauges = services.telemetry.counters(), services.telemetry.gauges()
-    for counter, (name, text, factor) in _COUNTERS.items():
-        yield CounterMetricFamily(name, text, value=counters[counter] * factor)
-    for gauge, (name, text) in _GAUGES.items():
-        yield GaugeMetricFamily(name, text, value=gauges[gauge])
-    rejects = CounterMetricFamily("ema_rejects", "Refusals sent to trainers", labels=["code"])
-    for code, count in services.telemetry.rejects().items():
-        rejects.add_metric([code.value], count)
-    yield rejects
-    requests = CounterMetricFamily("ema_http_requests", "HTTP responses", labels=["route", "code"])
-    for (route, status), count in services.requests.all().items():
-        requests.add_metric([route, str(status)], count)
-    yield requests
 
 
 def _runs(statuses: tuple[RunStatus, ...]) -> Iterator[Metric]:

@@ -11,7 +11,6 @@ from starlette.testclient import TestClient
 from ema_proto.errors import RejectCode
 from ema_server.compute.accelerator import Accelerator
 from ema_server.http.app import create_app
-from ema_server.telemetry import Counter
 from support.backends import InlineBackend
 from support.served import Served
 
@@ -119,15 +118,18 @@ def test_a_server_that_is_stopping_is_not_ready(client: TestClient, served: Serv
 
 def test_metrics_show_what_the_other_threads_counted(client: TestClient, served: Served) -> None:
     served.publish("digits", 100, ["raw", "ema-0.9"])
-    served.telemetry.count(Counter.INGEST_BYTES, 4096)
-    served.telemetry.count(Counter.UPDATE_NS, 2_500_000_000)
-    served.telemetry.reject(RejectCode.RUN_IN_USE)
+    served.telemetry.ingest_bytes.inc(4096)
+    served.telemetry.update_seconds.inc(2.5)
+    served.telemetry.rejects.labels(RejectCode.RUN_IN_USE.value).inc()
 
     found = samples(client.get("/metrics").text)
 
     assert found["ema_ingest_bytes_total", ""] == 4096
     assert found["ema_update_seconds_total", ""] == 2.5
     assert found["ema_rejects_total", "code=run_in_use"] == 1
+    assert {labels for name, labels in found if name == "ema_rejects_total"} == {
+        f"code={code.value}" for code in RejectCode
+    }
     assert found["ema_run_step", "run=digits"] == 100
     assert found["ema_run_state", "run=digits,state=active"] == 1
     assert found["ema_average_step", "average=ema-0.9,run=digits"] == 100
