@@ -145,7 +145,7 @@ class Session:
     def _tell_lengths(self) -> None:
         for rule in self.settings.averages:
             if isinstance(rule, Ema) and needed_of(rule) is not None:
-                steps = half_life_steps(rule, self.settings.pace)
+                steps = half_life_steps(rule, self.settings.step_units)
                 text = "ema: average %s has a half-life of %g steps, a decay of %.10g at each"
                 log.info(text, rule.name, steps, 0.5 ** (1 / steps))
 

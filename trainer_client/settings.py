@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, SupportsIndex, cast, get_args
 
 from ema_proto.averages.specs import AverageSpec, parse_averages, split_averages
-from ema_proto.averages.step_units import StepUnits, check_pace
+from ema_proto.averages.step_units import StepUnits, check_step_units
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import CONFIG_BYTES_MAX, STEP_MAX
 from ema_proto.names import check_name
@@ -53,7 +53,7 @@ class Settings:
     run: str
     run_generated: bool
     averages: tuple[AverageSpec, ...]
-    pace: StepUnits
+    step_units: StepUnits
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     trainable_only: bool
@@ -110,7 +110,7 @@ class Settings:
             run=_generated_run() if named is None else _run(named),
             run_generated=named is None,
             averages=rules,
-            pace=_pace(
+            step_units=_step_units(
                 rules,
                 _number(samples_per_step, environ, "EMA_SAMPLES_PER_STEP"),
                 _number(steps_per_epoch, environ, "EMA_STEPS_PER_EPOCH"),
@@ -240,13 +240,15 @@ def _number(value: float | None, environ: Mapping[str, str], variable: str) -> f
         raise SettingsError(f"{variable}={text!r} is not a number: use for example {variable}=256") from None
 
 
-def _pace(rules: tuple[AverageSpec, ...], samples_per_step: float | None, steps_per_epoch: float | None) -> StepUnits:
+def _step_units(
+    rules: tuple[AverageSpec, ...], samples_per_step: float | None, steps_per_epoch: float | None
+) -> StepUnits:
     try:
-        pace = StepUnits(samples_per_step, steps_per_epoch)
-        check_pace(rules, pace)
+        units = StepUnits(samples_per_step, steps_per_epoch)
+        check_step_units(rules, units)
     except LocalProtocolError as error:
         raise SettingsError(str(error)) from None
-    return pace
+    return units
 
 
 def _patterns(name: str, given: Iterable[str] | str) -> tuple[str, ...]:

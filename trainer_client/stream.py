@@ -78,7 +78,7 @@ class Stream:
             incarnation=settings.incarnation,
             checksum=settings.checksum,
             config=settings.config,
-            pace=settings.pace,
+            step_units=settings.step_units,
         )
         # Slots made in inference mode could not be written outside it.
         with torch.inference_mode(False):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ema_proto.averages.rules import AverageSpec, check_matches
-from ema_proto.averages.step_units import check_pace
+from ema_proto.averages.step_units import check_step_units
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import AVERAGES_MAX
 from ema_server.averager.active_run import ActiveRun, Outcome, PublishRequest
@@ -107,7 +107,7 @@ class AverageEditor:
             text = f"run {run.name!r} has {len(run.averages)} averages, the most that a run may have: remove one first"
             return Unchanged(WhyNot.CONFLICT, text)
         try:
-            check_pace([rule], run.pace)
+            check_step_units([rule], run.step_units)
             names = [tensor.name for tensor in run.manifest.tensors]
             check_matches([rule], names, [average.rule for average in run.averages])
         except LocalProtocolError as error:

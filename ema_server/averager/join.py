@@ -172,7 +172,7 @@ class JoinHandler:
         run = load_run(generation, averages, self.device)
         if old is not None:
             run.every, run.config = old.every, old.config
-            run.tell(old.pace)
+            run.set_step_units(old.step_units)
         course.saved, course.generation = run.mark, generation
         course.begun_at, course.begun_step = self.courses.clock(), generation.step
         self.flights.publisher.submit(CutOrder(course.name, generation.step))
@@ -191,7 +191,7 @@ class JoinHandler:
         course.quarantine = None
         course.rate.reset()
         run.every = job.join.every
-        run.tell(job.join.pace)
+        run.set_step_units(job.join.step_units)
         run.config = job.join.config if job.join.config is not None else run.config
         self.courses.show(course)
         steps = (run.last_step, course.published_step)

@@ -13,7 +13,7 @@ from ema_server.runs.average import Average
 from ema_server.runs.run import Run
 from ema_server.runs.status_store import AverageStatus, RunState, RunStatus
 from ema_server.storage.catalog import Generation
-from ema_server.storage.records import AverageRecord, GenerationRecord, pace_of
+from ema_server.storage.records import AverageRecord, GenerationRecord, newest_step_units
 
 
 def status_in_memory(course: ActiveRun, run: Run) -> RunStatus:
@@ -36,7 +36,7 @@ def status_in_memory(course: ActiveRun, run: Run) -> RunStatus:
         snapshot_bytes=run.manifest.nbytes,
         memory_bytes=run.memory_bytes,
         publish_error=course.publish_error,
-        averages=tuple(_average_status(a, a.rule, a.ledger, run.pace) for a in run.averages),
+        averages=tuple(_average_status(a, a.rule, a.ledger, run.step_units) for a in run.averages),
     )
 
 
@@ -68,7 +68,10 @@ def status_on_disk(generation: Generation, record: GenerationRecord, manifest: M
         publish_error=None,
         averages=tuple(
             _average_status(
-                kept, parse_average(kept.spec, name=kept.name), Ledger.from_json(kept.ledger), pace_of(run.paces)
+                kept,
+                parse_average(kept.spec, name=kept.name),
+                Ledger.from_json(kept.ledger),
+                newest_step_units(run.step_units_history),
             )
             for kept in run.averages
         ),
@@ -77,10 +80,10 @@ def status_on_disk(generation: Generation, record: GenerationRecord, manifest: M
 
 
 def _average_status(
-    average: Average | AverageRecord, rule: AverageSpec, ledger: Ledger, pace: StepUnits
+    average: Average | AverageRecord, rule: AverageSpec, ledger: Ledger, units: StepUnits
 ) -> AverageStatus:
     step = ledger.last_step
-    decay, half_life_steps = (None, None) if step is None else shown_reach(rule, step, ledger.origin, pace)
+    decay, half_life_steps = (None, None) if step is None else shown_reach(rule, step, ledger.origin, units)
     return AverageStatus(
         name=rule.name,
         spec=rule.spec,

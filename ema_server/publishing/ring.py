@@ -98,7 +98,7 @@ class Ring:
         self._on_cut.append(on_cut)
 
     def due_at(self, run: str, begun_step: int) -> int | None:
-        """The step at which a run with power averages is due for a snapshot; None where publications set the pace.
+        """The step at which a run with power averages is due for a snapshot; None where each generation is one.
 
         Args:
             run: its name.

@@ -16,7 +16,7 @@ from ema_server.rules.weights import Span, points, weight_of
 _NEGLIGIBLE = 2.0**-64  # what all older steps weigh together then is nothing in float64
 
 
-def shares_of(rule: AverageSpec, ledger: Ledger, pace_at: Callable[[int], StepUnits]) -> Iterator[tuple[int, float]]:
+def shares_of(rule: AverageSpec, ledger: Ledger, units_at: Callable[[int], StepUnits]) -> Iterator[tuple[int, float]]:
     """Each step inside an average with its share in it, newest first; steps that have none are left out.
 
     The shares add up to 1, within 2**-64 and float64's rounding. The average is the sum, in float64, of the weights of
@@ -25,20 +25,20 @@ def shares_of(rule: AverageSpec, ledger: Ledger, pace_at: Callable[[int], StepUn
     Args:
         rule: the average's rule.
         ledger: its steps.
-        pace_at: what the trainer had told of its steps when it took one.
+        units_at: what the trainer had told of its steps when it took one.
 
     Raises:
-        ValueError: the rule needs a pace that is not known.
+        ValueError: the rule needs step units that are not known.
     """
     if isinstance(rule, Window):
         return _window(rule, ledger)
-    return _blended(rule, ledger, pace_at)
+    return _blended(rule, ledger, units_at)
 
 
-def _blended(rule: AverageSpec, ledger: Ledger, pace_at: Callable[[int], StepUnits]) -> Iterator[tuple[int, float]]:
+def _blended(rule: AverageSpec, ledger: Ledger, units_at: Callable[[int], StepUnits]) -> Iterator[tuple[int, float]]:
     left = 1.0
     for now, then in _newest_first(ledger):
-        weight = None if then is None else weight_of(rule, Span(then, now, ledger.origin), pace_at(now))
+        weight = None if then is None else weight_of(rule, Span(then, now, ledger.origin), units_at(now))
         share = left if weight is None else left * weight
         if share:
             yield now, share

@@ -1,7 +1,7 @@
 """How much of an exponential moving average is left after some steps. Float64, no tensor.
 
-Comes in: the rule, the trainer's pace, and two times `n` of the rule: steps since it stopped copying. Goes out: the
-share of the new weights. Products of decays are sums of logarithms, and decays near 1 are never subtracted from it.
+`n` counts the steps since the rule stopped copying. Products of decays are sums of logarithms, and decays near 1 are
+never subtracted from it.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ class _Phase(Enum):
     SETTLED = "settled"
 
 
-def log_decay(rule: Ema, pace: StepUnits) -> float:
+def log_decay(rule: Ema, units: StepUnits) -> float:
     """Natural logarithm of the rule's decay for one step, without its warm-up; -inf for 0, 0 for an endless half-life.
 
     Raises:
-        ValueError: the rule needs a pace that is not known.
+        ValueError: the rule needs step units that are not known.
     """
     if rule.decay is not None:
         return math.log(rule.decay) if rule.decay > 0 else -math.inf
-    half_life = half_life_steps(rule, pace)
+    half_life = half_life_steps(rule, units)
     return -_LN2 / half_life if half_life > 0 else -math.inf
 
 
-def weight_between(rule: Ema, then: int, now: int, pace: StepUnits) -> float:
+def weight_between(rule: Ema, then: int, now: int, units: StepUnits) -> float:
     """One minus the product of the decays of the steps `n` in (then, now], both 0 or more; at most 1."""
     if rule.warmup is None and rule.decay is not None and now == then + 1:
         return 1.0 - rule.decay
-    constant = log_decay(rule, pace)
+    constant = log_decay(rule, units)
     if rule.warmup == "debias":
         return _debiased(constant, then, now)
     if rule.warmup == "tf":

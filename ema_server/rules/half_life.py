@@ -18,17 +18,17 @@ class Reach:
     half_life_steps: float
 
 
-def reach_now(rule: AverageSpec, step: int, origin: int, pace: StepUnits) -> Reach | None:
+def reach_now(rule: AverageSpec, step: int, origin: int, units: StepUnits) -> Reach | None:
     """The reach of an average at `step`; None for `raw` and windows, which have no decay.
 
     Args:
         rule: its rule.
         step: the last applied step.
         origin: the steps already taken when the average began.
-        pace: what the trainer told of its steps.
+        units: samples per step and steps per epoch, as the trainer gave them.
 
     Raises:
-        ValueError: the rule needs a pace that is not known.
+        ValueError: the rule needs step units that are not known.
     """
     if isinstance(rule, Raw | Window):
         return None
@@ -36,20 +36,20 @@ def reach_now(rule: AverageSpec, step: int, origin: int, pace: StepUnits) -> Rea
         held = points(rule.every, max(origin, rule.start - 1), step)
         return _reach(math.log1p(-1 / held) / rule.every if held > 1 else -math.inf)
     now = max(step, origin + 1)
-    weight = weight_of(rule, Span(now - 1, now, origin), pace)
+    weight = weight_of(rule, Span(now - 1, now, origin), units)
     return _reach(-math.inf if weight is None else math.log1p(-weight))
 
 
-def shown_reach(rule: AverageSpec, step: int, origin: int, pace: StepUnits) -> tuple[float | None, float | None]:
+def shown_reach(rule: AverageSpec, step: int, origin: int, units: StepUnits) -> tuple[float | None, float | None]:
     """Decay and half-life as they are shown wherever a rule is; None is what there is none of, or no end to.
 
     It never raises: a figure for people that cannot be told must not stop the averaging.
     """
     needed = needed_of(rule)
-    if needed is not None and getattr(pace, needed) is None:
+    if needed is not None and getattr(units, needed) is None:
         return None, None
     try:
-        reach = reach_now(rule, step, origin, pace)
+        reach = reach_now(rule, step, origin, units)
     except (ArithmeticError, ValueError):
         return None, None
     if reach is None:

@@ -47,7 +47,7 @@ def points(every: int, then: int, now: int) -> int:
     return max(0, now // every - then // every)
 
 
-def weight_of(rule: AverageSpec, span: Span, pace: StepUnits = UNKNOWN) -> float | None:
+def weight_of(rule: AverageSpec, span: Span, units: StepUnits = UNKNOWN) -> float | None:
     """Share of the snapshot in the updated average, in (0, 1), or 0 where it is left as it is.
 
     None where the snapshot replaces it: always with the first snapshot, unless the rule begins from the weights of
@@ -56,15 +56,15 @@ def weight_of(rule: AverageSpec, span: Span, pace: StepUnits = UNKNOWN) -> float
     Args:
         rule: the averaging rule, of any kind but `Window`, whose mean is no function of the average before.
         span: the steps that the snapshot stands for.
-        pace: what the trainer told of its steps.
+        units: samples per step and steps per epoch, as the trainer gave them.
 
     Raises:
-        ValueError: the rule is a `Window`, or needs a pace that is not known.
+        ValueError: the rule is a `Window`, or needs step units that are not known.
     """
     if isinstance(rule, Raw):
         return None
     if isinstance(rule, Ema):
-        weight = _ema(rule, span, pace)
+        weight = _ema(rule, span, units)
     elif span.then <= span.origin:
         weight = None
     elif isinstance(rule, PowerEma):
@@ -78,13 +78,13 @@ def weight_of(rule: AverageSpec, span: Span, pace: StepUnits = UNKNOWN) -> float
     return None if weight is None or weight >= 1.0 else weight
 
 
-def _ema(rule: Ema, span: Span, pace: StepUnits) -> float | None:
+def _ema(rule: Ema, span: Span, units: StepUnits) -> float | None:
     """Averaging begins from the copy at `n` 0, or with `init=first` at `n` 1."""
     begun = span.origin + rule.update_after
     then, now = span.then - begun, span.now - begun
     if now <= 0 or then < 0 or (then == 0 and rule.init == "first"):
         return None
-    return weight_between(rule, then, now, pace)
+    return weight_between(rule, then, now, units)
 
 
 def _power(gamma: float, span: Span) -> float:

@@ -82,14 +82,16 @@ class Average:
         )
         return (*snapshots, Holding(self.memory, self.form, self.files if is_kept else (), False))
 
-    def advance(self, number: int, step: int, gap_steps: int, pace: StepUnits, *, replaces: bool) -> tuple[Target, ...]:
+    def advance(
+        self, number: int, step: int, gap_steps: int, units: StepUnits, *, replaces: bool
+    ) -> tuple[Target, ...]:
         """Take note of the snapshot of `step`; what the kernel is to do with it.
 
         Args:
             number: the average's bit in the segments' masks.
             step: of the snapshot.
             gap_steps: steps that were due before it and are missing.
-            pace: what the trainer told of its steps.
+            units: samples per step and steps per epoch, as the trainer gave them.
             replaces: the snapshot replaces the average whatever the rule says; the first one always does.
         """
         then = None if replaces else self.ledger.last_step
@@ -98,7 +100,7 @@ class Average:
         if isinstance(self.rule, Window):
             targets = self._slide(self.rule, number, then, step)
         else:
-            weight = None if then is None else weight_of(self.rule, Span(then, step, self.ledger.origin), pace)
+            weight = None if then is None else weight_of(self.rule, Span(then, step, self.ledger.origin), units)
             left = 0.0 if weight is None else 1.0 - weight
             self.initial_share = 1.0 if then is None else left * self.initial_share
             self.age_steps = 0.0 if then is None else left * (self.age_steps + step - then)

@@ -53,7 +53,7 @@ def load_run(generation: Generation, old: Mapping[str, Average], device: Device)
         gap_steps=run.gap_steps,
         quarantined=run.quarantined,
         removed=run.removed,
-        paces=run.paces,
+        step_units_history=run.step_units_history,
     )
 
 

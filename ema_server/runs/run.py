@@ -20,12 +20,12 @@ from ema_server.compute.kernel import BlockSink
 from ema_server.compute.pool import WorkerPool
 from ema_server.rules.ledger import Ledger
 from ema_server.runs.average import Average, Holding, needed_nbytes, new_average
-from ema_server.storage.records import PaceRecord, RemovedRecord, RunRecord, pace_of
+from ema_server.storage.records import RemovedRecord, RunRecord, StepUnitsRecord, newest_step_units
 from ema_server.tensors.layout import Segment
 from ema_server.tensors.selection import segments_for
 
 REMOVED_MAX = 1000  # trainers that list one of them still are few, and every generation carries them
-PACES_MAX = 1000  # sessions that change it are few, likewise
+STEP_UNITS_MAX = 1000  # sessions that change it are few, likewise
 
 
 @dataclass(slots=True)
@@ -34,8 +34,8 @@ class Run:
 
     `ledger` has every applied step, whatever averages there were at the time; its origin is the steps already taken
     when the run was first joined. `created` in RFC 3339; `config` the text of its versions' `config.json`. `removed`
-    are averages that it had, `paces` what trainers told of their steps, oldest first; `edits` counts, since the run
-    came into memory, how often its averages were others.
+    are averages that it had. `step_units_history` has the units that trainers gave, oldest first. `edits` counts the
+    changes of its averages since the run came into memory.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Run:
     applied: int = 0
     gap_steps: int = 0
     quarantined: int = 0
-    paces: tuple[PaceRecord, ...] = ()
+    step_units_history: tuple[StepUnitsRecord, ...] = ()
     removed: tuple[RemovedRecord, ...] = ()
     edits: int = 0
     segments: tuple[Segment, ...] = field(init=False)
@@ -74,9 +74,9 @@ class Run:
         return self.ledger.tail(RECENT_STEPS)
 
     @property
-    def pace(self) -> StepUnits:
+    def step_units(self) -> StepUnits:
         """What the trainer told of its steps."""
-        return pace_of(self.paces)
+        return newest_step_units(self.step_units_history)
 
     @property
     def mark(self) -> tuple[int, int]:
@@ -129,14 +129,14 @@ class Run:
         self.averages = tuple(other for other in self.averages if other is not average)
         self._lay_out()
 
-    def tell(self, pace: StepUnits) -> None:
-        """Count with this pace from the next step on; what it leaves open stays as it was."""
-        now = pace.over(self.pace)
-        if now != self.pace:
+    def set_step_units(self, units: StepUnits) -> None:
+        """Apply these step units from the next step; unset fields keep their values."""
+        units = self.step_units.updated(units)
+        if units != self.step_units:
             from_step = 1 + (self.ledger.origin if self.last_step is None else self.last_step)
-            before = tuple(told for told in self.paces if told.from_step < from_step)
-            told = PaceRecord(from_step, now.samples_per_step, now.steps_per_epoch)
-            self.paces = (*before, told)[-PACES_MAX:]
+            earlier = tuple(record for record in self.step_units_history if record.from_step < from_step)
+            newest = StepUnitsRecord(from_step, units.samples_per_step, units.steps_per_epoch)
+            self.step_units_history = (*earlier, newest)[-STEP_UNITS_MAX:]
 
     def apply(self, pool: WorkerPool, step: int, mode: Mode, snapshot: torch.Tensor, sink: BlockSink | None) -> None:
         """Bring the snapshot of `step` into every average.
@@ -160,7 +160,7 @@ class Run:
         targets = [
             target
             for number, average in enumerate(self.averages)
-            for target in average.advance(number, step, missing, self.pace, replaces=replaces)
+            for target in average.advance(number, step, missing, self.step_units, replaces=replaces)
         ]
         self.applied += 1
         self.gap_steps += missing
@@ -181,7 +181,7 @@ class Run:
             quarantined=self.quarantined,
             averages=tuple(average.record() for average in self.present),
             removed=self.removed,
-            paces=self.paces,
+            step_units_history=self.step_units_history,
         )
 
     def _lay_out(self) -> None:

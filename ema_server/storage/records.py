@@ -63,30 +63,30 @@ class RemovedRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class PaceRecord:
-    """What the trainer told of its steps; snapshots of `from_step` and later were counted with it."""
+class StepUnitsRecord:
+    """Step units as the trainer gave them; they apply to snapshots of `from_step` and later."""
 
     from_step: int
     samples_per_step: float | None
     steps_per_epoch: float | None
 
     @property
-    def pace(self) -> StepUnits:
-        """The pace itself."""
+    def step_units(self) -> StepUnits:
+        """The units as the rules take them."""
         return StepUnits(self.samples_per_step, self.steps_per_epoch)
 
 
-def pace_of(paces: Sequence[PaceRecord]) -> StepUnits:
-    """The newest of them."""
-    return paces[-1].pace if paces else UNKNOWN
+def newest_step_units(history: Sequence[StepUnitsRecord]) -> StepUnits:
+    """The last units of the history; unknown where it is empty."""
+    return history[-1].step_units if history else UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """A run as it stood at `step`: everything a restart needs besides the averages' own bytes.
 
-    `created` is when the run was first joined, in RFC 3339; `ledger`, as JSON values, has every applied step; `paces`,
-    oldest first, all that the trainers told of their steps.
+    `created` is when the run was first joined, in RFC 3339; `ledger`, as JSON values, has every applied step;
+    `step_units_history` (`paces` in the files) the units that trainers gave, oldest first.
     """
 
     run: str
@@ -101,7 +101,7 @@ class RunRecord:
     quarantined: int
     averages: tuple[AverageRecord, ...]
     removed: tuple[RemovedRecord, ...]
-    paces: tuple[PaceRecord, ...]
+    step_units_history: tuple[StepUnitsRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,9 @@ def version_bytes(record: RunRecord, average: AverageRecord, created: str, files
     `decay` and `half_life_steps` are what the rule came to at the version's step: they follow from what else is there.
     """
     rule = parse_average(average.spec, name=average.name)
-    decay, half_life_steps = shown_reach(rule, record.step, int(average.ledger["origin"]), pace_of(record.paces))
+    decay, half_life_steps = shown_reach(
+        rule, record.step, int(average.ledger["origin"]), newest_step_units(record.step_units_history)
+    )
     content = {
         "run": record.run,
         "average": average.name,
@@ -149,7 +151,7 @@ def version_bytes(record: RunRecord, average: AverageRecord, created: str, files
         "updates": average.updates,
         "gap_steps": average.gap_steps,
         "ledger": average.ledger,
-        "paces": [asdict(told) for told in record.paces],
+        "paces": [asdict(units) for units in record.step_units_history],
         "files": [asdict(entry) for entry in files],
     }
     return identified(content, created)
@@ -182,7 +184,7 @@ def generation_bytes(record: GenerationRecord) -> bytes:
             "counters": {"applied": run.applied, "gap_steps": run.gap_steps, "quarantined": run.quarantined},
             "averages": [asdict(average) for average in run.averages],
             "removed": [asdict(average) for average in run.removed],
-            "paces": [asdict(told) for told in run.paces],
+            "paces": [asdict(units) for units in run.step_units_history],
             "files": {path: {"size": entry.size, "sha256": entry.sha256} for path, entry in record.files.items()},
         }
     )
@@ -242,17 +244,17 @@ def _run_record(value: Mapping[str, Any]) -> RunRecord:
         quarantined=int(counters["quarantined"]),
         averages=tuple(_average_record(average) for average in value["averages"]),
         removed=tuple(RemovedRecord(str(gone["name"]), str(gone["spec"])) for gone in value["removed"]),
-        paces=tuple(_pace_record(told) for told in value["paces"]),
+        step_units_history=tuple(_step_units_record(units) for units in value["paces"]),
     )
 
 
-def _pace_record(value: Mapping[str, Any]) -> PaceRecord:
-    told = PaceRecord(int(value["from_step"]), value["samples_per_step"], value["steps_per_epoch"])
+def _step_units_record(value: Mapping[str, Any]) -> StepUnitsRecord:
+    record = StepUnitsRecord(int(value["from_step"]), value["samples_per_step"], value["steps_per_epoch"])
     try:
-        _ = told.pace
+        _ = record.step_units
     except LocalProtocolError as error:
         raise ValueError(str(error)) from None
-    return told
+    return record
 
 
 def _average_record(value: Mapping[str, Any]) -> AverageRecord:

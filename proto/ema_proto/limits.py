@@ -36,7 +36,7 @@ PATTERNS_MAX = 256  # of all averages of a run: each of them is compared with ea
 NAME_CHARS_MAX = 96  # the Hugging Face Hub's limit for one part of a repository id
 
 STEP_MAX = (1 << 53) - 1  # exact in every JSON reader
-QUANTITY_MIN = 1e-9  # lengths, paces and the like: their quotients and products stay far from what no float holds
+QUANTITY_MIN = 1e-9  # lengths, step units and the like: their quotients and products stay far from what no float holds
 QUANTITY_MAX = 1e15  # likewise, and beyond it nothing differs in any run
 
 CREDIT_WINDOW_CHUNKS = 8  # 2 to 4 already saturate loopback; twice that covers scheduling

@@ -18,10 +18,10 @@ from ema_proto.averages.step_units import StepUnits
 Shares = npt.NDArray[np.float64]
 
 
-def dense_shares(rule: AverageSpec, origin: int, steps: int, pace: StepUnits) -> list[Shares]:
+def dense_shares(rule: AverageSpec, origin: int, steps: int, units: StepUnits) -> list[Shares]:
     """The shares after 0, 1, ... `steps` steps."""
     if isinstance(rule, Ema):
-        return _exponential(rule, steps, pace)
+        return _exponential(rule, steps, units)
     if isinstance(rule, PowerEma):
         return _power(rule, steps)
     return [_mean(rule, origin, time, steps) for time in range(steps + 1)]
@@ -33,8 +33,8 @@ def _only(index: int, steps: int) -> Shares:
     return shares
 
 
-def _exponential(rule: Ema, steps: int, pace: StepUnits) -> list[Shares]:
-    constant = _constant(rule, pace)
+def _exponential(rule: Ema, steps: int, units: StepUnits) -> list[Shares]:
+    constant = _constant(rule, units)
     shares = _only(0, steps)
     history, from_zero = [shares], np.zeros(steps + 1)
     for time in range(1, steps + 1):
@@ -46,32 +46,32 @@ def _exponential(rule: Ema, steps: int, pace: StepUnits) -> list[Shares]:
             from_zero = constant * from_zero + (1 - constant) * _only(time, steps)
             shares = from_zero / from_zero.sum()
         else:
-            decay = _decay(rule, constant, n, pace)
+            decay = _decay(rule, constant, n, units)
             shares = decay * shares + (1 - decay) * _only(time, steps)
         history.append(shares)
     return history
 
 
-def _constant(rule: Ema, pace: StepUnits) -> float:
+def _constant(rule: Ema, units: StepUnits) -> float:
     if rule.decay is not None:
         return rule.decay
-    return float(2 ** (-1 / _half_life(rule, pace)))
+    return float(2 ** (-1 / _half_life(rule, units)))
 
 
-def _half_life(rule: Ema, pace: StepUnits) -> float:
+def _half_life(rule: Ema, units: StepUnits) -> float:
     if rule.half_life is not None:
         return rule.half_life
     if rule.half_life_samples is not None:
-        assert pace.samples_per_step is not None
-        return rule.half_life_samples / pace.samples_per_step
+        assert units.samples_per_step is not None
+        return rule.half_life_samples / units.samples_per_step
     if rule.half_life_epochs is not None:
-        assert pace.steps_per_epoch is not None
-        return rule.half_life_epochs * pace.steps_per_epoch
+        assert units.steps_per_epoch is not None
+        return rule.half_life_epochs * units.steps_per_epoch
     assert rule.decay is not None
     return math.log(0.5) / math.log(rule.decay) if rule.decay else 0.0
 
 
-def _decay(rule: Ema, constant: float, n: int, pace: StepUnits) -> float:
+def _decay(rule: Ema, constant: float, n: int, units: StepUnits) -> float:
     if rule.warmup == "timm":
         return max(min(1 - float((1 + (n - 1) / rule.gamma) ** -rule.power), constant), rule.min_decay)
     if rule.warmup == "tf":
@@ -79,7 +79,7 @@ def _decay(rule: Ema, constant: float, n: int, pace: StepUnits) -> float:
     if rule.warmup == "exponential":
         return constant * (1 - math.exp(-n / rule.tau))
     if rule.warmup == "half_life":
-        half_life = min(_half_life(rule, pace), rule.fraction * n)
+        half_life = min(_half_life(rule, units), rule.fraction * n)
         return float(2 ** (-1 / half_life)) if half_life else 0.0
     return constant
 

@@ -35,7 +35,7 @@ EXAMPLES: dict[str, m.Message] = {
         incarnation=3,
         checksum=True,
         config='{"hidden": 64, "name": "größe"}\n',
-        pace=StepUnits(samples_per_step=256, steps_per_epoch=5004.5),
+        step_units=StepUnits(samples_per_step=256, steps_per_epoch=5004.5),
     ),
     "begin": m.Begin(1001, 1),
     "begin of a set": m.Begin(1001, 2, "set"),

@@ -149,12 +149,21 @@ class ServerCore:
         reconnect: bool = False,
         config: str | None = None,
         world: int = 1,
-        pace: StepUnits = UNKNOWN,
+        step_units: StepUnits = UNKNOWN,
     ) -> Joined | Refused:
         """Join a run."""
         specs = parse_averages(averages)
         asked = messages.Join(
-            run, first_step, manifest, specs, every, resume, reconnect=reconnect, config=config, world=world, pace=pace
+            run,
+            first_step,
+            manifest,
+            specs,
+            every,
+            resume,
+            reconnect=reconnect,
+            config=config,
+            world=world,
+            step_units=step_units,
         )
         answer: Joined | Refused = self._ask(lambda reply: Join(run, asked, reply))
         if isinstance(answer, Joined):

@@ -42,7 +42,7 @@ _RULES = [
     "wsd:start=10,steps=60,shape=cosine",
     "wsd:start=3,steps=37,shape=sqrt",
 ]
-_PACE = StepUnits(samples_per_step=32, steps_per_epoch=11)
+_UNITS = StepUnits(samples_per_step=32, steps_per_epoch=11)
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +89,15 @@ def test_a_version_holds_each_step_with_the_share_that_its_rule_gives_it(
     server: ServerProcess, run: str, sent: int
 ) -> None:
     """A snapshot that stands for four steps has the shares of all four."""
-    model, pace = _OneHot(), {"samples_per_step": 32, "steps_per_epoch": 11}
-    with _client(server, run, _RULES, every=sent, **pace) as ema:
+    model, units = _OneHot(), {"samples_per_step": 32, "steps_per_epoch": 11}
+    with _client(server, run, _RULES, every=sent, **units) as ema:
         assert ema.set(model)
         for step in range(1, _STEPS + 1):
             ema.update(model.at(step))
 
     for spec in _RULES:
         rule = parse_average(spec)
-        dense = dense_shares(rule, 0, _STEPS, _PACE)[_STEPS]
+        dense = dense_shares(rule, 0, _STEPS, _UNITS)[_STEPS]
         expected = np.zeros(_STEPS + 1)
         expected[0] = dense[0]
         expected[sent::sent] = dense[1:].reshape(-1, sent).sum(axis=1)
@@ -152,7 +152,7 @@ def test_the_decay_that_a_length_in_samples_or_epochs_comes_to_is_told_when_join
 def test_a_length_at_the_end_of_its_range_is_averaged_with_and_what_lies_beyond_is_refused_at_once(
     server: ServerProcess, run: str
 ) -> None:
-    """Its quotient with the pace is no step at all; neither end may stumble over that later."""
+    """Divided by the samples per step it is less than any step; neither end may stumble over that later."""
     model = _OneHot()
     with _client(server, run, ["ema:half_life_samples=1e-9,name=none"], samples_per_step=9e14) as ema:
         for step in (1, 2, 3):

@@ -41,12 +41,12 @@ def _settings(environ: dict[str, str] | None = None, **given: Any) -> Settings:
     return Settings.of({} if environ is None else environ, **{**_GIVEN, **given})
 
 
-def test_the_pace_is_an_argument_or_a_variable() -> None:
+def test_step_units_come_from_arguments_or_variables() -> None:
     environ = {"EMA_SAMPLES_PER_STEP": "256", "EMA_STEPS_PER_EPOCH": "1e3"}
 
-    assert _settings(environ).pace == StepUnits(256, 1000)
-    assert _settings(environ, samples_per_step=64).pace == StepUnits(64, 1000)
-    assert _settings({"EMA_SAMPLES_PER_STEP": ""}).pace == StepUnits()
+    assert _settings(environ).step_units == StepUnits(256, 1000)
+    assert _settings(environ, samples_per_step=64).step_units == StepUnits(64, 1000)
+    assert _settings({"EMA_SAMPLES_PER_STEP": ""}).step_units == StepUnits()
     with pytest.raises(SettingsError, match="EMA_STEPS_PER_EPOCH='many' is not a number"):
         _settings({"EMA_STEPS_PER_EPOCH": "many"})
     with pytest.raises(SettingsError, match=r"samples_per_step 0 is not a number in \[1e-9, 1e15\)"):

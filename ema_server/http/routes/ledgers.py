@@ -14,7 +14,7 @@ from ema_server.http.problems import Code, Problem
 from ema_server.rules.contributions import shares_of
 from ema_server.rules.ledger import Ledger
 from ema_server.storage.catalog import Catalog, Version, VersionGone
-from ema_server.storage.records import VERSION_FILE, BrokenGeneration, PaceRecord, pace_of, read_json
+from ema_server.storage.records import VERSION_FILE, BrokenGeneration, StepUnitsRecord, newest_step_units, read_json
 
 _PIECE = 1000  # steps
 
@@ -59,13 +59,13 @@ def _ledger_json(version: Version, written: Mapping[str, Any], tail: int | None)
         "step": version.step,
         "origin": ledger.origin,
     }
-    paces = [PaceRecord(**told) for told in written["paces"]]
-    return _pieces(head, islice(shares_of(rule, ledger, _pace_at(paces)), tail))
+    history = [StepUnitsRecord(**units) for units in written["paces"]]
+    return _pieces(head, islice(shares_of(rule, ledger, _step_units_at(history)), tail))
 
 
-def _pace_at(paces: Sequence[PaceRecord]) -> Callable[[int], StepUnits]:
-    starts = [told.from_step for told in paces]
-    return lambda step: pace_of(paces[: max(1, bisect_right(starts, step))])
+def _step_units_at(history: Sequence[StepUnitsRecord]) -> Callable[[int], StepUnits]:
+    starts = [units.from_step for units in history]
+    return lambda step: newest_step_units(history[: max(1, bisect_right(starts, step))])
 
 
 def _pieces(head: dict[str, Any], steps: Iterator[tuple[int, float]]) -> Iterator[str]:

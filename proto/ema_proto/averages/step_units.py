@@ -33,10 +33,10 @@ class StepUnits:
                 raise LocalProtocolError(f"{name} {value!r} is not a number in [1e-9, 1e15): say how many")
             object.__setattr__(self, name, float(value))
 
-    def over(self, before: StepUnits) -> StepUnits:
-        """This pace, with what it leaves open as it was before."""
-        samples = before.samples_per_step if self.samples_per_step is None else self.samples_per_step
-        return StepUnits(samples, before.steps_per_epoch if self.steps_per_epoch is None else self.steps_per_epoch)
+    def updated(self, newer: StepUnits) -> StepUnits:
+        """These units with the fields that `newer` sets."""
+        samples = self.samples_per_step if newer.samples_per_step is None else newer.samples_per_step
+        return StepUnits(samples, self.steps_per_epoch if newer.steps_per_epoch is None else newer.steps_per_epoch)
 
 
 UNKNOWN = StepUnits()
@@ -51,7 +51,7 @@ def needed_of(rule: AverageSpec) -> str | None:
     return "steps_per_epoch" if rule.half_life_epochs is not None else None
 
 
-def half_life_steps(rule: Ema, pace: StepUnits) -> float:
+def half_life_steps(rule: Ema, units: StepUnits) -> float:
     """The half-life that the rule was given, in steps.
 
     Raises:
@@ -59,14 +59,14 @@ def half_life_steps(rule: Ema, pace: StepUnits) -> float:
     """
     if rule.half_life is not None:
         return rule.half_life
-    if rule.half_life_samples is not None and pace.samples_per_step is not None:
-        return rule.half_life_samples / pace.samples_per_step
-    if rule.half_life_epochs is not None and pace.steps_per_epoch is not None:
-        return rule.half_life_epochs * pace.steps_per_epoch
+    if rule.half_life_samples is not None and units.samples_per_step is not None:
+        return rule.half_life_samples / units.samples_per_step
+    if rule.half_life_epochs is not None and units.steps_per_epoch is not None:
+        return rule.half_life_epochs * units.steps_per_epoch
     raise ValueError(f"average {rule.name!r} ({rule.spec}) has no half-life in steps without {needed_of(rule)}")
 
 
-def check_pace(rules: Iterable[AverageSpec], pace: StepUnits) -> None:
+def check_step_units(rules: Iterable[AverageSpec], units: StepUnits) -> None:
     """Refuse rules whose unit the trainer has not told.
 
     Raises:
@@ -74,7 +74,7 @@ def check_pace(rules: Iterable[AverageSpec], pace: StepUnits) -> None:
     """
     for rule in rules:
         needed = needed_of(rule)
-        if needed is not None and getattr(pace, needed) is None:
+        if needed is not None and getattr(units, needed) is None:
             raise LocalProtocolError(
                 f"average {rule.name!r} ({rule.spec}) needs to know {needed.replace('_', ' ')}: "
                 f"pass {needed}= to EmaClient, or give its half-life in steps (ema:half_life=5000)"

@@ -7,7 +7,7 @@ from enum import Enum
 
 from ema_proto.averages.rules import check_matches
 from ema_proto.averages.specs import parse_averages
-from ema_proto.averages.step_units import check_pace
+from ema_proto.averages.step_units import check_step_units
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.limits import PROBE_S, RUNS_REMEMBERED_MAX
 from ema_proto.names import check_name
@@ -152,7 +152,7 @@ def check_join(join: m.Join) -> None:
         raise RemoteProtocolError(RejectCode.BAD_RUN, str(error)) from None
     try:
         averages = parse_averages(join.averages)
-        check_pace(averages, join.pace)
+        check_step_units(averages, join.step_units)
         check_matches(averages, [tensor.name for tensor in join.manifest.tensors])
     except LocalProtocolError as error:
         raise RemoteProtocolError(RejectCode.BAD_AVERAGE, str(error)) from None

@@ -74,7 +74,7 @@ class Join:
 
     `first_step` is the steps already taken + 1 in a session's first JOIN (`reconnect` false) and the next step to be
     sent in its later ones. `config` is the text of the versions' `config.json`. `rank` and `world` are reserved for
-    sharded trainers. `pace` holds until a later JOIN tells another.
+    sharded trainers. `step_units` hold until a later JOIN gives others.
     """
 
     type: ClassVar[int] = 2
@@ -90,7 +90,7 @@ class Join:
     config: str | None = None
     rank: int = 0
     world: int = 1
-    pace: StepUnits = UNKNOWN
+    step_units: StepUnits = UNKNOWN
 
     def body(self) -> dict[str, Any]:
         """JSON body."""
@@ -103,8 +103,8 @@ class Join:
             "incarnation": self.incarnation,
             "checksum": "crc32" if self.checksum else None,
             "config": self.config,
-            "samples_per_step": self.pace.samples_per_step,
-            "steps_per_epoch": self.pace.steps_per_epoch,
+            "samples_per_step": self.step_units.samples_per_step,
+            "steps_per_epoch": self.step_units.steps_per_epoch,
             "rank": self.rank,
             "world": self.world,
             "averages": [{"name": average.name, "spec": average.spec} for average in self.averages],
@@ -128,7 +128,9 @@ class Join:
             config=_config(fields),
             rank=fields.integer("rank", 0, _U32),
             world=fields.integer("world", 1, _U32),
-            pace=StepUnits(fields.optional_quantity("samples_per_step"), fields.optional_quantity("steps_per_epoch")),
+            step_units=StepUnits(
+                fields.optional_quantity("samples_per_step"), fields.optional_quantity("steps_per_epoch")
+            ),
             averages=tuple(_average(item) for item in fields.items("averages", AVERAGES_MAX)),
             manifest=manifests.from_json(fields.value("manifest")),
         )

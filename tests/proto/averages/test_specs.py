@@ -23,7 +23,7 @@ from ema_proto.averages.specs import (
     parse_average,
     parse_averages,
 )
-from ema_proto.averages.step_units import StepUnits, check_pace
+from ema_proto.averages.step_units import StepUnits, check_step_units
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.patterns import check_patterns, is_chosen, unmatched
 from ema_proto.receiver.claims import check_join
@@ -372,22 +372,22 @@ def test_an_exponent_out_of_range_is_refused(gamma: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "pace", "missing"),
+    ("rule", "units", "missing"),
     [
         (Ema(half_life_samples=9), StepUnits(steps_per_epoch=5), "samples_per_step="),
         (Ema(half_life_epochs=9), StepUnits(samples_per_step=5), "steps_per_epoch="),
     ],
 )
 def test_a_rule_in_a_unit_that_was_not_told_is_refused_with_what_to_pass(
-    rule: Ema, pace: StepUnits, missing: str
+    rule: Ema, units: StepUnits, missing: str
 ) -> None:
     with pytest.raises(LocalProtocolError, match=missing):
-        check_pace([Raw(), rule], pace)
-    check_pace([Raw(), Uniform(), Window(3), Wsd(1, 2), rule], StepUnits(5, 5))
+        check_step_units([Raw(), rule], units)
+    check_step_units([Raw(), Uniform(), Window(3), Wsd(1, 2), rule], StepUnits(5, 5))
 
 
 @pytest.mark.parametrize("value", [0, -1.0, 1e-300, 1e15, 10**400, float("inf"), float("nan"), True, "5"])
-def test_a_pace_is_a_number_that_can_be_computed_with(value: float) -> None:
+def test_step_units_out_of_range_are_refused(value: float) -> None:
     with pytest.raises(LocalProtocolError, match=r"steps_per_epoch .* is not a number in \[1e-9, 1e15\)"):
         StepUnits(steps_per_epoch=value)
 
@@ -410,10 +410,10 @@ def test_what_cannot_be_a_pattern_is_refused(value: object) -> None:
     assert check_patterns("include", "a.*") == ("a.*",)
 
 
-def test_a_pace_keeps_what_a_later_one_leaves_open() -> None:
-    assert StepUnits(samples_per_step=64).over(StepUnits(32, 100)) == StepUnits(64, 100)
-    assert StepUnits().over(StepUnits(32, 100)) == StepUnits(32, 100)
-    assert StepUnits(steps_per_epoch=7).over(StepUnits()) == StepUnits(None, 7)
+def test_step_units_keep_what_newer_ones_leave_unset() -> None:
+    assert StepUnits(32, 100).updated(StepUnits(samples_per_step=64)) == StepUnits(64, 100)
+    assert StepUnits(32, 100).updated(StepUnits()) == StepUnits(32, 100)
+    assert StepUnits().updated(StepUnits(steps_per_epoch=7)) == StepUnits(None, 7)
 
 
 def test_a_join_that_does_not_tell_the_unit_of_an_average_is_refused() -> None:
@@ -422,7 +422,7 @@ def test_a_join_that_does_not_tell_the_unit_of_an_average_is_refused() -> None:
     with pytest.raises(RemoteProtocolError, match="samples_per_step=") as caught:
         check_join(asked)
     assert caught.value.code is RejectCode.BAD_AVERAGE
-    check_join(replace(asked, pace=StepUnits(samples_per_step=32)))
+    check_join(replace(asked, step_units=StepUnits(samples_per_step=32)))
 
 
 def test_a_join_of_an_average_whose_pattern_means_no_tensor_is_refused_with_names_that_there_are() -> None:

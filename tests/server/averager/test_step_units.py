@@ -1,4 +1,4 @@
-"""Averages given in samples or epochs count with the trainer's pace: through restarts, rewinds and changes of it."""
+"""Averages given in samples or epochs use the trainer's step units, across restarts, rewinds and changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SAMPLES, _EPOCHS = "ema:half_life_samples=320,name=samples", "ema:half_life_epo
 
 def _begin(core: ServerCore) -> None:
     """Zeros at step 1, ones after: an average is then one minus what is left of the zeros."""
-    joined(core.join("r", _MANIFEST, [_SAMPLES, _EPOCHS], pace=StepUnits(32, 5)))
+    joined(core.join("r", _MANIFEST, [_SAMPLES, _EPOCHS], step_units=StepUnits(32, 5)))
     core.apply("r", 1, {"w": torch.zeros(3)})
 
 
@@ -34,7 +34,7 @@ def _kept(core: ServerCore) -> dict[str, float]:
     return {name: 1.0 - core.load(version)["w"][0].item() for name, version in versions.items()}
 
 
-def _paces(core: ServerCore) -> list[tuple[int, float | None, float | None]]:
+def _step_units_history(core: ServerCore) -> list[tuple[int, float | None, float | None]]:
     version = core.catalog.find("r", "samples", "latest")
     assert version is not None
     paces = json.loads((version.folder / "version.json").read_text())["paces"]
@@ -63,39 +63,39 @@ def test_what_a_rule_in_samples_came_to_is_told_with_its_versions(tmp_path: Path
     assert (told["decay"], told["half_life_steps"]) == (version.decay, version.half_life_steps)
 
 
-def test_another_pace_holds_from_the_first_step_of_its_session_on_and_outlives_a_restart(tmp_path: Path) -> None:
+def test_new_step_units_apply_from_the_first_step_of_their_session_and_survive_a_restart(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _begin(core)
         _stream(core, 11)
         core.publish("r")
     with running_core(tmp_path) as core:
-        joined(core.join("r", _MANIFEST, [_SAMPLES], first_step=12, pace=StepUnits(samples_per_step=64)))
+        joined(core.join("r", _MANIFEST, [_SAMPLES], first_step=12, step_units=StepUnits(samples_per_step=64)))
         _stream(core, 16)
         assert _kept(core) == pytest.approx({"samples": 0.25, "epochs": 0.5 * 2 ** (-5 / 10)}, abs=1e-6)
-        assert _paces(core) == [(1, 32.0, 5.0), (12, 64.0, 5.0)]
+        assert _step_units_history(core) == [(1, 32.0, 5.0), (12, 64.0, 5.0)]
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, [_EPOCHS], first_step=17))
         _stream(core, 21)
         assert _kept(core)["samples"] == pytest.approx(0.125, abs=1e-6)
-        assert len(_paces(core)) == 2, "a session that tells nothing changes nothing"
+        assert len(_step_units_history(core)) == 2, "a session that tells nothing changes nothing"
 
 
-def test_a_run_that_goes_back_is_counted_with_the_pace_of_the_session_that_streams(tmp_path: Path) -> None:
+def test_a_rewound_run_uses_the_step_units_of_the_session_that_streams(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _begin(core)
         core.publish("r")
-        joined(core.join("r", _MANIFEST, [_SAMPLES], first_step=2, pace=StepUnits(samples_per_step=64)))
+        joined(core.join("r", _MANIFEST, [_SAMPLES], first_step=2, step_units=StepUnits(samples_per_step=64)))
         _stream(core, 6, 30)
         assert isinstance(core.rewind("r", 5), Rewound)
         _stream(core, 6)
 
         assert _kept(core)["samples"] == pytest.approx(0.5, abs=1e-6)
-        assert _paces(core) == [(1, 32.0, 5.0), (2, 64.0, 5.0)]
+        assert _step_units_history(core) == [(1, 32.0, 5.0), (2, 64.0, 5.0)]
 
 
-def test_an_average_added_later_needs_a_pace_that_was_told_and_patterns_that_mean_something(tmp_path: Path) -> None:
+def test_an_average_added_later_needs_known_step_units_and_patterns_that_match(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
-        joined(core.join("r", _MANIFEST, ["raw"], pace=StepUnits(samples_per_step=32)))
+        joined(core.join("r", _MANIFEST, ["raw"], step_units=StepUnits(samples_per_step=32)))
         _stream(core, 1)
 
         refused = core.add("r", _EPOCHS)

@@ -183,7 +183,7 @@ def test_an_alias_leads_to_the_ledger_of_the_version(client: TestClient, served:
     assert followed.json()["steps"] == [[5, 1.0]]
 
 
-def test_a_half_life_in_samples_is_counted_with_the_pace_of_its_time(client: TestClient, served: Served) -> None:
+def test_a_half_life_in_samples_uses_the_step_units_of_each_step(client: TestClient, served: Served) -> None:
     slow = {"from_step": 1, "samples_per_step": 10.0, "steps_per_epoch": None}
     fast = {"from_step": 3, "samples_per_step": 30.0, "steps_per_epoch": None}
     ledger = {"origin": 0, "set": [1], "ranges": [[1, 3, 1]]}

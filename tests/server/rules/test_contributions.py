@@ -47,14 +47,14 @@ def core(tmp_path: Path) -> Iterator[ServerCore]:
 
 @pytest.mark.parametrize("set_at", [None, 12, 31])
 def test_the_weights_times_their_shares_are_the_average(core: ServerCore, set_at: int | None) -> None:
-    """For every rule, with gaps, a set, and a pace that changes: in float64, within a few roundings of float32."""
+    """For every rule, with gaps, a set, and step units that change: in float64, within a few roundings of float32."""
     slow, fast = StepUnits(samples_per_step=5.0), StepUnits(samples_per_step=8.0)
-    joined(core.join("r", manifest_of(_weights(1)), _RULES, first_step=3, pace=slow))
+    joined(core.join("r", manifest_of(_weights(1)), _RULES, first_step=3, step_units=slow))
     for step in (3, 4, 5, 9, 10, 12, 13, 14, 15, 21, 22, 23, 31, 32, 33):
         mode: Mode = "set" if step == set_at else "update"
         core.apply("r", step, _weights(step), mode)
         if step == 14:
-            joined(core.join("r", manifest_of(_weights(1)), _RULES, first_step=15, pace=fast, reconnect=True))
+            joined(core.join("r", manifest_of(_weights(1)), _RULES, first_step=15, step_units=fast, reconnect=True))
 
     for name, version in versions_by_average(core.publish("r")).items():
         written = json.loads((version.folder / "version.json").read_text())

@@ -55,7 +55,7 @@ def test_the_half_life_of_a_decay_just_below_1_has_all_its_digits() -> None:
     assert reach.half_life_steps == pytest.approx(2.0**50 * math.log(2), rel=1e-12)
 
 
-def test_a_rule_in_samples_has_the_decay_that_the_pace_makes_of_it() -> None:
+def test_a_rule_in_samples_has_the_decay_for_the_samples_per_step() -> None:
     rule = Ema(half_life_samples=3200)
     slow, fast = (reach_now(rule, 110, 10, StepUnits(samples_per_step=samples)) for samples in (32, 64))
 

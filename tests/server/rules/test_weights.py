@@ -23,14 +23,14 @@ from ema_server.rules.weights import Span, points, weight_of
 from support.any_rule import any_rules, short_rules
 from support.dense import dense_shares
 
-_PACE = StepUnits(samples_per_step=32, steps_per_epoch=50)
+_STEP_UNITS = StepUnits(samples_per_step=32, steps_per_epoch=50)
 _ORIGINS = (0, 1, 77, 500)
 _ALL_BUT = 1 - 2.0**-53  # the largest decay there is: what it leaves out shows the warm-up alone
 
 
 def _weight(rule: AverageSpec, then: int, now: int, origin: int = 0) -> float:
     """The share of the snapshot: 1 where it replaces the average."""
-    weight = weight_of(rule, Span(then, now, origin), _PACE)
+    weight = weight_of(rule, Span(then, now, origin), _STEP_UNITS)
     return 1.0 if weight is None else weight
 
 
@@ -52,7 +52,7 @@ def test_a_sparse_stream_weighs_as_a_dense_one_of_weights_that_stay_between_snap
     applied = [origin + moved for moved in itertools.accumulate(gaps)]
     total = applied[-1] - origin
 
-    dense = dense_shares(rule, origin, total, _PACE)[total]
+    dense = dense_shares(rule, origin, total, _STEP_UNITS)[total]
     edges = [0, *(step - origin for step in applied)]
     expected = [dense[0], *(dense[then + 1 : now + 1].sum() for then, now in itertools.pairwise(edges))]
     found = _shares(rule, origin, applied)
@@ -75,7 +75,7 @@ def test_a_unit_step_of_the_weights_leaves_exactly_what_the_later_decays_leave(
         average += _weight(rule, then, now, origin) * ((1.0 if now >= turn else 0.0) - average)
 
     total = applied[-1] - origin
-    kept = dense_shares(rule, origin, total, _PACE)[total][: before - origin + 1].sum()
+    kept = dense_shares(rule, origin, total, _STEP_UNITS)[total][: before - origin + 1].sum()
     assert average == pytest.approx(1 - kept, abs=1e-12)
 
 
@@ -214,7 +214,7 @@ def test_a_debiased_average_is_exact_from_its_first_steps(decay: float) -> None:
 @pytest.mark.parametrize(("then", "now"), [(10, 300), (60, 90), (70, 140), (150, 151)])
 def test_a_gap_across_the_end_of_a_warmup_weighs_the_product_of_its_decays(spec: str, then: int, now: int) -> None:
     rule = parse_average(spec)
-    kept = dense_shares(rule, 0, now, _PACE)[now][: then + 1].sum()
+    kept = dense_shares(rule, 0, now, _STEP_UNITS)[now][: then + 1].sum()
 
     assert _weight(rule, then, now) == pytest.approx(1 - kept, rel=1e-12)
 
@@ -319,22 +319,22 @@ def test_a_huge_gap_takes_the_new_weights_and_no_huge_time(rule: AverageSpec) ->
     assert time.monotonic() - started < 60
 
 
-_PACES = st.sampled_from([1e-9, 1.0, 9e14])
+_UNITS = st.sampled_from([1e-9, 1.0, 9e14])
 
 
 @given(
     any_rules().filter(lambda rule: not isinstance(rule, Window)),
-    st.builds(StepUnits, _PACES, _PACES),
+    st.builds(StepUnits, _UNITS, _UNITS),
     st.sampled_from([0, 7, 2**40]),
     st.sampled_from([0, 1, 5, 10**4, 2**52]),
     st.sampled_from([1, 2, 1000]),
 )
 def test_every_rule_that_is_let_in_has_a_weight_and_a_reach_at_every_step(
-    rule: AverageSpec, pace: StepUnits, origin: int, time: int, gap: int
+    rule: AverageSpec, units: StepUnits, origin: int, time: int, gap: int
 ) -> None:
     """A weight that is no number would fill the average with such, and an error stop the averages of all runs."""
-    weight = weight_of(rule, Span(origin + time, origin + time + gap, origin), pace)
-    reach = reach_now(rule, origin + time + gap, origin, pace)
+    weight = weight_of(rule, Span(origin + time, origin + time + gap, origin), units)
+    reach = reach_now(rule, origin + time + gap, origin, units)
 
     assert weight is None or 0.0 <= weight < 1.0
     assert reach is None or (0.0 <= reach.decay <= 1.0 and reach.half_life_steps >= 0.0)
@@ -345,7 +345,7 @@ def test_a_half_life_of_nothing_is_a_decay_of_nothing() -> None:
     object.__setattr__(rule, "half_life_samples", 5e-324)  # the bounds leave this to arithmetic: it must have an answer
 
     assert _weight(rule, 3, 4) == 1.0
-    assert reach_now(rule, 4, 0, _PACE) == Reach(0.0, 0.0)
+    assert reach_now(rule, 4, 0, _STEP_UNITS) == Reach(0.0, 0.0)
 
 
 def test_a_huge_gap_within_a_warmup_is_summed_in_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
