@@ -84,12 +84,12 @@ class Stream:
         with torch.inference_mode(False):
             transport.worker.join(join, settings.connect_timeout_s)
         stream = cls(transport, plan, settings, counters, steps)
-        stream._stagers.look(plan.tensors())  # memory is locked now and not at the first step
+        stream._stagers.prepare(plan.tensors())  # memory is locked now and not at the first step
         return stream
 
     def can_overlap(self, model: nn.Module) -> bool:
         """Whether copies of `model` can go on while training does, if someone calls `hold_back_writes`."""
-        return self._overlap and self._stagers.look(self._plan.renewed(model).tensors())
+        return self._overlap and self._stagers.prepare(self._plan.renewed(model).tensors())
 
     def hold_back_writes(self, optimizer: Optimizer | None = None) -> None:
         """Have the device end a copy under way before it writes parameters of `optimizer` (default: anything)."""

@@ -1,4 +1,4 @@
-"""Which steps are counted, and what is left in torch of an object that was told of them and is gone."""
+"""Which optimizer steps are counted, and that hooks of a collected object are removed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _parameter() -> nn.Parameter:
     return parameter
 
 
-class _Dressed(Adam):
-    """Steps by the step of its base, which torch wraps as well once there is a plain `Adam` in the process."""
+class _Derived(Adam):
+    """Its step calls the base's, which torch also wraps once the process has made a plain `Adam`."""
 
     broken = False
 
@@ -32,29 +32,29 @@ class _Dressed(Adam):
 
 
 class _Listener:
-    """Is told of steps; may have garbage collected just then."""
+    """Records steps; may collect garbage during one."""
 
     def __init__(self, *, collects: bool = False) -> None:
         self.attachment = Attachment()
         self.collects = collects
-        self.told: list[Optimizer] = []
+        self.seen: list[Optimizer] = []
 
     def before(self, optimizer: Optimizer) -> None:
-        self.told.append(optimizer)
+        self.seen.append(optimizer)
         if self.collects:
             gc.collect()
 
     def attach(self, optimizer: Optimizer) -> None:
-        """In a circle, as a session and its attachment are: only the collector ends it."""
+        """Makes a reference cycle, as a session and its attachment are: only the collector frees it."""
         self.attachment = Attachment((optimizer,), before_step=self.before, when_removed=self.nothing)
 
     def nothing(self) -> None:
         """When removed."""
 
 
-def test_a_step_that_calls_the_step_of_its_base_is_one_step() -> None:
+def test_step_that_calls_the_base_step_counts_once() -> None:
     Adam([_parameter()])
-    optimizer, steps = _Dressed([_parameter()]), list[int]()
+    optimizer, steps = _Derived([_parameter()]), list[int]()
     attachment = Attachment((optimizer,), lambda: steps.append(len(steps) + 1))
 
     optimizer.step()
@@ -64,9 +64,9 @@ def test_a_step_that_calls_the_step_of_its_base_is_one_step() -> None:
     attachment.remove()
 
 
-def test_a_step_that_fails_after_that_of_its_base_is_none_and_the_next_one_is() -> None:
+def test_step_that_raises_after_the_base_step_is_not_counted() -> None:
     Adam([_parameter()])
-    optimizer, steps = _Dressed([_parameter()]), list[str]()
+    optimizer, steps = _Derived([_parameter()]), list[str]()
     attachment = Attachment((optimizer,), lambda: steps.append("step"))
 
     optimizer.broken = True
@@ -80,7 +80,7 @@ def test_a_step_that_fails_after_that_of_its_base_is_none_and_the_next_one_is() 
     attachment.remove()
 
 
-def test_an_optimizer_that_another_one_steps_is_counted() -> None:
+def test_optimizer_stepped_by_another_is_counted() -> None:
     inner, steps = SGD([_parameter()], lr=0.1), list[str]()
 
     class Outer(SGD):
@@ -95,31 +95,31 @@ def test_an_optimizer_that_another_one_steps_is_counted() -> None:
     attachment.remove()
 
 
-@pytest.mark.parametrize("order", ["the forgotten one first", "the forgotten one last"])
-def test_what_is_collected_during_a_step_does_not_disturb_it(order: str) -> None:
+@pytest.mark.parametrize("order", ["collected one first", "collected one last"])
+def test_garbage_collected_during_a_step_does_not_disturb_it(order: str) -> None:
     optimizer, collecting, last = SGD([_parameter()], lr=0.1), _Listener(collects=True), _Listener()
 
-    def forgotten() -> None:
+    def drop() -> None:
         _Listener().attach(SGD([_parameter()], lr=0.1))
 
     gc.disable()
     try:
         if order.endswith("first"):
-            forgotten()
+            drop()
         collecting.attach(optimizer)
         if order.endswith("last"):
-            forgotten()
+            drop()
         last.attach(optimizer)
         optimizer.step()
     finally:
         gc.enable()
 
-    assert last.told == [optimizer]
+    assert last.seen == [optimizer]
     collecting.attachment.remove()
     last.attachment.remove()
 
 
-def test_the_hook_of_what_was_forgotten_goes_with_the_next_attachment() -> None:
+def test_hook_of_a_collected_object_is_removed_by_the_next_attachment() -> None:
     gc.collect()
     Attachment().remove()
     hooks = len(_global_optimizer_pre_hooks)

@@ -14,8 +14,7 @@ from trainer_client.connection.worker import Worker
 from trainer_client.counters import Counters
 from trainer_client.errors import RewindError
 from trainer_client.staging.device import DeviceOf
-from trainer_client.staging.pinned_memory import Pins
-from trainer_client.staging.slots import Slot
+from trainer_client.staging.slots import Pins, Slot
 from trainer_client.staging.transfer import AsyncCopy
 
 

@@ -1,9 +1,8 @@
-"""Which tensors of a model are streamed, under which names.
+"""Which tensors of a model are streamed, under which names. Nothing is copied here.
 
-- `dtypes`: which tensors can be streamed, and under which wire dtype
-- `plan`: what one model's snapshot looks like, and where its tensors are found each time
-- `roles`: which buffers are structural
-- `selection`: which part of a model is streamed
-- `sources`: where the tensors of a model live
-- `wrappers`: wrappers put around modules for speed or distribution, whose names must not reach a c
+- `plan`: the manifest of one model's snapshots, and its live tensors at each of them
+- `sources`: which module holds each tensor, and whether the model has been rebuilt since
+- `selection`: which part of a model is streamed: patterns of names, or what is trained
+- `wrappers`: modules wrapped around others (DDP, torch.compile), whose prefixes are dropped from names
+- `dtypes`: which kinds of tensors can be streamed, and under which wire dtype
 """

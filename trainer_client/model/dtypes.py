@@ -1,8 +1,4 @@
-"""Which tensors can be streamed, and under which wire dtype.
-
-Comes in: one tensor and its name. Goes out: the wire's dtype name, or a refusal that says what to do instead. The table
-of torch dtypes is the trainer's only one.
-"""
+"""Which tensors can be streamed, and under which wire dtype; for the others, what to do instead."""
 
 from __future__ import annotations
 
@@ -33,10 +29,10 @@ WIRE_DTYPES: Final[dict[torch.dtype, str]] = {
 
 
 def wire_dtype(name: str, tensor: Tensor) -> str:
-    """The dtype under which `tensor` travels.
+    """The dtype under which `tensor` is sent.
 
     Raises:
-        PlanError: it is of a kind that a snapshot cannot hold; the text says which and what to do.
+        PlanError: a snapshot cannot hold a tensor of this kind.
     """
     problem = _kind_problem(tensor) or _dtype_problem(tensor)
     if problem is not None:
@@ -69,10 +65,10 @@ def _dtype_problem(tensor: Tensor) -> str | None:
         return f"is complex ({dtype}): hold it as real numbers, torch.view_as_real(x)"
     if dtype.startswith("float8"):
         return f"is {dtype}, too coarse to average: stream the weights that the optimizer keeps in bfloat16 or float32"
-    return f"is {dtype}; known are {', '.join(_short(known) for known in WIRE_DTYPES)}"
+    return f"is {dtype}; supported are {', '.join(_short(known) for known in WIRE_DTYPES)}"
 
 
-def _is_wrapper(tensor: object) -> bool:
+def _is_wrapper(tensor: object) -> bool:  # not inline: torch's type guard makes the code after it unreachable
     return is_traceable_wrapper_subclass(tensor)
 
 

@@ -1,7 +1,6 @@
-"""What one model's snapshot looks like, and where its tensors are found each time.
+"""The plan of one model's snapshots: the manifest that a run is joined with, and the live tensors at each snapshot.
 
-Comes in: a model. Goes out: the manifest that the run is joined with, and, at every snapshot, the live tensors in its
-order. Refuses by name what cannot be streamed, and later any change of names, dtypes, shapes or ties. Copies nothing.
+What cannot be streamed is refused by name, and so is any later change of names, dtypes, shapes or ties.
 """
 
 from __future__ import annotations
@@ -10,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ema_proto.errors import LocalProtocolError
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from trainer_client.errors import PlanError
 from trainer_client.model.dtypes import WIRE_DTYPES, wire_dtype
-from trainer_client.model.roles import structural_buffers
 from trainer_client.model.selection import WHOLE, Selection
 from trainer_client.model.sources import Identity, Node, Source, check_state_dict, identity, walk
 
@@ -38,8 +38,8 @@ class Plan:
         """Plan the snapshots of `model` as it is now.
 
         Args:
-            model: what is to be streamed, or holds it.
-            selection: which part of it; what is not chosen may be of any kind.
+            model: the model, wrapped or not.
+            selection: which part of it to stream; the rest may be of any kind.
 
         Raises:
             PlanError: it holds a tensor that cannot be streamed, its state dict is not simply its tensors, two names
@@ -50,7 +50,7 @@ class Plan:
         nodes, found = walk(model)
         if not found:
             raise PlanError("the model has no parameters and no buffers: there is nothing to average")
-        sources = selection.of(found)
+        sources = selection.choose(found)
         dtypes = {source.name: wire_dtype(source.name, _required(source)) for source in sources}
         chosen = {source.name: _required(source) for source in sources}
         check_state_dict(model, chosen, whole=selection.is_whole)
@@ -60,7 +60,7 @@ class Plan:
         except LocalProtocolError as error:
             raise PlanError(str(error)) from None
         ties = tuple((group[0], alias) for group in groups for alias in group[1:])
-        return cls(manifest, model, tuple(group[0] for group in groups), ties, nodes, selection.settled(found))
+        return cls(manifest, model, tuple(group[0] for group in groups), ties, nodes, selection.fixed(found))
 
     def renewed(self, model: nn.Module) -> Plan:
         """This plan if it still describes `model`, else a new one of the same manifest (modules replaced by like ones).
@@ -127,5 +127,16 @@ def _spec(group: list[Source], dtype: str) -> TensorSpec:
 
 def _role(source: Source, tensor: Tensor) -> Role:
     if source.is_buffer:
-        return Role.STRUCTURAL if source.attribute in structural_buffers(source.owner) else Role.BUFFER
+        return Role.STRUCTURAL if source.attribute in _structural_buffers(source.owner) else Role.BUFFER
     return Role.PARAM if tensor.requires_grad else Role.FROZEN
+
+
+def _structural_buffers(module: nn.Module) -> frozenset[str]:
+    """Names of the module's buffers that belong to one set of weights and mean nothing when averaged.
+
+    These are the singular vectors of both forms of spectral norm. (RNG states are integers, which are copied anyway.)
+    """
+    if isinstance(module, parametrizations._SpectralNorm):
+        return frozenset({"_u", "_v"})
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+    return frozenset(f"{hook.name}_{vector}" for hook in hooks for vector in "uv")

@@ -1,6 +1,6 @@
-"""Which part of a model is streamed: patterns of names, or what is trained. Sources in, those that are chosen out.
+"""Which part of a model is streamed: patterns of names, or what is trained.
 
-What has been chosen once stays so for the run: parameters that are frozen or unfrozen later change nothing.
+A choice stays for the run: parameters that are frozen or unfrozen later do not change it.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ _NAMES_SHOWN = 5
 class Selection:
     """What is chosen of a model; by default everything.
 
-    Args:
+    Attributes:
         include: patterns of canonical names; empty for all.
-        exclude: patterns of names that are left out even so.
+        exclude: patterns of names to leave out, even if included.
         trainable_only: only parameters that require a gradient, and no buffers.
         chosen: names that were chosen before.
-        passed: names that were there and were not.
+        rejected: names that were seen before and not chosen.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     trainable_only: bool = False
     chosen: frozenset[str] = frozenset()
-    passed: frozenset[str] = frozenset()
+    rejected: frozenset[str] = frozenset()
 
     @property
     def is_whole(self) -> bool:
         """Whether everything is chosen."""
         return not (self.include or self.exclude or self.trainable_only)
 
-    def of(self, sources: Sequence[Source]) -> tuple[Source, ...]:
+    def choose(self, sources: Sequence[Source]) -> tuple[Source, ...]:
         """The sources that are chosen, in their order; a tied tensor by each of its names.
 
         Raises:
@@ -48,18 +48,18 @@ class Selection:
         for what, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in unmatched(patterns, names):
                 raise PlanError(f"the pattern {pattern!r} of {what}= matches no tensor of the model: {_some(names)}")
-        chosen = tuple(source for source in sources if self._has(source))
+        chosen = tuple(source for source in sources if self._is_chosen(source))
         if not chosen:
             raise PlanError(f"nothing of the model is chosen by {self._described()}: {_some(names)}")
         return chosen
 
-    def settled(self, sources: Sequence[Source]) -> Selection:
-        """This selection with its choice among `sources` kept, whatever is frozen later."""
-        chosen = frozenset(source.name for source in self.of(sources))
-        return replace(self, chosen=chosen, passed=frozenset(source.name for source in sources) - chosen)
+    def fixed(self, sources: Sequence[Source]) -> Selection:
+        """This selection with its choice among `sources` fixed."""
+        chosen = frozenset(source.name for source in self.choose(sources))
+        return replace(self, chosen=chosen, rejected=frozenset(source.name for source in sources) - chosen)
 
-    def _has(self, source: Source) -> bool:
-        if source.name in self.chosen or source.name in self.passed:
+    def _is_chosen(self, source: Source) -> bool:
+        if source.name in self.chosen or source.name in self.rejected:
             return source.name in self.chosen
         if not is_chosen(source.name, self.include, self.exclude):
             return False

@@ -1,7 +1,6 @@
 """Where the tensors of a model live: which module holds each, under which attribute, and by which canonical name.
 
-Comes in: a model. Goes out: its tensors' places in the order of its state dict, and what tells that the model has been
-rebuilt since. Places are kept instead of tensors because buffers and `.data` are replaced in the wild. Knows no dtypes.
+A plan keeps these places and not the tensors, because training code replaces buffers and `.data`.
 """
 
 from __future__ import annotations
@@ -21,15 +20,12 @@ Identity: TypeAlias = tuple[object, ...]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The place of one tensor."""
-
     name: str
     owner: nn.Module
     attribute: str
     is_buffer: bool
 
     def maybe_tensor(self) -> Tensor | None:
-        """What is there now."""
         table = self.owner._buffers if self.is_buffer else self.owner._parameters
         if self.attribute not in table:  # not .get(): the tables of scripted modules have none
             return None
@@ -38,22 +34,21 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A module as it was found: the names of its tensors and the very children that it had."""
+    """A module as it was when the plan was made: the names of its tensors, and its children by identity."""
 
     module: nn.Module
     parameters: list[str]
     buffers: list[str]
-    children: list[nn.Module | None]  # held, so that no other object can get one of the ids
+    children: list[nn.Module | None]  # keeps them alive, so that no other object can get one of the ids
     children_ids: list[int]
 
     @classmethod
     def of(cls, module: nn.Module) -> Node:
-        """Look at `module` now."""
         children = list(module._modules.values())
         return cls(module, _parameters(module), _buffers(module), children, list(map(id, children)))
 
     def is_intact(self) -> bool:
-        """Whether looking again gives the same. Runs for every module at every snapshot."""
+        """Whether the module is still like that. Runs for every module at every snapshot."""
         module = self.module
         return (
             list(map(id, module._modules.values())) == self.children_ids
@@ -83,7 +78,7 @@ def walk(model: nn.Module) -> tuple[tuple[Node, ...], tuple[Source, ...]]:
 
 
 def identity(tensor: Tensor) -> Identity | None:
-    """What two tensors share if and only if they are the same memory seen the same way; None for an empty tensor."""
+    """A key that two tensors share if and only if they are the same view of the same memory; None if empty."""
     if tensor.layout is not torch.strided or tensor.numel() == 0:
         return None
     place = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
@@ -91,20 +86,20 @@ def identity(tensor: Tensor) -> Identity | None:
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often the tensor was written to, but not through `.data`; always 0 for a tensor of inference mode."""
+    """The tensor's count of in-place writes (not those through `.data`); always 0 for an inference tensor."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: bool = True) -> None:
-    """Compare the walked tensors with what the model itself says its state is.
+    """Check that the model's `state_dict()` holds exactly the tensors that were found.
 
     A module may rename, add or compute entries of its state dict; a stream of its parameters and buffers would then
     give files that it cannot load.
 
     Args:
-        model: the model that was walked.
+        model: the model.
         tensors: its tensors by canonical name, or some of them.
-        whole: whether they are all; entries of others are not looked at.
+        whole: whether these are all; if not, other entries are not checked.
 
     Raises:
         PlanError: an entry of the state dict is not one of the tensors, or one of them is missing there.

@@ -1,8 +1,7 @@
-"""Wrappers put around modules for speed or distribution, whose names must not reach a checkpoint.
+"""Modules wrapped around others for speed or distribution, whose prefixes are dropped from tensor names.
 
-Comes in: a module. Goes out: the attribute under which it hides the real one, or a refusal. Recognised by type, never
-by name, so a user's own submodule called `module` keeps its name; and only by types that are loaded already: what was
-never imported has no instances, and importing torch.compile's costs a second.
+Wrappers are recognised by type, so that a user's own submodule called `module` keeps its name, and only by types that
+are imported already: a class that was never imported has no instances, and importing torch.compile's takes a second.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ _FSDP1: Final = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullySha
 
 
 def wrapped_attribute(module: nn.Module, name: str) -> str | None:
-    """The attribute under which `module` holds the module that it wraps; None for anything that is no wrapper.
+    """The attribute under which a wrapper holds the wrapped module; None if `module` is no wrapper.
 
     Args:
         module: any module.
         name: its name in the model, for the message.
 
     Raises:
-        PlanError: the wrapper flattens and shards the parameters, so that the model's own are not there.
+        PlanError: the wrapper replaces the model's parameters by flattened shards (FSDP 1).
     """
     if _is(module, *_FSDP1):
         where = repr(name) if name else "the model"
@@ -48,7 +47,7 @@ def wrapped_attribute(module: nn.Module, name: str) -> str | None:
 
 
 def canonical_name(model: nn.Module, key: str) -> str:
-    """The name of a state-dict key without wrappers, however many of their prefixes the key still has.
+    """The name of a state-dict key without the prefixes of wrappers.
 
     Some wrappers drop their own prefix from the state dict and some do not, so the key is followed through the modules.
     """

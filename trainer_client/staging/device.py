@@ -1,7 +1,7 @@
-"""An accelerator as staging needs it: streams, events, asynchronous copies, memory of the host that it may write to.
+"""An accelerator as staging needs it: streams, events, asynchronous copies, locked host memory.
 
-Comes in: tensors and addresses. Goes out: work issued to a stream, never waited for unless that is what is asked. Knows
-no snapshot and no slot. `Device` is the door; `Cuda` goes through torch.cuda, tests have one with a clock of their own.
+`Device` is the interface and `Cuda` implements it with torch.cuda; tests have one on a simulated clock. Calls issue
+work to a stream and return, except those that say that they block.
 """
 
 from __future__ import annotations
@@ -18,125 +18,104 @@ from torch import Tensor
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: captures of other threads do not concern this one
 
-# Kernels that copy many tensors at once know these only by their signed twins.
+# Kernels that copy many tensors at once support these only by their signed counterparts.
 _SIGNED = {torch.uint64: torch.int64, torch.uint32: torch.int32, torch.uint16: torch.int16}
 
 
 class DeviceStream(Protocol):
-    """Work in the order in which it was issued."""
+    """A queue of work on a device, done in order."""
 
     def synchronize(self) -> None:
         """Block the calling thread until all that was issued is done."""
-        ...
 
 
 class DeviceEvent(Protocol):
     """A point in a stream."""
 
     def record(self, stream: Any) -> None:
-        """The event is what `stream` has been given so far."""
-        ...
+        """Mark the work that `stream` has been given so far."""
 
     def wait(self, stream: Any) -> None:
-        """Have `stream` wait for the event as it was last recorded; for none if it never was. Returns at once."""
-        ...
+        """Have `stream` wait for the event as last recorded; an event never recorded is not waited for."""
 
 
 class Device(Protocol):
     """One device. A thread issues work to its current stream."""
 
-    def current_stream(self) -> DeviceStream:
-        """Where the calling thread's work goes now."""
-        ...
+    def current_stream(self) -> DeviceStream: ...
 
-    def new_stream(self) -> DeviceStream:
-        """Another stream."""
-        ...
+    def new_stream(self) -> DeviceStream: ...
 
-    def new_event(self) -> DeviceEvent:
-        """An event that was not recorded yet."""
-        ...
+    def new_event(self) -> DeviceEvent: ...
 
     def issue_to(self, stream: Any) -> AbstractContextManager[Any]:
-        """Have the calling thread's work go to `stream` meanwhile."""
-        ...
+        """Make `stream` the calling thread's current one for a while."""
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """Issue copies of equal dtypes and shapes: within the device, or row-major ones to pinned memory."""
-        ...
+        """Issue copies of equal dtypes and shapes: within the device, or row-major ones to locked memory."""
 
     def empty(self, nbytes: int) -> Tensor:
         """Memory of the device: uint8, 1-D."""
-        ...
 
     def block_until(self, event: DeviceEvent) -> None:
-        """Block the calling thread until `event` has happened, the interpreter's lock released."""
-        ...
+        """Block the calling thread until `event` has happened, without the interpreter's lock."""
 
     def is_capturing(self) -> bool:
-        """Whether the current stream's work is being recorded into a graph instead of done."""
-        ...
+        """Whether the current stream's work is being captured into a graph instead of done."""
 
     def pin(self, memory: Tensor) -> str | None:
         """Lock host memory, so that copies to it are asynchronous; None, or why that is not possible."""
-        ...
 
     def unpin(self, memory: Tensor) -> None:
-        """Take `pin` back."""
-        ...
+        """Undo `pin`."""
 
 
 DeviceOf: TypeAlias = Callable[[torch.device], Device | None]
 
 
 class Cuda:
-    """A CUDA (or ROCm) device. Nothing here is kept by torch's allocators: slots have their exact size."""
+    """A CUDA (or ROCm) device. Slots do not come from torch's caching host allocator, so their size is exact."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def current_stream(self) -> DeviceStream:
-        """The current stream of this device, whichever device is current."""
         return torch.cuda.current_stream(self._device)
 
     def new_stream(self) -> DeviceStream:
-        """A stream from torch's pool, which has other streams than the default only once CUDA is in use."""
         stream: DeviceStream = torch.cuda.Stream(self._device)
         return stream
 
     def new_event(self) -> DeviceEvent:
-        """An event whose waiter sleeps instead of spinning on a core."""
-        event: DeviceEvent = torch.cuda.Event(blocking=True)
+        event: DeviceEvent = torch.cuda.Event(blocking=True)  # its waiter sleeps instead of spinning on a core
         return event
 
     @contextmanager
     def issue_to(self, stream: Any) -> Iterator[None]:
-        """`torch.cuda.stream`, which ends by setting the device that was current: another one would get a context."""
+        # torch.cuda.stream ends by setting the device that was current; without the outer block that device would get a
+        # context.
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             yield
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """One call for all: a few kernels within the device where dtype and strides agree, else a loop in C++."""
+        # One call for all: a few kernels within the device where dtype and strides agree, else a loop in C++.
         if targets:
             torch._foreach_copy_([*map(_signed, targets)], [*map(_signed, sources)], non_blocking=True)
 
     def empty(self, nbytes: int) -> Tensor:
-        """Memory from torch's allocator, of the current stream."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def block_until(self, event: Any) -> None:
-        """One call of the driver, which sleeps in it; a graph that another thread captures meanwhile stays whole."""
         # A thread whose current device was never set would open a context on device 0.
-        with torch.cuda.device(self._device), _beside_captures():
+        with torch.cuda.device(self._device), _alongside_captures():
             event.synchronize()
 
     def is_capturing(self) -> bool:
-        """Asks the driver about the current stream."""
         with torch.cuda.device(self._device):
             return torch.cuda.is_current_stream_capturing()
 
     def pin(self, memory: Tensor) -> str | None:
-        """`cudaHostRegister`, and not torch's pinned allocator, which rounds up to a power of two and keeps it."""
+        # Not torch's pinned allocator, which rounds up to a power of two and keeps the memory.
         runtime: Any = torch.cuda.cudart()
         with torch.cuda.device(self._device):
             code = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE)
@@ -146,7 +125,7 @@ class Cuda:
         return str(runtime.cudaGetErrorString(code))
 
     def unpin(self, memory: Tensor) -> None:
-        """`cudaHostUnregister`; at the end of a process the driver may be gone, and the pins with it."""
+        # At the end of a process the driver may be gone, and the locks with it; then the error is only cleared.
         runtime: Any = torch.cuda.cudart()
         with torch.cuda.device(self._device):
             code = runtime.cudaHostUnregister(memory.data_ptr())
@@ -154,7 +133,7 @@ class Cuda:
             self._clear_error()
 
     def _clear_error(self) -> None:
-        # The runtime remembers an error until it is asked, and torch asks after a kernel: the training would be told.
+        # The runtime reports an error at the next check, and torch checks after each kernel: training would get it.
         try:
             torch.zeros(1, device=self._device).add_(1.0)
         except RuntimeError:
@@ -162,23 +141,23 @@ class Cuda:
 
 
 def _signed(tensor: Tensor) -> Tensor:
-    twin = _SIGNED.get(tensor.dtype)
-    return tensor if twin is None else tensor.view(twin)
+    signed = _SIGNED.get(tensor.dtype)
+    return tensor if signed is None else tensor.view(signed)
 
 
 @contextmanager
-def _beside_captures() -> Iterator[None]:
+def _alongside_captures() -> Iterator[None]:
     """Let the calling thread wait while another one captures a graph.
 
-    In its default mode a capture forbids every thread what could disturb it, waiting for an event included: the wait
-    would fail and the capture with it. torch does the same where NCCL's watchdog looks at its events.
+    In its default mode a capture forbids every thread to wait for an event: the wait would fail, and the capture too.
+    torch does the same where NCCL's watchdog queries its events.
     """
     driver = _driver()
     if driver is None:
         yield
         return
     mode = ctypes.c_int(_THREAD_LOCAL)
-    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))  # the mode from before is in `mode` then
+    driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))  # `mode` then holds the previous one
     try:
         yield
     finally:
@@ -195,5 +174,5 @@ def _driver() -> Any:
 
 
 def device_of(device: torch.device) -> Device | None:
-    """The device behind a torch device, if snapshots of what lies there can be copied while training goes on."""
+    """The device behind a torch device if copies from it can overlap training, else None."""
     return Cuda(device) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Host memory that snapshots travel in. Slots are made once, exactly one snapshot long, and never resized.
+"""The host memory that snapshots are copied into. Slots are made once, exactly one snapshot long, and never resized.
 
 Anonymous mappings rather than an allocator's blocks: their size is exact, their pages are returned when the last view
 goes, and a `memoryview` of one can be sent without a copy.
@@ -6,13 +6,23 @@ goes, and a `memoryview` of one can be sent without a copy.
 
 from __future__ import annotations
 
+import logging
 import mmap
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
+from trainer_client.staging.device import Device
+
+log = logging.getLogger("ema")
+
+# Locked memory must not be returned to the system: what could not be unlocked is kept until the process ends.
+_kept: list[Tensor] = []
 
 
 class Slot:
-    """One slot: `index` in the ring, its bytes as a tensor (uint8, 1-D) and as a memoryview of the same memory."""
+    """One slot: its `index`, its bytes as a tensor (uint8, 1-D) and as a memoryview of the same memory."""
 
     __slots__ = ("index", "tensor", "view")
 
@@ -21,10 +31,45 @@ class Slot:
         self.index = index
         # Filled once, so that its pages are there before the first snapshot: mapping them costs as much as copying.
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8).zero_()
-        # A memoryview holds the mapping's export: it cannot be unmapped while a frame of it is in flight.
+        # A memoryview holds the mapping's export: it cannot be unmapped while a frame of it is being sent.
         self.view = memoryview(memory)
 
 
 def make_slots(nbytes: int, count: int) -> tuple[Slot, ...]:
     """`count` slots of `nbytes` bytes each."""
     return tuple(Slot(index, nbytes) for index in range(count))
+
+
+class Pins:
+    """The slots of one session that are locked in memory, so that a device can write to them asynchronously."""
+
+    def __init__(self) -> None:
+        self._pinned: list[tuple[Device, Tensor]] = []
+        self._tried = False
+
+    def pin(self, device: Device, slots: Sequence[Slot]) -> None:
+        """Lock all slots, once; half a second for a GB. Without it snapshots are correct, and slow."""
+        if self._tried:
+            return
+        self._tried = True
+        for slot in slots:
+            problem = device.pin(slot.tensor)
+            if problem is not None:
+                log.warning(
+                    "ema: %d slots of %.0f MB could not be locked in memory (%s): each step waits for its snapshot's "
+                    "copy; leave more memory free (a container has a limit of its own), or send fewer (every=)",
+                    len(slots),
+                    slot.tensor.nbytes / 1e6,
+                    problem,
+                )
+                return
+            self._pinned.append((device, slot.tensor))
+
+    def release(self, *, unused: bool) -> None:
+        """Unlock; memory that may still be in use (not `unused`) stays locked until the process ends."""
+        while self._pinned:
+            device, memory = self._pinned.pop()
+            if unused:
+                device.unpin(memory)
+            else:
+                _kept.append(memory)

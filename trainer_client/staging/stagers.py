@@ -1,7 +1,7 @@
-"""Which way a snapshot is copied: by where its tensors are.
+"""Chooses how a snapshot is copied, by where its tensors are.
 
-Comes in: live tensors and a slot. Goes out: a filled slot, or a `AsyncCopy` that is filling it. All on one CUDA device:
-copied while training goes on. Anything else (CPU, mps, xpu, a mix), and a device without room: one synchronous copy.
+If all are on one CUDA device, they are copied while training goes on. Otherwise (CPU, mps, xpu, several devices, a
+device without room) they are copied synchronously.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ema_proto.wire.manifest import Manifest
-from trainer_client.staging.cpu import CpuStager, Slot
+from trainer_client.staging.cpu import CpuStager
 from trainer_client.staging.device import Device, DeviceOf
 from trainer_client.staging.overlapped import OverlappedStager
-from trainer_client.staging.pinned_memory import Pins
+from trainer_client.staging.slots import Pins, Slot
 from trainer_client.staging.transfer import AsyncCopy
 
 log = logging.getLogger("ema")
@@ -27,9 +27,9 @@ class Stagers:
 
     Args:
         manifest: of its snapshots.
-        slots: what they go into.
-        pins: locks the slots when a device is to write into them.
-        device_of: the device behind a torch device, None where copies cannot overlap.
+        slots: all that snapshots are copied into.
+        pins: locks the slots in memory for a device.
+        device_of: the device behind a torch device, None where copies cannot overlap training.
     """
 
     def __init__(self, manifest: Manifest, slots: Sequence[Slot], pins: Pins, device_of: DeviceOf) -> None:
@@ -38,20 +38,20 @@ class Stagers:
         self._pins = pins
         self._device_of = device_of
         self._cpu = CpuStager(manifest)
-        self._places: frozenset[torch.device] = frozenset()
+        self._locations: frozenset[torch.device] = frozenset()
         self._devices: list[Device] = []
         self._overlapped: OverlappedStager | None = None
 
-    def look(self, tensors: Sequence[Tensor]) -> bool:
-        """Make ready for tensors that lie where these do; whether their copies can overlap."""
-        places = frozenset(tensor.device for tensor in tensors)
-        if places != self._places:
-            self._move(places)
+    def prepare(self, tensors: Sequence[Tensor]) -> bool:
+        """Prepare for tensors on these devices; whether their copies can overlap training."""
+        locations = frozenset(tensor.device for tensor in tensors)
+        if locations != self._locations:
+            self._move_to(locations)
         return self._overlapped is not None
 
     def stage(self, tensors: Sequence[Tensor], slot: Slot) -> AsyncCopy | None:
-        """Copy, or begin to: None when the slot is filled already."""
-        if self.look(tensors) and self._overlapped is not None:
+        """Copy `tensors` into `slot`, or start to: None if it is filled when this returns."""
+        if self.prepare(tensors) and self._overlapped is not None:
             try:
                 return self._overlapped.stage(tensors, slot)
             except torch.cuda.OutOfMemoryError as error:
@@ -61,35 +61,35 @@ class Stagers:
 
     @property
     def is_copying(self) -> bool:
-        """Whether a copy is under way that writes can tear."""
+        """Whether a copy is in progress that writes can tear."""
         return self._overlapped is not None and self._overlapped.is_copying
 
     def is_capturing(self) -> bool:
-        """Whether a snapshot now would become part of a graph."""
+        """Whether a snapshot taken now would become part of a graph."""
         return any(device.is_capturing() for device in self._devices)
 
     def hold_back_writes(self, written: Sequence[Tensor] | None = None) -> None:
-        """Have the device end a copy that is under way before it writes to `written` (default: anything) of it."""
+        """Have the device finish a copy in progress before it writes to `written` (default: to anything)."""
         if self._overlapped is not None:
             self._overlapped.hold_back_writes(written)
 
-    def _move(self, places: frozenset[torch.device]) -> None:
+    def _move_to(self, locations: frozenset[torch.device]) -> None:
         self.hold_back_writes()
-        self._places, self._overlapped = places, None
-        self._devices = [device for device in map(self._device_of, places) if device is not None]
-        if len(places) == len(self._devices) == 1:
+        self._locations, self._overlapped = locations, None
+        self._devices = [device for device in map(self._device_of, locations) if device is not None]
+        if len(locations) == len(self._devices) == 1:
             try:
                 self._pins.pin(self._devices[0], self._slots)
                 self._overlapped = OverlappedStager(self._manifest, self._devices[0])
-            # The run is joined, and training goes on: a device that is broken will be met there.
+            # The run is joined and training goes on: a broken device will raise there.
             except RuntimeError as error:
                 self._give_up(error)
 
     def _give_up(self, error: RuntimeError) -> None:
-        """Copy synchronously for good: to ask a full device for memory again would hold up each step."""
+        """Copy synchronously from now on: asking a full device for memory again would delay each step."""
         self._overlapped = None
         log.warning(
-            "ema: snapshots cannot be copied while training goes on (%s): each step waits for its copy; where memory "
-            "of the device is short, leave 64 MiB, or pass overlap=False",
+            "ema: snapshots cannot be copied while training goes on (%s): each step waits for its copy; if the device "
+            "is short of memory, leave 64 MiB free, or pass overlap=False",
             str(error).partition("\n")[0],
         )

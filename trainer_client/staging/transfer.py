@@ -1,7 +1,6 @@
-"""One snapshot that is being copied: when its slot may be read, and whether someone wrote where nobody should have.
+"""One copy of a snapshot in progress: when its slot may be read, and whether the snapshot is torn.
 
-Comes in: what was issued to a device, and who is about to write. Goes out: whole, or torn. Nothing here waits but the
-thread that asks for the end, and one that meets a recording which another has begun. Knows no routes and no manifest.
+A snapshot is torn when something wrote to its tensors while they were copied.
 """
 
 from __future__ import annotations
@@ -14,21 +13,26 @@ from torch import Tensor
 from trainer_client.model.sources import version_of
 from trainer_client.staging.device import Device, DeviceEvent, DeviceStream
 
-_RECORDING_S = 10.0  # issuing the copies takes milliseconds: who waits so long waits for a thread that is stuck
+_RECORDING_S = 10.0  # issuing the copies takes milliseconds: after this long the issuing thread is stuck
 
 
 class AsyncCopy:
-    """One snapshot on its way from a device into a slot. Any thread may call any method.
+    """The copy of one snapshot from a device into a slot. Any thread may call any method.
+
+    Args:
+        device: where the tensors are.
+        done: the event to record after the copies.
+        tensors: the snapshot's.
 
     Attributes:
-        finished: nothing is under way any more, as far as can be told.
-        lost: that could not be told: the device answers no more, and may still write to the slot.
+        finished: the copy has ended, or was given up.
+        lost: the device no longer answers, and may still write to the slot.
     """
 
     def __init__(self, device: Device, done: DeviceEvent, tensors: Sequence[Tensor]) -> None:
         self._device = device
         self._done = done
-        self._tensors: Sequence[Tensor] = tensors  # held, so that no other object gets one of the ids
+        self._tensors: Sequence[Tensor] = tensors  # keeps them alive, so that no other object gets one of the ids
         self._ids = frozenset(map(id, tensors))
         self._recorded = threading.Event()
         self._lock = threading.Lock()
@@ -40,33 +44,33 @@ class AsyncCopy:
         self.lost = False
 
     def holds_any(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether one of `tensors` is in the snapshot, or lies in memory of one that is (a flattened parameter)."""
+        """Whether one of `tensors` is in the snapshot, or shares memory with it (a flattened parameter)."""
         if any(id(tensor) in self._ids for tensor in tensors):
             return True
         held = {_memory(tensor) for tensor in self._tensors}
         return any((place := _memory(tensor)) is not None and place in held for tensor in tensors)
 
     def record(self, side: DeviceStream, watched: Sequence[tuple[Tensor, int]], memory: Sequence[Tensor]) -> None:
-        """All copies have been issued to `side`.
+        """Note that all copies have been issued.
 
         Args:
-            side: the stream that has them.
-            watched: what they read, with the version that is to be read.
-            memory: what they go through. All of it is held until they are done.
+            side: the stream that they were issued to.
+            watched: the tensors that they read, with the version to be read.
+            memory: the scratch memory that they use. All of it is kept alive until they are done.
         """
         self._watched, self._memory, self._side = list(watched), memory, side
         self._done.record(side)
         self._recorded.set()
 
     def abandon(self) -> None:
-        """The copies could not be issued."""
+        """Note that the copies could not be issued."""
         self.finished = True
         self._recorded.set()
 
     def hold_back(self, stream: DeviceStream) -> None:
-        """Have what is issued to `stream` from now on wait for the copies; what was written before them counts as torn.
+        """Have later work on `stream` wait for the copies; the snapshot is torn if tensors were written already.
 
-        An event that was not recorded yet is waited for by nobody, so this waits for the recording first.
+        A stream does not wait for an event that is not recorded yet, so this waits for the recording first.
         """
         if self.finished:
             return
@@ -76,7 +80,7 @@ class AsyncCopy:
         self.seal(spoiled=not recorded)
 
     def wait(self) -> bool:
-        """Block until the slot holds everything; False if it is torn. Also if this raises, tensors are let go."""
+        """Block until the slot is filled; False if the snapshot is torn. Releases the tensors, also if it raises."""
         if not self.finished:
             try:
                 self._device.block_until(self._done)
@@ -90,7 +94,7 @@ class AsyncCopy:
         return not self._is_torn
 
     def _drain(self) -> None:
-        """The slot goes to another snapshot: no copy may arrive in it any more."""
+        """Make sure that no copy arrives in the slot later, since another snapshot will use it."""
         try:
             if self._side is not None:
                 self._side.synchronize()
@@ -98,14 +102,14 @@ class AsyncCopy:
             self.lost = True
 
     def seal(self, *, spoiled: bool = False) -> None:
-        """Judge by the versions now, once: whoever writes later is held back, or has nothing left to tear."""
+        """Decide, once, whether the snapshot is torn: later writes wait for the copies, or come after them."""
         with self._lock:
             if self._is_torn is None:
                 self._is_torn = spoiled or any(version_of(tensor) != version for tensor, version in self._watched)
 
 
 def _memory(tensor: Tensor) -> int | None:
-    """Where the tensor's memory begins; None for what has none of its own (sparse, sharded), which is never ours."""
+    """The address of the tensor's storage; None if it has none (sparse, sharded): such tensors are not streamed."""
     try:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError:  # NotImplementedError is one

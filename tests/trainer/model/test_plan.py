@@ -65,7 +65,7 @@ def test_tensors_are_the_live_ones_in_manifest_order() -> None:
     assert all(tensor is state[spec.name] for tensor, spec in zip(plan.tensors(), plan.manifest.tensors, strict=True))
 
 
-def test_a_tensor_that_was_replaced_is_looked_up_anew() -> None:
+def test_replaced_tensor_is_found() -> None:
     model = Small()
     plan = Plan.of(model)
     model.first.weight.data = torch.full((3, 2), 7.0)
@@ -247,7 +247,7 @@ def test_an_unchanged_model_keeps_its_plan() -> None:
     assert plan.renewed(model) is plan
 
 
-def test_a_submodule_replaced_by_its_like_is_streamed_from_then_on() -> None:
+def test_submodule_replaced_by_one_of_the_same_shape_is_streamed() -> None:
     model = Small()
     plan = Plan.of(model)
     like = nn.Linear(3, 1)
@@ -296,9 +296,7 @@ def _reassign(model: Small) -> None:
         (_reassign, "norm.running_var"),
     ],
 )
-def test_a_changed_set_dtype_or_shape_is_the_programmers_error_by_name(
-    change: Callable[[Small], None], name: str
-) -> None:
+def test_changed_names_dtype_or_shape_are_refused_by_name(change: Callable[[Small], None], name: str) -> None:
     model = Small()
     plan = Plan.of(model)
     change(model)
@@ -307,7 +305,7 @@ def test_a_changed_set_dtype_or_shape_is_the_programmers_error_by_name(
         plan.renewed(model).tensors()
 
 
-def test_weights_that_are_no_longer_tied_are_a_change() -> None:
+def test_weights_no_longer_tied_are_refused() -> None:
     model = Tied()
     plan = Plan.of(model)
     model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
@@ -324,13 +322,13 @@ def test_weights_tied_through_replaced_storage_stay_tied() -> None:
     assert plan.renewed(model) is plan
 
 
-def test_another_model_of_the_same_shape_may_take_over() -> None:
+def test_another_model_of_the_same_shape_is_accepted() -> None:
     plan, other = Plan.of(Small()), Small()
 
     assert plan.renewed(other).tensors()[0] is other.first.weight
 
 
-def test_another_model_of_another_shape_may_not() -> None:
+def test_another_model_of_another_shape_is_refused() -> None:
     with pytest.raises(PlanError, match=r"'0\.weight' is new"):
         Plan.of(Small()).renewed(nn.Sequential(nn.Linear(9, 9)))
 

@@ -38,7 +38,7 @@ def _names(model: nn.Module, **given: Any) -> list[str]:
     return [spec.name for spec in Plan.of(model, Selection(**given)).manifest.tensors]
 
 
-def test_a_stream_of_what_is_trained_holds_exactly_the_parameters_that_require_a_gradient() -> None:
+def test_trainable_only_chooses_the_parameters_that_require_a_gradient() -> None:
     assert _names(_adapted(), trainable_only=True) == _ADAPTERS
     assert "1.running_mean" not in _names(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), trainable_only=True)
 
@@ -72,14 +72,14 @@ def test_patterns_choose_by_canonical_name(given: dict[str, Any], expected: list
         ({"trainable_only": True, "include": ("1.*",)}, "trainable_only=True"),
     ],
 )
-def test_a_pattern_or_a_choice_of_nothing_is_refused_with_the_names_that_there_are(
+def test_pattern_or_choice_that_matches_nothing_is_refused_with_the_existing_names(
     given: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(PlanError, match=text):
         _names(_adapted(), **given)
 
 
-def test_what_is_not_chosen_may_be_what_no_snapshot_holds() -> None:
+def test_tensors_not_chosen_may_be_of_any_kind() -> None:
     """A packed base with an adapter: the base's tensors and what it adds to the state dict are passed over."""
 
     class Packed(nn.Module):
@@ -99,7 +99,7 @@ def test_what_is_not_chosen_may_be_what_no_snapshot_holds() -> None:
         _names(Packed())
 
 
-def test_the_choice_stays_when_parameters_are_frozen_and_modules_are_replaced() -> None:
+def test_choice_stays_when_parameters_are_frozen_and_modules_replaced() -> None:
     model = _adapted()
     plan = Plan.of(model, Selection(trainable_only=True))
     model.requires_grad_(False)

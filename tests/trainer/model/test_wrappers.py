@@ -53,18 +53,18 @@ def _names(model: nn.Module) -> list[str]:
     return [spec.name for spec in Plan.of(model).manifest.tensors]
 
 
-def test_a_users_own_submodule_called_module_keeps_its_name() -> None:
+def test_own_submodule_called_module_keeps_its_name() -> None:
     assert _names(Net()) == PLAIN
     assert "module.weight" in PLAIN
 
 
 @pytest.mark.usefixtures("one_process")
-def test_distributed_data_parallel_leaves_no_trace_in_the_names() -> None:
+def test_ddp_prefix_is_dropped() -> None:
     assert _names(DistributedDataParallel(Net())) == PLAIN
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_model_trained_with_ddp_is_sent_after_each_step() -> None:
+def test_ddp_model_is_sent_after_each_step() -> None:
     model = Net()
     ddp = DistributedDataParallel(model)
     optimizer = SGD(ddp.parameters(), lr=0.1)
@@ -78,20 +78,20 @@ def test_a_model_trained_with_ddp_is_sent_after_each_step() -> None:
     assert all(torch.equal(sent[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_data_parallel_leaves_no_trace_in_the_names() -> None:
+def test_data_parallel_prefix_is_dropped() -> None:
     assert _names(DataParallel(Net())) == PLAIN
 
 
-def test_a_compiled_model_leaves_no_trace_in_the_names() -> None:
+def test_compile_prefix_is_dropped() -> None:
     assert _names(_compiled(Net())) == PLAIN
 
 
-def test_activation_checkpointing_leaves_no_trace_in_the_names() -> None:
+def test_activation_checkpointing_prefix_is_dropped() -> None:
     assert _names(checkpoint_wrapper(Net())) == PLAIN
 
 
 @pytest.mark.usefixtures("one_process")
-def test_wrappers_in_wrappers_and_in_the_middle_leave_no_trace() -> None:
+def test_prefixes_of_nested_and_inner_wrappers_are_dropped() -> None:
     model = Net()
     model.block = checkpoint_wrapper(model.block)
     model.tail = _compiled(model.tail)
@@ -99,14 +99,14 @@ def test_wrappers_in_wrappers_and_in_the_middle_leave_no_trace() -> None:
     assert _names(_compiled(DistributedDataParallel(model))) == PLAIN
 
 
-def test_the_live_tensors_of_a_wrapped_model_are_those_of_the_model_inside() -> None:
+def test_tensors_of_a_wrapped_model_are_those_of_the_inner_model() -> None:
     model = Net()
     plan = Plan.of(_compiled(model))
 
     assert plan.tensors()[0] is model.module.weight
 
 
-def test_a_name_that_two_tensors_share_without_prefixes_is_an_error() -> None:
+def test_two_tensors_of_one_name_are_refused() -> None:
     class Odd(DataParallel):  # type: ignore[type-arg]
         def __init__(self, module: nn.Module) -> None:
             super().__init__(module)
@@ -118,7 +118,7 @@ def test_a_name_that_two_tensors_share_without_prefixes_is_an_error() -> None:
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore")
-def test_flat_sharded_parameters_are_refused_with_a_way_out() -> None:
+def test_fsdp1_model_is_refused_with_alternatives() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     inner = FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu"))

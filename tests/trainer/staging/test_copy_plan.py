@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from support.fake_device import FakeDevice
 from trainer_client.model.plan import Plan
-from trainer_client.staging import overlapped as overlap
-from trainer_client.staging.copy_plan import SCRATCH_BYTES, SMALL_BYTES, CopyPlan, pieces, plan_routes
+from trainer_client.staging import overlapped
+from trainer_client.staging.copy_plan import SCRATCH_BYTES, SMALL_BYTES, CopyPlan, pieces
 from trainer_client.staging.cpu import CpuStager
 from trainer_client.staging.overlapped import OverlappedStager
 from trainer_client.staging.slots import make_slots
@@ -34,55 +34,55 @@ def _manifest(items: list[tuple[str, list[int], Role]]) -> Manifest:
     return layout(TensorSpec(f"t{i}", dtype, tuple(shape), role, 0) for i, (dtype, shape, role) in enumerate(items))
 
 
-def _all(routes: CopyPlan) -> list[int]:
-    return [index for index, _ in routes.gathered] + [*routes.on_compute, *routes.on_side]
+def _all(copies: CopyPlan) -> list[int]:
+    return [index for index, _ in copies.gathered] + [*copies.on_compute, *copies.on_side]
 
 
 @given(_SPECS, st.integers(0, 20_000), st.integers(0, 2_000))
-def test_every_byte_takes_one_way_and_the_scratch_stays_within_its_bound(
+def test_every_byte_is_copied_once_and_the_scratch_is_bounded(
     items: list[tuple[str, list[int], Role]], scratch_bytes: int, small_bytes: int
 ) -> None:
     manifest = _manifest(items)
 
-    routes = plan_routes(manifest, scratch_bytes, small_bytes)
+    copies = CopyPlan.of(manifest, scratch_bytes, small_bytes)
 
-    assert sorted(_all(routes)) == [index for index, spec in enumerate(manifest.tensors) if spec.nbytes]
-    assert routes.scratch_bytes <= scratch_bytes
+    assert sorted(_all(copies)) == [index for index, spec in enumerate(manifest.tensors) if spec.nbytes]
+    assert copies.scratch_bytes <= scratch_bytes
     covered: dict[int, int] = {}
-    for span in routes.spans:
+    for span in copies.spans:
         for offset in range(span.nbytes):
             assert span.slot + offset not in covered
             covered[span.slot + offset] = span.scratch + offset
     assert len(set(covered.values())) == len(covered)
-    for index, place in routes.gathered:
+    for index, place in copies.gathered:
         spec = manifest.tensors[index]
         assert [covered[spec.offset + n] for n in range(spec.nbytes)] == list(range(place, place + spec.nbytes))
         assert place % (spec.nbytes // spec.elements) == 0, "an element lies across its own alignment"
 
 
 @given(_SPECS, st.integers(0, 20_000), st.integers(0, 2_000))
-def test_what_forward_can_change_is_secured_before_it(
+def test_buffers_are_copied_before_forward(
     items: list[tuple[str, list[int], Role]], scratch_bytes: int, small_bytes: int
 ) -> None:
     manifest = _manifest(items)
 
-    routes = plan_routes(manifest, scratch_bytes, small_bytes)
+    copies = CopyPlan.of(manifest, scratch_bytes, small_bytes)
 
     is_buffer = [spec.role in (Role.BUFFER, Role.STRUCTURAL) for spec in manifest.tensors]
-    assert not any(is_buffer[index] for index in routes.on_side)
-    assert all(is_buffer[index] for index in routes.on_compute)
-    assert all(is_buffer[index] or manifest.tensors[index].nbytes <= small_bytes for index, _ in routes.gathered)
+    assert not any(is_buffer[index] for index in copies.on_side)
+    assert all(is_buffer[index] for index in copies.on_compute)
+    assert all(is_buffer[index] or manifest.tensors[index].nbytes <= small_bytes for index, _ in copies.gathered)
 
 
 def test_a_thousand_small_tensors_are_one_copy() -> None:
     manifest = _manifest([("F32", [64], Role.PARAM)] * 1000)
 
-    assert len(plan_routes(manifest).spans) == 1
+    assert len(CopyPlan.of(manifest).spans) == 1
 
 
-def test_the_memory_of_the_device_that_is_taken_is_at_most_64_mib() -> None:
-    assert SCRATCH_BYTES + overlap.BOUNCE_BYTES <= 64 << 20
-    assert SMALL_BYTES <= overlap.BOUNCE_BYTES <= overlap.PIECE_BYTES
+def test_at_most_64_mib_of_device_memory_are_used() -> None:
+    assert SCRATCH_BYTES + overlapped.BOUNCE_BYTES <= 64 << 20
+    assert SMALL_BYTES <= overlapped.BOUNCE_BYTES <= overlapped.PIECE_BYTES
 
 
 @given(st.lists(st.integers(1, 6), max_size=4), st.integers(8, 300), st.randoms())
@@ -117,15 +117,15 @@ def _odd_model() -> nn.Module:
 
 @pytest.mark.parametrize("scratch_bytes", [0, 500, 1 << 20])
 @pytest.mark.parametrize("small_bytes", [0, 200, 1 << 20])
-def test_whatever_way_they_take_all_tensors_arrive_as_by_a_plain_copy(
+def test_tensors_arrive_as_by_a_plain_copy_whichever_way_they_take(
     scratch_bytes: int, small_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(overlap, "PIECE_BYTES", 300)
-    monkeypatch.setattr(overlap, "BOUNCE_BYTES", 100)
+    monkeypatch.setattr(overlapped, "PIECE_BYTES", 300)
+    monkeypatch.setattr(overlapped, "BOUNCE_BYTES", 100)
     model = _odd_model()
     plan = Plan.of(model)
     device, (slot, expected) = FakeDevice(), make_slots(plan.manifest.nbytes, 2)
-    stager = OverlappedStager(plan.manifest, device, plan_routes(plan.manifest, scratch_bytes, small_bytes))
+    stager = OverlappedStager(plan.manifest, device, CopyPlan.of(plan.manifest, scratch_bytes, small_bytes))
     CpuStager(plan.manifest).stage(plan.tensors(), expected)
 
     for _ in range(2):
@@ -138,7 +138,7 @@ def test_whatever_way_they_take_all_tensors_arrive_as_by_a_plain_copy(
     assert sum(device.allocated) <= scratch_bytes + 100
 
 
-def test_strides_may_change_from_snapshot_to_snapshot() -> None:
+def test_strides_may_change_between_snapshots() -> None:
     module = nn.Module()
     module.weight = nn.Parameter(torch.randn(300, 400))
     plan = Plan.of(module)
@@ -157,7 +157,7 @@ def test_strides_may_change_from_snapshot_to_snapshot() -> None:
 
 
 @pytest.mark.parametrize("inference", [True, False])
-def test_inference_mode_makes_no_difference_on_a_device_either(inference: bool) -> None:
+def test_inference_mode_makes_no_difference_on_a_device(inference: bool) -> None:
     model = nn.Linear(300, 300)
     plan = Plan.of(model)
     device, (slot,) = FakeDevice(), make_slots(plan.manifest.nbytes, 1)

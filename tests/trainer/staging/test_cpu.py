@@ -62,7 +62,7 @@ def test_weights_changed_after_the_copy_do_not_change_the_slot() -> None:
     assert bytes(slot.view) == before
 
 
-def test_a_slot_is_overwritten_whole_the_next_time() -> None:
+def test_slot_is_overwritten_completely() -> None:
     model = nn.Linear(3, 3)
     plan, stager, slot = _filled(model)
     nn.init.ones_(model.weight)
@@ -118,7 +118,7 @@ def test_staging_allocates_no_tensor_memory() -> None:
     assert max((event.self_cpu_memory_usage for event in profile.key_averages()), default=0) <= 0
 
 
-def test_the_layout_of_tensors_beyond_2_31_bytes_is_staged_where_the_manifest_says() -> None:
+def test_tensor_after_2_gib_is_staged_at_its_offset() -> None:
     wide = nn.Module()
     wide.register_buffer("first", torch.zeros(1, dtype=torch.int8).expand(2**31 + 5))
     last = torch.full((3,), 7, dtype=torch.int8)

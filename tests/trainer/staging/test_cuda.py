@@ -144,7 +144,7 @@ def test_no_snapshot_in_thousands_of_steps_is_torn(device: torch.device, stream:
     assert client.stats()["torn"] == 0
 
 
-def test_without_the_wait_before_the_next_step_snapshots_tear(
+def test_snapshots_tear_without_the_wait_before_the_next_step(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Stagers, "hold_back_writes", lambda *_: None)
@@ -161,7 +161,7 @@ def test_without_the_wait_before_the_next_step_snapshots_tear(
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_a_write_through_data_is_announced_or_tears(device: torch.device, announced: bool) -> None:
+def test_write_through_data_tears_unless_announced(device: torch.device, announced: bool) -> None:
     model, worker = Carrying(device), CheckingWorker()
     optimizer = Filling(model.parameters())
     with _client(worker) as client:
@@ -387,7 +387,7 @@ def test_a_captured_step_takes_no_snapshot_and_the_graph_is_whole(device: torch.
         assert torch.equal(worker.snapshots[4]["weight"], weight.detach().cpu())
 
 
-def test_a_parameter_that_gets_other_memory_during_the_copy_is_copied_from_the_old_one(device: torch.device) -> None:
+def test_parameter_moved_during_the_copy_is_copied_from_its_old_memory(device: torch.device) -> None:
     model, worker = Carrying(device), CheckingWorker()
     optimizer = Filling(model.parameters())
     with _client(worker) as client:
@@ -443,7 +443,7 @@ def test_a_gpu_without_room_for_the_scratch_costs_one_warning(
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_a_gpu_that_the_model_is_not_on_gets_no_context() -> None:
+def test_gpu_without_the_model_gets_no_context() -> None:
     program = Path(__file__).parents[2] / "support" / "on_the_second_gpu.py"
     environ = {**os.environ, "PYTHONPATH": str(program.parents[1])}
 

@@ -19,7 +19,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch, runtime: CudaRuntime) -> CudaRun
 
 
 @pytest.mark.parametrize(("code", "problem"), [(0, None), (2, "error 2")])
-def test_the_exact_bytes_of_a_slot_are_registered_and_an_error_is_told(
+def test_the_exact_bytes_of_a_slot_are_registered_and_errors_are_returned(
     code: int, problem: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = _installed(monkeypatch, CudaRuntime(code))
@@ -34,7 +34,7 @@ def test_the_exact_bytes_of_a_slot_are_registered_and_an_error_is_told(
     assert runtime.calls == [("register", address, 5000, 1), ("unregister", address)]
 
 
-def test_a_gpu_that_the_model_is_not_on_gets_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_without_the_model_gets_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = _installed(monkeypatch, CudaRuntime())
     (slot,) = make_slots(5000, 1)
     device = Cuda(GPU)
@@ -49,7 +49,7 @@ def test_a_gpu_that_the_model_is_not_on_gets_no_context(monkeypatch: pytest.Monk
     assert runtime.contexts == {1}
 
 
-def test_waiting_for_a_copy_leaves_a_graph_alone_that_another_thread_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_copy_does_not_disturb_another_threads_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = _installed(monkeypatch, CudaRuntime())
     runtime.captures_elsewhere = True
 
@@ -58,7 +58,7 @@ def test_waiting_for_a_copy_leaves_a_graph_alone_that_another_thread_captures(mo
     assert runtime.mode == 0, "the thread is as strict as before"
 
 
-def test_without_cuda_s_driver_a_copy_is_waited_for_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_is_waited_for_without_the_cuda_driver_library(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = _installed(monkeypatch, CudaRuntime())
     monkeypatch.setattr(device_module, "_driver", lambda: None)
 
@@ -67,7 +67,7 @@ def test_without_cuda_s_driver_a_copy_is_waited_for_all_the_same(monkeypatch: py
     assert runtime.contexts == {1}
 
 
-def test_words_that_kernels_do_not_know_are_copied_as_those_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsigned_words_are_copied_as_signed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     copy, seen = torch._foreach_copy_, list[torch.dtype]()
 
     def looked_at(targets: list[Tensor], sources: list[Tensor], *, non_blocking: bool) -> None:

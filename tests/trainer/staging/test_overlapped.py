@@ -9,8 +9,7 @@ from torch.optim import SGD
 
 from support.device_training import Carrying, Stamping, Training, note_write, stamp
 from support.fake_device import FakeDevice, FakeEvent
-from trainer_client.staging import overlapped as overlap
-from trainer_client.staging.copy_plan import plan_routes
+from trainer_client.staging.copy_plan import CopyPlan
 from trainer_client.staging.stagers import Stagers
 
 STEPS = 8
@@ -28,7 +27,7 @@ def test_every_snapshot_is_of_one_step_while_training_goes_on() -> None:
     assert training.client.stats()["torn"] == 0
 
 
-def test_the_loop_is_not_held_up_by_a_copy() -> None:
+def test_copy_does_not_block_the_loop() -> None:
     training = Training()
     training.attach()
 
@@ -40,7 +39,7 @@ def test_the_loop_is_not_held_up_by_a_copy() -> None:
     assert training.worker.steps == [1]
 
 
-def test_without_the_wait_before_the_next_step_snapshots_tear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshots_tear_without_the_wait_before_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stagers, "hold_back_writes", lambda *_: None)
     training = Training(noted=False, slots=STEPS)
     training.attach()
@@ -51,7 +50,7 @@ def test_without_the_wait_before_the_next_step_snapshots_tear(monkeypatch: pytes
     assert len(training.worker.torn) > STEPS / 2
 
 
-def test_a_tear_that_the_versions_show_is_counted_and_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torn_snapshot_is_counted_and_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stagers, "hold_back_writes", lambda *_: None)
     training = Training(noted=True, slots=STEPS)
     training.attach()
@@ -63,7 +62,7 @@ def test_a_tear_that_the_versions_show_is_counted_and_not_sent(monkeypatch: pyte
     assert training.client.stats()["torn"] > STEPS / 2
 
 
-def test_a_buffer_that_forward_changes_during_the_copy_is_that_of_the_step() -> None:
+def test_buffer_changed_by_forward_during_the_copy_has_the_value_of_the_step() -> None:
     training = Training()
     training.attach()
     stamp(training.device, [training.model.seen], 1)
@@ -76,8 +75,9 @@ def test_a_buffer_that_forward_changes_during_the_copy_is_that_of_the_step() -> 
     assert training.worker.torn == []
 
 
-def test_buffers_for_which_the_scratch_has_no_room_are_copied_before_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "plan_routes", lambda manifest: plan_routes(manifest, scratch_bytes=0))
+def test_buffers_that_do_not_fit_the_scratch_are_copied_before_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = CopyPlan.of
+    monkeypatch.setattr(CopyPlan, "of", lambda manifest: of(manifest, scratch_bytes=0))
     training = Training()
     training.attach()
     stamp(training.device, [training.model.seen], 1)
@@ -90,7 +90,7 @@ def test_buffers_for_which_the_scratch_has_no_room_are_copied_before_forward(mon
     assert training.worker.torn == []
 
 
-def test_an_optimizer_that_attach_was_not_given_waits_too() -> None:
+def test_unattached_optimizer_of_the_model_waits_too() -> None:
     training = Training(noted=False)
     training.attach()
     other = Stamping(training.device, [training.model.weights[3]], noted=False, steps=6)
@@ -104,7 +104,7 @@ def test_an_optimizer_that_attach_was_not_given_waits_too() -> None:
     assert training.model.weights[3].unique().tolist() == [7]
 
 
-def test_an_optimizer_of_the_parameters_in_other_clothes_waits_too() -> None:
+def test_optimizer_of_views_of_the_parameters_waits_too() -> None:
     training = Training(noted=False)
     training.attach()
     whole = nn.Parameter(training.model.weights[3].detach().view(2, -1))
@@ -118,7 +118,7 @@ def test_an_optimizer_of_the_parameters_in_other_clothes_waits_too() -> None:
     assert training.model.weights[3].unique().tolist() == [7]
 
 
-def test_an_optimizer_of_another_model_waits_for_nothing() -> None:
+def test_optimizer_of_another_model_waits_for_nothing() -> None:
     training = Training()
     training.attach()
     elsewhere = Carrying()
@@ -130,7 +130,7 @@ def test_an_optimizer_of_another_model_waits_for_nothing() -> None:
     assert len(training.device.compute.work) == issued + len(elsewhere.weights)
 
 
-def test_an_optimizer_of_tensors_without_memory_of_their_own_is_none_of_ours() -> None:
+def test_optimizer_of_sparse_tensors_waits_for_nothing() -> None:
     training = Training()
     training.attach()
     training.optimizer.step()
@@ -141,7 +141,7 @@ def test_an_optimizer_of_tensors_without_memory_of_their_own_is_none_of_ours() -
     assert len(training.device.compute.work) == issued
 
 
-def test_a_write_outside_the_hooks_costs_the_snapshot_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_write_outside_the_hooks_drops_the_snapshot_and_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     training = Training()
     training.attach()
     for _ in range(2):
@@ -156,7 +156,7 @@ def test_a_write_outside_the_hooks_costs_the_snapshot_and_is_said_once(caplog: p
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_a_write_through_data_is_announced_or_tears(announced: bool) -> None:
+def test_write_through_data_tears_unless_announced(announced: bool) -> None:
     training = Training(noted=False)
     training.attach()
     stamp(training.device, [training.model.seen], 1)
@@ -170,7 +170,7 @@ def test_a_write_through_data_is_announced_or_tears(announced: bool) -> None:
     assert training.worker.torn == ([] if announced else [1])
 
 
-def test_a_parameter_that_gets_other_memory_during_the_copy_is_copied_from_the_old_one() -> None:
+def test_parameter_moved_during_the_copy_is_copied_from_its_old_memory() -> None:
     training = Training()
     training.attach()
     stamp(training.device, [training.model.seen], 1)
@@ -185,7 +185,7 @@ def test_a_parameter_that_gets_other_memory_during_the_copy_is_copied_from_the_o
     assert training.worker.torn == []
 
 
-def test_after_attach_was_taken_back_a_copy_under_way_is_still_waited_for() -> None:
+def test_removed_attachment_still_waits_for_a_copy_in_progress() -> None:
     training = Training(noted=False)
     handle = training.attach()
     stamp(training.device, [training.model.seen], 1)
@@ -199,7 +199,7 @@ def test_after_attach_was_taken_back_a_copy_under_way_is_still_waited_for() -> N
     assert training.worker.torn == []
 
 
-def test_with_every_slot_in_use_a_step_is_skipped_and_nobody_waits() -> None:
+def test_step_without_a_free_slot_is_skipped_without_waiting() -> None:
     training = Training(slots=1)
     training.attach()
     training.optimizer.step()
@@ -215,7 +215,7 @@ def test_with_every_slot_in_use_a_step_is_skipped_and_nobody_waits() -> None:
 
 
 @pytest.mark.parametrize("way", ["overlap=False", "update"])
-def test_a_copy_that_has_no_window_is_over_when_the_call_returns(way: str) -> None:
+def test_copy_without_overlap_is_complete_on_return(way: str) -> None:
     training = Training(noted=False, overlap=way != "overlap=False")
     if way == "update":
         training.optimizer.step()
@@ -231,7 +231,7 @@ def test_a_copy_that_has_no_window_is_over_when_the_call_returns(way: str) -> No
     assert set(training.worker.snapshots[0][1]["weights.0"].tolist()) == {1}
 
 
-def test_an_update_during_a_copy_is_sent_after_it() -> None:
+def test_update_during_a_copy_is_sent_after_it() -> None:
     training = Training()
     training.attach()
     training.optimizer.step()
@@ -242,7 +242,7 @@ def test_an_update_during_a_copy_is_sent_after_it() -> None:
     assert training.worker.steps == [1, 5]
 
 
-def test_a_snapshot_right_after_another_leaves_the_scratch_alone_until_that_is_copied() -> None:
+def test_second_snapshot_waits_for_the_scratch_of_the_first() -> None:
     training = Training()
     training.attach()
     stamp(training.device, [training.model.seen], 1)
@@ -255,7 +255,7 @@ def test_a_snapshot_right_after_another_leaves_the_scratch_alone_until_that_is_c
     assert [snapshot["seen"].unique().tolist() for _, snapshot in training.worker.snapshots] == [[1], [2]]
 
 
-def test_the_fake_waits_for_nothing_where_an_event_was_not_recorded() -> None:
+def test_fake_device_does_not_wait_for_an_unrecorded_event() -> None:
     device = FakeDevice()
     side = device.new_stream()
     seen: list[str] = []

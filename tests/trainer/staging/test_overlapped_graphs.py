@@ -15,7 +15,7 @@ from support.fake_device import FakeDevice
 from trainer_client import SettingsError
 
 
-def test_a_step_captured_into_a_graph_is_no_step_and_takes_no_snapshot(caplog: pytest.LogCaptureFixture) -> None:
+def test_step_captured_into_a_graph_is_not_counted(caplog: pytest.LogCaptureFixture) -> None:
     training = Training()
     training.attach()
     training.optimizer.step()
@@ -40,7 +40,7 @@ def test_a_step_captured_into_a_graph_is_no_step_and_takes_no_snapshot(caplog: p
     assert training.worker.steps == [1, 2]
 
 
-def test_a_run_is_not_joined_while_a_graph_is_captured() -> None:
+def test_joining_while_a_graph_is_captured_is_refused() -> None:
     training = Training()
     training.device.capturing = True
 
@@ -55,7 +55,7 @@ def test_a_run_is_not_joined_while_a_graph_is_captured() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_optimizer_step_is_compiled_once_and_without_our_hooks() -> None:
+def test_compiled_optimizer_step_is_compiled_once_and_without_our_hooks() -> None:
     torch._dynamo.reset()
     device, worker, weight = FakeDevice(), RecordingWorker(), nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)

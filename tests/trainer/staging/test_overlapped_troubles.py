@@ -193,7 +193,7 @@ def test_an_event_that_another_thread_has_not_recorded_yet_is_waited_for() -> No
     assert worker.steps == [1]
 
 
-def test_an_event_that_is_never_recorded_holds_nobody_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wait_for_an_event_that_is_never_recorded_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "_RECORDING_S", 0.01)
     device, worker, client, model, thread = _gated_training()
 

@@ -9,8 +9,7 @@ from torch import nn
 from support.fake_device import FakeDevice
 from trainer_client.model.plan import Plan
 from trainer_client.staging.device import Cuda, Device, device_of
-from trainer_client.staging.pinned_memory import Pins
-from trainer_client.staging.slots import Slot, make_slots
+from trainer_client.staging.slots import Pins, Slot, make_slots
 from trainer_client.staging.stagers import Stagers
 
 
@@ -30,7 +29,7 @@ def test_only_cuda_devices_copy_while_training_goes_on(kind: str) -> None:
     assert isinstance(device_of(torch.device("cuda", 0)), Cuda)
 
 
-def test_a_model_elsewhere_is_copied_when_the_call_returns() -> None:
+def test_cpu_model_is_copied_on_return() -> None:
     model = nn.Linear(3, 3)
     stagers, plan, slots = _stagers(model, None)
 
@@ -44,16 +43,16 @@ def test_tensors_on_several_devices_do_not_overlap() -> None:
     stagers, plan, _ = _stagers(nn.Linear(3, 3), FakeDevice())
     weight, bias = plan.tensors()
 
-    assert stagers.look([weight, bias])
-    assert not stagers.look([weight, bias.to("meta")])
-    assert stagers.look([weight, bias])
+    assert stagers.prepare([weight, bias])
+    assert not stagers.prepare([weight, bias.to("meta")])
+    assert stagers.prepare([weight, bias])
 
 
-def test_a_graph_is_noticed_also_where_nothing_overlaps() -> None:
+def test_capture_is_detected_without_overlap_too() -> None:
     device = FakeDevice()
     stagers, plan, _ = _stagers(nn.Linear(3, 3), device)
     weight, bias = plan.tensors()
-    stagers.look([weight, bias.to("meta")])
+    stagers.prepare([weight, bias.to("meta")])
     device.capturing = True
 
     assert stagers.is_capturing()
