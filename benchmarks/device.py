@@ -80,7 +80,7 @@ class _Arm:
 
     def __init__(self, device: Device, manifest: Manifest, slot: Slot) -> None:
         self._crew = WorkerPool(device.workers, device.block_elements, device)
-        self._segments, self._slot = segments(manifest), slot
+        self._segments, self._slot = segments(manifest, lambda _: -1), slot
         memories = [device.allocate(held_nbytes(manifest, Form.WIDE)) for _ in range(_AVERAGES)]
         self._targets = [Target(memory.data, Form.WIDE, _WEIGHT) for memory in memories]
         self._shown = _Shown(memories)

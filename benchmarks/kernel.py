@@ -103,7 +103,7 @@ def _pass(
     pool: WorkerPool, elements: int, dtype: str, slot: Slot, averages: Sequence[torch.Tensor]
 ) -> Callable[[], None]:
     targets = [Target(average, Form.WIDE, _WEIGHT) for average in averages]
-    blocks = segments(_manifest(elements, dtype))
+    blocks = segments(_manifest(elements, dtype), lambda _: -1)
     return lambda: pool.update(blocks, slot.tensor, targets, None)
 
 

@@ -15,7 +15,7 @@ from ema_server.publishing.publisher import PublishResult, SealOrder
 from ema_server.publishing.writer import GenerationWriter
 from ema_server.runs.rate import Rate
 from ema_server.runs.run import Run
-from ema_server.runs.status_store import Quarantine, RunState
+from ema_server.runs.status_store import NonFiniteBuffers, Quarantine, RunState
 from ema_server.storage.catalog import Generation
 
 Outcome: TypeAlias = Durable | Failed
@@ -67,7 +67,8 @@ class ActiveRun:
     """One run's course in the averager.
 
     `session` counts joins, so that an answer to an earlier one is known as such. While `held` is not empty, or
-    `barrier` is set, every further job of the run is held too, in order.
+    `barrier` is set, every further job of the run is held too, in order. `refused` counts the snapshots quarantined
+    since the last applied one.
     """
 
     name: str
@@ -89,6 +90,8 @@ class ActiveRun:
     publish_error: str | None = None
     retry_at: float = 0.0
     quarantine: Quarantine | None = None
+    refused: int = 0
+    nonfinite_buffers: NonFiniteBuffers | None = None
 
     @property
     def last_step(self) -> int | None:

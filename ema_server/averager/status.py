@@ -28,15 +28,16 @@ def status_in_memory(course: ActiveRun, run: Run) -> RunStatus:
         every=run.every,
         steps_per_second=course.rate.steps_per_second() if course.state is RunState.ACTIVE else None,
         applied=run.applied,
-        gap_steps=run.gap_steps,
+        gap_steps=run.gap_steps + run.open_gap,
         quarantined=run.quarantined,
         quarantine=course.quarantine,
+        nonfinite_buffers=course.nonfinite_buffers,
         exempt=tuple(sorted(run.exempt)),
         tensors=len(run.manifest.tensors),
         snapshot_bytes=run.manifest.nbytes,
         memory_bytes=run.memory_bytes,
         publish_error=course.publish_error,
-        averages=tuple(_average_status(a, a.rule, a.ledger, run.step_units) for a in run.averages),
+        averages=tuple(_average_status(a, a.rule, a.ledger, run.step_units, run.open_gap) for a in run.averages),
     )
 
 
@@ -58,9 +59,10 @@ def status_on_disk(generation: Generation, record: GenerationRecord, manifest: M
         every=run.every,
         steps_per_second=None,
         applied=run.applied,
-        gap_steps=run.gap_steps,
+        gap_steps=run.gap_steps + run.open_gap,
         quarantined=run.quarantined,
         quarantine=None,
+        nonfinite_buffers=None,
         exempt=run.exempt,
         tensors=len(manifest.tensors),
         snapshot_bytes=manifest.nbytes,
@@ -72,6 +74,7 @@ def status_on_disk(generation: Generation, record: GenerationRecord, manifest: M
                 parse_average(kept.spec, name=kept.name),
                 Ledger.from_json(kept.ledger),
                 newest_step_units(run.step_units_history),
+                run.open_gap,
             )
             for kept in run.averages
         ),
@@ -80,7 +83,7 @@ def status_on_disk(generation: Generation, record: GenerationRecord, manifest: M
 
 
 def _average_status(
-    average: Average | AverageRecord, rule: AverageSpec, ledger: Ledger, units: StepUnits
+    average: Average | AverageRecord, rule: AverageSpec, ledger: Ledger, units: StepUnits, open_gap: int
 ) -> AverageStatus:
     step = ledger.last_step
     decay, half_life_steps = (None, None) if step is None else shown_reach(rule, step, ledger.origin, units)
@@ -88,7 +91,7 @@ def _average_status(
         name=rule.name,
         spec=rule.spec,
         updates=average.updates,
-        gap_steps=average.gap_steps,
+        gap_steps=average.gap_steps + (0 if step is None else open_gap),
         step=step,
         accumulator="wire" if isinstance(rule, Raw) else rule.accumulator,
         decay=decay,

@@ -28,19 +28,28 @@ class BlockSink(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """What a target is computed from: bytes (uint8, 1-D), their form, and their weight."""
+
+    data: torch.Tensor
+    form: Form
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """One average: its bytes (uint8, 1-D), their form, and the snapshot's weight; None copies it all, 0 leaves all.
 
     `number` is that of its bit in a segment's mask; blocks that it does not average are copied. With a `mix` the blocks
-    that it averages are made anew of these snapshots (uint8, 1-D, the wire's layout), which are earlier targets: each
-    is blended into those before it with its weight, the first with 1.
+    that it averages are computed from these `Source`s, which are earlier targets: each is blended into those before it
+    with its weight, the first with 1.
     """
 
     data: torch.Tensor
     form: Form
     weight: float | None
     number: int = 0
-    mix: tuple[tuple[torch.Tensor, float], ...] = ()
+    mix: tuple[Source, ...] = ()
 
 
 class Kernel:
@@ -80,13 +89,14 @@ class Kernel:
                     averaged.append((held, target.weight))
             self._arithmetic.lerp(Elements(source, self._scratch), averaged)
 
-    def _blend(self, held: torch.Tensor, block: Segment, mix: Sequence[tuple[torch.Tensor, float]]) -> None:
-        for index, (snapshot, weight) in enumerate(mix):
-            elements = Elements(view(snapshot, block.dtype, block.wire_offset, block.count), self._scratch)
+    def _blend(self, held: torch.Tensor, block: Segment, mix: Sequence[Source]) -> None:
+        for index, source in enumerate(mix):
+            dtype = held_dtype(source.form, block.dtype)
+            elements = Elements(view(source.data, dtype, block.offset(source.form), block.count), self._scratch)
             if index == 0:
                 held.copy_(elements.source)
             else:
-                self._arithmetic.lerp(elements, [(held, weight)])
+                self._arithmetic.lerp(elements, [(held, source.weight)])
 
 
 def show(blocks: Iterable[Segment], forms: Sequence[Form], sink: BlockSink) -> None:

@@ -63,7 +63,7 @@ class Upload:
     def blocks(self, snapshot: torch.Tensor, blocks: Iterable[Segment]) -> Iterator[tuple[Segment, torch.Tensor]]:
         """See `Feed.blocks`."""
         for batch in _batches(blocks, self._nbytes):
-            begin, end = batch[0].wire_offset, _end(batch[-1])
+            begin, end = batch[0].wire_offset, batch[-1].wire_end
             stage = next(self._stages)
             self._move(stage, snapshot.narrow(0, begin, end - begin))
             stage.moved.hold()
@@ -97,8 +97,4 @@ def _batches(blocks: Iterable[Segment], nbytes_max: int) -> Iterator[list[Segmen
 
 
 def _fits(block: Segment, begin: int, nbytes_max: int) -> bool:
-    return _end(block) - begin <= nbytes_max and (block.wire_offset - begin) % ITEM_BYTES[block.dtype] == 0
-
-
-def _end(block: Segment) -> int:
-    return block.wire_offset + block.count * ITEM_BYTES[block.dtype]
+    return block.wire_end - begin <= nbytes_max and (block.wire_offset - begin) % ITEM_BYTES[block.dtype] == 0

@@ -85,6 +85,18 @@ class QuarantineOut(Out):
     at: str
 
 
+class NonFiniteBuffersOut(Out):
+    """Buffers with NaN or Inf in consecutive snapshots: every average but `raw` keeps their last finite value.
+
+    They are finite again if `last_step` is not the run's `step`. At most 100 names are listed.
+    """
+
+    tensors: tuple[str, ...]
+    first_step: int
+    last_step: int
+    snapshots: int
+
+
 class RingOut(Out):
     """Stored snapshots of the run's power averages; `error` says why no more are stored, if that is so."""
 
@@ -109,6 +121,7 @@ class RunOut(Out):
     gap_steps: int
     quarantined: int
     quarantine: QuarantineOut | None
+    nonfinite_buffers: NonFiniteBuffersOut | None
     exempt: tuple[str, ...]
     tensors: int
     snapshot_bytes: int

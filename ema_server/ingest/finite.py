@@ -15,7 +15,7 @@ import torch
 from ema_proto.dtypes import ITEM_BYTES
 from ema_proto.wire.manifest import Manifest, TensorSpec
 from ema_server.tensors.dtypes import view
-from ema_server.tensors.layout import is_averaged
+from ema_server.tensors.selection import can_be_averaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def _elements(slot: torch.Tensor, dtype: str, begin: int, end: int) -> torch.Ten
 def _runs(manifest: Manifest, exempt: frozenset[str]) -> Iterator[_Run]:
     group: list[TensorSpec] = []
     for tensor in manifest.by_offset:
-        if not tensor.nbytes or not is_averaged(tensor, exempt):
+        if not tensor.nbytes or not can_be_averaged(tensor, exempt):
             continue
         if group and (group[-1].dtype != tensor.dtype or group[-1].end != tensor.offset):
             yield _run(group)

@@ -14,18 +14,16 @@ from typing import Any
 
 import torch
 
-from ema_proto.averages.rules import AverageSpec, PowerEma
+from ema_proto.averages.rules import PowerEma
 from ema_proto.averages.specs import parse_average
-from ema_proto.wire.manifest import Manifest, Role, TensorSpec
 from ema_server.config import RingDtype
 from ema_server.storage.catalog import FileEntry, Generation, Version
 from ema_server.storage.disk import link_or_copy, sync_folders, write_durably
 from ema_server.storage.generation import entry_of, read_manifest, read_record
 from ema_server.storage.records import CONFIG_FILE, BrokenGeneration, dump, read_json
 from ema_server.tensors.file_plan import MODEL_FILE
-from ema_server.tensors.layout import is_averaged
 from ema_server.tensors.safetensors_file import Stored, describe, pieces_of, read_header
-from ema_server.tensors.selection import averages
+from ema_server.tensors.selection import copied_names
 
 _RECORD_FILE = "snapshot.json"
 
@@ -94,7 +92,7 @@ def write_snapshot(folder: Path, generation: Generation, dtype: RingDtype) -> No
     folder.mkdir(parents=True)
     members = []
     for version, rule in powers_of(generation):
-        copied = _copied(manifest, exempt, rule)
+        copied = copied_names(manifest, exempt, rule)
         file = _place(version, folder / f"{version.average}.safetensors", dtype, copied)
         members.append(_member(version, rule.exponent, ledgers[version.average], file, copied))
     config = generation.versions[0].folder / CONFIG_FILE
@@ -119,19 +117,6 @@ def read_snapshot(folder: Path) -> RingSnapshot:
         return RingSnapshot(folder, int(value["step"]), dtype, members)
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenGeneration(f"{folder / _RECORD_FILE} is not the record of a snapshot: {error!r}") from None
-
-
-def _copied(manifest: Manifest, exempt: frozenset[str], rule: AverageSpec) -> frozenset[str]:
-    """Names, tied ones too, of the tensors that an average of this rule copies.
-
-    A frozen one counts as such: it is the same in every average, and a sum, or a narrower dtype, could only round it.
-    """
-
-    def is_summed(tensor: TensorSpec) -> bool:
-        return tensor.role is not Role.FROZEN and is_averaged(tensor, exempt) and averages(rule, tensor)
-
-    copies = (one for one in manifest.tensors if not is_summed(one))
-    return frozenset(name for tensor in copies for name in tensor.names)
 
 
 def _member(

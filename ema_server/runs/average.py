@@ -12,7 +12,7 @@ from ema_proto.averages.rules import AverageSpec, Window
 from ema_proto.averages.step_units import StepUnits
 from ema_proto.wire.manifest import Manifest
 from ema_server.compute.device import Device
-from ema_server.compute.kernel import Target
+from ema_server.compute.kernel import Source, Target
 from ema_server.compute.memory import Memory
 from ema_server.rules.ledger import Ledger
 from ema_server.rules.weights import Span, points, weight_of
@@ -94,6 +94,7 @@ class Average:
             units: samples per step and steps per epoch, as the trainer gave them.
             replaces: the snapshot replaces the average whatever the rule says; the first one always does.
         """
+        self.gap_steps += gap_steps if self.has_content else 0
         then = None if replaces else self.ledger.last_step
         self.ledger.append(step, replaces=replaces)
         self.updates += 1
@@ -105,8 +106,24 @@ class Average:
             self.initial_share = 1.0 if then is None else left * self.initial_share
             self.age_steps = 0.0 if then is None else left * (self.age_steps + step - then)
             targets = (Target(self.memory.data, self.form, weight, number),)
-        self.gap_steps += 0 if then is None else gap_steps
         return targets
+
+    def keep(self, targets: tuple[Target, ...], donor: Average) -> tuple[Target, ...]:
+        """What the kernel is to do with tensors of the snapshot that have no finite value.
+
+        They stay as they are. Where the snapshot begins the average, or enters a window, there is no older value:
+        these take the donor's. `raw` keeps the bytes that were sent.
+
+        Args:
+            targets: what `advance` returned for the other tensors.
+            donor: an average that had content before; this one, if it had.
+        """
+        if self.form is Form.WIRE:
+            return targets
+        lent = (Source(donor.memory.data, donor.form),)
+        *snapshots, mean = targets
+        kept = replace(mean, weight=0.0) if donor is self else replace(mean, weight=None, mix=lent)
+        return (*(replace(target, mix=lent) for target in snapshots), kept)
 
     def record(self) -> AverageRecord:
         """The average as values, a copy."""
@@ -136,7 +153,8 @@ class Average:
         taken = self.entries[-1].slot if due else None
         weights = (None if index == taken else 0.0 for index in range(len(self.slots)))
         snapshots = (Target(slot.data, Form.WIRE, weight) for slot, weight in zip(self.slots, weights, strict=True))
-        mix = tuple(zip((self.slots[entry.slot].data for entry in self.entries), blends(self.entries), strict=True))
+        weights_inside = zip(self.entries, blends(self.entries), strict=True)
+        mix = tuple(Source(self.slots[entry.slot].data, Form.WIRE, weight) for entry, weight in weights_inside)
         mean = Target(self.memory.data, self.form, None if due or follows else 0.0, number, mix)
         return (*snapshots, mean)
 

@@ -7,6 +7,7 @@ stand. Threads, files, sessions and schedules are not known here. Memory is take
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
@@ -16,13 +17,14 @@ from ema_proto.wire import messages
 from ema_proto.wire.manifest import Manifest
 from ema_proto.wire.messages import Mode
 from ema_server.compute.device import Device
-from ema_server.compute.kernel import BlockSink
+from ema_server.compute.kernel import BlockSink, Target
 from ema_server.compute.pool import WorkerPool
 from ema_server.rules.ledger import Ledger
+from ema_server.rules.weights import points
 from ema_server.runs.average import Average, Holding, needed_nbytes, new_average
 from ema_server.storage.records import RemovedRecord, RunRecord, StepUnitsRecord, newest_step_units
-from ema_server.tensors.layout import Segment
-from ema_server.tensors.selection import segments_for
+from ema_server.tensors.layout import Form, Segment
+from ema_server.tensors.selection import segments_for, segments_of
 
 REMOVED_MAX = 1000  # trainers that list one of them still are few, and every generation carries them
 STEP_UNITS_MAX = 1000  # sessions that change it are few, likewise
@@ -35,7 +37,8 @@ class Run:
     `ledger` has every applied step, whatever averages there were at the time; its origin is the steps already taken
     when the run was first joined. `created` in RFC 3339; `config` the text of its versions' `config.json`. `removed`
     are averages that it had. `step_units_history` has the units that trainers gave, oldest first. `edits` counts the
-    changes of its averages since the run came into memory.
+    changes of its averages since the run came into memory; `refused_step` is the highest step quarantined since then, 0
+    without any.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Run:
     step_units_history: tuple[StepUnitsRecord, ...] = ()
     removed: tuple[RemovedRecord, ...] = ()
     edits: int = 0
+    refused_step: int = 0
     segments: tuple[Segment, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +86,11 @@ class Run:
     def mark(self) -> tuple[int, int]:
         """What tells a state of the run from an earlier one: snapshots applied, changes of its averages."""
         return self.applied, self.edits
+
+    @property
+    def open_gap(self) -> int:
+        """Steps after the last applied one that were due and refused. `gap_steps` has them once a later step comes."""
+        return self._due_until(self.refused_step)
 
     @property
     def present(self) -> tuple[Average, ...]:
@@ -138,7 +147,15 @@ class Run:
             newest = StepUnitsRecord(from_step, units.samples_per_step, units.steps_per_epoch)
             self.step_units_history = (*earlier, newest)[-STEP_UNITS_MAX:]
 
-    def apply(self, pool: WorkerPool, step: int, mode: Mode, snapshot: torch.Tensor, sink: BlockSink | None) -> None:
+    def apply(
+        self,
+        pool: WorkerPool,
+        step: int,
+        mode: Mode,
+        snapshot: torch.Tensor,
+        sink: BlockSink | None,
+        not_finite: frozenset[str] = frozenset(),
+    ) -> frozenset[str]:
         """Bring the snapshot of `step` into every average.
 
         The first one, and one of mode `set`, replaces the averages. Otherwise each rule weighs it for the true number
@@ -150,21 +167,34 @@ class Run:
             mode: `update` or `set`.
             snapshot: uint8, 1-D, `manifest.nbytes` long.
             sink: sees each block as it was before, None without.
+            not_finite: names of buffers with NaN or Inf in the snapshot. No average has a finite value of them at the
+                first snapshot: they are exempt from then on. Later they stay at their last finite value in every
+                average, except in `raw`.
+
+        Returns:
+            The names of the buffers that stay at their last finite value.
 
         Raises:
             ValueError: `step` does not follow the last one.
         """
-        last, replaces = self.last_step, mode == "set"
-        missing = 0 if last is None or replaces else (step - 1) // self.every - last // self.every
-        self.ledger.append(step, replaces=replaces)
-        targets = [
-            target
-            for number, average in enumerate(self.averages)
-            for target in average.advance(number, step, missing, self.step_units, replaces=replaces)
-        ]
-        self.applied += 1
-        self.gap_steps += missing
-        pool.update(self.segments, snapshot, targets, sink)
+        means = [average for average in self.averages if average.form is not Form.WIRE]
+        donor = next((average for average in means if average.has_content), None)
+        if self.last_step is None or (donor is None and means):
+            self.exempt_also(not_finite)
+        donors = [average if average.has_content or donor is None else donor for average in self.averages]
+        targets = self._advance(step, replaces=mode == "set")
+        kept = not_finite - self.exempt
+        pool.update(self._segments_without(kept), snapshot, list(chain(*targets)), sink)
+        if kept:
+            kept_targets = map(Average.keep, self.averages, targets, donors)
+            pool.update(segments_of(self.manifest, kept), snapshot, list(chain(*kept_targets)), sink)
+        return kept
+
+    def refuse(self, step: int, mode: Mode) -> None:
+        """Count a snapshot that is not applied. The step of an update is a gap."""
+        self.quarantined += 1
+        if mode == "update":
+            self.refused_step = max(self.refused_step, step)
 
     def record(self, last_step: int) -> RunRecord:
         """The run as values, a copy."""
@@ -179,10 +209,29 @@ class Run:
             applied=self.applied,
             gap_steps=self.gap_steps,
             quarantined=self.quarantined,
+            refused_step=self.refused_step,
             averages=tuple(average.record() for average in self.present),
             removed=self.removed,
             step_units_history=self.step_units_history,
         )
+
+    def _advance(self, step: int, *, replaces: bool) -> list[tuple[Target, ...]]:
+        missing = self.open_gap if replaces else self._due_until(step - 1)
+        self.ledger.append(step, replaces=replaces)
+        self.applied += 1
+        self.gap_steps += missing
+        return [
+            average.advance(number, step, missing, self.step_units, replaces=replaces)
+            for number, average in enumerate(self.averages)
+        ]
+
+    def _due_until(self, step: int) -> int:
+        return 0 if self.last_step is None else points(self.every, self.last_step, step)
+
+    def _segments_without(self, names: frozenset[str]) -> tuple[Segment, ...]:
+        if not names:
+            return self.segments
+        return segments_for(self.manifest, self.exempt, [average.averaged for average in self.averages], names)
 
     def _lay_out(self) -> None:
         self.segments = segments_for(self.manifest, self.exempt, [average.averaged for average in self.averages])

@@ -30,6 +30,19 @@ class Quarantine:
 
 
 @dataclass(frozen=True, slots=True)
+class NonFiniteBuffers:
+    """Buffers with NaN or Inf in `snapshots` snapshots in a row, of `first_step` to `last_step`.
+
+    Every average but `raw` keeps their last finite value. They are finite again if `last_step` is not the run's step.
+    """
+
+    tensors: tuple[str, ...]
+    first_step: int
+    last_step: int
+    snapshots: int
+
+
+@dataclass(frozen=True, slots=True)
 class AverageStatus:
     """One average: updates applied to it, steps that were due and missing, and the step it stands at.
 
@@ -73,6 +86,7 @@ class RunStatus:
     gap_steps: int
     quarantined: int
     quarantine: Quarantine | None
+    nonfinite_buffers: NonFiniteBuffers | None
     exempt: tuple[str, ...]
     tensors: int
     snapshot_bytes: int

@@ -18,6 +18,7 @@ from ema_proto.averages.step_units import UNKNOWN, StepUnits
 from ema_proto.errors import LocalProtocolError
 from ema_proto.wire.manifest import Manifest
 from ema_server.rules.half_life import shown_reach
+from ema_server.rules.weights import points
 from ema_server.storage.catalog import FileEntry
 
 FORMAT = 1
@@ -86,7 +87,8 @@ class RunRecord:
     """A run as it stood at `step`: everything a restart needs besides the averages' own bytes.
 
     `created` is when the run was first joined, in RFC 3339; `ledger`, as JSON values, has every applied step;
-    `step_units_history` (`paces` in the files) the units that trainers gave, oldest first.
+    `step_units_history` (`paces` in the files) the units that trainers gave, oldest first. `refused_step` is the highest
+    step that was quarantined since the run came into memory, 0 without any.
     """
 
     run: str
@@ -102,6 +104,12 @@ class RunRecord:
     averages: tuple[AverageRecord, ...]
     removed: tuple[RemovedRecord, ...]
     step_units_history: tuple[StepUnitsRecord, ...]
+    refused_step: int = 0
+
+    @property
+    def open_gap(self) -> int:
+        """Steps after `step` that were due and refused."""
+        return points(self.every, self.step, self.refused_step) if self.applied else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +190,7 @@ def generation_bytes(record: GenerationRecord) -> bytes:
             "manifest_digest": run.manifest_digest,
             "exempt": list(run.exempt),
             "counters": {"applied": run.applied, "gap_steps": run.gap_steps, "quarantined": run.quarantined},
+            "refused_step": run.refused_step,
             "averages": [asdict(average) for average in run.averages],
             "removed": [asdict(average) for average in run.removed],
             "paces": [asdict(units) for units in run.step_units_history],
@@ -245,6 +254,7 @@ def _run_record(value: Mapping[str, Any]) -> RunRecord:
         averages=tuple(_average_record(average) for average in value["averages"]),
         removed=tuple(RemovedRecord(str(gone["name"]), str(gone["spec"])) for gone in value["removed"]),
         step_units_history=tuple(_step_units_record(units) for units in value["paces"]),
+        refused_step=int(value.get("refused_step", 0)),
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from ema_proto.dtypes import FLOATS, ITEM_BYTES
-from ema_proto.wire.manifest import Manifest, Role, TensorSpec
+from ema_proto.wire.manifest import Manifest, TensorSpec
 
 
 class Form(Enum):
@@ -54,6 +54,11 @@ class Segment:
     wide_offset: int
     exact_offset: int
 
+    @property
+    def wire_end(self) -> int:
+        """First byte after the segment in the snapshot."""
+        return self.wire_offset + self.count * ITEM_BYTES[self.dtype]
+
     def offset(self, form: Form) -> int:
         """First byte of the segment in an average of this form."""
         match form:
@@ -82,32 +87,23 @@ def held_nbytes(manifest: Manifest, form: Form) -> int:
     return sum(place.nbytes for place in _places(manifest, form))
 
 
-def is_averaged(tensor: TensorSpec, exempt: frozenset[str]) -> bool:
-    """Whether averaging rules apply to a tensor; otherwise its newest value is copied."""
-    return tensor.is_float and tensor.role is not Role.STRUCTURAL and tensor.name not in exempt
-
-
-def averaged_by_all(tensor: TensorSpec) -> int:
-    """The mask of a tensor where no average differs from another and no tensor is exempt."""
-    return -1 if is_averaged(tensor, frozenset()) else 0
-
-
-def segments(manifest: Manifest, averaged_by: Callable[[TensorSpec], int] = averaged_by_all) -> tuple[Segment, ...]:
+def segments(manifest: Manifest, mask: Callable[[TensorSpec], int | None]) -> tuple[Segment, ...]:
     """The snapshot as few long runs, in memory order. Empty tensors are in none.
 
     Args:
         manifest: the run's manifest.
-        averaged_by: the mask of a tensor: bit i says that average number i averages it.
+        mask: `Segment.averaged` of a tensor, or None to leave the tensor out.
     """
     offsets = {form: {place.tensor.name: place.offset for place in _places(manifest, form)} for form in Form}
     merged: list[Segment] = []
     for tensor in manifest.by_offset:
-        if not tensor.elements:
+        averaged = mask(tensor)
+        if not tensor.elements or averaged is None:
             continue
         starts = (offsets[form][tensor.name] for form in (Form.WIRE, Form.WIDE, Form.EXACT))
-        new = Segment(tensor.dtype, averaged_by(tensor), tensor.elements, *starts)
+        new = Segment(tensor.dtype, averaged, tensor.elements, *starts)
         last = merged[-1] if merged else None
-        if last is not None and (last.dtype, last.averaged) == (new.dtype, new.averaged):
+        if last is not None and (last.dtype, last.averaged, last.wire_end) == (new.dtype, averaged, new.wire_offset):
             merged[-1] = replace(last, count=last.count + new.count)
         else:
             merged.append(new)

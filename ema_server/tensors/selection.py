@@ -1,7 +1,7 @@
-"""What an average does with each tensor: its form in memory, and which tensors it averages. Pure.
+"""Which tensors an average averages; of the others it holds the newest value.
 
-Rules (`ema_proto.averages.specs`), the manifest of a run and the names of its exempt tensors give forms, names, and
-the segments of a snapshot with a mask of the averages that average them; what an average does not average, it copies.
+A tensor can be averaged if it is a float, is not structural and is not exempt from averaging in this run. Of these, a
+rule leaves out those that its patterns or its `buffers="copy"` name; `raw` averages none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ema_proto.averages.rules import AverageSpec, Raw
 from ema_proto.patterns import is_chosen
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec
-from ema_server.tensors.layout import Form, Segment, is_averaged, segments
+from ema_server.tensors.layout import Form, Segment, segments
 
 
 def form_of(rule: AverageSpec) -> Form:
@@ -21,27 +21,64 @@ def form_of(rule: AverageSpec) -> Form:
     return Form.EXACT if rule.accumulator == "float64" else Form.WIDE
 
 
-def averages(rule: AverageSpec, tensor: TensorSpec) -> bool:
-    """Whether an average of this rule averages a tensor that can be; otherwise it takes the tensor's newest value."""
-    if isinstance(rule, Raw) or (tensor.role is Role.BUFFER and rule.buffers == "copy"):
-        return False
-    return is_chosen(tensor.name, rule.include, rule.exclude)
+def can_be_averaged(tensor: TensorSpec, exempt: frozenset[str] = frozenset()) -> bool:
+    """Whether rules apply to a tensor of a run with these exempt tensors."""
+    return tensor.is_float and tensor.role is not Role.STRUCTURAL and tensor.name not in exempt
 
 
 def averaged_names(manifest: Manifest, rule: AverageSpec) -> frozenset[str]:
     """Names of the tensors that an average of this rule averages where they can be.
 
-    To be kept with the average: each name is compared with each pattern.
+    Compute it once per average: it compares each name with each pattern.
     """
-    return frozenset(tensor.name for tensor in manifest.tensors if averages(rule, tensor))
+    return frozenset(tensor.name for tensor in manifest.tensors if _averages(rule, tensor))
 
 
-def segments_for(manifest: Manifest, exempt: frozenset[str], averaged: Sequence[frozenset[str]]) -> tuple[Segment, ...]:
-    """The segments of a snapshot for averages, numbered as they are given, which average the tensors of these names."""
+def copied_names(manifest: Manifest, exempt: frozenset[str], rule: AverageSpec) -> frozenset[str]:
+    """Names, tied ones too, of the tensors that a weighted sum of averages of this rule takes from the newest of them.
 
-    def averaged_by(tensor: TensorSpec) -> int:
-        if not is_averaged(tensor, exempt):
+    Frozen tensors are among them: a sum, or a narrower dtype, could only round them.
+    """
+    averaged = averaged_names(manifest, rule)
+    copied = (
+        tensor
+        for tensor in manifest.tensors
+        if tensor.role is Role.FROZEN or tensor.name not in averaged or not can_be_averaged(tensor, exempt)
+    )
+    return frozenset(name for tensor in copied for name in tensor.names)
+
+
+def segments_for(
+    manifest: Manifest,
+    exempt: frozenset[str],
+    averaged: Sequence[frozenset[str]],
+    left_out: frozenset[str] = frozenset(),
+) -> tuple[Segment, ...]:
+    """The segments of a snapshot for several averages.
+
+    Args:
+        manifest: the run's manifest.
+        exempt: names of tensors that no average averages.
+        averaged: of each average, `averaged_names`; the first has bit 0 of the segments' masks.
+        left_out: names of tensors that no segment covers.
+    """
+
+    def mask(tensor: TensorSpec) -> int | None:
+        if tensor.name in left_out:
+            return None
+        if not can_be_averaged(tensor, exempt):
             return 0
         return sum((tensor.name in names) << number for number, names in enumerate(averaged))
 
-    return segments(manifest, averaged_by)
+    return segments(manifest, mask)
+
+
+def segments_of(manifest: Manifest, names: frozenset[str]) -> tuple[Segment, ...]:
+    """The segments of these tensors alone, with every bit of the masks set."""
+    return segments(manifest, lambda tensor: -1 if tensor.name in names else None)
+
+
+def _averages(rule: AverageSpec, tensor: TensorSpec) -> bool:
+    if isinstance(rule, Raw) or (tensor.role is Role.BUFFER and rule.buffers == "copy"):
+        return False
+    return is_chosen(tensor.name, rule.include, rule.exclude)

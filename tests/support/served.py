@@ -102,6 +102,7 @@ class Served:
                 gap_steps=0,
                 quarantined=0,
                 quarantine=None,
+                nonfinite_buffers=None,
                 exempt=(),
                 tensors=2,
                 snapshot_bytes=64,

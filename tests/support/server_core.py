@@ -49,6 +49,8 @@ from ema_server.runs.status_store import RunStatus, StatusStore
 from ema_server.storage.catalog import Catalog, Version
 from ema_server.storage.datadir import open_data_dir
 from ema_server.telemetry import Telemetry
+from ema_server.tensors.layout import Segment, segments
+from ema_server.tensors.selection import can_be_averaged
 
 WAIT_S = 30.0
 NAMES = {
@@ -93,6 +95,11 @@ def encode(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Tensor:
         value = tensors[spec.name].contiguous().reshape(-1)
         slot[spec.offset : spec.end] = value.view(torch.uint8) if value.numel() else value.to(torch.uint8)
     return slot
+
+
+def all_segments(manifest: Manifest) -> tuple[Segment, ...]:
+    """The segments of a run where every average averages all that can be averaged."""
+    return segments(manifest, lambda tensor: -1 if can_be_averaged(tensor) else 0)
 
 
 class ServerCore:

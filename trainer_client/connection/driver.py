@@ -58,6 +58,7 @@ class Driver:
         self._requests: dict[int, Pending] = {}
         self._outgoing: Outgoing | None = None
         self._retry_at = 0.0
+        self._not_finite = 0  # snapshots refused for NaN or Inf since the last applied one
         self._thread = threading.Thread(target=self._run, name="ema-driver", daemon=True)
 
     def start(self) -> None:
@@ -216,7 +217,13 @@ class Driver:
         if event.code is None:
             self._shared.committed += 1
             self._shared.last_committed = event.step
+            if self._not_finite:
+                logger.warning(
+                    "ema: step %d is finite and applied; %d snapshots before it were not", event.step, self._not_finite
+                )
+            self._not_finite = 0
             return
         self._shared.dropped[event.code.value] += 1
-        if self._shared.streaming:
+        self._not_finite += event.code is RejectCode.NOT_FINITE
+        if self._shared.streaming and self._not_finite <= 1:  # a NaN that stays would warn at every step
             logger.warning("ema: step %d was not applied: %s", event.step, event.text or event.code.value)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ema_proto.wire.manifest import Role
 from ema_server.averager.jobs import Applied, Quarantined
+from ema_server.runs.status_store import NonFiniteBuffers
 from ema_server.storage.catalog import Version
 from support.oracle import bound, largest_difference, ledger_steps, replay
 from support.server_core import ServerCore, durable, joined, manifest_of, running_core, versions_by_average
@@ -227,14 +228,150 @@ def test_a_mask_of_infinities_is_copied_from_then_on_and_reported(core: ServerCo
     assert loaded["w"].item() == 0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 3
 
 
-def test_a_buffer_that_is_clean_at_first_is_never_exempt(core: ServerCore) -> None:
-    def buffered(value: float) -> dict[str, Tensor]:
-        return {"w": torch.ones(1), "running": torch.tensor([value])}
+def test_a_gap_counts_from_the_refused_step_on_and_each_spell_is_logged_twice(
+    core: ServerCore, caplog: pytest.LogCaptureFixture
+) -> None:
+    def gaps() -> tuple[int, int]:
+        status = core.statuses.get("r")
+        assert status is not None
+        return status.gap_steps, status.averages[0].gap_steps
 
-    joined(core.join("r", manifest_of(buffered(1.0), {"running": Role.BUFFER}), ["ema:0.5"]))
-    core.apply("r", 1, buffered(1.0))
+    bad = {**_weights(3), "walk": torch.full_like(_weights(3)["walk"], math.nan)}
+    joined(core.join("r", _MANIFEST, ["ema:0.9"]))
+    core.apply("r", 1, _weights(1))
+    for step in (2, 3, 5):
+        core.apply("r", step, bad)
+    assert gaps() == (4, 4)
+    core.apply("r", 6, _weights(6))
 
-    assert isinstance(core.apply("r", 2, buffered(math.inf)), Quarantined)
+    assert gaps() == (4, 4), "nothing is counted twice"
+    core.apply("r", 8, bad)
+    assert gaps() == (6, 6)
+    assert versions_by_average(core.publish("r"))["ema-0.9"].gap_steps == 4, "those before its step"
+    core.apply("r", 8, _weights(8), mode="set")
+    assert gaps() == (6, 6), "a counter never falls"
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.split(";")[0] for text in logged] == [
+        "run r: NaN or Inf at step 2 in 1 tensors: walk",
+        "run r: step 6 is applied",
+        "run r: NaN or Inf at step 8 in 1 tensors: walk",
+        "run r: step 8 is applied",
+    ]
+
+
+def test_refused_steps_at_the_end_of_a_run_are_gaps_after_a_restart_too(tmp_path: Path) -> None:
+    bad = {**_weights(3), "walk": torch.full_like(_weights(3)["walk"], math.nan)}
+    with running_core(tmp_path) as core:
+        joined(core.join("r", _MANIFEST, ["ema:0.9"]))
+        core.apply("r", 1, _weights(1))
+        core.apply("r", 3, bad)
+        core.finish("r")
+        before = core.statuses.get("r")
+    with running_core(tmp_path) as core:
+        after = core.statuses.get("r")
+
+    assert before is not None
+    assert after is not None
+    for status in (before, after):
+        assert (status.step, status.gap_steps, status.averages[0].gap_steps, status.quarantined) == (1, 2, 2, 1)
+
+
+_BUFFERED_RULES = [
+    "raw",
+    "ema:0.5",
+    "ema:0.5,buffers=copy,name=copied",
+    "ema:0.5,acc=float64,name=exact",
+    "window:2",
+    "swa",
+]
+
+
+def _buffered(weight: float, mean: float, half: float = 1.0) -> dict[str, Tensor]:
+    return {
+        "w": torch.tensor([weight] * 3),
+        "running_mean": torch.tensor([mean] * 5),
+        "half": torch.tensor([half] * 3, dtype=torch.bfloat16),
+    }
+
+
+_BUFFERED = manifest_of(_buffered(0.0, 0.0), {"running_mean": Role.BUFFER, "half": Role.BUFFER})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_buffer_that_is_not_finite_stays_at_its_last_finite_value_and_the_weights_go_on(
+    core: ServerCore, caplog: pytest.LogCaptureFixture, bad: float
+) -> None:
+    """Compared with a run whose buffer does not change meanwhile: only `raw` holds what was sent."""
+    for run in ("r", "oracle"):
+        joined(core.join(run, _BUFFERED, _BUFFERED_RULES))
+    steps = [(1, 1.0, 4.0), (2, 2.0, 4.0), (3, 3.0, bad), (4, 4.0, bad), (5, 5.0, 4.0), (6, 6.0, 8.0), (7, 7.0, 8.0)]
+    for step, weight, mean in steps:
+        assert core.apply("r", step, _buffered(weight, mean)) == Applied(step, frozenset())
+        core.apply("oracle", step, _buffered(weight, mean if math.isfinite(mean) else 4.0))
+        found = versions_by_average(core.publish("r"))
+        expected = versions_by_average(core.publish("oracle"))
+        for name, version in found.items():
+            loaded, oracle = core.load(version), core.load(expected[name])
+            assert torch.equal(loaded["w"], oracle["w"]), (step, name)
+            if name == "raw" and not math.isfinite(mean):
+                torch.testing.assert_close(loaded["running_mean"], torch.full((5,), mean), equal_nan=True)
+            else:
+                assert torch.equal(loaded["running_mean"], oracle["running_mean"]), (step, name)
+    status = core.statuses.get("r")
+    assert status is not None
+    assert status.nonfinite_buffers == NonFiniteBuffers(("running_mean",), 3, 4, 2)
+    assert (status.exempt, status.quarantined, status.gap_steps, status.applied) == ((), 0, 0, 7)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "run r: NaN or Inf at step 3 in 1 buffers, which stay at their last finite value: running_mean",
+        "run r: all buffers are finite again at step 5, after 2 snapshots",
+    ]
+
+
+def test_an_average_that_begins_while_a_buffer_is_not_finite_takes_it_from_another(core: ServerCore) -> None:
+    joined(core.join("r", _BUFFERED, ["raw", "ema:0.5"]))
+    core.apply("r", 1, _buffered(1.0, 4.0, 2.0))
+    for spec in ("swa", "window:2", "power:sigma_rel=0.1,acc=float64"):
+        core.add("r", spec)
+    core.apply("r", 2, _buffered(2.0, math.nan, math.inf))
+    core.apply("r", 3, _buffered(3.0, 4.0, 2.0))
+
+    for name, version in versions_by_average(core.publish("r")).items():
+        loaded = core.load(version)
+        assert loaded["running_mean"].tolist() == [4.0] * 5, name
+        assert loaded["half"].tolist() == [2.0] * 3, name
+
+
+def test_where_no_average_has_a_finite_value_of_a_buffer_it_is_copied_from_then_on(core: ServerCore) -> None:
+    joined(core.join("r", _BUFFERED, ["raw"]))
+    core.apply("r", 1, _buffered(1.0, 4.0))
+    assert core.apply("r", 2, _buffered(2.0, math.nan)) == Applied(2, frozenset())
+    core.add("r", "ema:0.5")
+
+    assert core.apply("r", 3, _buffered(3.0, math.nan)) == Applied(3, frozenset({"running_mean"}))
+    core.apply("r", 4, _buffered(4.0, 4.0))
+    loaded = core.load(versions_by_average(core.publish("r"))["ema-0.5"])
+    assert (loaded["running_mean"].tolist(), loaded["w"].tolist()) == ([4.0] * 5, [3.5] * 3)
+
+
+def test_a_set_with_a_buffer_that_is_not_finite_replaces_the_rest(core: ServerCore) -> None:
+    joined(core.join("r", _BUFFERED, _BUFFERED_RULES))
+    core.apply("r", 1, _buffered(1.0, 4.0))
+    core.apply("r", 2, _buffered(5.0, math.nan), mode="set")
+
+    for name, version in versions_by_average(core.publish("r")).items():
+        loaded = core.load(version)
+        assert loaded["w"].tolist() == [5.0] * 3, name
+        if name != "raw":
+            assert loaded["running_mean"].tolist() == [4.0] * 5, name
+
+
+def test_a_parameter_that_is_not_finite_is_refused_whatever_the_buffers_are(core: ServerCore) -> None:
+    joined(core.join("r", _BUFFERED, ["ema:0.5"]))
+    core.apply("r", 1, _buffered(1.0, 4.0))
+
+    answer = core.apply("r", 2, _buffered(math.nan, math.nan))
+    assert isinstance(answer, Quarantined)
+    assert answer.text == "NaN or Inf at step 2 in 1 tensors: w"
 
 
 def test_structural_buffers_are_copied_and_not_averaged(core: ServerCore) -> None:

@@ -29,11 +29,11 @@ from ema_server.compute.device import HOST, Device
 from ema_server.compute.kernel import Target
 from ema_server.compute.pool import WorkerPool
 from ema_server.compute.upload import Upload
-from ema_server.tensors.layout import Form, held_nbytes, segments
+from ema_server.tensors.layout import Form, held_nbytes
 from support.backends import InlineBackend, LateBackend
 from support.cuda_runtime import GPU, CudaRuntime
 from support.processes import ServerProcess
-from support.server_core import ServerCore, durable, encode, joined, manifest_of, running_core
+from support.server_core import ServerCore, all_segments, durable, encode, joined, manifest_of, running_core
 from support.toy import Toy, check_version
 from trainer_client import EmaClient
 
@@ -164,10 +164,10 @@ def test_many_small_tensors_are_moved_in_few_batches() -> None:
     pool = WorkerPool(1, 512, Accelerator("test:0", backend, block_elements=512))
     data = backend.allocate(held_nbytes(manifest, Form.WIDE))
     before = backend.moves
-    pool.update(segments(manifest), encode(manifest, tensors), [Target(data, Form.WIDE, None)], None)
+    pool.update(all_segments(manifest), encode(manifest, tensors), [Target(data, Form.WIDE, None)], None)
     pool.close()
 
-    assert len(segments(manifest)) == 1000
+    assert len(all_segments(manifest)) == 1000
     assert backend.moves - before == math.ceil(manifest.nbytes / (512 * 8))
     assert torch.equal(data, encode(manifest, tensors))
 
@@ -183,7 +183,7 @@ def test_what_a_crew_takes_of_a_device_does_not_depend_on_the_model(workers: int
         before = backend.room_bytes + data.numel()
         pool = WorkerPool(workers, 64, device)
         for _ in range(3):
-            pool.update(segments(manifest), encode(manifest, tensors), [Target(data, Form.WIDE, None)], None)
+            pool.update(all_segments(manifest), encode(manifest, tensors), [Target(data, Form.WIDE, None)], None)
         pool.close()
         taken.append(before - backend.room_bytes - data.numel())
         assert torch.equal(data, encode(manifest, tensors))
@@ -199,7 +199,7 @@ def test_a_pass_that_fails_leaves_the_stages_usable() -> None:
 
     def fail_half_way() -> None:
         with upload.turn():
-            for number, _ in enumerate(upload.blocks(snapshot, segments(manifest))):
+            for number, _ in enumerate(upload.blocks(snapshot, all_segments(manifest))):
                 if number == 50:
                     raise RuntimeError("half-way")
 
@@ -207,7 +207,7 @@ def test_a_pass_that_fails_leaves_the_stages_usable() -> None:
         fail_half_way()
     taken = backend.allocate(manifest.nbytes)
     with upload.turn():
-        for block, elements in upload.blocks(snapshot, segments(manifest)):
+        for block, elements in upload.blocks(snapshot, all_segments(manifest)):
             taken.narrow(0, block.wire_offset, block.count * 4).view(torch.float32).copy_(elements)
 
     assert torch.equal(taken, snapshot)
@@ -342,7 +342,7 @@ def test_a_whole_models_pass_on_a_gpu_equals_the_hosts(tmp_path: Path) -> None:
         pool = WorkerPool(device.workers, device.block_elements, device)
         memory = device.allocate(held_nbytes(manifest, Form.WIDE))
         for weight, snapshot in zip((None, 0.1, 0.001), snapshots, strict=True):
-            pool.update(segments(manifest), snapshot, [Target(memory.data, Form.WIDE, weight)], None)
+            pool.update(all_segments(manifest), snapshot, [Target(memory.data, Form.WIDE, weight)], None)
         pool.close()
         held.append(memory.data.cpu().view(torch.float32))
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec
 from ema_server.compute.accelerator import Accelerator
 from ema_server.compute.device import BLOCK_ELEMENTS
-from ema_server.compute.kernel import Target
+from ema_server.compute.kernel import Source, Target
 from ema_server.compute.pool import WorkerPool
 from ema_server.tensors.dtypes import view
-from ema_server.tensors.layout import Form, averaged_by_all, held_nbytes, places, segments
+from ema_server.tensors.layout import Form, held_nbytes, places, segments
+from ema_server.tensors.selection import can_be_averaged
 from support.arithmetics import NAMES, arithmetic
 from support.backends import InlineBackend
-from support.server_core import encode, manifest_of
+from support.server_core import all_segments, encode, manifest_of
 
 _SHARES = [("torch", *share) for share in ((1, 1), (3, 1), (2, 3), (1, 64), (2, BLOCK_ELEMENTS))]
 _SHARES += [("compiled", *share) for share in ((3, 1), (1, 64), (2, BLOCK_ELEMENTS))]
@@ -71,7 +72,7 @@ def _target(form: Form, weight: float | None) -> Target:
 
 def _filled(pool: WorkerPool, form: Form, weight: float | None, seed: int) -> Target:
     target = _target(form, None)
-    pool.update(segments(_MANIFEST), encode(_MANIFEST, _tensors(seed)), [target], None)
+    pool.update(all_segments(_MANIFEST), encode(_MANIFEST, _tensors(seed)), [target], None)
     return Target(target.data, form, weight)
 
 
@@ -91,7 +92,7 @@ class _Recorder:
 def test_a_pass_equals_a_float64_loop(pool: WorkerPool, form: Form, weight: float) -> None:
     """Within three roundings of values below 8: 3 * 8 * eps of the accumulator's dtype."""
     target = _filled(pool, form, weight, 1)
-    pool.update(segments(_MANIFEST), encode(_MANIFEST, _tensors(2)), [target], None)
+    pool.update(all_segments(_MANIFEST), encode(_MANIFEST, _tensors(2)), [target], None)
 
     old, new, held = _tensors(1), _tensors(2), _held(_MANIFEST, form, target.data)
     for name, value in held.items():
@@ -118,9 +119,9 @@ def test_several_averages_in_one_pass_are_what_each_is_alone(pool: WorkerPool) -
     together = [_filled(pool, form, weight, 5) for form, weight in plan]
     alone = [_filled(pool, form, weight, 5) for form, weight in plan]
     snapshot = encode(_MANIFEST, _tensors(6))
-    pool.update(segments(_MANIFEST), snapshot, together, None)
+    pool.update(all_segments(_MANIFEST), snapshot, together, None)
     for target in alone:
-        pool.update(segments(_MANIFEST), snapshot, [target], None)
+        pool.update(all_segments(_MANIFEST), snapshot, [target], None)
 
     assert all(torch.equal(one.data, other.data) for one, other in zip(together, alone, strict=True))
 
@@ -129,14 +130,17 @@ def test_a_windows_mean_is_that_of_its_snapshots_and_disturbs_no_other_average(p
     """The newest snapshot comes in by the same pass, and half floats are widened for the window and for the others."""
     snapshots = [_filled(pool, Form.WIRE, 0.0, seed) for seed in (1, 2, 3)]
     snapshots[0] = Target(snapshots[0].data, Form.WIRE, None)  # the oldest gives its place to the newest, seed 6
-    mix = tuple(zip((snapshots[slot].data for slot in (1, 2, 0)), (1.0, 1 / 2, 1 / 3), strict=True))
+    order = zip((1, 2, 0), (1.0, 1 / 2, 1 / 3), strict=True)
+    mix = tuple(Source(snapshots[slot].data, Form.WIRE, weight) for slot, weight in order)
     means = [Target(_filled(pool, form, None, 5).data, form, None, 0, mix) for form in (Form.WIDE, Form.EXACT)]
     others = [_filled(pool, form, 0.25, 5) for form in (Form.WIDE, Form.EXACT, Form.WIDE)]
     alone = [_filled(pool, form, 0.25, 5) for form in (Form.WIDE, Form.EXACT, Form.WIDE)]
     snapshot = encode(_MANIFEST, _tensors(6))
-    pool.update(segments(_MANIFEST), snapshot, [others[0], *snapshots, means[0], others[1], means[1], others[2]], None)
+    pool.update(
+        all_segments(_MANIFEST), snapshot, [others[0], *snapshots, means[0], others[1], means[1], others[2]], None
+    )
     for target in alone:
-        pool.update(segments(_MANIFEST), snapshot, [target], None)
+        pool.update(all_segments(_MANIFEST), snapshot, [target], None)
 
     assert all(torch.equal(one.data, other.data) for one, other in zip(others, alone, strict=True))
     assert torch.equal(snapshots[0].data, snapshot)
@@ -156,7 +160,7 @@ def test_a_constant_is_a_fixed_point_bit_for_bit(pool: WorkerPool) -> None:
     target = _filled(pool, Form.WIDE, 1 - 0.9998, 7)
     before, snapshot = target.data.clone(), encode(_MANIFEST, _tensors(7))
     for _ in range(100):
-        pool.update(segments(_MANIFEST), snapshot, [target], None)
+        pool.update(all_segments(_MANIFEST), snapshot, [target], None)
 
     assert torch.equal(target.data, before)
 
@@ -165,7 +169,7 @@ def test_a_constant_is_a_fixed_point_bit_for_bit(pool: WorkerPool) -> None:
 def test_a_weight_of_zero_leaves_every_byte(pool: WorkerPool, form: Form) -> None:
     target = _filled(pool, form, 0.0, 7)
     before = target.data.clone()
-    pool.update(segments(_MANIFEST), encode(_MANIFEST, _tensors(8)), [target], None)
+    pool.update(all_segments(_MANIFEST), encode(_MANIFEST, _tensors(8)), [target], None)
 
     assert torch.equal(target.data, before)
 
@@ -176,7 +180,7 @@ def test_what_an_average_does_not_average_it_copies(pool: WorkerPool) -> None:
     targets = [Target(target.data, target.form, 0.25, number) for number, target in enumerate(targets)]
 
     def averaged_by(tensor: TensorSpec) -> int:
-        return averaged_by_all(tensor) & (0b101 if tensor.name == "brain" else 0b111)
+        return (0b101 if tensor.name == "brain" else 0b111) if can_be_averaged(tensor) else 0
 
     pool.update(segments(_MANIFEST, averaged_by), encode(_MANIFEST, _tensors(2)), targets, None)
 
@@ -194,9 +198,9 @@ def test_the_sink_sees_every_byte_once_and_before_it_changes(pool: WorkerPool) -
     targets = [_filled(pool, form, weight, 1) for form, weight in plan]
     before = [target.data.clone() for target in targets]
     riding, alone = _Recorder(targets), _Recorder(targets)
-    pool.write(segments(_MANIFEST), [target.form for target in targets], alone)
+    pool.write(all_segments(_MANIFEST), [target.form for target in targets], alone)
     assert all(torch.equal(target.data, old) for target, old in zip(targets, before, strict=True))
-    pool.update(segments(_MANIFEST), encode(_MANIFEST, _tensors(2)), targets, riding)
+    pool.update(all_segments(_MANIFEST), encode(_MANIFEST, _tensors(2)), targets, riding)
 
     for recorder in (alone, riding):
         for seen, old, ranges in zip(recorder.seen, before, recorder.ranges, strict=True):
@@ -215,7 +219,7 @@ def test_every_kernel_leaves_the_same_bytes() -> None:
         for step in range(1, 20):
             weights = [weight and weight / step for _, weight in plan]
             targets = [replace(target, weight=weight) for target, weight in zip(targets, weights, strict=True)]
-            pool.update(segments(_MANIFEST), encode(_MANIFEST, _tensors(step)), targets, None)
+            pool.update(all_segments(_MANIFEST), encode(_MANIFEST, _tensors(step)), targets, None)
         pool.close()
         left.append([target.data for target in targets])
 
@@ -239,10 +243,10 @@ def test_passes_take_no_memory_of_a_models_size(name: str) -> None:
         targets = [Target(allocate(held_nbytes(manifest, f)).data, f, w) for f, w in zip(forms, weights)]
         snapshot = allocate(manifest.nbytes).data.fill_(60)
         pool = WorkerPool(2, arithmetic=choose(sys.argv[1], torch.device("cpu")))
-        pool.update(segments(manifest), snapshot, targets, None)
+        pool.update(segments(manifest, lambda _: -1), snapshot, targets, None)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for _ in range(5):
-            pool.update(segments(manifest), snapshot, targets, None)
+            pool.update(segments(manifest, lambda _: -1), snapshot, targets, None)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         pool.close()
     """

@@ -16,8 +16,8 @@ from ema_server.compute.memory import Memory, allocate
 from ema_server.compute.pool import WorkerPool
 from ema_server.publishing.writer import DraftAverage, GenerationWriter
 from ema_server.tensors.file_plan import files_of
-from ema_server.tensors.layout import Form, held_nbytes, segments
-from support.server_core import encode, manifest_of
+from ema_server.tensors.layout import Form, held_nbytes
+from support.server_core import all_segments, encode, manifest_of
 
 
 def _odd_tensors() -> dict[str, Tensor]:
@@ -40,10 +40,10 @@ def _odd_tensors() -> dict[str, Tensor]:
 def _write(folder: Path, manifest: Manifest, tensors: dict[str, Tensor], form: Form) -> tuple[Path, Memory]:
     memory = allocate(held_nbytes(manifest, form))
     pool = WorkerPool(2, block_elements=4)
-    pool.update(segments(manifest), encode(manifest, tensors), [Target(memory.data, form, None)], None)
+    pool.update(all_segments(manifest), encode(manifest, tensors), [Target(memory.data, form, None)], None)
     files = files_of(manifest, form)
     draft = GenerationWriter(folder, (DraftAverage(folder / "average", memory, files),))
-    pool.write(segments(manifest), [form], draft)
+    pool.write(all_segments(manifest), [form], draft)
     pool.close()
     draft.complete()
     draft.close()

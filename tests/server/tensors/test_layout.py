@@ -12,6 +12,7 @@ from ema_proto.dtypes import FLOATS, ITEM_BYTES
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from ema_server.tensors.file_plan import Span, files_of
 from ema_server.tensors.layout import Form, Segment, cut, held_dtype, held_nbytes, places, segments
+from support.server_core import all_segments
 
 
 def _spec(name: str, dtype: str, shape: tuple[int, ...], role: Role = Role.PARAM, *aliases: str) -> TensorSpec:
@@ -43,7 +44,7 @@ def test_blocks_cover_every_form_once_and_aligned(
 ) -> None:
     manifest = _manifest(tensors)
     covered: list[tuple[int, int]] = []
-    for block in cut(segments(manifest), block_elements):
+    for block in cut(all_segments(manifest), block_elements):
         begin, item = block.offset(form), ITEM_BYTES[held_dtype(form, block.dtype)]
         assert 0 < block.count <= block_elements
         assert begin % item == 0
@@ -60,7 +61,7 @@ def test_each_tensor_lies_in_a_segment_that_treats_it_as_its_role_and_dtype_ask(
     tensors: list[tuple[str, tuple[int, ...], Role, bool]], form: Form
 ) -> None:
     manifest = _manifest(tensors)
-    found = segments(manifest)
+    found = all_segments(manifest)
     for place in places(manifest, form):
         tensor = place.tensor
         if tensor.elements:
@@ -91,7 +92,7 @@ def test_the_files_of_an_average_hold_every_byte_once_and_every_name(
 def test_neighbours_that_are_treated_alike_are_one_segment() -> None:
     manifest = layout(_spec(f"layer{i}", "F32", (3, i + 1)) for i in range(1000))
 
-    assert segments(manifest) == (Segment("F32", -1, manifest.nbytes // 4, 0, 0, 0),)
+    assert all_segments(manifest) == (Segment("F32", -1, manifest.nbytes // 4, 0, 0, 0),)
 
 
 def test_a_tensor_that_averages_treat_differently_splits_its_segment() -> None:
@@ -108,7 +109,7 @@ def test_a_tensor_beyond_2_to_the_31_bytes_goes_through_the_arithmetic(dtype: st
     count = 40_000_000_000
     manifest = layout([_spec("huge", dtype, (count,)), _spec("after", dtype, (3,)), _spec("flags", "BOOL", (5,))])
     item, wide_item = ITEM_BYTES[dtype], 8 if dtype == "F64" else 4
-    runs = segments(manifest)
+    runs = all_segments(manifest)
     blocks = cut(runs, 1 << 30)
 
     assert manifest.nbytes == (count + 3) * item + 5
