@@ -118,6 +118,7 @@ class Run:
     """One run; `state` is `active`, `waiting` (no trainer), `lost` (silent) or `finished`.
 
     `derived` names the averages whose versions were made of others after them; `ring` is what they can be made of.
+    `nonfinite_buffers` names buffers with NaN or Inf in the last snapshot: averages keep their last finite value.
     """
 
     run: str
@@ -132,6 +133,7 @@ class Run:
     averages: tuple[Average, ...]
     derived: tuple[str, ...] = ()
     ring: Ring | None = None
+    nonfinite_buffers: tuple[str, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -147,6 +149,8 @@ class Run:
     def from_json(cls, value: Mapping[str, Any]) -> Run:
         """Read a run."""
         averages = tuple(Average.from_json(item) for item in value["averages"])
+        nonfinite = value.get("nonfinite_buffers") or {"tensors": (), "last_step": None}
+        lasts = nonfinite["last_step"] == value["step"]
         return cls(
             run=value["run"],
             state=value["state"],
@@ -160,6 +164,7 @@ class Run:
             averages=averages,
             derived=tuple(value["derived"]),
             ring=None if value["ring"] is None else Ring.from_json(value["ring"]),
+            nonfinite_buffers=tuple(nonfinite["tensors"]) if lasts else (),
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ema_reader.evaluation.worker import Outcome
 from ema_reader.values import Average, Ledger, Run, Validation, Version
 
+_NAMES_SHOWN = 3
 _RULE_CHARS = 60  # patterns may go on for thousands
 _ROUNDING = 1e-9  # what ten million shares that add up to 1 may miss it by
 
@@ -25,6 +26,11 @@ def status_text(runs: Sequence[Run]) -> str:
     notes = [f"{r.run}: cannot publish: {r.publish_error}" for r in runs if r.publish_error is not None]
     notes += [f"{r.run}: no more is stored to synthesise from: {r.ring.error}" for r in runs if r.ring and r.ring.error]
     notes += [f"{r.run}: {r.quarantined} snapshots were not finite and left out" for r in runs if r.quarantined]
+    notes += [
+        f"{r.run}: NaN or Inf in buffers, which averages keep at their last finite value: {_few(r.nonfinite_buffers)}"
+        for r in runs
+        if r.nonfinite_buffers
+    ]
     return "\n".join([table(headings, rows), *notes])
 
 
@@ -48,6 +54,10 @@ def versions_text(versions: Sequence[Version]) -> str:
         for v in versions
     ]
     return table(headings, rows)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN))
 
 
 def averages_text(averages: Sequence[Average]) -> str:

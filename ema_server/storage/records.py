@@ -87,8 +87,8 @@ class RunRecord:
     """A run as it stood at `step`: everything a restart needs besides the averages' own bytes.
 
     `created` is when the run was first joined, in RFC 3339; `ledger`, as JSON values, has every applied step;
-    `step_units_history` (`paces` in the files) the units that trainers gave, oldest first. `refused_step` is the highest
-    step that was quarantined since the run came into memory, 0 without any.
+    `step_units_history` (`paces` in the files) has the units that trainers gave, oldest first; `refused_step` is the
+    highest step that was quarantined since the run came into memory, 0 without any.
     """
 
     run: str

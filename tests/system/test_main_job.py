@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ema_reader import Reader
+from support.command import ema
 from support.processes import SUPPORT, Process, ServerProcess, eventually
 from support.toy import Toy, check_version, ledger_steps
 from trainer_client import EmaClient
@@ -160,25 +161,74 @@ def test_the_schedule_publishes_by_steps(tmp_path: Path) -> None:
         eventually(lambda: client.stats()["last_published_step"] is not None, "the trainer is told")
 
 
-def test_a_snapshot_with_nan_touches_nothing_and_is_told(server: ServerProcess, tmp_path: Path) -> None:
+def test_snapshots_with_nan_in_a_parameter_touch_nothing_and_are_logged_once(
+    server: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = Toy()
     with EmaClient(server.zmq, "toy", ["ema:0.9", "raw"], when_behind="wait") as client:
         client.update(model.at(1), 1)
-        with torch.no_grad():
-            model.at(2).first.weight[3, 3] = torch.nan
-        client.update(model, 2)
-        client.update(model.at(3), 3)
+        for step in (2, 3, 4):
+            with torch.no_grad():
+                model.at(step).first.weight[3, 3] = torch.nan
+            client.update(model, step)
+        eventually(lambda: client.stats()["dropped"] == {"not_finite": 3}, "three refusals")
+        assert server.get("/v1/runs/toy")["gap_steps"] == 3, "without a later step"
+        client.update(model.at(5), 5)
         assert client.flush()
-        assert client.stats()["dropped"] == {"not_finite": 1}
+        assert client.stats()["dropped"] == {"not_finite": 3}
         status = server.get("/v1/runs/toy")
 
-    assert status["quarantined"] == 1
-    assert status["quarantine"]["step"] == 2
+    assert [record.getMessage() for record in caplog.records if "applied" in record.getMessage()] == [
+        "ema: step 2 was not applied: NaN or Inf at step 2 in 1 tensors: first.weight",
+        "ema: step 5 is finite and applied; 3 snapshots before it were not",
+    ]
+    assert (status["quarantined"], status["gap_steps"]) == (3, 3)
+    assert status["quarantine"]["step"] == 4
     assert "first.weight" in str(status["quarantine"]["tensors"])
     assert status["exempt"] == ["mask"]
     folder, about = download(server, "toy", "ema-0.9", tmp_path / "out")
     check_version(folder)
-    assert (about["updates"], about["gap_steps"]) == (2, 1)
+    assert (about["updates"], about["gap_steps"]) == (2, 3)
+
+
+def test_statistics_of_batch_norm_that_turn_nan_stop_no_average(
+    server: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    weights: list[torch.Tensor] = []
+    with EmaClient(server.zmq, "bn", ["ema:0.5", "raw"], when_behind="wait") as client:
+        client.attach(model, optimizer)
+        for step in range(1, 7):
+            optimizer.zero_grad()
+            model(torch.randn(16, 4)).square().mean().backward()
+            if step == 3:
+                model.get_buffer("1.running_var").fill_(torch.nan)
+            optimizer.step()
+            weights.append(model.get_parameter("0.weight").detach().clone())
+        assert client.flush()
+        status = server.get("/v1/runs/bn")
+        shown = ema("status", "bn", "--url", server.http)
+
+    expected = weights[0].double()
+    for weight in weights[1:]:
+        expected = 0.5 * expected + 0.5 * weight.double()
+    assert "NaN or Inf in buffers, which averages keep at their last finite value: 1.running_var" in shown.stdout
+    folder, about = download(server, "bn", "ema-0.5", tmp_path / "ema")
+    found = load_file(folder / "model.safetensors")
+    torch.testing.assert_close(found["0.weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert found["1.running_var"].isfinite().all()
+    assert (about["updates"], about["gap_steps"]) == (6, 0)
+    raw, _ = download(server, "bn", "raw", tmp_path / "raw")
+    assert load_file(raw / "model.safetensors")["1.running_var"].isnan().all(), "as it was sent"
+    assert status["nonfinite_buffers"] == {
+        "tensors": ["1.running_var"],
+        "first_step": 3,
+        "last_step": 6,
+        "snapshots": 4,
+    }
+    assert not [record for record in caplog.records if "not applied" in record.getMessage()]
 
 
 def test_garbage_at_the_socket_disturbs_no_run(server: ServerProcess, tmp_path: Path) -> None:
