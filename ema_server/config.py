@@ -1,6 +1,7 @@
-"""Settings of one server process. Comes in: plain values. Goes out: one frozen, validated `ServerConfig`.
+"""Settings of one server process: names, types, defaults, bounds and help texts, each written once.
 
-Nothing is read from the environment or the disk here: the command line maps options and `EMA_*` variables to fields.
+`ema_server.cli` makes the options of `ema serve` and their `EMA_*` variables of the fields, and
+`scripts/settings_tables.py` the documentation. Nothing is read from the environment or the disk here.
 """
 
 from __future__ import annotations
@@ -8,95 +9,180 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from ema_proto.limits import CHUNK_BYTES_DEFAULT, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, HEARTBEAT_S, SESSION_LOST_S
 
-KERNELS = ("auto", "torch", "compiled")
-
+Kernel: TypeAlias = Literal["auto", "torch", "compiled"]
 RingDtype: TypeAlias = Literal["float32", "bfloat16"]
-RING_SIZE_MIN = 2  # the first and the newest
-RING_SIZE_MAX = 256  # shares of more averages are not worth their solution
+LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 
-_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
-_DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")
-_KEPT_ON = re.compile(r"cpu|cuda(:[0-9]{1,4})?")
-_LOST_AFTER_S_MIN = 2 * HEARTBEAT_S + 1  # a heartbeat may be late, or lost
-_TOKEN_CHARS_MAX = 256  # a request header's worth, far above any key
+RING_SIZE_MIN = 2  # the first and the newest
+RING_SIZE_MAX = 256  # more averages add nothing to the precision of a synthesized one
+
+_TOKEN_CHARS_MAX = 256  # fits a request header
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The metadata of a setting.
+
+    Args:
+        help: what it does.
+        metavar: what stands for a value in the help; None where the choices do.
+        low: lowest number.
+        high: highest number, None without a limit.
+        form: what a text must match, and how to say that.
+    """
+
+    help: str
+    metavar: str | None = None
+    low: int = 0
+    high: int | None = None
+    form: tuple[str, str] | None = None
+
+    @property
+    def range(self) -> str:
+        """The numbers that are allowed."""
+        return f"{self.low} or more" if self.high is None else f"{self.low} to {self.high}"
+
+    @property
+    def text(self) -> str:
+        """What it does and which numbers are allowed, for `ema serve --help` and the documentation."""
+        return f"{self.help} Use {self.range}." if self.low else self.help
+
+    def check(self, name: str, value: object, kind: object) -> None:
+        """Refuse a value that is out of range, of another form, or none of a `Literal`'s.
+
+        Raises:
+            ValueError: the text names the setting, the value and what is allowed.
+        """
+        allowed = None
+        choices = get_args(kind)
+        if isinstance(value, int | float):
+            if not math.isfinite(value) or not self.low <= value <= (math.inf if self.high is None else self.high):
+                allowed = self.range
+        elif self.form is not None and isinstance(value, str) and re.fullmatch(self.form[0], value) is None:
+            allowed = self.form[1]
+        elif choices and isinstance(choices[0], str) and value not in choices:
+            allowed = f"one of {', '.join(choices)}"
+        if allowed is not None:
+            raise ValueError(f"{name} is {value!r}: use {allowed}")
+
+
+def _setting(*args: Any, **options: Any) -> Mapping[str, Setting]:
+    return {"setting": Setting(*args, **options)}
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """How a server runs.
-
-    Args:
-        data: folder that holds runs, generations and metrics.
-        zmq: endpoint for trainers, `tcp://HOST:PORT` or `ipc://PATH`; port 0 takes a free one.
-        http: `HOST:PORT` for readers; port 0 takes a free one.
-        token: secret that trainers and readers must prove they know; None asks for none.
-        insecure: allow an address other than loopback without a token.
-        publish_every_seconds: a generation of every changed run at least this often; 0 switches the timer off.
-        publish_every_steps: a generation every so many steps; 0 switches it off.
-        keep_generations: how many of a run's newest generations stay on disk, and how many older ones at most.
-        ring_size: how many snapshots of a run's power averages stay for later synthesis; 0: none.
-        ring_every_steps: steps from one of them to the next, also a reason to publish; 0: one of every generation.
-        ring_dtype: `float32` (hard links to the generations' files) or `bfloat16` (half the bytes, less exact).
-        lost_after_seconds: a trainer silent for so long is lost; its run is published and leaves memory.
-        chunk_bytes: size of the chunks asked from trainers.
-        device: where averages are kept and computed, `cpu`, `cuda` or `cuda:INDEX`.
-        kernel: what averages are computed with: `torch`, `compiled` (needs numba), or `auto`, the best there is.
-        evaluate: `module:function` that the server's own evaluation worker calls; None: it has no worker.
-        evaluate_device: where that worker loads weights to, `cpu`, `cuda:1`, ...
-        evaluate_every_versions: of each average it takes every so-manieth version, and the last one.
+    """How a server runs. The metadata of each field is its `Setting`, which documents and bounds it.
 
     Raises:
         ValueError: a value is out of range or the values contradict each other; the text says what to change.
     """
 
-    data: Path
-    zmq: str = "tcp://127.0.0.1:5555"
-    http: str = "127.0.0.1:8080"
-    token: str | None = None
-    insecure: bool = False
-    publish_every_seconds: float = 300.0
-    publish_every_steps: int = 0
-    keep_generations: int = 3
-    ring_size: int = 32
-    ring_every_steps: int = 0
-    ring_dtype: RingDtype = "float32"
-    lost_after_seconds: float = SESSION_LOST_S
-    chunk_bytes: int = CHUNK_BYTES_DEFAULT
-    device: str = "cpu"
-    kernel: str = "auto"
-    evaluate: str | None = None
-    evaluate_device: str = "cpu"
-    evaluate_every_versions: int = 1
+    data: Path = field(
+        default=Path("ema-data"), metadata=_setting("Folder of the runs and metrics, created if missing.", "DIR")
+    )
+    zmq: str = field(
+        default="tcp://127.0.0.1:5555",
+        metadata=_setting("Address for trainers, tcp://HOST:PORT or ipc://PATH; port 0 takes a free port.", "ENDPOINT"),
+    )
+    http: str = field(
+        default="127.0.0.1:8080", metadata=_setting("Address for readers; port 0 takes a free port.", "HOST:PORT")
+    )
+    token: str | None = field(
+        default=None, repr=False, metadata=_setting("Secret that trainers and readers must present.", "TOKEN")
+    )
+    insecure: bool = field(default=False, metadata=_setting("Allow other machines to connect without a token."))
+    publish_every_seconds: float = field(
+        default=300.0, metadata=_setting("Publish each changed run at least this often; 0: no timer.", "SECONDS")
+    )
+    publish_every_steps: int = field(default=0, metadata=_setting("Publish a run every N steps; 0: off.", "N"))
+    keep_generations: int = field(
+        default=3,
+        metadata=_setting(
+            "How many of a run's newest generations to keep, and how many older ones, spread over the run.", "N", low=1
+        ),
+    )
+    ring_size: int = field(
+        default=32,
+        metadata=_setting(
+            "How many snapshots of a run's power averages to keep for synthesis (the ring); 0: none.",
+            "N",
+            high=RING_SIZE_MAX,
+        ),
+    )
+    ring_every_steps: int = field(
+        default=0,
+        metadata=_setting(
+            "Steps between the ring's snapshots, each of which is published; 0: one for each generation.", "N"
+        ),
+    )
+    ring_dtype: RingDtype = field(
+        default="float32",
+        metadata=_setting(
+            "Dtype of the ring's snapshots: float32 (hard links) or bfloat16 (half the bytes, less exact)."
+        ),
+    )
+    lost_after_seconds: float = field(
+        default=SESSION_LOST_S,
+        metadata=_setting(
+            "Time without a sign of life after which a trainer is lost, and its run is published and unloaded.",
+            "SECONDS",
+            low=int(2 * HEARTBEAT_S) + 1,  # a heartbeat may be late, or lost
+        ),
+    )
+    chunk_bytes: int = field(
+        default=CHUNK_BYTES_DEFAULT,
+        metadata=_setting("Size of the chunks that trainers send.", "BYTES", low=CHUNK_BYTES_MIN, high=CHUNK_BYTES_MAX),
+    )
+    device: str = field(
+        default="cpu",
+        metadata=_setting(
+            "Where averages are kept and computed: cpu, cuda or cuda:INDEX.",
+            "DEVICE",
+            form=(r"cpu|cuda(:[0-9]{1,4})?", "cpu, cuda, or cuda:0, cuda:1, ..."),
+        ),
+    )
+    kernel: Kernel = field(
+        default="auto",
+        metadata=_setting("What computes the averages: torch, compiled (needs the extra fast), or the best of them."),
+    )
+    evaluate: str | None = field(
+        default=None,
+        metadata=_setting(
+            "Evaluate versions with this function, in a process beside the server.",
+            "MODULE:FUNCTION",
+            form=(r"[^\W\d][\w.]*:[^\W\d][\w.]*", "module:function, for example my_evaluation:evaluate"),
+        ),
+    )
+    evaluate_device: str = field(
+        default="cpu",
+        metadata=_setting(
+            "Device on which that function gets the weights: cpu, cuda:0, ...",
+            "DEVICE",
+            form=(r"[a-z]+(:[0-9]+)?", "a device of torch, for example cpu or cuda:0"),
+        ),
+    )
+    evaluate_every_versions: int = field(
+        default=1, metadata=_setting("Evaluate every Nth version of an average, and always the last.", "N", low=1)
+    )
+    log_level: LogLevel = field(default="info", metadata=_setting("Lowest level of the log lines on stderr."))
 
     def __post_init__(self) -> None:
-        """Validate each value, then what holds between them."""
-        _check_seconds("publish_every_seconds", self.publish_every_seconds, zero_is_off=True)
-        _check_seconds("lost_after_seconds", self.lost_after_seconds, zero_is_off=False)
-        if self.lost_after_seconds < _LOST_AFTER_S_MIN:
-            raise ValueError(
-                f"lost_after_seconds is {self.lost_after_seconds}: trainers show life every {HEARTBEAT_S:g} s, "
-                f"use {_LOST_AFTER_S_MIN:g} or more"
-            )
-        if self.publish_every_steps < 0:
-            raise ValueError(f"publish_every_steps is {self.publish_every_steps}: use 0 (off) or a number of steps")
-        if self.keep_generations < 1:
-            raise ValueError(f"keep_generations is {self.keep_generations}: a run needs at least 1 to resume from")
-        _check_ring(self.ring_size, self.ring_every_steps, self.ring_dtype)
-        if not CHUNK_BYTES_MIN <= self.chunk_bytes <= CHUNK_BYTES_MAX:
-            raise ValueError(f"chunk_bytes is {self.chunk_bytes}: use {CHUNK_BYTES_MIN} to {CHUNK_BYTES_MAX}")
-        if _KEPT_ON.fullmatch(self.device) is None:
-            raise ValueError(f"device is {self.device!r}: averages can be kept on cpu, cuda, or cuda:0, cuda:1, ...")
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel is {self.kernel!r}: use {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
-        _check_evaluator(self.evaluate, self.evaluate_device, self.evaluate_every_versions)
+        """Check each value by its `Setting`, then the rules that a `Setting` cannot state."""
+        for each in fields(self):
+            each.metadata["setting"].check(each.name, getattr(self, each.name), setting_types()[each.name])
+        if 0 < self.ring_size < RING_SIZE_MIN:
+            raise ValueError(f"ring_size is {self.ring_size}: use 0 (no ring) or {RING_SIZE_MIN} to {RING_SIZE_MAX}")
         _check_token(self.token)
-        for setting, host in (("zmq", _zmq_host(self.zmq)), ("http", split_host_port("http", self.http)[0])):
+        for setting, host in (("zmq", _zmq_host(self.zmq)), ("http", self.http_host)):
             if host is not None and not _is_loopback(host) and self.token is None and not self.insecure:
                 raise ValueError(
                     f"{setting} address {host!r} can be reached from other machines: set a token (EMA_TOKEN), "
@@ -112,6 +198,22 @@ class ServerConfig:
     def http_port(self) -> int:
         """Port part of `http`; 0 means a free one."""
         return split_host_port("http", self.http)[1]
+
+
+@cache
+def setting_types() -> Mapping[str, Any]:
+    """The types of `ServerConfig`'s fields by name."""
+    return get_type_hints(ServerConfig)
+
+
+def option_of(name: str) -> str:
+    """The option of a field: `--keep-generations`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def variable_of(name: str) -> str:
+    """The variable of a field: `EMA_KEEP_GENERATIONS`."""
+    return f"EMA_{name.upper()}"
 
 
 def split_host_port(setting: str, address: str) -> tuple[str, int]:
@@ -147,30 +249,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _check_seconds(setting: str, value: float, *, zero_is_off: bool) -> None:
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero_is_off):
-        allowed = "0 (off) or a positive number" if zero_is_off else "a positive number"
-        raise ValueError(f"{setting} is {value!r}: use {allowed} of seconds")
-
-
-def _check_ring(size: int, every_steps: int, dtype: str) -> None:
-    if size != 0 and not RING_SIZE_MIN <= size <= RING_SIZE_MAX:
-        raise ValueError(f"ring_size is {size}: use 0 (no ring) or {RING_SIZE_MIN} to {RING_SIZE_MAX}")
-    if every_steps < 0:
-        raise ValueError(f"ring_every_steps is {every_steps}: use 0 (every generation) or a number of steps")
-    if dtype not in get_args(RingDtype):
-        raise ValueError(f"ring_dtype is {dtype!r}: use one of {', '.join(get_args(RingDtype))}")
-
-
-def _check_evaluator(function: str | None, device: str, every_versions: int) -> None:
-    if function is not None and _FUNCTION.fullmatch(function) is None:
-        raise ValueError(f"evaluate is {function!r}: use module:function, for example my_evaluation:evaluate")
-    if _DEVICE.fullmatch(device) is None:
-        raise ValueError(f"evaluate_device is {device!r}: use a device of torch, for example cpu or cuda:0")
-    if every_versions < 1:
-        raise ValueError(f"evaluate_every_versions is {every_versions}: use 1 (every version) or more")
 
 
 def _check_token(token: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from ema_cli.app import build
+from ema_cli.app import build, run
 from ema_reader import NotFound, Reader, Version
 from support.processes import Process, ServerProcess
 from support.toy import Toy
@@ -211,25 +211,33 @@ def test_a_token_guards_both_doors_and_is_never_logged(tmp_path: Path) -> None:
         (["--http", "nonsense"], {}, "HOST:PORT"),
         (["--zmq", "udp://x"], {}, "tcp://HOST:PORT"),
         (["--http", "0.0.0.0:0"], {}, "EMA_TOKEN"),
-        (["--keep-generations", "many"], {}, "keep_generations is 'many'"),
+        (["--keep-generations", "many"], {}, "Invalid value for '--keep-generations'"),
         (["--publish-every-seconds", "nan"], {}, "publish_every_seconds"),
-        (["--log-level", "loud"], {}, "debug, info, warning, error"),
+        (["--log-level", "loud"], {}, "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
         ([], {"EMA_KEEP_GENERATIONS": "0"}, "keep_generations is 0"),
         ([], {"EMA_PUBLISH_EVERY_STEPS": "-1"}, "publish_every_steps is -1"),
-        ([], {"EMA_LOST_AFTER_SECONDS": "soon"}, "lost_after_seconds is 'soon'"),
+        ([], {"EMA_LOST_AFTER_SECONDS": "soon"}, "EMA_LOST_AFTER_SECONDS"),
         ([], {"EMA_CHUNK_BYTES": "1"}, "chunk_bytes is 1"),
         ([], {"EMA_ZMQ": "tcp://0.0.0.0:1"}, "EMA_TOKEN"),
         ([], {"EMA_TOKEN": "with space"}, "token"),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_helps_and_exit_code_2(
-    options: list[str], environ: Mapping[str, str], says: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    environ: Mapping[str, str],
+    says: str,
 ) -> None:
-    result = CliRunner().invoke(build(), ["serve", *options], env=environ)
+    monkeypatch.setattr(sys, "argv", ["ema", "serve", *options])
+    for variable, value in environ.items():
+        monkeypatch.setenv(variable, value)
 
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert len(result.stderr.splitlines()) == 1
-    assert says in result.stderr
+    code = run(build())
+    output = capsys.readouterr()
+
+    assert (code, output.out, len(output.err.splitlines())) == (2, "", 1)
+    assert says in output.err
 
 
 def _read_a_part(server: ServerProcess, version: Version) -> None:
