@@ -1,8 +1,7 @@
-"""The composition root: makes the server's parts, starts them in order, and stops them so that nothing applied is lost.
+"""The composition root: builds the server's parts, runs them until a signal, and stops them without losing a step.
 
-Comes in: a `ServerConfig`; goes out: addresses, then, when a signal comes, whether everything was published. Stopping:
-not ready any more, no evaluator, no more snapshots, every run published, running downloads ended, database and folder
-closed.
+Order of stopping: readiness fails, the evaluator ends, no more snapshots, every run is published, running downloads
+end, the database and the data folder are closed.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass
 
 from ema_server.averager.averager import Averager
@@ -36,12 +36,12 @@ from ema_server.runs.status_store import StatusStore
 from ema_server.storage.catalog import Catalog
 from ema_server.storage.datadir import DataDir, open_data_dir
 from ema_server.telemetry import Telemetry
-from ema_server.watch import until_over
 
 log = logging.getLogger(__name__)
 
 INGEST_STOP_S = 5.0
-PUBLISH_STOP_S = 900.0  # all runs, on a slow disk; whoever supervises the process kills it earlier if it must
+PUBLISH_STOP_S = 900.0  # all runs, on a slow disk; whatever supervises the process kills it earlier if it must
+WATCH_S = 1.0
 _METRICS_FILE = "metrics.sqlite"
 
 
@@ -60,11 +60,107 @@ class Ready:
         return json.dumps(asdict(self))
 
 
+class Server:
+    """The parts of one server, connected. Nothing runs before `start`, except the database's thread.
+
+    Attributes:
+        data_dir: the data folder, locked for this process until `close`.
+        services: what HTTP works with.
+        publisher: the thread that makes generations durable.
+        averager: the thread that owns the averages.
+        ingest: the thread that owns the ZeroMQ socket; started by the caller.
+    """
+
+    def __init__(
+        self, data_dir: DataDir, services: Services, publisher: Publisher, averager: Averager, ingest: Ingest
+    ) -> None:
+        self.data_dir = data_dir
+        self.services = services
+        self.publisher = publisher
+        self.averager = averager
+        self.ingest = ingest
+
+    def start(self) -> None:
+        """Read what is on the disk and start the averager and the publisher.
+
+        Raises:
+            OSError: the data folder cannot be read.
+        """
+        self.services.deriving.restore()
+        self.averager.start()
+
+    def close(self, *, unused: bool = False) -> None:
+        """Close the socket, the database and the data folder; remove a folder that `build` made if it is `unused`."""
+        self.ingest.stop(INGEST_STOP_S)
+        self.services.deriving.stop()
+        self.services.metrics.close()
+        self.data_dir.close(unused=unused)
+
+
+def build(
+    config: ServerConfig,
+    *,
+    device: Device | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    wall: Callable[[], float] = time.time,
+) -> Server:
+    """Make the parts of a server and connect them.
+
+    Args:
+        config: the settings.
+        device: where averages are kept; None opens the one that `config` names.
+        clock: monotonic seconds, for schedules and holds.
+        wall: seconds since the epoch, for what is written to the disk.
+
+    Raises:
+        DeviceError, KernelUnavailableError, DataDirError, MetricStoreError: a part cannot be made; the text says what
+            to change.
+    """
+    device = open_device(config.device) if device is None else device
+    with ExitStack() as undo:
+        data_dir = open_data_dir(config.data)
+        undo.callback(data_dir.close, unused=True)
+        metrics = MetricStore(config.data / _METRICS_FILE)
+        undo.callback(metrics.close)
+        catalog, statuses, telemetry, stopping = Catalog(clock), StatusStore(), Telemetry(), threading.Event()
+        ring = Ring(data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
+        deriving = Deriving(DerivedStore(data_dir, catalog), ring, stopping)
+        undo.callback(deriving.stop)
+        publisher = Publisher(
+            data_dir, catalog, keep_generations=config.keep_generations, telemetry=telemetry, ring=ring, wall=wall
+        )
+        averager = Averager(config, catalog, publisher, statuses, telemetry, device=device, clock=clock)
+        ingest = Ingest(config, averager, telemetry)
+        undo.callback(ingest.stop, INGEST_STOP_S)
+        validations = Validations(catalog, statuses, metrics)
+        ring.listen(deriving.store.supersede)
+        catalog.listen(ring.rename)
+        catalog.listen(metrics.rename)
+        averager.listen(ingest.published)
+        services = Services(
+            catalog=catalog,
+            statuses=statuses,
+            telemetry=telemetry,
+            metrics=metrics,
+            validations=validations,
+            deriving=deriving,
+            submit=averager.submit,
+            data=config.data,
+            token=config.token,
+            stopping=stopping,
+            device=device,
+            kernel=averager.kernel,
+            evaluator=None if config.evaluate is None else Evaluator(config, validations.abandon),
+        )
+        undo.pop_all()
+        return Server(data_dir, services, publisher, averager, ingest)
+
+
 def run(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
     """Serve until SIGTERM or SIGINT; call `announce` once, when everything is up.
 
     Returns:
-        Whether it ended because it was asked to, and every run was durable then.
+        Whether it ended because of a signal, with every run durable.
 
     Raises:
         DeviceError, KernelUnavailableError, DataDirError, MetricStoreError, HttpListenError, OSError: it cannot start;
@@ -75,84 +171,66 @@ def run(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
 
 
 async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:
-    asked = _signals()
+    signalled = _signalled()
     stopped: list[bool] = []
     announced: list[Ready] = []
-    device = open_device(config.device)
+    server = build(config)
+    services, averager, ingest = server.services, server.averager, server.ingest
     async with AsyncExitStack() as stack:
-        data_dir = open_data_dir(config.data)
-        stack.callback(lambda: data_dir.close(unused=not announced))
-        services, averager, ingest = _build(config, device, data_dir, stack)
+        stack.callback(lambda: server.close(unused=not announced))
         http = HttpServer(create_app(services), config.http_host, config.http_port)
         http_url = await http.start()
         stack.push_async_callback(http.stop)
-        await asyncio.to_thread(services.deriving.restore)
-        await asyncio.to_thread(averager.start)
+        await asyncio.to_thread(server.start)
         stack.push_async_callback(_publish_all, averager, stopped)
         endpoint = ingest.start()
         stack.push_async_callback(asyncio.to_thread, ingest.stop, INGEST_STOP_S)
         if services.evaluator is not None:
             services.evaluator.start(http_url)
             stack.push_async_callback(services.evaluator.stop)
-        announced.append(Ready(endpoint, http_url, str(config.data.absolute()), device.name, os.getpid()))
+        announced.append(Ready(endpoint, http_url, str(config.data.absolute()), services.device.name, os.getpid()))
         announce(announced[0])
-        dead = await until_over(asked, {"ingest": ingest.is_alive, "averager": averager.is_alive})
+        dead = await wait_until_over(signalled, {"ingest": ingest.is_alive, "averager": averager.is_alive})
         if dead:
-            log.critical("thread %s has died (see above): stopping, so that whoever supervises me can restart me", dead)
-        log.info("stopping: no more snapshots; every run is published")
+            log.critical("the thread %s has died (see above); the server stops, so that it can be restarted", dead)
+        log.info("stopping: no more snapshots are received; every run is published")
         services.stopping.set()
     return all(stopped) and not dead
 
 
-def _build(
-    config: ServerConfig, device: Device, data_dir: DataDir, stack: AsyncExitStack
-) -> tuple[Services, Averager, Ingest]:
-    metrics = MetricStore(config.data / _METRICS_FILE)
-    stack.callback(metrics.close)
-    catalog, statuses, telemetry = Catalog(), StatusStore(), Telemetry()
-    ring = Ring(data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
-    stopping = threading.Event()
-    deriving = Deriving(DerivedStore(data_dir, catalog), ring, stopping)
-    stack.callback(deriving.stop)
-    ring.listen(deriving.store.supersede)
-    catalog.listen(ring.rename)
-    keep = config.keep_generations
-    publisher = Publisher(data_dir, catalog, keep_generations=keep, telemetry=telemetry, ring=ring)
-    averager = Averager(config, catalog, publisher, statuses, telemetry, device=device)
-    ingest = Ingest(config, averager, telemetry)
-    averager.listen(ingest.published)
-    catalog.listen(metrics.rename)
-    validations = Validations(catalog, statuses, metrics)
-    evaluator = None if config.evaluate is None else Evaluator(config, validations.abandon)
-    services = Services(
-        catalog=catalog,
-        statuses=statuses,
-        telemetry=telemetry,
-        metrics=metrics,
-        validations=validations,
-        deriving=deriving,
-        evaluator=evaluator,
-        kernel=averager.kernel,
-        submit=averager.submit,
-        data=config.data,
-        device=device,
-        token=config.token,
-        stopping=stopping,
-    )
-    return services, averager, ingest
-
-
-def _signals() -> asyncio.Event:
+def _signalled() -> asyncio.Event:
     """An event that the first SIGTERM or SIGINT sets; later ones change nothing."""
-    asked = asyncio.Event()
+    signalled = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
-    return asked
+        loop.add_signal_handler(number, signalled.set)
+    return signalled
+
+
+async def wait_until_over(
+    signalled: asyncio.Event, alive: Mapping[str, Callable[[], bool]], period_s: float = WATCH_S
+) -> tuple[str, ...]:
+    """Return once `signalled` is set or a thread is dead; the names of the dead ones.
+
+    Without its averager a server would still answer HTTP, so that nothing outside would notice.
+
+    Args:
+        signalled: set when the server is to end.
+        alive: for each thread, by name, whether it runs.
+        period_s: seconds between two checks of the threads.
+    """
+    while True:
+        dead = tuple(name for name, is_alive in alive.items() if not is_alive())
+        if dead or signalled.is_set():
+            return dead
+        try:
+            await asyncio.wait_for(signalled.wait(), period_s)
+        except TimeoutError:
+            continue
 
 
 async def _publish_all(averager: Averager, stopped: list[bool]) -> None:
     durable = await asyncio.to_thread(averager.stop, PUBLISH_STOP_S)
     if not durable:
-        log.error("not every run could be published: what lies after its last generation is lost")
+        log.error("not every run could be published: the steps after its last generation are lost")
     stopped.append(durable)

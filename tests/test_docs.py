@@ -81,7 +81,10 @@ def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:
     served.publish("run", 3)
     served.telemetry.http_requests.labels("/v1/runs", "200").inc()
 
-    exposed = set(re.findall(r"^(ema_\w+)(?:\{| )", render(served.services).decode(), flags=re.MULTILINE))
+    text = render(served.services).decode()
+    served.close()
+
+    exposed = set(re.findall(r"^(ema_\w+)(?:\{| )", text, flags=re.MULTILINE))
     assert exposed == set(_named(_REFERENCE, "Metrics"))
 
 

@@ -91,6 +91,8 @@ class Ingest:
         self._link.wake()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        elif self._thread.ident is None:  # never started: the thread closes the link when it ends
+            self._link.close()
 
     def published(self, run: str, step: int) -> None:
         """Tell the run's trainer that a generation is durable. Any thread may call it."""

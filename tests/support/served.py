@@ -8,56 +8,37 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from ema_server.averager.jobs import Job
-from ema_server.derived.queue import Deriving
-from ema_server.derived.store import DerivedStore
-from ema_server.evaluation.metric_store import MetricStore
-from ema_server.evaluation.scheduler import Validations
+from ema_server.config import ServerConfig
 from ema_server.http.app import create_app
 from ema_server.http.listener import HttpServer
-from ema_server.http.services import Services
-from ema_server.publishing.ring import Ring
-from ema_server.runs.status_store import AverageStatus, RunState, RunStatus, StatusStore
-from ema_server.storage.catalog import Catalog, FileEntry, Generation, Version
-from ema_server.storage.datadir import open_data_dir
-from ema_server.telemetry import Telemetry
+from ema_server.runs.status_store import AverageStatus, RunState, RunStatus
+from ema_server.server import build
+from ema_server.storage.catalog import FileEntry, Generation, Version
 
 WAIT_S = 20.0
 
 
 class Served:
-    """A data folder, what is known of it, and the services over it. `submit` is given by the test."""
+    """A server whose HTTP side alone runs, over generations that the test writes. `submit` is given by the test."""
 
     def __init__(self, data: Path, *, token: str | None = None, submit: Callable[[Job], None] | None = None) -> None:
-        data.mkdir(parents=True, exist_ok=True)
+        self.server = build(ServerConfig(data, token=token, kernel="torch"))
+        self.services = replace(self.server.services, submit=submit or _nobody)
         self.data = data
-        self.catalog = Catalog()
-        self.statuses = StatusStore()
-        self.telemetry = Telemetry()
-        self.metrics = MetricStore(data / "metrics.sqlite")
-        self.validations = Validations(self.catalog, self.statuses, self.metrics)
-        self.data_dir = open_data_dir(data)
-        self.derived = DerivedStore(self.data_dir, self.catalog)
-        self.ring = Ring(self.data_dir, size=32)
-        self.stopping = threading.Event()
-        self.deriving = Deriving(self.derived, self.ring, self.stopping)
-        self.services = Services(
-            catalog=self.catalog,
-            statuses=self.statuses,
-            telemetry=self.telemetry,
-            metrics=self.metrics,
-            validations=self.validations,
-            deriving=self.deriving,
-            submit=submit or _nobody,
-            data=data,
-            token=token,
-            stopping=self.stopping,
-        )
+        self.catalog = self.services.catalog
+        self.statuses = self.services.statuses
+        self.telemetry = self.services.telemetry
+        self.metrics = self.services.metrics
+        self.validations = self.services.validations
+        self.deriving = self.services.deriving
+        self.stopping = self.services.stopping
         self._seq = 0
 
     def beat(self) -> None:
@@ -130,9 +111,7 @@ class Served:
 
     def close(self) -> None:
         """Close the database and the folder."""
-        self.deriving.stop()
-        self.metrics.close()
-        self.data_dir.close()
+        self.server.close()
 
 
 def weights(name: str, step: int, size: int) -> dict[str, torch.Tensor]:

@@ -19,7 +19,6 @@ from ema_proto.averages.step_units import UNKNOWN, StepUnits
 from ema_proto.wire import messages
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from ema_proto.wire.messages import Mode, Resume
-from ema_server.averager.averager import Averager
 from ema_server.averager.jobs import (
     AddAverage,
     Applied,
@@ -43,12 +42,9 @@ from ema_server.averager.jobs import (
 from ema_server.compute.device import HOST, Device
 from ema_server.config import ServerConfig
 from ema_server.ingest.finite import FiniteCheck
-from ema_server.publishing.publisher import Publisher
-from ema_server.publishing.ring import Ring
-from ema_server.runs.status_store import RunStatus, StatusStore
-from ema_server.storage.catalog import Catalog, Version
-from ema_server.storage.datadir import open_data_dir
-from ema_server.telemetry import Telemetry
+from ema_server.runs.status_store import RunStatus
+from ema_server.server import build
+from ema_server.storage.catalog import Version
 from ema_server.tensors.layout import Segment, segments
 from ema_server.tensors.selection import can_be_averaged
 
@@ -106,43 +102,32 @@ class ServerCore:
     """Jobs in, answers out; each call waits for its answer."""
 
     def __init__(
-        self, data: Path, clock: Callable[[], float] | None = None, device: Device = HOST, **settings: Any
+        self, data: Path, clock: Callable[[], float] = time.monotonic, device: Device = HOST, **settings: Any
     ) -> None:
         config = ServerConfig(data=data, **{"publish_every_seconds": 0.0, **settings})
-        self.data_dir = open_data_dir(data)
-        self.telemetry = Telemetry()
-        self.statuses = StatusStore()
-        self.catalog = Catalog() if clock is None else Catalog(clock)
-        self.ring = Ring(self.data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
-        self.ring.restore()
-        self.catalog.listen(self.ring.rename)
-        self.publisher = Publisher(
-            self.data_dir,
-            self.catalog,
-            keep_generations=config.keep_generations,
-            telemetry=self.telemetry,
-            ring=self.ring,
-            wall=lambda: float(next(_walls)),
-        )
-        clock = time.monotonic if clock is None else clock
-        self.averager = Averager(
-            config, self.catalog, self.publisher, self.statuses, self.telemetry, device=device, clock=clock
-        )
+        self.server = build(config, device=device, clock=clock, wall=lambda: float(next(_walls)))
+        self.data_dir = self.server.data_dir
+        self.telemetry = self.server.services.telemetry
+        self.statuses = self.server.services.statuses
+        self.catalog = self.server.services.catalog
+        self.ring = self.server.services.deriving.ring
+        self.publisher = self.server.publisher
+        self.averager = self.server.averager
         self.announced: list[tuple[str, int]] = []
         self.averager.listen(lambda run, step: self.announced.append((run, step)))
         self.manifests: dict[str, Manifest] = {}
         self.exempt: dict[str, frozenset[str]] = {}
 
     def start(self) -> None:
-        """Start the threads."""
-        self.averager.start()
+        """Start the averager and the publisher."""
+        self.server.start()
 
     def stop(self) -> bool:
         """Publish everything, stop the threads and let the folder go."""
         try:
             return self.averager.stop(WAIT_S)
         finally:
-            self.data_dir.close()
+            self.server.close()
 
     def join(
         self,

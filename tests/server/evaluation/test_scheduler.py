@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,10 +24,10 @@ Result = TypeVar("Result")
 class Desk:
     """The validations of a served folder, on a clock that only the test moves."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, metrics: MetricStore) -> None:
         self.now = 1_000_000.0
         self.served = served
-        self.validations = Validations(served.catalog, served.statuses, served.metrics, lambda: self.now)
+        self.validations = Validations(served.catalog, served.statuses, metrics, lambda: self.now)
 
     def ask(self, worker: str = "w", *, every: int = 1, skip: tuple[str, ...] = (), **wanted: Any) -> Lease | None:
         ask = Ask(worker, **{"task": "default", "run": "digits", "lease_s": 30.0, **wanted})
@@ -65,7 +66,7 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
 def desk(tmp_path: Path) -> Iterator[Desk]:
     served = Served(tmp_path / "data")
     served.publish("digits", 100, ["raw"])
-    yield Desk(served)
+    yield Desk(served, served.metrics)
     served.close()
 
 
@@ -269,14 +270,13 @@ def test_a_worker_is_present_for_what_it_asked_about_until_it_stays_away(desk: D
 
 def test_leases_and_requests_outlive_the_server(desk: Desk, tmp_path: Path) -> None:
     lease, asked = desk.take("first"), desk.request(100)
-    desk.served.metrics.close()
-    desk.served.metrics = MetricStore(desk.served.data / "metrics.sqlite")
-    after = Desk(desk.served)
-    held = after.prune(100)
+    with closing(MetricStore(desk.served.data / "metrics.sqlite")) as reopened:
+        after = Desk(desk.served, reopened)
+        held = after.prune(100)
 
-    assert (after.ask("second"), held) == (None, False)
-    assert after.settle(lease)
-    assert after.result(asked) == GOOD
+        assert (after.ask("second"), held) == (None, False)
+        assert after.settle(lease)
+        assert after.result(asked) == GOOD
 
 
 def test_leases_and_requests_follow_a_run_to_its_new_name(desk: Desk) -> None:

@@ -18,7 +18,7 @@ def version(served: Served) -> Version:
     """A version `digits/best` beside the run's own, which is at step 100."""
     served.publish("digits", 100)
     what = Derivation("digits", "best", "ema:0.9", 90, 9, 0, "synthesized", {})
-    return served.derived.write(what, [save(weights("best", 90, 8))], None)
+    return served.deriving.store.write(what, [save(weights("best", 90, 8))], None)
 
 
 def test_it_is_listed_with_how_it_was_made(client: TestClient, version: Version) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from ema_server.watch import until_over
+from ema_server.server import wait_until_over
 
 WAIT_S = 20.0
 
@@ -14,7 +14,7 @@ def test_a_signal_ends_the_wait_with_nothing_dead() -> None:
     async def scene() -> tuple[str, ...]:
         asked = asyncio.Event()
         asyncio.get_running_loop().call_later(0.05, asked.set)
-        return await asyncio.wait_for(until_over(asked, {"averager": lambda: True}, 60.0), WAIT_S)
+        return await asyncio.wait_for(wait_until_over(asked, {"averager": lambda: True}, 60.0), WAIT_S)
 
     assert asyncio.run(scene()) == ()
 
@@ -28,7 +28,7 @@ def test_a_thread_that_dies_ends_the_wait_and_is_named() -> None:
 
     async def scene() -> tuple[str, ...]:
         alive = {name: thread.is_alive for name, thread in threads.items()}
-        return await asyncio.wait_for(until_over(asyncio.Event(), alive, 0.01), WAIT_S)
+        return await asyncio.wait_for(wait_until_over(asyncio.Event(), alive, 0.01), WAIT_S)
 
     assert asyncio.run(scene()) == ("averager",)
     release.set()
