@@ -2,7 +2,7 @@
 #   make demo    the whole service at work: a server, a trainer and an evaluation worker on real data
 #   make test    all tests (ARGS="-k name" is passed on to pytest)
 #   make check   format, lint, types, import contracts       make fix   format and repair what can be repaired
-#   make bench   the benchmarks
+#   make docs    the docs site, in site/                 make bench   the benchmarks
 # PYTHON: the interpreter to build .venv from (3.11 or newer).  TORCH: the torch release to install.  WORKERS: tests at a time.
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ INDEX := https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check fix bench clean
+.PHONY: demo test check fix docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/ema demo $(ARGS)
@@ -35,6 +35,9 @@ fix: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP) .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -47,6 +50,10 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import ensurepip, venv' \
 	  || { echo "'$(PYTHON)' has no venv module. Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+
+.venv/.installed-docs: $(STAMP)
+	$(BIN)/pip install --quiet --group docs
+	@touch $@
 
 # The CPU build comes from PyTorch's own index. Where that does not answer within 5 s, the plain index serves.
 $(STAMP): pyproject.toml | $(BIN)/python

@@ -1,7 +1,7 @@
 """Settings of one server process: names, types, defaults, bounds and help texts, each written once.
 
 `ema_server.cli` makes the options of `ema serve` and their `EMA_*` variables of the fields, and
-`scripts/settings_tables.py` the documentation. Nothing is read from the environment or the disk here.
+`scripts/docs_reference.py` the documentation. Nothing is read from the environment or the disk here.
 """
 
 from __future__ import annotations

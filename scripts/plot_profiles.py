@@ -1,6 +1,6 @@
 """Draw what averages are made of: the weight of each step, for the rules of docs/guides/averages.md.
 
-    pip install --group docs && python scripts/plot_profiles.py docs/guides/profiles.svg
+    pip install --group plots && python scripts/plot_profiles.py docs/guides/profiles.svg
 
 The weights are those that the server computes with, from its own pure functions; here they are only drawn. The file
 is the same, byte for byte, whenever the same release of matplotlib draws it.

@@ -1,6 +1,6 @@
 """Train on the digits, make power averages of many widths after it, and draw how good each of them is.
 
-    pip install '.[demo]' --group docs && python scripts/plot_sigma_rel.py docs/guides/sigma_rel.svg
+    pip install '.[demo]' --group plots && python scripts/plot_sigma_rel.py docs/guides/sigma_rel.svg
 
 A real server keeps two power averages and their ring while a network trains; all widths are synthesised after that,
 downloaded, and evaluated on the half of the images that was held out. Some widths are kept during the run as well, to

@@ -26,7 +26,7 @@ _DOCKERFILE = (_ROOT / "Dockerfile").read_text()
 _COMPOSE = (_ROOT / "docker-compose.yml").read_text()
 _GPU = (_ROOT / "docker-compose.gpu.yml").read_text()
 _CHECK = _ROOT / "scripts" / "compose-check.sh"
-_README = (_ROOT / "README.md").read_text()
+_CONTAINERS = (_ROOT / "docs" / "guides" / "containers.md").read_text()
 _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())
 _OF_THE_IMAGE = {"EMA_ZMQ", "EMA_HTTP", "EMA_DATA"}
 
@@ -203,7 +203,7 @@ def test_the_snippet_for_ones_own_evaluation_mounts_it_where_the_server_looks() 
 
 
 def test_the_snippet_for_ones_own_trainer_uses_what_there_is() -> None:
-    section = re.split(r"^## Beside your own training container$", _README, flags=re.MULTILINE)[1].split("\n## ")[0]
+    section = re.split(r"^## Beside your own training container$", _CONTAINERS, flags=re.MULTILINE)[1].split("\n## ")[0]
     snippet = re.search(r"^```yaml\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
 
     assert snippet is not None

@@ -1,4 +1,7 @@
-"""Each setting, command, endpoint, metric and reject code is documented in one place; documents and code agree."""
+"""Each setting, command, endpoint, metric and reject code is documented in one place; documents and code agree.
+
+The reference pages are generated: these tests hold that the generated blocks name everything.
+"""
 
 from __future__ import annotations
 
@@ -12,68 +15,108 @@ from typing import Any
 import pytest
 import typer
 
+import ema_reader
+import trainer_client
 from ema_cli.app import build
 from ema_proto.errors import RejectCode
 from ema_reader import Reader
+from ema_server.http.problems import Code
 from ema_server.http.routes.prometheus import render
+from support.scripts import script
 from support.served import Served
 from trainer_client import EmaClient
 
 _ROOT = Path(__file__).parents[1]
+_DOCS = _ROOT / "docs"
 _README = (_ROOT / "README.md").read_text()
-_REFERENCE = (_ROOT / "docs" / "reference.md").read_text()
+_README_LINES_MAX = 150
 _WITHOUT_JSON = {"serve"}
+_PAGES = sorted(_DOCS.rglob("*.md"))
+_DOCUMENTS = [_ROOT / "README.md", _ROOT / "CONTRIBUTING.md", _ROOT / "proto" / "SPEC.md", *_PAGES]
+
+reference = script("docs_reference")
 
 
-def _table(text: str, heading: str) -> list[list[str]]:
-    """Cells of the rows of the first table under a heading, without its head."""
-    section = re.split(rf"^#+ {re.escape(heading)}$", text, flags=re.MULTILINE)[1]
-    lines = re.split(r"^#", section, flags=re.MULTILINE)[0].splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    return rows[2:]
+def _name(path: Path) -> str:
+    return str(path.relative_to(_ROOT))
 
 
-def _named(text: str, heading: str) -> list[str]:
-    """What the first column of a table names, without its backticks."""
-    return [row[0].strip("`") for row in _table(text, heading)]
-
-
-def _options(command: str) -> dict[str, Any]:
-    """The options of a command by their long name."""
+def _commands() -> Mapping[str, Any]:
     group: Any = typer.main.get_command(build())
-    return {param.opts[0]: param for param in group.commands[command].params if param.opts[0].startswith("--")}
+    commands: Mapping[str, Any] = group.commands
+    return commands
 
 
-def _shown(default: object) -> str:
-    """A default as the tables show it; settings without one are shown by a word of their own."""
-    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+def _options(command: str) -> list[str]:
+    """The long names of a command's options."""
+    params = _commands()[command].params
+    return [param.opts[0] for param in params if param.param_type_name == "option" and not param.hidden]
 
 
-def test_every_command_is_in_the_reference() -> None:
-    group: Any = typer.main.get_command(build())
+def _named(text: str) -> list[str]:
+    """What the first column of a table names, without its head."""
+    return re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
 
-    assert [f"ema {name}" for name in group.commands] == _named(_REFERENCE, "Commands")
+
+def _headings(text: str, level: int) -> list[str]:
+    return re.findall(rf"^{'#' * level} (.+)$", text, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("kind", [EmaClient, Reader])
-def test_every_public_method_is_in_the_reference(kind: type) -> None:
-    shown = [name for row in _table(_REFERENCE, kind.__name__) for name in re.findall(r"`(\w+)`", row[0])]
-    methods = [name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")]
+def _code(markdown: str) -> list[str]:
+    """The lines of indented code blocks, without their indentation."""
+    return re.findall(r"^    (?! )(.+)$", markdown, flags=re.MULTILINE)
 
-    assert sorted(shown) == sorted(methods)
+
+def test_every_generated_block_has_one_place() -> None:
+    marks = [name for page in _PAGES for name in reference.MARK.findall(page.read_text())]
+
+    assert sorted(marks) == sorted(reference.BLOCKS)
+
+
+def test_a_mark_is_replaced_by_its_block() -> None:
+    assert reference.fill("# Head\n\n<!-- generate: error-codes -->\n") == f"# Head\n\n{reference.error_codes()}\n"
+
+
+def test_every_command_and_its_options_are_in_the_reference() -> None:
+    block = reference.commands()
+
+    assert [f"ema {name}" for name in _commands()] == _headings(block, 2)
+    for name, section in zip(_commands(), re.split(r"^## ", block, flags=re.MULTILINE)[1:], strict=True):
+        shown = [option.split(", ")[0] for option in _named(section) if option.startswith("-")]
+        assert [option for option in _options(name) if option != "--help"] == shown
 
 
 def test_every_command_that_prints_data_can_print_json() -> None:
-    group: Any = typer.main.get_command(build())
+    assert [name for name in _commands() if "--json" not in _options(name)] == sorted(_WITHOUT_JSON)
 
-    assert [name for name in group.commands if "--json" not in _options(name)] == sorted(_WITHOUT_JSON)
+
+def test_every_command_in_a_document_exists() -> None:
+    named = {
+        found
+        for document in _DOCUMENTS
+        for line in _code(document.read_text())
+        for found in re.findall(r"(?:^|[$;&|] *)ema ([a-z]+)\b", line)
+    }
+
+    assert {"serve", "status", "download", "evaluate"} < named
+    assert named - set(_commands()) == set()
 
 
 def test_every_endpoint_is_in_the_reference() -> None:
     paths: Mapping[str, Mapping[str, Any]] = json.loads((_ROOT / "proto" / "openapi.json").read_text())["paths"]
 
     offered = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
-    assert offered == set(_named(_REFERENCE, "Endpoints"))
+    assert offered == set(_headings(reference.endpoints(), 3))
+
+
+def test_every_link_to_a_json_type_leads_to_its_description() -> None:
+    types = {name.lower() for name in _headings(reference.json_types(), 3)}
+
+    assert set(re.findall(r"\]\(#(\w+)\)", reference.endpoints() + reference.json_types())) <= types
+
+
+def test_every_error_code_is_in_the_reference() -> None:
+    assert _named(reference.error_codes()) == [code.value[0] for code in Code]
 
 
 def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:
@@ -85,7 +128,7 @@ def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:
     served.close()
 
     exposed = set(re.findall(r"^(ema_\w+)(?:\{| )", text, flags=re.MULTILINE))
-    assert exposed == set(_named(_REFERENCE, "Metrics"))
+    assert exposed == set(_named(reference.metrics()))
 
 
 def test_every_reject_code_is_in_the_specification() -> None:
@@ -94,81 +137,78 @@ def test_every_reject_code_is_in_the_specification() -> None:
     assert [code.value for code in RejectCode if f"`{code.value}`" not in specification] == []
 
 
-def test_every_setting_of_the_server_is_in_the_readme() -> None:
-    options = _options("serve")
+def test_every_setting_is_in_the_reference() -> None:
+    trainer, reader = (list(inspect.signature(kind).parameters) for kind in (EmaClient, Reader))
 
-    assert [row[0].strip("`").split()[0] for row in _table(_README, "Server")] == list(options)
-
-
-@pytest.mark.parametrize("row", _table(_README, "Server"), ids=lambda row: row[0])
-def test_a_setting_of_the_server_is_documented_as_it_is(row: list[str]) -> None:
-    name, variable, default, _ = row
-    option = _options("serve")[name.strip("`").split()[0]]
-
-    assert variable == f"`{option.envvar}`"
-    if default.startswith("`"):
-        assert default == _shown(option.default)
-    else:
-        assert option.required or option.default in (None, False)
+    assert _named(reference.server_settings()) == _options("serve")
+    assert _named(reference.trainer_settings()) == trainer
+    assert _named(reference.reader_settings()) == reader
 
 
-def test_every_setting_of_the_trainer_is_in_the_readme() -> None:
-    parameters = list(inspect.signature(EmaClient).parameters)
+def test_every_setting_is_described() -> None:
+    tables = (reference.server_settings(), reference.trainer_settings(), reference.reader_settings())
 
-    assert _named(_README, "Trainer") == parameters
-
-
-@pytest.mark.parametrize("row", _table(_README, "Trainer"), ids=lambda row: row[0])
-def test_a_setting_of_the_trainer_is_documented_as_it_is(row: list[str]) -> None:
-    name, default, _ = row
-    actual = inspect.signature(EmaClient).parameters[name.strip("`")].default
-
-    if actual is None:
-        assert not default.startswith("`") or default.startswith("`EMA_")
-    elif isinstance(actual, tuple):
-        assert default == f"`{json.dumps(list(actual))}`"
-    else:
-        assert default == f"`{json.dumps(actual)}`"
-
-
-def test_every_setting_of_the_reader_is_in_the_readme() -> None:
-    parameters = [name for name in inspect.signature(Reader).parameters if name != "self"]
-
-    assert _named(_README, "Reader") == parameters
+    assert [row for table in tables for row in table.splitlines() if not row.removesuffix(" |").strip()] == []
+    assert [row for table in tables for row in table.splitlines() if row.endswith("|  |")] == []
 
 
 def test_every_variable_that_is_documented_is_read_by_the_code() -> None:
     folders = ("trainer_client", "ema_server", "ema_reader", "ema_cli")
     sources = [path.read_text() for folder in folders for path in (_ROOT / folder).rglob("*.py")]
     read = set(re.findall(r"\"(EMA_[A-Z_]+)\"", "\n".join(sources)))
-    read |= {option.envvar for option in _options("serve").values() if option.envvar}
+    read |= {param.envvar for command in _commands().values() for param in command.params if param.envvar}
+    tables = reference.server_settings() + reference.trainer_settings() + reference.reader_settings()
 
-    assert set(re.findall(r"`(EMA_[A-Z_]+)`", _README)) == read
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/guides/averages.md",
-        "docs/guides/troubleshooting.md",
-        "docs/reference.md",
-        "docs/guides/timm.md",
-        "docs/guides/evaluation.md",
-        "proto/SPEC.md",
-    ],
-)
-def test_every_link_to_a_file_leads_somewhere(document: str) -> None:
-    place = (_ROOT / document).parent
-    links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", (_ROOT / document).read_text())
-
-    assert [link for link in links if not (place / link).exists()] == []
+    assert set(re.findall(r"`(EMA_[A-Z_]+)`", tables)) == read
+    mentioned = {found for document in _DOCUMENTS for found in re.findall(r"`(EMA_[A-Z_]+)`", document.read_text())}
+    assert mentioned <= read
 
 
-def test_the_trainers_script_in_the_readme_is_the_example() -> None:
+@pytest.mark.parametrize("package", [trainer_client, ema_reader])
+def test_everything_that_a_package_exports_is_on_the_python_page(package: Any) -> None:
+    page = (_DOCS / "reference" / "python.md").read_text()
+    shown = set(re.findall(rf"^::: {package.__name__}\.(\w+)$", page, flags=re.MULTILINE))
+
+    assert set(package.__all__) <= shown
+
+
+@pytest.mark.parametrize("document", _DOCUMENTS, ids=_name)
+def test_every_link_to_a_file_leads_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", document.read_text())
+
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    pages = re.findall(r"[\w/-]+\.md$", (_ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+
+    assert [_name(page) for page in _PAGES if str(page.relative_to(_DOCS)) not in pages] == []
+
+
+def test_every_decision_is_in_the_list() -> None:
+    decisions = _DOCS / "decisions"
+    listed = re.findall(r"\((\d{4}-[\w-]+\.md)\)", (decisions / "README.md").read_text())
+
+    assert listed == sorted(path.name for path in decisions.glob("[0-9]*.md"))
+
+
+def test_every_path_in_the_architecture_exists() -> None:
+    text = (_DOCS / "architecture.md").read_text()
+    roots = "proto/|trainer_client/|ema_server/|ema_reader/|ema_cli/|tests/|docs/|scripts/"
+    paths = re.findall(rf"`((?:{roots})[\w./]*)`", text)
+
+    assert len(paths) > 60
+    assert [path for path in paths if not (_ROOT / path).exists()] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len(_README.splitlines()) <= _README_LINES_MAX
+
+
+@pytest.mark.parametrize("document", [_ROOT / "README.md", _DOCS / "start" / "quickstart.md"], ids=_name)
+def test_the_trainers_script_in_a_document_is_the_example(document: Path) -> None:
     example = (_ROOT / "examples" / "train_digits.py").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", _README, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
 
     ours = [line.strip() for line in example.splitlines() if "  # ema" in line]
     assert len(ours) == 4

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
 from ema_cli.app import build, run
 from ema_proto.variables import VARIABLES, misspelt
+from support.scripts import script
 from trainer_client import ConnectError, EmaClient
-
-_README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_the_list_is_that_of_the_documentation() -> None:
-    assert set(re.findall(r"`(EMA_[A-Z_]+)`", _README)) == VARIABLES
+    reference = script("docs_reference")
+    tables = reference.server_settings() + reference.trainer_settings() + reference.reader_settings()
+
+    assert set(re.findall(r"`(EMA_[A-Z_]+)`", tables)) == VARIABLES
 
 
 @pytest.mark.parametrize("name", sorted(VARIABLES))
