@@ -1,12 +1,16 @@
 """The plan of one model's snapshots: the manifest that a run is joined with, and the live tensors at each snapshot.
 
-What cannot be streamed is refused by name, and so is any later change of names, dtypes, shapes or ties.
+What cannot be streamed is refused by name, and so is a later change of names, dtypes or shapes, or the end of a tie.
+Weights that become tied later are still streamed under each of their names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -19,7 +23,12 @@ from trainer_client.model.dtypes import WIRE_DTYPES, wire_dtype
 from trainer_client.model.selection import WHOLE, Selection
 from trainer_client.model.sources import Identity, Node, Source, check_state_dict, identity, walk
 
-_WHAT_TO_DO = "a run keeps the tensors that it was joined with: close this client and stream to a run of another name"
+log = logging.getLogger("ema")
+
+_WHAT_TO_DO: Final = (
+    "a run keeps the tensors that it was joined with: join after the change (after a forward pass, if that makes it), "
+    "leave such tensors out with exclude=, or stream to a run of another name"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +41,7 @@ class Plan:
     _ties: tuple[tuple[Source, Source], ...] = field(repr=False)
     _nodes: tuple[Node, ...] = field(repr=False)
     _selection: Selection = field(repr=False)
+    _extra_state: tuple[str, ...] = field(repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, selection: Selection = WHOLE) -> Plan:
@@ -45,6 +55,17 @@ class Plan:
             PlanError: it holds a tensor that cannot be streamed, its state dict is not simply its tensors, two names
                 collide, a pattern matches nothing, or there is nothing to stream.
         """
+        plan = cls._of(model, selection, None)
+        if plan._extra_state:
+            text = (
+                "ema: %s is not streamed, like any extra state (of %d modules): it is not averaged, nor in the versions"
+            )
+            log.warning(text, plan._extra_state[0], len(plan._extra_state))
+        return plan
+
+    @classmethod
+    def _of(cls, model: nn.Module, selection: Selection, tied: Mapping[str, str] | None) -> Plan:
+        """See `of`; `tied` maps each name to the first name of its tensor, to separate weights tied since then."""
         if not isinstance(model, nn.Module):
             raise PlanError(f"{type(model).__name__} is not a torch.nn.Module: pass the model itself")
         nodes, found = walk(model)
@@ -53,24 +74,26 @@ class Plan:
         sources = selection.choose(found)
         dtypes = {source.name: wire_dtype(source.name, _required(source)) for source in sources}
         chosen = {source.name: _required(source) for source in sources}
-        check_state_dict(model, chosen, whole=selection.is_whole)
-        groups = _tied(sources)
+        extra_state = check_state_dict(model, chosen, whole=selection.is_whole)
+        groups = _tied(sources, tied)
         try:
             manifest = layout(_spec(group, dtypes[group[0].name]) for group in groups)
         except LocalProtocolError as error:
             raise PlanError(str(error)) from None
         ties = tuple((group[0], alias) for group in groups for alias in group[1:])
-        return cls(manifest, model, tuple(group[0] for group in groups), ties, nodes, selection.fixed(found))
+        firsts = tuple(group[0] for group in groups)
+        return cls(manifest, model, firsts, ties, nodes, selection.fixed(found), extra_state)
 
     def renewed(self, model: nn.Module) -> Plan:
         """This plan if it still describes `model`, else a new one of the same manifest (modules replaced by like ones).
 
         Raises:
-            PlanError: the model has changed in names, dtypes, shapes or ties; the text names the first tensor.
+            PlanError: names, dtypes or shapes have changed, or weights are tied no longer; the first is named.
         """
         if model is self.model and all(node.is_intact() for node in self._nodes) and self._ties_hold():
             return self
-        fresh = Plan.of(model, self._selection)
+        tied = {name: spec.name for spec in self.manifest.tensors for name in (spec.name, *spec.aliases)}
+        fresh = Plan._of(model, self._selection, tied)
         difference = self.manifest.first_difference(fresh.manifest)
         if difference is not None:
             raise PlanError(f"the model has changed: {difference}; {_WHAT_TO_DO}")
@@ -109,12 +132,13 @@ def _required(source: Source) -> Tensor:
     return tensor
 
 
-def _tied(sources: tuple[Source, ...]) -> list[list[Source]]:
-    """Group the sources that are one tensor, in the order of their first names."""
-    groups: dict[Identity | str, list[Source]] = {}
+def _tied(sources: tuple[Source, ...], tied: Mapping[str, str] | None) -> list[list[Source]]:
+    """Group the sources that are one tensor, in the order of their first names; only those in `tied`, if given."""
+    groups: dict[tuple[Identity | str, str | None], list[Source]] = {}
     for source in sources:
         key = identity(_required(source))
-        groups.setdefault(source.name if key is None else key, []).append(source)
+        was = None if tied is None else tied.get(source.name, source.name)
+        groups.setdefault((source.name if key is None else key, was), []).append(source)
     return list(groups.values())
 
 
@@ -134,9 +158,16 @@ def _role(source: Source, tensor: Tensor) -> Role:
 def _structural_buffers(module: nn.Module) -> frozenset[str]:
     """Names of the module's buffers that belong to one set of weights and mean nothing when averaged.
 
-    These are the singular vectors of both forms of spectral norm. (RNG states are integers, which are copied anyway.)
+    These are the singular vectors of both forms of spectral norm and the 0/1 masks of pruning. (RNG states are
+    integers, which are copied anyway.)
     """
     if isinstance(module, parametrizations._SpectralNorm):
         return frozenset({"_u", "_v"})
-    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
-    return frozenset(f"{hook.name}_{vector}" for hook in hooks for vector in "uv")
+    names = set()
+    pruning = getattr(sys.modules.get("torch.nn.utils.prune"), "BasePruningMethod", ())  # not imported: not used
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            names |= {f"{hook.name}_u", f"{hook.name}_v"}
+        elif isinstance(hook, pruning):
+            names.add(f"{hook._tensor_name}_mask")
+    return frozenset(names)

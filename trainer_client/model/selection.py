@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from ema_proto.patterns import is_chosen, unmatched
 from trainer_client.errors import PlanError
-from trainer_client.model.sources import Source
+from trainer_client.model.sources import EXTRA_STATE, Source
 
 _NAMES_SHOWN = 5
 
@@ -47,6 +47,8 @@ class Selection:
         names = [source.name for source in sources]
         for what, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in unmatched(patterns, names):
+                if what == "exclude" and pattern.endswith(EXTRA_STATE):
+                    continue  # extra state is left out anyway, see `sources`
                 raise PlanError(f"the pattern {pattern!r} of {what}= matches no tensor of the model: {_some(names)}")
         chosen = tuple(source for source in sources if self._is_chosen(source))
         if not chosen:

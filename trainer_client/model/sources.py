@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from trainer_client.errors import PlanError
 from trainer_client.model.wrappers import canonical_name, wrapped_attribute
 
 Identity: TypeAlias = tuple[object, ...]
+
+EXTRA_STATE: Final = "_extra_state"  # the key under which torch keeps what a module's get_extra_state() returns
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +92,8 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: bool = True) -> None:
-    """Check that the model's `state_dict()` holds exactly the tensors that were found.
+def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: bool = True) -> tuple[str, ...]:
+    """Check that the model's `state_dict()` holds exactly the tensors that were found, besides extra state.
 
     A module may rename, add or compute entries of its state dict; a stream of its parameters and buffers would then
     give files that it cannot load.
@@ -101,19 +103,20 @@ def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: boo
         tensors: its tensors by canonical name, or some of them.
         whole: whether these are all; if not, other entries are not checked.
 
+    Returns:
+        The names of the entries made by `get_extra_state`, which are left out.
+
     Raises:
         PlanError: an entry of the state dict is not one of the tensors, or one of them is missing there.
     """
-    missing = dict(tensors)
+    missing, extra_state = dict(tensors), list[str]()
     for key, value in model.state_dict().items():
         name = canonical_name(model, key)
         if not whole and name not in tensors:
             continue
-        if name.rpartition(".")[2] == "_extra_state":
-            raise PlanError(
-                f"the state dict has {name!r} (get_extra_state of the module), which is no tensor: "
-                "register what it returns as buffers, or stream a submodule without it"
-            )
+        if name not in tensors and name.rpartition(".")[2] == EXTRA_STATE:
+            extra_state.append(name)
+            continue
         if name not in tensors or not isinstance(value, Tensor) or identity(value) != identity(tensors[name]):
             raise PlanError(
                 f"the state dict's {name!r} is not a parameter or buffer of the model but made by its own state_dict() "
@@ -125,6 +128,7 @@ def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: boo
             f"{next(iter(missing))!r} is a parameter or buffer of the model, but its own state_dict() or a hook leaves "
             "it out: register it with persistent=False, or stream the module inside, whose state dict is plain"
         )
+    return tuple(extra_state)
 
 
 def _nodes(module: nn.Module, prefix: str) -> Iterator[tuple[str, Node]]:

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import PerChannelMinMaxObserver
+from torch.nn.utils import prune
 
 from ema_proto.wire.manifest import Role
 from trainer_client.errors import PlanError
 from trainer_client.model.plan import Plan
+from trainer_client.model.selection import Selection
 
 
 class Holder(nn.Module):
@@ -35,6 +38,39 @@ class Tied(nn.Module):
 
 def _roles(model: nn.Module) -> dict[str, Role]:
     return {spec.name: spec.role for spec in Plan.of(model).manifest.tensors}
+
+
+def test_masks_of_pruning_are_structural_and_a_user_s_own_mask_is_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(model[0], "weight", amount=0.25)
+    prune.random_unstructured(model[0], "bias", amount=0.5)
+    prune.l1_unstructured(model[0], "weight", amount=0.25)  # again: a container of two methods
+    model[1].register_buffer("weight_mask", torch.ones(4, 4))
+
+    roles = _roles(model)
+
+    assert {name for name, role in roles.items() if role is Role.STRUCTURAL} == {"0.weight_mask", "0.bias_mask"}
+    assert roles["1.weight_mask"] is Role.BUFFER
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy_buffers_are_refused_until_the_module_has_run() -> None:
+    model = nn.Sequential(nn.LazyBatchNorm1d(affine=False))
+    with pytest.raises(PlanError, match=r"'0\.running_mean'.*forward"):
+        Plan.of(model)
+    model(torch.zeros(2, 2))
+
+    assert len(Plan.of(model).manifest.tensors) == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning")
+def test_observer_that_gets_its_shape_in_the_first_forward_pass_is_refused_with_what_to_do() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), PerChannelMinMaxObserver())
+    plan = Plan.of(model)
+    model(torch.zeros(1, 2))
+
+    with pytest.raises(PlanError, match=r"'1\.min_val'.*a forward pass.*exclude="):
+        plan.renewed(model).tensors()
 
 
 class Small(nn.Module):
@@ -202,16 +238,33 @@ def test_something_that_is_no_module_is_refused() -> None:
 class ExtraState(nn.Linear):
     """Keeps something beside its tensors."""
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"calls": 1}
+    def __init__(self, inputs: int, outputs: int, state: object = None) -> None:
+        super().__init__(inputs, outputs)
+        self._state = [state]  # not an attribute of its own: a tensor would not stay one
+
+    def get_extra_state(self) -> object:
+        return self._state[0]
 
     def set_extra_state(self, state: Any) -> None:
         raise NotImplementedError
 
 
-def test_extra_state_is_refused_by_name() -> None:
-    with pytest.raises(PlanError, match=r"'1\._extra_state'"):
-        Plan.of(nn.Sequential(nn.Linear(1, 1), ExtraState(1, 1)))
+@pytest.mark.parametrize("state", [{"calls": 1}, torch.zeros(3, dtype=torch.uint8), None])
+def test_extra_state_is_left_out_with_one_line(state: object, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(1, 1), ExtraState(1, 1, state), ExtraState(1, 1, state))
+
+    plan = Plan.of(model)
+    model[0] = nn.Linear(1, 1)
+    plan.renewed(model)
+
+    assert [spec.name for spec in plan.manifest.tensors] == [n for n in model.state_dict() if "_extra_state" not in n]
+    assert [("1._extra_state" in r.message, "2 modules" in r.message) for r in caplog.records] == [(True, True)]
+
+
+def test_extra_state_may_be_excluded_by_pattern() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), ExtraState(1, 1))
+
+    assert len(Plan.of(model, Selection(exclude=("*._extra_state",))).manifest.tensors) == 4
 
 
 def _adding(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -320,6 +373,21 @@ def test_weights_tied_through_replaced_storage_stay_tied() -> None:
     model.embed.weight.data = torch.ones(5, 3)
 
     assert plan.renewed(model) is plan
+
+
+def test_weights_tied_after_joining_are_streamed_under_both_names() -> None:
+    model = Tied()
+    model.head.weight = nn.Parameter(torch.zeros(5, 3))
+    plan = Plan.of(model)
+    model.head.weight = model.embed.weight
+    model.embed = nn.Embedding(5, 3)  # has the plan renewed
+    model.head.weight = model.embed.weight
+
+    renewed = plan.renewed(model)
+
+    assert renewed is not plan
+    assert renewed.manifest.digest == plan.manifest.digest
+    assert [tensor is model.embed.weight for tensor in renewed.tensors()] == [True, True, False]
 
 
 def test_another_model_of_the_same_shape_is_accepted() -> None:
