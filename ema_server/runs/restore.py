@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from ema_proto.averages.specs import AverageSpec, parse_average
@@ -20,6 +21,7 @@ from ema_server.storage.disk import pread_into
 from ema_server.storage.generation import AVERAGES_FOLDER, WINDOWS_FOLDER, read_manifest, read_record, verify
 from ema_server.storage.records import CONFIG_FILE, AverageRecord, BrokenGeneration
 from ema_server.tensors.file_plan import Span, TensorFile
+from ema_server.tensors.safetensors_file import BadModelFile, data_shift
 
 
 def load_run(generation: Generation, old: Mapping[str, Average], device: Device) -> Run:
@@ -99,12 +101,11 @@ def _read(path: Path, file: TensorFile, memory: Memory) -> None:
     """Read back the spans that hold accumulators whole; a narrowed one has its own file."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if os.pread(fd, len(file.header), 0) != file.header:
-            raise BrokenGeneration(f"{path.name} of average {path.parent.name} has another layout than the manifest")
+        shift = data_shift(path, file.header)
         for span in file.spans:
             if not span.narrows:
-                _fill(fd, span, memory)
-    except EOFError as error:
+                _fill(fd, replace(span, file_offset=span.file_offset + shift), memory)
+    except (EOFError, BadModelFile) as error:
         raise BrokenGeneration(f"{path.name} of average {path.parent.name}: {error}") from None
     finally:
         os.close(fd)

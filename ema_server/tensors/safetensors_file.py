@@ -1,6 +1,6 @@
-"""A `model.safetensors` as it lies on disk: which tensor has which bytes. Comes in: a path, or tensors to describe.
+"""Safetensors files: headers written and read, and where each tensor lies.
 
-Goes out: places and headers. It reads headers only, and knows nothing of averages; what the bytes mean is the caller's.
+Every header says `format=pt`, which loaders look for, and holds nothing else that is not a tensor.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ema_proto.dtypes import ITEM_BYTES
 
 CHUNK_BYTES = 4 << 20  # large enough for full speed, small enough to be no memory to speak of
 
+_METADATA_KEY = "__metadata__"
+_METADATA = {_METADATA_KEY: {"format": "pt"}}  # constant: the headers of a run's versions are the same
 _HEADER_ALIGN = 8
 _HEADER_BYTES_MAX = 100 << 20  # safetensors' own bound
 _LENGTH = struct.Struct("<Q")
@@ -48,7 +50,7 @@ class Stored:
 
 def describe(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, tuple[Stored, ...]]:
     """The header of a file that holds these tensors (name, dtype, shape) one after another, and where each one lies."""
-    position, described, placed = 0, {}, list[Stored]()
+    position, described, placed = 0, dict[str, object](_METADATA), list[Stored]()
     for name, dtype, shape in tensors:
         stored = Stored(name, dtype, shape, position)
         described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + stored.nbytes]}
@@ -57,7 +59,7 @@ def describe(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _HEADER_ALIGN)
     header = _LENGTH.pack(len(text)) + text
-    return header, tuple(Stored(at.name, at.dtype, at.shape, len(header) + at.offset) for at in placed)
+    return header, tuple(replace(at, offset=len(header) + at.offset) for at in placed)
 
 
 def read_header(path: Path) -> tuple[Stored, ...]:
@@ -74,12 +76,25 @@ def read_header(path: Path) -> tuple[Stored, ...]:
     try:
         if len(text) < length:
             raise ValueError(f"its header has {length} bytes, of which {len(text)} can be read")
-        described = json.loads(text)
-        begin = _LENGTH.size + length
-        found = [_stored(name, entry, begin) for name, entry in described.items() if name != "__metadata__"]
+        return _parse(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadModelFile(f"{path} is not a safetensors file: {error!r}") from None
-    return tuple(sorted(found, key=lambda stored: stored.offset))
+
+
+def data_shift(path: Path, header: bytes) -> int:
+    """How many bytes later the data of a file begins than in one with this header; the tensors must be the same.
+
+    Files without `format=pt` in their header are older ones of ours.
+
+    Raises:
+        BadModelFile: the file holds other tensors, or is not a safetensors file.
+        OSError: the disk fails.
+    """
+    found, planned = read_header(path), _parse(header[_LENGTH.size :])
+    shift = found[0].offset - planned[0].offset if found and planned else 0
+    if found != tuple(replace(stored, offset=stored.offset + shift) for stored in planned):
+        raise BadModelFile(f"{path} holds other tensors than the manifest says")
+    return shift
 
 
 def replaced(path: Path, tensors: Mapping[str, bytes]) -> Iterator[bytes]:
@@ -93,24 +108,34 @@ def replaced(path: Path, tensors: Mapping[str, bytes]) -> Iterator[bytes]:
         BadModelFile: the file lacks a tensor, or has it in another size.
         OSError: the disk fails.
     """
-    stored = {item.name: item for item in read_header(path)}
+    stored = read_header(path)
+    sizes = {item.name: item.nbytes for item in stored}
     for name, data in tensors.items():
-        if name not in stored:
+        if name not in sizes:
             raise BadModelFile(f"{path} has no tensor {name!r}")
-        if len(data) != stored[name].nbytes:
-            raise BadModelFile(f"tensor {name!r} has {len(data)} bytes, {path} has {stored[name].nbytes} for it")
+        if len(data) != sizes[name]:
+            raise BadModelFile(f"tensor {name!r} has {len(data)} bytes, {path} has {sizes[name]} for it")
+    yield describe((item.name, item.dtype, item.shape) for item in stored)[0]
     with path.open("rb") as file:
-        for item in sorted((stored[name] for name in tensors), key=lambda item: item.offset):
-            yield from pieces_of(file.fileno(), file.tell(), item.offset)
-            yield tensors[item.name]
-            file.seek(item.offset + item.nbytes)
-        yield from pieces_of(file.fileno(), file.tell(), path.stat().st_size)
+        for item in stored:
+            if item.name in tensors:
+                yield tensors[item.name]
+            else:
+                yield from pieces_of(file.fileno(), item.offset, item.offset + item.nbytes)
 
 
 def pieces_of(fd: int, begin: int, end: int) -> Iterator[bytes]:
     """Bytes `begin` to `end` of an open file, 4 MiB at a time."""
     for at in range(begin, end, CHUNK_BYTES):
         yield os.pread(fd, min(CHUNK_BYTES, end - at), at)
+
+
+def _parse(text: bytes) -> tuple[Stored, ...]:
+    """The tensors that a header describes, by offset in the file."""
+    begin = _LENGTH.size + len(text)
+    described = json.loads(text).items()
+    found = [_stored(name, entry, begin) for name, entry in described if name != _METADATA_KEY]
+    return tuple(sorted(found, key=lambda stored: stored.offset))
 
 
 def _stored(name: str, entry: Mapping[str, object], begin: int) -> Stored:

@@ -124,13 +124,14 @@ def _life(data: Path, device: Device) -> list[Files]:
         assert isinstance(core.add("r", "window:2,name=late"), Changed)
         assert isinstance(core.remove("r", "exact"), Changed)
         for step in range(16, 30, 3):
-            core.apply("r", step, _weights(step))
+            not_finite = {"statistics": torch.full((5,), math.nan)} if step in (16, 19, 22) else {}
+            core.apply("r", step, _weights(step) | not_finite)
         seen.append(_files(durable(core.finish("r"))))
     return seen
 
 
 def test_a_run_on_a_device_is_the_run_on_the_host_bit_for_bit(tmp_path: Path, device: Device) -> None:
-    """Float64, float32, both half floats, integers, masks, structural buffers; gaps, a set, a window."""
+    """Float64, float32, both half floats, integers, masks, structural and NaN buffers; gaps, a set, a window."""
     ours, plain = _life(tmp_path / "device", device), _life(tmp_path / "host", HOST)
 
     assert ours == plain

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -210,10 +212,49 @@ def test_an_unclean_snapshot_leaves_every_average_as_it_was(tmp_path: Path) -> N
         for step in (1, 2, 3, 4, 5, 6):
             core.apply("r", step, _weights(step))
         before = versions_by_average(core.publish("r"))
-        for name in ("single", "head.half", "statistic"):
+        for name in ("double", "single", "head.half"):
             dirty = {**_weights(7), name: _weights(7)[name].clone().index_fill_(0, torch.tensor([1]), torch.nan)}
             assert isinstance(core.apply("r", 7, dirty), Quarantined)
         assert versions_by_average(core.publish("r")) == before
+
+
+def test_generations_without_a_format_in_their_files_are_resumed_from(tmp_path: Path) -> None:
+    """As releases before `format=pt` wrote them: the data of each file begins earlier."""
+    with running_core(tmp_path) as core:
+        joined(core.join("r", _MANIFEST, _NAMED))
+        for step in (1, 2, 3, 4, 5, 6):
+            core.apply("r", step, _weights(step))
+        (folder,) = {version.folder.parent.parent for version in versions_by_average(core.publish("r")).values()}
+    _strip_metadata(folder)
+    with running_core(tmp_path) as core:
+        assert joined(core.join("r", _MANIFEST, _NAMED, first_step=7)).last_step == 6
+        core.apply("r", 7, _weights(7))
+        resumed = versions_by_average(core.publish("r"))
+        found = {name: core.load(version) for name, version in resumed.items()}
+    with running_core(tmp_path / "other") as core:
+        joined(core.join("r", _MANIFEST, _NAMED))
+        for step in (1, 2, 3, 4, 5, 6, 7):
+            core.apply("r", step, _weights(step))
+        for name, version in versions_by_average(core.publish("r")).items():
+            expected = core.load(version)
+            assert all(torch.equal(expected[tensor], value) for tensor, value in found[name].items()), name
+
+
+def _strip_metadata(generation: Path) -> None:
+    """Rewrite every safetensors file of a generation without metadata, and its entry in `generation.json`."""
+    record = json.loads((generation / "generation.json").read_text())
+    for path, entry in record["files"].items():
+        if path.endswith(".safetensors"):
+            data = (generation / path).read_bytes()
+            length = int.from_bytes(data[:8], "little")
+            header = json.loads(data[8 : 8 + length])
+            assert header.pop("__metadata__") == {"format": "pt"}
+            text = json.dumps(header, separators=(",", ":")).encode()
+            old = len(text).to_bytes(8, "little") + text + data[8 + length :]
+            (generation / path).unlink()
+            (generation / path).write_bytes(old)
+            entry.update(size=len(old), sha256=hashlib.sha256(old).hexdigest())
+    (generation / "generation.json").write_text(json.dumps(record))
 
 
 def test_odd_tensors_pass_through_every_rule(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
@@ -18,6 +18,7 @@ from ema_server.publishing.writer import DraftAverage, GenerationWriter
 from ema_server.tensors.file_plan import files_of
 from ema_server.tensors.layout import Form, held_nbytes
 from support.server_core import all_segments, encode, manifest_of
+from trainer_client.model.plan import Plan
 
 
 def _odd_tensors() -> dict[str, Tensor]:
@@ -80,24 +81,53 @@ def test_float64_state_is_kept_whole_beside_the_float32_model(tmp_path: Path) ->
     assert torch.equal(load_file(path.with_name("state.safetensors"))["d"], tensors["d"])
 
 
-def test_a_strict_load_of_a_tied_model_works(tmp_path: Path) -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(7, 3)
-            self.norm = nn.BatchNorm1d(3)
-            self.head = nn.Linear(3, 7, bias=False)
+class _Model(nn.Module):
+    """Buffers, one of them not in the state dict, a frozen parameter; tied embeddings if asked for."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 7, bias=False)
+        self.register_buffer("scratch", torch.rand(3), persistent=False)
+        self.register_buffer("transposed", torch.rand(2, 3).t())
+        self.norm.requires_grad_(False)
+        if tied:
             self.head.weight = self.embed.weight
 
-    model = Tied()
-    tensors = {name: value for name, value in model.state_dict().items() if name != "head.weight"}
-    manifest = manifest_of(tensors, aliases={"embed.weight": ("head.weight",)})
-    path, _ = _write(tmp_path / "g", manifest, tensors, Form.WIDE)
-    other = Tied()
-    other.load_state_dict(load_file(path), strict=True)
 
-    assert other.head.weight is other.embed.weight
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+def _written(folder: Path, model: nn.Module) -> Path:
+    manifest = Plan.of(model).manifest
+    tensors = model.state_dict()
+    path, _ = _write(folder, manifest, {spec.name: tensors[spec.name] for spec in manifest.tensors}, Form.WIDE)
+    return path
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(value, other.state_dict()[name]) for name, value in one.state_dict().items())
+
+
+def test_load_model_of_safetensors_loads_a_model_strictly(tmp_path: Path) -> None:
+    model, other = _Model(tied=False), _Model(tied=False)
+
+    missing, unexpected = load_model(other, _written(tmp_path / "g", model), strict=True)
+    assert (list(missing), unexpected) == ([], [])
+    assert _equal(model, other)
+
+
+def test_a_tied_model_loads_strictly_by_torch_and_by_safetensors_where_not_strict(tmp_path: Path) -> None:
+    """`load_state_dict` needs every name of a tied tensor in the file, a strict `load_model` exactly one of them."""
+    model, by_torch, by_safetensors = _Model(tied=True), _Model(tied=True), _Model(tied=True)
+    path = _written(tmp_path / "g", model)
+    by_torch.load_state_dict(load_file(path), strict=True)
+
+    assert by_torch.head.weight is by_torch.embed.weight
+    assert _equal(model, by_torch)
+    with pytest.raises(RuntimeError, match=r'"head\.weight"'):
+        load_model(by_safetensors, path, strict=True)
+    missing, unexpected = load_model(by_safetensors, path, strict=False)
+    assert (list(missing), unexpected) == ([], ["head.weight"])
+    assert _equal(model, by_safetensors)
 
 
 def test_a_thousand_tensors_are_one_sequential_write(tmp_path: Path) -> None:
@@ -127,7 +157,7 @@ def test_the_header_holds_nothing_that_varies(tmp_path: Path) -> None:
     assert first.read_bytes()[:length] == second.read_bytes()[:length]
     assert first.read_bytes() != second.read_bytes()
     with safe_open(first, "pt") as file:
-        assert file.metadata() is None
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_the_roles_of_tensors_do_not_change_the_file() -> None:

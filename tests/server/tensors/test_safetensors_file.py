@@ -57,6 +57,16 @@ def test_replaced_tensors_take_the_place_of_the_old_and_the_rest_stays(path: Pat
     assert b"".join(replaced(path, {})) == path.read_bytes()
 
 
+def test_a_file_without_metadata_gets_the_format_when_tensors_are_replaced(tmp_path: Path) -> None:
+    safetensors.torch.save_file(_TENSORS, tmp_path / "old.safetensors")
+    (tmp_path / "new.safetensors").write_bytes(b"".join(replaced(tmp_path / "old.safetensors", {"weight": bytes(48)})))
+
+    with safetensors.safe_open(tmp_path / "new.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert not file.get_tensor("weight").any()
+        assert torch.equal(file.get_tensor("half"), _TENSORS["half"])
+
+
 @pytest.mark.parametrize(
     ("tensors", "text"), [({"weigth": b""}, "has no tensor 'weigth'"), ({"count": b"1234"}, "has 4 bytes")]
 )
