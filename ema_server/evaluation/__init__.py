@@ -1,9 +1,8 @@
-"""Leases, validations, reported metrics, and the evaluator process.
+"""Evaluation: reported metrics, leases and validations in one SQLite database, and the evaluator process.
 
-- `lease_rows`: the rows of leases and validations
-- `lease_store`: leases and requested validations, in the metrics' database
+- `metric_store`: the database, its thread, and reported metrics
 - `leases`: leases and validations as values
-- `metric_store`: evaluation metrics by version, in SQLite
-- `scheduler`: who evaluates what
-- `worker`: the server's own evaluation worker
+- `lease_queries`: queries on leases and validations
+- `scheduler`: which versions are due, and which worker gets them
+- `worker`: the server's own evaluation worker, a child process
 """

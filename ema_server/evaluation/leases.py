@@ -1,7 +1,4 @@
-"""Leases and validations as values. A lease is a worker's claim to one version for one task, until it expires.
-
-Pure: who may have one is decided in `lease_rows`, which versions there are and who asks is known in `validations`.
-"""
+"""Leases and validations as values. A lease is a worker's claim to one version for one task, until it expires."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ LEASE_S = 30.0  # a killed worker's version waits no longer; a worker beats thre
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a worker would take: versions of one run (None: of all), of these averages (none named: of all)."""
+    """What a worker accepts: versions of one run (None: of all), of these averages (empty: of all)."""
 
     worker: str
     task: str
@@ -44,7 +41,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A lease, or none; and how many versions that are due others have."""
+    """A lease, or none; and how many due versions other workers have."""
 
     lease: Lease | None
     held: int
@@ -52,7 +49,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What came of an evaluation: metrics, or the error that kept it from having any."""
+    """The result of an evaluation: metrics, or the error that prevented them."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
@@ -62,7 +59,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """A validation that was asked for. `finding`, `worker` and `at` are None until it has ended; `leased_to` while."""
+    """A requested validation: `leased_to` is set while it runs; `finding`, `worker` and `at` once it has ended."""
 
     id: str
     subject: Subject

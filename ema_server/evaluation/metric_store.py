@@ -1,7 +1,7 @@
-"""Evaluation metrics by version, in SQLite. Comes in: reports; goes out: rows. One thread owns the connection.
+"""Evaluation metrics by version, in SQLite. One thread owns the connection; callers get futures.
 
-It also remembers which versions were handed out, so that a worker may still report on one that was pruned while it was
-being evaluated. Callers get futures; it knows nothing of HTTP and of the files of a version.
+It also records which versions were downloaded, so that a worker may still report on one that was pruned while it was
+being evaluated.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS reports (
     PRIMARY KEY (run, version, task, worker)
 ) WITHOUT ROWID;
 """
+Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 
@@ -38,7 +39,7 @@ class MetricStoreError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What a report is about: one version, with what identifies it to a person."""
+    """The version that a report is about, with the names that identify it to a person."""
 
     run: str
     average: str
@@ -48,7 +49,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a worker said about a version for a task. `at` is the server's time (RFC 3339)."""
+    """The metrics, or the error, of a version for a task by a worker. `at` is the server's time (RFC 3339)."""
 
     subject: Subject
     task: str
@@ -61,9 +62,9 @@ class Report:
 
 
 def connect(uri: str) -> sqlite3.Connection:
-    """Open the database at an SQLite `file:` URI so that what was committed survives a power cut.
+    """Open the database at an SQLite `file:` URI so that commits survive a power cut.
 
-    Write-ahead logging needs shared memory, which network file systems lack: there a rollback journal serves.
+    Write-ahead logging needs shared memory, which network file systems lack: there it uses a rollback journal.
 
     Raises:
         sqlite3.Error: it cannot be opened, or is not a database.
@@ -82,10 +83,10 @@ def connect(uri: str) -> sqlite3.Connection:
 
 
 class MetricStore:
-    """The reports of all runs.
+    """The database of one server. Every query runs as one transaction on the thread that owns the connection.
 
     Args:
-        path: the database file, made when it is missing.
+        path: the database file, made if it is missing.
 
     Raises:
         MetricStoreError: it cannot be opened, or was written by a newer release.
@@ -100,32 +101,42 @@ class MetricStore:
             self._thread.shutdown()
             raise
 
+    def submit(
+        self, query: Callable[Concatenate[sqlite3.Connection, Args], Result], *args: Args.args, **kwargs: Args.kwargs
+    ) -> Future[Result]:
+        """Call `query(connection, *args, **kwargs)` in a transaction, which is rolled back if it raises.
+
+        The future raises `MetricStoreError` if the database cannot be read or written.
+        """
+
+        def transaction() -> Result:
+            with self._connection:
+                return query(self._connection, *args, **kwargs)
+
+        return self._run(transaction)
+
     def hand_out(self, subject: Subject) -> None:
-        """Remember that a reader got this version. Does not wait; a failure is logged."""
-        self._run(lambda: self._hand_out(subject)).add_done_callback(log_failure)
+        """Record that a reader downloads this version. Does not wait; a failure is logged."""
+        self.submit(_hand_out, subject).add_done_callback(log_failure)
 
     def rename(self, run: str, new_run: str) -> None:
-        """A run got another name: what was reported goes with it. Does not wait; a failure is logged."""
-        self._run(lambda: self._rename(run, new_run)).add_done_callback(log_failure)
+        """Move the reports of a run to its new name. Does not wait; a failure is logged."""
+        self.submit(_rename, run, new_run).add_done_callback(log_failure)
 
     def find(self, run: str, average: str, version: str) -> Future[Subject | None]:
-        """What is known of a version that was handed out once; None when it never was."""
-        return self._run(lambda: self._find(run, average, version))
+        """A version that was downloaded once, pruned or not; None if it never was."""
+        return self.submit(_find, run, average, version)
 
     def add(self, report: Report) -> Future[bool]:
-        """Keep a report; True when it is the first of its version, task and worker, False when it replaced one."""
-        return self._run(lambda: self._add(report))
-
-    def submit(self, work: Callable[[sqlite3.Connection], Result]) -> Future[Result]:
-        """Run `work` with the connection, on the thread that owns it."""
-        return self._run(lambda: work(self._connection))
+        """Store a report; True if it is the first of its version, task and worker, False if it replaced one."""
+        return self.submit(insert_report, report)
 
     def reports(self, run: str) -> Future[tuple[Report, ...]]:
         """All reports of a run, by step, average, task and worker."""
-        return self._run(lambda: self._reports(run))
+        return self.submit(_reports, run)
 
     def close(self) -> None:
-        """Finish what was asked for and close the database."""
+        """Finish the queries that were submitted and close the database."""
         self._run(lambda: self._connection.close()).result()
         self._thread.shutdown()
 
@@ -142,39 +153,37 @@ class MetricStore:
         connection = connect(self._path.absolute().as_uri())
         found = connection.execute("PRAGMA user_version").fetchone()[0]
         if found not in (0, _FORMAT):
-            raise MetricStoreError(f"{self._path} has format {found}, this release knows {_FORMAT}: use a newer one")
+            raise MetricStoreError(f"{self._path} has format {found}, this release reads {_FORMAT}: use a newer one")
         connection.execute(f"PRAGMA user_version={_FORMAT}")
         return connection
 
-    def _hand_out(self, subject: Subject) -> None:
-        row = (subject.run, subject.average, subject.version, subject.step)
-        with self._connection:
-            self._connection.execute("INSERT OR IGNORE INTO handed_out VALUES (?, ?, ?, ?)", row)
 
-    def _rename(self, run: str, new_run: str) -> None:
-        with self._connection:
-            self._connection.execute("UPDATE OR REPLACE handed_out SET run = ? WHERE run = ?", (new_run, run))
-            self._connection.execute("UPDATE OR REPLACE reports SET run = ? WHERE run = ?", (new_run, run))
+def _hand_out(db: sqlite3.Connection, subject: Subject) -> None:
+    row = (subject.run, subject.average, subject.version, subject.step)
+    db.execute("INSERT OR IGNORE INTO handed_out VALUES (?, ?, ?, ?)", row)
 
-    def _find(self, run: str, average: str, version: str) -> Subject | None:
-        query = "SELECT step FROM handed_out WHERE run = ? AND average = ? AND version = ?"
-        row = self._connection.execute(query, (run, average, version)).fetchone()
-        return Subject(run, average, version, row[0]) if row else None
 
-    def _add(self, report: Report) -> bool:
-        with self._connection:
-            return insert_report(self._connection, report)
+def _rename(db: sqlite3.Connection, run: str, new_run: str) -> None:
+    db.execute("UPDATE OR REPLACE handed_out SET run = ? WHERE run = ?", (new_run, run))
+    db.execute("UPDATE OR REPLACE reports SET run = ? WHERE run = ?", (new_run, run))
 
-    def _reports(self, run: str) -> tuple[Report, ...]:
-        query = (
-            "SELECT average, version, step, task, worker, at, body FROM reports"
-            " WHERE run = ? ORDER BY step, average, task, worker"
-        )
-        return tuple(_report(run, *row) for row in self._connection.execute(query, (run,)))
+
+def _find(db: sqlite3.Connection, run: str, average: str, version: str) -> Subject | None:
+    query = "SELECT step FROM handed_out WHERE run = ? AND average = ? AND version = ?"
+    row = db.execute(query, (run, average, version)).fetchone()
+    return Subject(run, average, version, row[0]) if row else None
+
+
+def _reports(db: sqlite3.Connection, run: str) -> tuple[Report, ...]:
+    query = (
+        "SELECT average, version, step, task, worker, at, body FROM reports"
+        " WHERE run = ? ORDER BY step, average, task, worker"
+    )
+    return tuple(_report(run, *row) for row in db.execute(query, (run,)))
 
 
 def insert_report(db: sqlite3.Connection, report: Report) -> bool:
-    """Write a report inside the caller's transaction; returns what `MetricStore.add` does."""
+    """Write a report; returns what `MetricStore.add` does."""
     subject, worker = report.subject, report.worker or ""
     key = (subject.run, subject.version, report.task, worker)
     body = [report.metrics, report.error, report.samples, report.seconds]
@@ -186,7 +195,7 @@ def insert_report(db: sqlite3.Connection, report: Report) -> bool:
 
 
 def latest_report(db: sqlite3.Connection, subject: Subject, task: str) -> Report | None:
-    """The newest report with metrics of a version for a task, None when it has none."""
+    """The newest report with metrics of a version for a task, None if it has none."""
     query = (
         "SELECT run, average, version, step, task, worker, at, body FROM reports"
         " WHERE run = ? AND version = ? AND task = ? ORDER BY at DESC"
@@ -201,7 +210,7 @@ def _report(run: str, average: str, version: str, step: int, task: str, worker: 
 
 
 def log_failure(future: Future[None]) -> None:
-    """Log the error of work that nobody waits for."""
+    """Log the error of a query whose result is not awaited."""
     error = future.exception()
     if error is not None:
-        log.warning("metrics: what readers did could not be noted: %s", error)
+        log.warning("metrics: a row could not be written: %s", error)

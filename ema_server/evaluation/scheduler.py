@@ -1,33 +1,36 @@
-"""Who evaluates what: which versions are due, who asks for work, which versions must stay meanwhile.
+"""Schedules evaluations: which versions are due, which workers ask, which versions must stay meanwhile.
 
-Comes in: asks of workers and wishes for validations; goes out: leases and results. Knows the catalog and the lease
-store, nothing of HTTP. All of it runs on the event loop, but for `_is_needed` and `_exists`, which other threads call.
+Everything runs on the event loop, except `_is_needed` and `_exists`, which other threads call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import Callable, Iterable
+from typing import Concatenate, ParamSpec, TypeVar
 
-from ema_server.evaluation.lease_store import LeaseStore
+from ema_server.evaluation import lease_queries
 from ema_server.evaluation.leases import Ask, Finding, Grant, Lease, Validation
-from ema_server.evaluation.metric_store import MetricStore, Report, Subject
+from ema_server.evaluation.metric_store import MetricStore, Report, Subject, log_failure
 from ema_server.runs.status_store import RunState, StatusStore
 from ema_server.storage.catalog import Catalog, Version
 
-REQUEST_HOLD_S = 600.0  # how long a version that someone asked about waits for a worker before it may be pruned
-_LATE_S = 10.0  # a worker that asks this much later than it said is still there
+REQUEST_HOLD_S = 600.0  # how long a requested version waits for a worker before it may be pruned
+_LATE_S = 10.0  # a worker that asks this much later than it said is still present
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 
 class Validations:
     """Grants leases and answers requests for validations.
 
     Args:
-        catalog: which versions there are; it keeps those that are needed here.
-        statuses: which runs are finished.
-        metrics: the store that has the results.
-        clock: seconds since the epoch. Workers' clocks count for nothing.
+        catalog: the versions; it keeps those that are needed here.
+        statuses: the states of the runs.
+        metrics: the database of leases and results.
+        clock: seconds since the epoch. Workers' clocks are not used.
 
     Raises:
         MetricStoreError: the leases could not be read.
@@ -37,32 +40,33 @@ class Validations:
         self, catalog: Catalog, statuses: StatusStore, metrics: MetricStore, clock: Callable[[], float] = time.time
     ) -> None:
         self._catalog = catalog
-        self._board = statuses
-        self._store = LeaseStore(metrics)
+        self._statuses = statuses
+        self._metrics = metrics
         self._clock = clock
         self._needed_until: dict[tuple[str, str], float] = {}  # by version and task
         self._present_until: dict[Ask, float] = {}
         self._asks: dict[str, Ask] = {}  # by lease
-        for lease in self._store.live(clock()).result():
+        metrics.submit(lambda db: db.executescript(lease_queries.SCHEMA)).result()
+        for lease in metrics.submit(lease_queries.live, clock()).result():
             self._keep(lease)
         catalog.guard(self._is_needed)
-        catalog.listen(self._store.rename)
+        catalog.listen(self._rename)
 
     async def ask(self, ask: Ask, *, every: int, skip: frozenset[str], poll_s: float) -> Grant:
         """A worker asks for a version.
 
         Args:
-            ask: what it would take.
-            every: of the versions that nobody asked about, take those of each so-manieth generation, and the last ones.
-            skip: ids of versions not to give unless someone asked about them: the worker has failed on them.
+            ask: what it accepts.
+            every: of the versions that were not requested, give those of every Nth generation, and the last ones.
+            skip: ids of versions to give only if they were requested: the worker has failed on them.
             poll_s: when it asks again.
 
         Raises:
-            MetricStoreError: the leases could not be read or written; so for all below.
+            MetricStoreError: the leases could not be read or written; so for every method below.
         """
         self._present_until[ask] = self._clock() + 2 * poll_s + _LATE_S
         due = [item for item in self._due(ask, every) if item.version not in skip]
-        grant = await asyncio.wrap_future(self._store.grant(ask, due, self._exists, self._clock()))
+        grant = await self._query(lease_queries.grant, ask, due, self._exists, self._clock())
         if grant.lease is not None:
             self._asks[grant.lease.id] = ask
             self._present_until[ask] = grant.lease.expires + _LATE_S
@@ -70,8 +74,8 @@ class Validations:
         return grant
 
     async def beat(self, lease_id: str) -> Lease | None:
-        """Extend a lease; None when it is lost."""
-        lease = await asyncio.wrap_future(self._store.beat(lease_id, self._clock()))
+        """Extend a lease; None if it is lost."""
+        lease = await self._query(lease_queries.beat, lease_id, self._clock())
         if lease is None:
             self._asks.pop(lease_id, None)
             return None
@@ -81,46 +85,54 @@ class Validations:
         return lease
 
     async def settle(self, lease_id: str, finding: Finding) -> tuple[Report, bool] | None:
-        """End a lease by its result; the report and whether it is new, None when the lease is lost."""
-        settled = await asyncio.wrap_future(self._store.settle(lease_id, finding, self._clock()))
+        """End a lease by its result; the report and whether it is new, None if the lease is lost."""
+        settled = await self._query(lease_queries.settle, lease_id, finding, self._clock())
         self._asks.pop(lease_id, None)
         if settled is not None:
             self._needed_until.pop((settled[0].subject.version, settled[0].task), None)
         return settled
 
     async def give_back(self, lease_id: str) -> None:
-        """The worker cannot go on with it; others may have it."""
+        """End a lease without a result: other workers may have its version at once."""
         ask = self._asks.pop(lease_id, None)
-        if ask is not None and ask not in self._asks.values():  # two workers may have the same name and wishes
+        if ask is not None and ask not in self._asks.values():  # two workers may ask for the same under one name
             self._present_until.pop(ask, None)
-        await asyncio.wrap_future(self._store.give_back(lease_id))
+        await self._query(lease_queries.give_back, lease_id)
 
     def abandon(self, worker: str) -> None:
-        """A worker is known to be dead: others may have what it had. Does not wait."""
+        """End the leases of a worker that is known to be dead. Does not wait."""
         for ask in [ask for ask in self._present_until if ask.worker == worker]:
             del self._present_until[ask]
-        self._store.abandon(worker)
+        self._metrics.submit(lease_queries.abandon, worker).add_done_callback(log_failure)
 
     async def request(self, version: Version, task: str, *, again: bool, possible: bool) -> Validation | None:
-        """Someone asks for a validation; None when it is not done already and not `possible`."""
+        """Ask for a validation; None if it is not done already and not `possible`."""
         now = self._clock()
         subject = Subject(version.run, version.average, version.id, version.step)
-        found = await asyncio.wrap_future(self._store.request(subject, task, now, again=again, possible=possible))
+        found = await self._query(lease_queries.request, subject, task, now, again=again, possible=possible)
         if found is not None and found.finding is None:
             self._need(version.id, task, now + REQUEST_HOLD_S)
         return found
 
     async def find(self, run: str, validation_id: str) -> Validation | None:
-        """A validation as it stands."""
-        return await asyncio.wrap_future(self._store.find(run, validation_id, self._clock()))
+        """A validation of a run, None if there is none of this id."""
+        return await self._query(lease_queries.find, run, validation_id, self._clock())
 
     def has_worker(self, run: str, average: str, task: str) -> bool:
-        """Whether a worker that would take such a version has asked lately, or is at work."""
+        """Whether a worker that accepts such a version has asked recently, or evaluates one."""
         return any(ask.covers(run, average, task) for ask in self._present())
 
     def tasks(self) -> tuple[str, ...]:
-        """The tasks of the workers that have asked lately, sorted."""
+        """The tasks of the workers that have asked recently, sorted."""
         return tuple(sorted({ask.task for ask in self._present()}))
+
+    async def _query(
+        self, query: Callable[Concatenate[sqlite3.Connection, Args], Result], *args: Args.args, **kwargs: Args.kwargs
+    ) -> Result:
+        return await asyncio.wrap_future(self._metrics.submit(query, *args, **kwargs))
+
+    def _rename(self, run: str, new_run: str) -> None:
+        self._metrics.submit(lease_queries.rename, run, new_run).add_done_callback(log_failure)
 
     def _present(self) -> list[Ask]:
         now = self._clock()
@@ -130,7 +142,7 @@ class Validations:
 
     def _due(self, ask: Ask, every: int) -> Iterable[Subject]:
         for run in self._current_runs() if ask.run is None else (ask.run,):
-            status = self._board.get(run)
+            status = self._statuses.get(run)
             finished = status is not None and status.state is RunState.FINISHED
             names = (*self._catalog.averages(run), *self._catalog.derived_averages(run))
             for average in ask.averages or names:
@@ -141,8 +153,8 @@ class Validations:
                     yield Subject(run, average, version.id, version.step)
 
     def _current_runs(self) -> tuple[str, ...]:
-        """The runs of this server's time: the models of older ones may be others than a worker for all runs knows."""
-        return tuple(status.run for status in self._board.all() if status.is_current)
+        """The runs that had a trainer since the server started: workers for all runs may not know older models."""
+        return tuple(status.run for status in self._statuses.all() if status.is_current)
 
     def _exists(self, subject: Subject) -> bool:
         return self._catalog.find(subject.run, subject.average, subject.version) is not None

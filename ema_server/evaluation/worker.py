@@ -1,7 +1,7 @@
-"""The server's own evaluation worker: a child process, `ema evaluate`, started again when it ends. Comes in: settings.
+"""The server's own evaluation worker: a child process, `ema evaluate`, restarted when it ends.
 
-It asks this server for versions over HTTP as every worker does: nothing that happens to it can reach the averages. It
-runs at a lower priority than they do, and ends with the server, also with one that is killed.
+It asks this server for versions over HTTP like every worker, so that its failures cannot affect the averages. It runs
+at a lower priority, and ends with the server, even if that is killed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ TASK = "default"
 WORKER = "server"
 FIRST_PAUSE_S = 0.5
 PAUSE_S_MAX = 60.0
-_STEADY_S = 60.0  # having lived so long, it starts again at once
+_STEADY_S = 60.0  # after so long without a failure the pauses begin again at the shortest
 _STOP_S = 5.0
 _NICENESS = 10
-_STDERR = 2  # the server's stdout is one line of JSON; everything the worker says goes to the log
+_STDERR = 2  # the server's stdout is one line of JSON; the worker's output goes to the log
 
 
 class Evaluator:
     """Supervises the worker.
 
     Args:
-        config: `evaluate` is the function, not None; its device and how many versions it takes.
-        on_end: called on the event loop with the worker's name whenever the process has ended.
+        config: `evaluate` names the function and is not None; its device and which versions it takes.
+        on_end: called on the event loop with the worker's name each time the process has ended.
     """
 
     task = TASK
@@ -67,7 +67,7 @@ class Evaluator:
             await self._process.wait()
 
     def state(self) -> str:
-        """What it does, for people."""
+        """Its state, as a sentence for a person."""
         return self._state
 
     async def _supervise(self, url: str) -> None:
@@ -77,26 +77,24 @@ class Evaluator:
             ended = await self._run(url)
             failures = 1 if loop.time() - started >= _STEADY_S else failures + 1
             pause_s = min(PAUSE_S_MAX, FIRST_PAUSE_S * 2.0 ** (failures - 1))
-            self._state = (
-                f"the server's evaluator {ended}; it starts again after {pause_s:g} s; the server's log says more"
-            )
-            log.warning("the evaluator %s; it starts again in %g s", ended, pause_s)
+            self._state = f"the server's evaluator {ended}; it is restarted after {pause_s:g} s; see the server's log"
+            log.warning("the evaluator %s; it is restarted in %g s", ended, pause_s)
             await asyncio.sleep(pause_s)
 
     async def _run(self, url: str) -> str:
-        """One life of the process; returns how it ended."""
+        """Run the process until it ends; returns how it ended."""
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *self._arguments(),
-                stdin=asyncio.subprocess.PIPE,  # it ends when this closes, and nothing keeps it open when we are killed
+                stdin=asyncio.subprocess.PIPE,  # it ends when this closes, which it also does when the server is killed
                 stdout=_STDERR,
                 env=self._environment(url),
-                start_new_session=True,  # Ctrl-C is for the server, which then ends it
+                start_new_session=True,  # Ctrl-C goes to the server alone, which then ends it
             )
         except OSError as error:
             return f"could not be started: {error.strerror or error}"
-        self._state = "the server's evaluator has started and not asked for a version yet"
+        self._state = "the server's evaluator has started and has not asked for a version yet"
         log.info("evaluator %d: %s", self._process.pid, self._config.evaluate)
         with contextlib.suppress(OSError):  # it may have ended already
             os.setpriority(os.PRIO_PROCESS, self._process.pid, _NICENESS)
@@ -111,7 +109,7 @@ class Evaluator:
         return ("-m", "ema_cli", "evaluate", str(config.evaluate), *options, *every)
 
     def _environment(self, url: str) -> dict[str, str]:
-        """This process's environment, with the worker's settings in place of the server's."""
+        """This process's environment with the worker's settings in place of the server's."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("EMA_")}
         token = {} if self._config.token is None else {"EMA_TOKEN": self._config.token}
         return {**kept, "EMA_URL": url, **token}

@@ -1,17 +1,15 @@
-"""The HTTP application and what surrounds a request.
+"""The HTTP API: an ASGI application and its listener.
 
-- `app`: the ASGI application
-- `ask`: from a request on the event loop to the averager's thread and back
-- `change`: asks the averager to add or remove an average
-- `conditional`: conditional requests and cache headers for what never changes
-- `description`: an app that describes its errors as what they are
-- `listener`: the HTTP listener
-- `middleware`: authentication, body limits and request counts
-- `openapi`: writes the description of the HTTP API
-- `problems`: errors as RFC 9457 problems
-- `publish`: asks the averager to publish a run
-- `resolve`: from the names in an address to a version, or to the problem that says which of them
-- `routes`: one module per resource of the HTTP API
-- `schemas`: the JSON of the API as types
+Modules, from the outside of a request to its inside:
+
+- `listener`: a uvicorn server inside the caller's event loop
+- `app`: the ASGI application: routes, errors and middleware
+- `openapi`: writes the description of the API
+- `routes`: one module per resource
+- `middleware`: a bearer token, a limit on bodies, a count of responses
 - `services`: what the routes work with
+- `resolve`: from the names in a path to what they name; conditional requests
+- `commands`: publish a run, add or remove an average, and wait for the averager's answer
+- `problems`: errors as RFC 9457 problems
+- `schemas`: the JSON that several resources share, as types
 """

@@ -1,38 +1,67 @@
-"""The ASGI application: routers, errors, and the middleware around them. Comes in: `Services`; goes out: an app."""
+"""The ASGI application: routes, errors, and the middleware around them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from fastapi import FastAPI
 
 from ema_server.http import problems
-from ema_server.http.description import DescribedApp
 from ema_server.http.middleware import BearerAuth, BodyLimit, RequestCounter
-from ema_server.http.routes import averages, derived, files, health, leases, metrics, runs, validations, versions
+from ema_server.http.routes import (
+    averages,
+    derived,
+    files,
+    health,
+    leases,
+    ledgers,
+    metrics,
+    prometheus,
+    recalibrate,
+    runs,
+    synthesize,
+    validations,
+    versions,
+)
 from ema_server.http.schemas import ProblemOut
 from ema_server.http.services import Services
 
 API_VERSION = "1"
-_PROBLEM = {"model": ProblemOut, "description": "Any error, as RFC 9457 problem+json"}
-_ROUTERS = (
+_ROUTES = (
     health,
+    prometheus,
     runs,
     averages,
+    ledgers,
     versions,
     files,
+    synthesize,
+    recalibrate,
     derived,
     metrics,
     validations,
     leases,
 )
+_PROBLEM = {"model": ProblemOut, "description": "Any error, as RFC 9457 problem+json"}
 
 
-def create_app(services: Services) -> FastAPI:
-    """Build the application.
+class Api(FastAPI):
+    """FastAPI documents every model as application/json; errors here are problem+json."""
 
-    Middleware is pure ASGI and none of it compresses: both would slow downloads down, and compression would break
-    their ranges and lengths. The interactive documentation is off because it loads its scripts from other hosts.
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            for path in super().openapi()["paths"].values():
+                for operation in path.values():
+                    _set_problem_type(operation["responses"])
+        return super().openapi()
+
+
+def create_api() -> Api:
+    """The routes, which need no services until a request comes.
+
+    The interactive documentation is off because it loads scripts from other hosts.
     """
-    app = DescribedApp(
+    api = Api(
         title="ema-sidecar",
         version=API_VERSION,
         docs_url=None,
@@ -40,11 +69,29 @@ def create_app(services: Services) -> FastAPI:
         redirect_slashes=False,
         responses={"default": _PROBLEM},
     )
-    problems.install(app)
-    for module in _ROUTERS:
-        app.include_router(module.router(services))
-    app.add_middleware(BodyLimit)
+    problems.install(api)
+    for module in _ROUTES:
+        api.include_router(module.router)
+    return api
+
+
+def create_app(services: Services) -> FastAPI:
+    """The application over `services`.
+
+    Middleware is pure ASGI and none of it compresses: both would slow downloads down, and compression would break
+    their ranges and lengths.
+    """
+    api = create_api()
+    api.state.services = services
+    api.add_middleware(BodyLimit)
     if services.token is not None:
-        app.add_middleware(BearerAuth, token=services.token)
-    app.add_middleware(RequestCounter, counter=services.telemetry.http_requests)  # outermost: counts refusals too
-    return app
+        api.add_middleware(BearerAuth, token=services.token)
+    api.add_middleware(RequestCounter, counter=services.telemetry.http_requests)  # outermost: counts refusals too
+    return api
+
+
+def _set_problem_type(responses: dict[str, dict[str, Any]]) -> None:
+    for response in responses.values():
+        content = response.get("content", {})
+        if content.get("application/json", {}).get("schema") == {"$ref": "#/components/schemas/ProblemOut"}:
+            response["content"] = {problems.MEDIA_TYPE: content["application/json"]}

@@ -1,6 +1,6 @@
-"""From the names in an address to a version, or to the problem that says which of them is wrong.
+"""From the names in a path to what they name, or to the problem that says which of them is wrong; conditional requests.
 
-`rev` is 40 hex digits (the version's id, immutable), `step-N` or `latest`. The last two are aliases: redirected.
+`rev` is 40 hex digits (the version's id, immutable), or an alias that is redirected to it: `step-N` or `latest`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from ema_server.http.problems import Code, Problem
-from ema_server.http.schemas import RingOut, RunOut, VersionOut
+from ema_server.http.schemas import VersionOut
 from ema_server.http.services import Services
-from ema_server.runs.status_store import RunStatus
+from ema_server.runs.status_store import AverageStatus, RunStatus
 from ema_server.storage.catalog import FileEntry, Version
 
 RETRY_AFTER_S = 5
+YEAR_S = 31_536_000
 _NAMES_SHOWN = 20
 _ID = re.compile(r"[0-9a-f]{40}")
 _FROM_THE_START = re.compile(r"\s*bytes\s*=\s*0+\s*-[^,]*", re.IGNORECASE)
@@ -33,12 +34,14 @@ def run_status(services: Services, run: str) -> RunStatus:
     return status
 
 
-def shown_run(services: Services, status: RunStatus) -> RunOut:
-    """The JSON of a run."""
-    shown: RunOut = RunOut.model_validate(status)
-    ring = services.deriving.ring.status(status.run)
-    shown_ring = None if ring is None else RingOut.model_validate(ring)
-    return shown.model_copy(update={"derived": services.catalog.derived_averages(status.run), "ring": shown_ring})
+def average_status(services: Services, run: str, average: str) -> AverageStatus:
+    """The status of an average of a run, or the problem that there is none."""
+    statuses = run_status(services, run).averages
+    for status in statuses:
+        if status.name == average:
+            return status
+    names = ", ".join(status.name for status in statuses)
+    raise Problem(Code.AVERAGE_NOT_FOUND, f"run {run!r} has no average {average!r}; it has {names}")
 
 
 def average_versions(services: Services, run: str, average: str) -> tuple[Version, ...]:
@@ -104,3 +107,16 @@ def refuse_resume(version: Version, entry: FileEntry, headers: Headers) -> None:
     address = f"{address_of(version)}/files/{entry.name}"
     detail = f"the alias may have moved since the first part was downloaded; the current version is at {address}"
     raise Problem(Code.ALIAS_RANGE, detail)
+
+
+def is_current(headers: Headers, etag: str) -> bool:
+    """Whether the client already has the representation with this strong `etag` (`If-None-Match`, weak comparison)."""
+    wanted = ",".join(headers.getlist("if-none-match"))
+    tags = {tag.strip().removeprefix("W/") for tag in wanted.split(",")}
+    return "*" in tags or etag in tags
+
+
+def immutable_headers(services: Services, etag: str) -> dict[str, str]:
+    """`ETag` and `Cache-Control` of an immutable representation; shared caches must not keep what needs a token."""
+    scope = "public" if services.token is None else "private"
+    return {"ETag": etag, "Cache-Control": f"{scope}, max-age={YEAR_S}, immutable"}

@@ -1,14 +1,18 @@
-"""What the routes work with: values made by the composition root, handed to every router."""
+"""What the routes work with: made by the composition root, handed to every route as a dependency."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
 
 from ema_server.averager.jobs import Job
-from ema_server.compute.device import HOST, Device
+from ema_server.compute.device import Device
 from ema_server.derived.queue import Deriving
 from ema_server.evaluation.metric_store import MetricStore
 from ema_server.evaluation.scheduler import Validations
@@ -16,6 +20,9 @@ from ema_server.evaluation.worker import Evaluator
 from ema_server.runs.status_store import StatusStore
 from ema_server.storage.catalog import Catalog
 from ema_server.telemetry import Telemetry
+
+UPLOADS_MAX = 4  # bodies with tensors in memory at once, until their versions are made
+FREE_BYTES_MIN = 64 << 20  # room for the metrics, and for the first generation of a small run
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +32,18 @@ class Services:
     Args:
         catalog: versions on disk.
         statuses: state of the runs.
-        telemetry: counters and heartbeats of the other threads.
+        telemetry: counters, and heartbeats of the other threads.
         metrics: evaluation metrics.
-        validations: who evaluates what.
-        deriving: makes versions of other versions after them.
+        validations: leases and requested validations.
+        deriving: makes derived versions.
         submit: hands a job to the averager; never blocks.
         data: the data folder.
-        device: what the averages are kept on.
-        token: what a client must send; None when none is needed.
+        token: what a client must send; None if none is needed.
+        stopping: set when the server has begun to stop.
+        device: where the averages are kept.
         kernel: what averages are computed with, `torch` or `compiled`.
         evaluator: the server's own evaluation worker, if it has one.
-        stopping: set when the server has begun to stop.
+        uploads: held by each body with tensors.
     """
 
     catalog: Catalog
@@ -48,6 +56,20 @@ class Services:
     data: Path
     token: str | None = field(repr=False)
     stopping: threading.Event
-    kernel: str = "torch"
-    evaluator: Evaluator | None = None
-    device: Device = HOST
+    device: Device
+    kernel: str
+    evaluator: Evaluator | None
+    uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS_MAX))
+
+    def needed_bytes(self) -> int:
+        """Free space that must stay on the disk: a generation of every run in memory, which stopping writes."""
+        return FREE_BYTES_MIN + sum(status.memory_bytes for status in self.statuses.all())
+
+
+async def get_services(request: Request) -> Services:
+    """The services of the application that answers `request`."""
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(get_services)]

@@ -1,23 +1,16 @@
-"""One module per resource of the HTTP API.
+"""One module per resource of the HTTP API: its routes, its JSON and its logic.
 
-- `averages`: routes for the averages of a run
-- `blob`: one file of a version as a response
-- `derive`: derived versions as requests see them
-- `derived`: routes for versions that are made of others after them
-- `derived_schemas`: the JSON of versions that are made of others, as types
-- `files`: routes for the files of a version
-- `health`: routes for machines that watch the server
-- `lease_schemas`: the JSON of leases and validations as types
-- `leases`: routes for workers
-- `ledgers`: the steps inside a version as streamed JSON
-- `metrics`: routes for evaluation metrics
-- `prometheus`: the state of the server for Prometheus
-- `readiness`: whether the server does its work
-- `recalibrate`: from uploaded buffers to the version that has them, or to the problem that says why t
-- `reports`: reports of workers
-- `runs`: routes for runs
-- `synthesize`: from a wish for another power average to its version, or to the problem that says why
-- `validate`: from a wish to validate to a result, without blocking the event loop
-- `validations`: routes for whoever wants a version validated now
-- `versions`: routes for versions
+- `health`: whether the event loop answers, and whether the server does its work
+- `prometheus`: counters, gauges and run statuses for Prometheus
+- `runs`: list runs, get one
+- `averages`: the averages of a run: their status, add one, remove one
+- `versions`: list versions, get one, publish now
+- `files`: the files of a version, with ranges and validators
+- `ledgers`: the steps inside a version with their shares
+- `derived`: what `synthesize` and `recalibrate` share, and the deletion of derived versions
+- `synthesize`: a power average that was not kept, made of stored ones
+- `recalibrate`: a version with other buffers
+- `metrics`: evaluation metrics: report them, list them
+- `validations`: ask for an evaluation and wait for its result
+- `leases`: what evaluation workers call
 """

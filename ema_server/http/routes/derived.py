@@ -1,77 +1,87 @@
-"""Routes for versions that are made of others after them."""
+"""Derived versions (computed from stored versions): what `synthesize` and `recalibrate` share, and their deletion."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
-from starlette.responses import Response
+import shutil
+from collections.abc import Callable
+from typing import TypeVar
 
-from ema_server.http.middleware import UPLOAD
-from ema_server.http.resolve import address_of
-from ema_server.http.routes.derive import delete_derived
-from ema_server.http.routes.derived_schemas import SynthesizedOut, SynthesizeIn
-from ema_server.http.routes.recalibrate import Uploads, find_base, recalibrate_version, received
-from ema_server.http.routes.synthesize import synthesize
-from ema_server.http.schemas import ProblemOut, VersionOut
-from ema_server.http.services import Services
+import anyio.to_thread
+from fastapi import APIRouter
 
-_TENSORS = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+from ema_server.derived.queue import Busy, Stopped
+from ema_server.http.problems import Code, Problem
+from ema_server.http.resolve import RETRY_AFTER_S, find_version, is_alias
+from ema_server.http.schemas import ProblemOut
+from ema_server.http.services import Services, ServicesDep
+from ema_server.storage.catalog import VersionGone
+from ema_server.storage.records import BrokenGeneration
+from ema_server.tensors.safetensors_file import BadModelFile
+
+Result = TypeVar("Result")
+
+router = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
 
 
-def router(services: Services) -> APIRouter:
-    """`…/synthesize`, `…/recalibrate`, and the end of a derived version."""
-    routes = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
-    uploads = Uploads()
+@router.delete(
+    "/averages/{average}/versions/{id}",
+    operation_id="delete_version",
+    status_code=204,
+    responses={409: {"model": ProblemOut, "description": "It is not a derived one, or someone is reading it"}},
+)
+async def delete(run: str, average: str, id: str, services: ServicesDep) -> None:
+    """Delete a derived version, named by its 40 hex digits. The others go by themselves, as newer ones come."""
+    version = find_version(services, run, average, id)
+    if is_alias(id):
+        raise Problem(Code.INVALID, f"{id!r} is an alias and may move: give the 40 hex digits, now {version.id}")
+    if version.derived is None:
+        detail = f"version {version.id} belongs to a generation: retention deletes it (--keep-generations)"
+        raise Problem(Code.NOT_DERIVED, detail)
+    if not await anyio.to_thread.run_sync(services.deriving.store.delete, version):
+        detail = f"version {version.id} is being downloaded or evaluated, or was a moment ago: try again in a minute"
+        raise Problem(Code.VERSION_HELD, detail)
 
-    @routes.post(
-        "/synthesize",
-        operation_id="synthesize",
-        status_code=201,
-        responses={
-            200: {"model": SynthesizedOut, "description": "It has been made before: the version that exists"},
-            409: {"model": ProblemOut, "description": "What is stored does not suffice, or the name is taken"},
-        },
-    )
-    async def make(run: str, body: SynthesizeIn, response: Response) -> SynthesizedOut:
-        """Make a power-function average that was not kept, of those that were. Answers once it is durable."""
-        made, is_new = await synthesize(services, run, body)
-        response.headers["Location"] = address_of(made.version)
-        if not is_new:
-            response.status_code = 200
-        return made
 
-    @routes.post(
-        "/averages/{average}/versions/{id}/" + UPLOAD,
-        operation_id="recalibrate_version",
-        status_code=201,
-        responses={
-            200: {"model": VersionOut, "description": "The same was uploaded before: the version that exists"},
-            409: {"model": ProblemOut, "description": "The name is taken"},
-            503: {"model": ProblemOut, "description": "Too many are sent at once, or it could not be made"},
-        },
-        openapi_extra={"requestBody": {"required": True, "content": _TENSORS}},
-    )
-    async def recalibrate(run: str, average: str, id: str, request: Request, response: Response) -> VersionOut:
-        """Make the version `{average}-bn` that this one is with other buffers: those of a safetensors file.
+async def derive(services: Services, nbytes: int, work: Callable[[], Result]) -> Result:
+    """Call `work` in the thread for derived versions and return its result.
 
-        Only buffers can be replaced. Answers once the version is durable.
-        """
-        base = find_base(services, run, average, id)
-        with uploads.one():
-            made = await recalibrate_version(services, base, await received(request.body))
-        response.headers["Location"] = address_of(made.version)
-        if not made.is_new:
-            response.status_code = 200
-        shown: VersionOut = VersionOut.model_validate(made.version)
-        return shown
+    Args:
+        services: of the server.
+        nbytes: about how much it will write.
+        work: makes the version.
 
-    @routes.delete(
-        "/averages/{average}/versions/{id}",
-        operation_id="delete_version",
-        status_code=204,
-        responses={409: {"model": ProblemOut, "description": "It is not a derived one, or someone is reading it"}},
-    )
-    async def delete(run: str, average: str, id: str) -> None:
-        """Delete a derived version, named by its 40 hex digits. The others go by themselves, as newer ones come."""
-        await delete_derived(services, run, average, id)
+    Raises:
+        Problem: the disk is full or fails, what is stored is damaged, the queue is full, or the server is stopping.
+    """
+    await anyio.to_thread.run_sync(_check_room, services, nbytes)
+    try:
+        return await services.deriving.run(work)
+    except Busy as error:
+        raise busy(str(error)) from None
+    except Stopped:
+        raise Problem(Code.NOT_READY, "the server is stopping: ask again when it is back") from None
+    except (BrokenGeneration, BadModelFile) as error:
+        raise Problem(Code.DAMAGED, str(error)) from None
+    except VersionGone as error:
+        raise Problem(Code.DERIVE_FAILED, str(error)) from None
+    except FileNotFoundError as error:
+        detail = f"{error.filename} has been removed meanwhile (the run was rewound or set aside): ask again"
+        raise Problem(Code.DERIVE_FAILED, detail) from None
+    except OSError as error:
+        raise Problem(Code.DERIVE_FAILED, f"it could not be written or read: {error.strerror or error}") from None
 
-    return routes
+
+def busy(detail: str) -> Problem:
+    """A problem that says when to try again."""
+    return Problem(Code.BUSY, detail, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+def _check_room(services: Services, nbytes: int) -> None:
+    """A derived version must not take the space that the next generations need."""
+    free, needed = shutil.disk_usage(services.data).free, services.needed_bytes()
+    if free < needed + nbytes:
+        detail = (
+            f"{free} bytes are free, {nbytes} are needed for the version and {needed} must stay free for the runs: "
+            "delete what is not needed, for example other derived versions (DELETE …/versions/{id})"
+        )
+        raise Problem(Code.NO_ROOM, detail)

@@ -1,39 +1,92 @@
-"""Routes for machines that watch the server: alive, ready, and what it counts."""
+"""Health: whether the event loop answers, and whether the server does its work.
+
+A server without a trainer is ready. Checks of the disk run in a worker thread: a network disk may hang.
+"""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from pathlib import Path
+
+import anyio.to_thread
 from fastapi import APIRouter
-from starlette.responses import Response
 
+from ema_server.compute.device import Device
 from ema_server.http.problems import Code, Problem
-from ema_server.http.routes import prometheus
-from ema_server.http.routes.readiness import check_all
-from ema_server.http.schemas import HealthOut, ProblemOut, ReadyOut
-from ema_server.http.services import Services
+from ema_server.http.schemas import CheckOut, HealthOut, ProblemOut, ReadyOut
+from ema_server.http.services import Services, ServicesDep
+
+THREADS = ("ingest", "averager")
+BEAT_AGE_S_MAX = 5.0
+
+router = APIRouter(tags=["health"])
 
 
-def router(services: Services) -> APIRouter:
-    """`/healthz`, `/readyz` and `/metrics`."""
-    routes = APIRouter(tags=["health"])
+@router.get("/healthz", operation_id="get_health")
+async def health() -> HealthOut:
+    """The event loop answers. Does no I/O and needs no token."""
+    return HealthOut()
 
-    @routes.get("/healthz", operation_id="get_health")
-    async def health() -> HealthOut:
-        """The event loop answers. Does no I/O and needs no token."""
-        return HealthOut()
 
-    @routes.get("/readyz", operation_id="get_ready", responses={503: {"model": ProblemOut}})
-    async def ready() -> ReadyOut:
-        """Whether the server does its work, check by check. Needs no token; 503 when one of the checks fails."""
-        checks = await check_all(services)
-        failed = [f"{name}: {check.detail}" for name, check in checks.items() if not check.ok]
-        if failed:
-            extra = {"ready": False, "checks": {name: check.model_dump() for name, check in checks.items()}}
-            raise Problem(Code.NOT_READY, "; ".join(failed), extra=extra)
-        return ReadyOut(ready=True, checks=checks)
+@router.get("/readyz", operation_id="get_ready", responses={503: {"model": ProblemOut}})
+async def ready(services: ServicesDep) -> ReadyOut:
+    """Whether the server does its work, check by check. Needs no token; 503 when one of the checks fails."""
+    checks = await _check_all(services)
+    failed = [f"{name}: {check.detail}" for name, check in checks.items() if not check.ok]
+    if failed:
+        extra = {"ready": False, "checks": {name: check.model_dump() for name, check in checks.items()}}
+        raise Problem(Code.NOT_READY, "; ".join(failed), extra=extra)
+    return ReadyOut(ready=True, checks=checks)
 
-    @routes.get("/metrics", operation_id="get_prometheus", response_class=Response)
-    async def metrics() -> Response:
-        """Counters and gauges in Prometheus' text format."""
-        return Response(prometheus.render(services), media_type=prometheus.MEDIA_TYPE)
 
-    return routes
+async def _check_all(services: Services) -> dict[str, CheckOut]:
+    needed = services.needed_bytes()
+    checks = {name: _thread(services, name) for name in THREADS}
+    checks["data"] = await anyio.to_thread.run_sync(_writable, services.data)
+    checks["device"] = await anyio.to_thread.run_sync(_answers, services.device)
+    checks["publishing"] = _publishing(services)
+    checks["disk"] = await anyio.to_thread.run_sync(_room, services.data, needed)
+    if services.stopping.is_set():
+        checks["stopping"] = CheckOut(ok=False, detail="the server is stopping")
+    return checks
+
+
+def _thread(services: Services, name: str) -> CheckOut:
+    age_s = services.telemetry.age_s(name)
+    if age_s is None:
+        return CheckOut(ok=False, detail="not started")
+    detail = f"last beat {age_s:.1f} s ago, limit {BEAT_AGE_S_MAX:.0f} s"
+    return CheckOut(ok=age_s < BEAT_AGE_S_MAX, detail=detail)
+
+
+def _publishing(services: Services) -> CheckOut:
+    """Averaging continues while a run cannot be published, but the steps since then would be lost with the process."""
+    failing = [
+        f"run {status.run}: {status.publish_error}" for status in services.statuses.all() if status.publish_error
+    ]
+    return CheckOut(ok=not failing, detail="; ".join(failing) or "the last generation of every run was written")
+
+
+def _answers(device: Device) -> CheckOut:
+    try:
+        return CheckOut(ok=True, detail=f"averages are kept on {device.describe()}")
+    except RuntimeError as error:
+        return CheckOut(ok=False, detail=f"{device.name}: {error}")
+
+
+def _writable(data: Path) -> CheckOut:
+    try:
+        with tempfile.TemporaryFile(dir=data) as probe:
+            probe.write(b"\0")
+    except OSError as error:
+        return CheckOut(ok=False, detail=f"{data}: {error.strerror}")
+    return CheckOut(ok=True, detail=f"{data} can be written")
+
+
+def _room(data: Path, needed: int) -> CheckOut:
+    try:
+        free = shutil.disk_usage(data).free
+    except OSError as error:
+        return CheckOut(ok=False, detail=f"{data}: {error.strerror}")
+    return CheckOut(ok=free >= needed, detail=f"{free} bytes free, {needed} needed to publish every run once")

@@ -1,77 +1,116 @@
-"""Routes for workers: ask for a version to evaluate, stay alive, hand in the result, or give it back."""
+"""Leases for evaluation workers: ask for a version, extend the lease, hand in the result, or give it back."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from starlette.responses import Response
 
-from ema_server.evaluation.leases import Ask, Finding, Lease
+from ema_server.evaluation.leases import LEASE_S, Ask, Finding, Lease
 from ema_server.http.problems import Code, Problem
 from ema_server.http.resolve import find_version, run_status
-from ema_server.http.routes.lease_schemas import AskIn, BeatOut, GrantOut, LeaseOut
-from ema_server.http.routes.reports import row_of, store_errors
-from ema_server.http.schemas import FindingIn, MetricsRowOut, ProblemOut, VersionOut
-from ema_server.http.services import Services
+from ema_server.http.routes.metrics import row_of, store_errors
+from ema_server.http.schemas import FindingIn, MetricsRowOut, Name, Out, ProblemOut, VersionOut
+from ema_server.http.services import Services, ServicesDep
 
+VersionId = Annotated[str, StringConstraints(pattern="^[0-9a-f]{40}$")]
 _LOST: dict[int | str, dict[str, object]] = {410: {"model": ProblemOut}}
 
+router = APIRouter(prefix="/v1/leases", tags=["leases"])
 
-def router(services: Services) -> APIRouter:
-    """`/v1/leases` and below."""
-    routes = APIRouter(prefix="/v1/leases", tags=["leases"])
-    validations = services.validations
 
-    @routes.post(
-        "",
-        operation_id="ask_for_lease",
-        status_code=201,
-        responses={200: {"model": GrantOut, "description": "Nothing is due for this worker now"}},
-    )
-    async def ask(body: AskIn, response: Response) -> GrantOut:
-        """A version to evaluate: one that someone asked about, else the newest of an average without metrics."""
-        if body.run is not None:
-            run_status(services, body.run)
-        wanted = Ask(body.worker, body.task, body.run, body.averages, body.lease_s)
-        with store_errors():
-            grant = await validations.ask(wanted, every=body.every, skip=frozenset(body.skip), poll_s=body.poll_s)
-        if grant.lease is None:
-            response.status_code = 200
-            return GrantOut(lease=None, held=grant.held)
-        return GrantOut(lease=_shown(services, grant.lease), held=grant.held)
+class AskIn(BaseModel):
+    """A worker asks for a version to evaluate, and says which it would take and when it asks again."""
 
-    @routes.post("/{id}/heartbeat", operation_id="extend_lease", responses=_LOST)
-    async def heartbeat(id: str) -> BeatOut:
-        """Extend a lease. 410: it expired and another worker has the version, or it has ended."""
-        with store_errors():
-            extended = await validations.beat(id)
-        if extended is None:
-            raise _lost(id)
-        return BeatOut(expires_in_s=extended.lease_s)
+    model_config = ConfigDict(extra="forbid")
 
-    @routes.post(
-        "/{id}/result",
-        operation_id="settle_lease",
-        status_code=201,
-        responses={200: {"model": MetricsRowOut, "description": "Replaced what this worker had reported"}, **_LOST},
-    )
-    async def result(id: str, body: FindingIn, response: Response) -> MetricsRowOut:
-        """End a lease by its result. A late one counts as long as nobody has taken the version over."""
-        with store_errors():
-            settled = await validations.settle(id, Finding(body.metrics, body.error, body.samples, body.seconds))
-        if settled is None:
-            raise _lost(id)
-        report, first = settled
-        if not first:
-            response.status_code = 200
-        return row_of(report)
+    worker: Name
+    task: Name = "default"
+    run: Name | None = None
+    averages: Annotated[tuple[Name, ...], Field(max_length=64)] = ()
+    every: Annotated[int, Field(ge=1, le=10**9)] = 1
+    skip: Annotated[tuple[VersionId, ...], Field(max_length=1000)] = ()
+    lease_s: Annotated[float, Field(ge=1, le=900, allow_inf_nan=False)] = LEASE_S
+    poll_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 1.0
 
-    @routes.delete("/{id}", operation_id="give_lease_back", status_code=204)
-    async def give_back(id: str) -> None:
-        """Let another worker have the version at once."""
-        with store_errors():
-            await validations.give_back(id)
 
-    return routes
+class LeaseOut(Out):
+    """A claim to a version for a task; it ends with its result, or `expires_in_s` after the last heartbeat."""
+
+    id: str
+    task: str
+    expires_in_s: float
+    version: VersionOut
+
+
+class GrantOut(Out):
+    """A lease if a version is due. `held`: how many versions that are due are being evaluated by others."""
+
+    lease: LeaseOut | None
+    held: int
+
+
+class BeatOut(Out):
+    """The lease was extended."""
+
+    expires_in_s: float
+
+
+@router.post(
+    "",
+    operation_id="ask_for_lease",
+    status_code=201,
+    responses={200: {"model": GrantOut, "description": "Nothing is due for this worker now"}},
+)
+async def ask(body: AskIn, response: Response, services: ServicesDep) -> GrantOut:
+    """A version to evaluate: one that someone asked about, else the newest of an average without metrics."""
+    if body.run is not None:
+        run_status(services, body.run)
+    wanted = Ask(body.worker, body.task, body.run, body.averages, body.lease_s)
+    with store_errors():
+        grant = await services.validations.ask(wanted, every=body.every, skip=frozenset(body.skip), poll_s=body.poll_s)
+    if grant.lease is None:
+        response.status_code = 200
+        return GrantOut(lease=None, held=grant.held)
+    return GrantOut(lease=_shown(services, grant.lease), held=grant.held)
+
+
+@router.post("/{id}/heartbeat", operation_id="extend_lease", responses=_LOST)
+async def heartbeat(id: str, services: ServicesDep) -> BeatOut:
+    """Extend a lease. 410: it expired and another worker has the version, or it has ended."""
+    with store_errors():
+        extended = await services.validations.beat(id)
+    if extended is None:
+        raise _lost(id)
+    return BeatOut(expires_in_s=extended.lease_s)
+
+
+@router.post(
+    "/{id}/result",
+    operation_id="settle_lease",
+    status_code=201,
+    responses={200: {"model": MetricsRowOut, "description": "Replaced what this worker had reported"}, **_LOST},
+)
+async def result(id: str, body: FindingIn, response: Response, services: ServicesDep) -> MetricsRowOut:
+    """End a lease by its result. A late one counts as long as nobody has taken the version over."""
+    finding = Finding(body.metrics, body.error, body.samples, body.seconds)
+    with store_errors():
+        settled = await services.validations.settle(id, finding)
+    if settled is None:
+        raise _lost(id)
+    report, first = settled
+    if not first:
+        response.status_code = 200
+    return row_of(report)
+
+
+@router.delete("/{id}", operation_id="give_lease_back", status_code=204)
+async def give_back(id: str, services: ServicesDep) -> None:
+    """Let another worker have the version at once."""
+    with store_errors():
+        await services.validations.give_back(id)
 
 
 def _shown(services: Services, lease: Lease) -> LeaseOut:

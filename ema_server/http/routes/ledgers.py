@@ -1,4 +1,4 @@
-"""The steps inside a version as streamed JSON: they may be millions. Comes in: a version; goes out: pieces of text."""
+"""The ledger of a version: the steps inside it with their shares, streamed, since they may be millions."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request
+from pydantic import Field
+from starlette.responses import Response, StreamingResponse
 
 from ema_proto.averages.specs import parse_average
 from ema_proto.averages.step_units import StepUnits
+from ema_proto.limits import STEP_MAX
 from ema_server.http.problems import Code, Problem
+from ema_server.http.resolve import find_version, immutable_headers, is_alias, redirect
+from ema_server.http.schemas import Out
+from ema_server.http.services import ServicesDep
 from ema_server.rules.contributions import shares_of
 from ema_server.rules.ledger import Ledger
 from ema_server.storage.catalog import Catalog, Version, VersionGone
@@ -18,8 +27,47 @@ from ema_server.storage.records import VERSION_FILE, BrokenGeneration, StepUnits
 
 _PIECE = 1000  # steps
 
+router = APIRouter(prefix="/v1/runs/{run}", tags=["averages"])
 
-def ledger_json(catalog: Catalog, version: Version, tail: int | None) -> Iterator[str]:
+
+class LedgerOut(Out):
+    """The steps inside a version with their shares in it, newest first; `rest` is the share of those left out."""
+
+    run: str
+    average: str
+    version: str
+    spec: str
+    step: int
+    origin: int
+    steps: Annotated[tuple[tuple[int, float], ...], Field(description="Pairs of step and share.")]
+    rest: float
+
+
+@router.get(
+    "/averages/{average}/versions/{rev}/ledger",
+    operation_id="get_ledger",
+    response_model=LedgerOut,
+    responses={307: {"description": "`rev` is an alias: see Location"}},
+)
+async def ledger(
+    run: str,
+    average: str,
+    rev: str,
+    request: Request,
+    services: ServicesDep,
+    tail: Annotated[int | None, Query(ge=1, le=STEP_MAX)] = None,
+) -> Response:
+    """The steps inside a version with their shares, or the newest `tail` of them: enough to rebuild it."""
+    version = find_version(services, run, average, rev)
+    if is_alias(rev):
+        query = f"?{request.url.query}" if request.url.query else ""
+        return redirect(version, f"../{version.id}/ledger{query}")
+    headers = immutable_headers(services, f'"{version.id}-ledger"')
+    pieces = await anyio.to_thread.run_sync(_ledger_json, services.catalog, version, tail)
+    return StreamingResponse(pieces, media_type="application/json", headers=headers)
+
+
+def _ledger_json(catalog: Catalog, version: Version, tail: int | None) -> Iterator[str]:
     """The ledger of a version as one JSON object in pieces: `steps` has step and share, newest first.
 
     `rest` is the share of what `tail` left out: steps beyond the newest `tail` ones. A ledger of many gaps is megabytes
@@ -29,7 +77,7 @@ def ledger_json(catalog: Catalog, version: Version, tail: int | None) -> Iterato
         Problem: the version has none, since it was made of other versions; or it is gone, or damaged.
     """
     try:
-        return _ledger_json(version, _read(catalog, version), tail)
+        return _render(version, _read(catalog, version), tail)
     except VersionGone as error:
         raise Problem(Code.VERSION_NOT_FOUND, str(error)) from None
     except (BrokenGeneration, KeyError, TypeError, ValueError) as error:
@@ -44,7 +92,7 @@ def _read(catalog: Catalog, version: Version) -> dict[str, Any]:
         return read_json((version.folder / VERSION_FILE).read_bytes())
 
 
-def _ledger_json(version: Version, written: Mapping[str, Any], tail: int | None) -> Iterator[str]:
+def _render(version: Version, written: Mapping[str, Any], tail: int | None) -> Iterator[str]:
     if "derived" in written:
         detail = f"version {version.id} was made of other versions after them: its version.json says of which"
         raise Problem(Code.NO_LEDGER, detail)

@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
+from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.responses import Response
 
-from ema_server.http.services import Services
+from ema_server.http.services import Services, ServicesDep
 from ema_server.publishing.ring import Ring
 from ema_server.runs.status_store import RunState, RunStatus
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/metrics", operation_id="get_prometheus", response_class=Response)
+async def metrics(services: ServicesDep) -> Response:
+    """Counters and gauges in Prometheus' text format."""
+    return Response(render(services), media_type=MEDIA_TYPE)
 
 
 def render(services: Services) -> bytes:

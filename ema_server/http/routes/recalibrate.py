@@ -1,82 +1,76 @@
-"""From uploaded buffers to the version that has them, or to the problem that says why they do not fit."""
+"""`POST …/recalibrate`: a version with other buffers, which the client computed and uploads."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
 
 from ema_proto.errors import LocalProtocolError
 from ema_proto.names import check_name
 from ema_server.derived.recalibration import RECALIBRATED, SUFFIX, BadBuffers, Recalibrated, recalibrate
+from ema_server.http.middleware import UPLOAD
 from ema_server.http.problems import Code, Problem
-from ema_server.http.resolve import find_version, is_alias
-from ema_server.http.routes.derive import busy, derive
-from ema_server.http.services import Services
+from ema_server.http.resolve import address_of, find_version, is_alias
+from ema_server.http.routes.derived import busy, derive
+from ema_server.http.schemas import ProblemOut, VersionOut
+from ema_server.http.services import UPLOADS_MAX, Services, ServicesDep
 from ema_server.storage.catalog import Version
 
-UPLOADS_MAX = 4  # bodies in memory at once, until their versions are made
 BODY_S = 120.0  # 16 MiB at 140 kB/s
+_TENSORS = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
+router = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
 
 
-class Uploads:
-    """Counts the bodies with tensors that are in memory. On the event loop alone."""
+@router.post(
+    "/averages/{average}/versions/{id}/" + UPLOAD,
+    operation_id="recalibrate_version",
+    status_code=201,
+    responses={
+        200: {"model": VersionOut, "description": "The same was uploaded before: the version that exists"},
+        409: {"model": ProblemOut, "description": "The name is taken"},
+        503: {"model": ProblemOut, "description": "Too many are sent at once, or it could not be made"},
+    },
+    openapi_extra={"requestBody": {"required": True, "content": _TENSORS}},
+    name="recalibrate",
+)
+async def upload(
+    run: str, average: str, id: str, request: Request, response: Response, services: ServicesDep
+) -> VersionOut:
+    """Make the version `{average}-bn` that this one is with other buffers: those of a safetensors file.
 
-    def __init__(self) -> None:
-        self._count = 0
-
-    @contextmanager
-    def one(self) -> Iterator[None]:
-        """Inside the block there is one more.
-
-        Raises:
-            Problem: there are as many as may be.
-        """
-        if self._count >= UPLOADS_MAX:
-            raise busy(
-                f"{self._count} uploads are being received or worked on, the most that may: try again in a while"
-            )
-        self._count += 1
-        try:
-            yield
-        finally:
-            self._count -= 1
-
-
-def find_base(services: Services, run: str, average: str, rev: str) -> Version:
-    """The version to make another one of.
-
-    Raises:
-        Problem: there is none, or none can be made of it.
+    Only buffers can be replaced. Answers once the version is durable.
     """
-    base = find_version(services, run, average, rev)
-    if is_alias(rev):
-        raise Problem(Code.INVALID, f"{rev!r} is an alias and may move: give the 40 hex digits, now {base.id}")
+    base = find_version(services, run, average, id)
+    if is_alias(id):
+        raise Problem(Code.INVALID, f"{id!r} is an alias and may move: give the 40 hex digits, now {base.id}")
     _check_name(services, base)
-    return base
+    if services.uploads.locked():
+        raise busy(f"{UPLOADS_MAX} uploads, the maximum, are being received or processed: try again later")
+    async with services.uploads:
+        made = await _recalibrate(services, base, await received(request.body))
+    response.headers["Location"] = address_of(made.version)
+    if not made.is_new:
+        response.status_code = 200
+    shown: VersionOut = VersionOut.model_validate(made.version)
+    return shown
 
 
 async def received(body: Callable[[], Awaitable[bytes]]) -> bytes:
-    """The body of a request.
-
-    Raises:
-        Problem: it has not come in time.
-    """
+    """The body of a request, or the problem that it has not arrived in `BODY_S`."""
     try:
         async with asyncio.timeout(BODY_S):
             return await body()
     except TimeoutError:
-        raise Problem(Code.UPLOAD_TIMEOUT, f"the body was not there after {BODY_S:g} s: send it again") from None
+        raise Problem(Code.UPLOAD_TIMEOUT, f"the body has not arrived after {BODY_S:g} s: send it again") from None
 
 
-async def recalibrate_version(services: Services, base: Version, data: bytes) -> Recalibrated:
-    """Make a version of another one, with buffers in place of its own.
-
-    Raises:
-        Problem: the name was taken meanwhile, the buffers do not fit, or it cannot be written.
-    """
-    _check_name(services, base)
+async def _recalibrate(services: Services, base: Version, data: bytes) -> Recalibrated:
+    _check_name(services, base)  # again: it may have been taken during the upload
     nbytes = sum(file.size for file in base.files)
     try:
         return await derive(services, nbytes, partial(recalibrate, services.deriving, base, data))

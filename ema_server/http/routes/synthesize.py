@@ -1,28 +1,84 @@
-"""From a wish for another power average to its version, or to the problem that says why the ring does not suffice."""
+"""`POST …/synthesize`: a power average that was not kept, made of stored ones."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.responses import Response
 
 from ema_proto.averages.rules import PowerEma
 from ema_proto.errors import LocalProtocolError
+from ema_proto.limits import STEP_MAX
 from ema_server.derived.plan import CannotSynthesize
 from ema_server.derived.queue import NameTaken, Synthesized
 from ema_server.http.problems import Code, Problem
-from ema_server.http.resolve import run_status
-from ema_server.http.routes.derive import derive
-from ema_server.http.routes.derived_schemas import InputOut, SynthesizedOut, SynthesizeIn
-from ema_server.http.schemas import VersionOut
-from ema_server.http.services import Services
+from ema_server.http.resolve import address_of, run_status
+from ema_server.http.routes.derived import derive
+from ema_server.http.schemas import Finite, Name, Out, ProblemOut, VersionOut
+from ema_server.http.services import Services, ServicesDep
 from ema_server.runs.status_store import RunStatus
 
+router = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
 
-async def synthesize(services: Services, run: str, body: SynthesizeIn) -> tuple[SynthesizedOut, bool]:
-    """Make a power average of what is stored of a run; returns it and whether it is new.
 
-    Raises:
-        Problem: it cannot be made, or not under this name.
+class SynthesizeIn(BaseModel):
+    """Which power average to make: its width or its exponent, as of which step (the newest), under which name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sigma_rel: Finite | None = None
+    gamma: Finite | None = None
+    step: Annotated[int, Field(ge=1, le=STEP_MAX)] | None = None
+    name: Name | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> SynthesizeIn:
+        if (self.sigma_rel is None) == (self.gamma is None):
+            raise ValueError("give either sigma_rel, for example 0.12, or gamma")
+        return self
+
+
+class InputOut(Out):
+    """One stored average in a sum: its version was `id` at `step`."""
+
+    average: str
+    step: int
+    id: str
+    share: float
+
+
+class SynthesizedOut(Out):
+    """A version made of stored power averages, and how good it is.
+
+    `estimated_error` is the relative L2 error of its profile, `amplification` the sum of the shares' absolute values,
+    `rounding` what that makes of the stored weights' rounding at worst; `origin`: the step its time is counted from.
     """
+
+    version: VersionOut
+    sigma_rel: float
+    gamma: float
+    origin: int
+    estimated_error: float
+    amplification: float
+    rounding: float
+    warning: str | None
+    inputs: tuple[InputOut, ...]
+
+
+@router.post(
+    "/synthesize",
+    operation_id="synthesize",
+    status_code=201,
+    responses={
+        200: {"model": SynthesizedOut, "description": "It has been made before: the version that exists"},
+        409: {"model": ProblemOut, "description": "What is stored does not suffice, or the name is taken"},
+    },
+)
+async def make(run: str, body: SynthesizeIn, response: Response, services: ServicesDep) -> SynthesizedOut:
+    """Make a power-function average that was not kept, of those that were. Answers once it is durable."""
     status = run_status(services, run)
     rule = _rule(body)
     _check_name(services, status, rule)
@@ -33,7 +89,10 @@ async def synthesize(services: Services, run: str, body: SynthesizeIn) -> tuple[
         raise Problem(Code.CANNOT_SYNTHESIZE, f"run {run!r}: {error}") from None
     except NameTaken as error:
         raise Problem(Code.NAME_TAKEN, str(error)) from None
-    return _shown(made), made.is_new
+    response.headers["Location"] = address_of(made.version)
+    if not made.is_new:
+        response.status_code = 200
+    return _shown(made)
 
 
 def _rule(body: SynthesizeIn) -> PowerEma:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from ema_server.evaluation.lease_rows import ATTEMPTS_MAX
+from ema_server.evaluation.lease_queries import ATTEMPTS_MAX
 from ema_server.evaluation.leases import Ask, Finding, Lease
 from ema_server.evaluation.metric_store import MetricStore
 from ema_server.evaluation.scheduler import REQUEST_HOLD_S, Validations

@@ -28,7 +28,7 @@ def test_a_worker_that_ends_at_once_is_started_again_after_twice_the_pause_each_
         evaluator.start(NOWHERE)
         states = [evaluator.state()]
         for count in (1, 2, 3):
-            await until(lambda count=count: len(ended) == count and "starts again" in evaluator.state())  # type: ignore[misc]
+            await until(lambda count=count: len(ended) == count and "restarted" in evaluator.state())  # type: ignore[misc]
             states.append(evaluator.state())
         await evaluator.stop()
         return states

@@ -15,7 +15,7 @@ from safetensors.torch import load
 from starlette.testclient import TestClient
 
 from ema_server.averager.jobs import Applied, Unchanged, WhyNot
-from ema_server.http.routes import derive
+from ema_server.http import services
 from support.afterwards import Afterwards, afterwards
 from support.server_core import WAIT_S, durable, joined, manifest_of
 
@@ -177,11 +177,11 @@ def test_averaging_publishing_and_reading_go_on_meanwhile_and_one_is_made_at_a_t
 def test_the_room_that_generations_need_is_left_to_them(
     client: TestClient, both: Afterwards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(derive, "needed_bytes", lambda _: 1 << 60)
+    monkeypatch.setattr(services, "FREE_BYTES_MIN", 1 << 60)
     answer = _ask(client, sigma_rel=0.06)
 
     assert (answer.status_code, answer.json()["code"]) == (507, "no_room")
-    assert "must stay for the runs: delete what is not needed" in answer.json()["detail"]
+    assert "must stay free for the runs: delete what is not needed" in answer.json()["detail"]
 
 
 def test_a_disk_that_refuses_is_a_problem_and_leaves_nothing(

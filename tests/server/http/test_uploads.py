@@ -20,6 +20,7 @@ from starlette.testclient import TestClient
 
 from ema_server.derived.queue import QUEUE_MAX, Busy
 from ema_server.http.routes import recalibrate
+from ema_server.http.services import UPLOADS_MAX
 from support.served import WAIT_S, Served, weights
 
 Send = Callable[..., HTTPConnection]
@@ -79,10 +80,10 @@ def test_a_name_that_an_average_has_is_refused_before_the_body_comes(begin: Send
 
 
 def test_of_bodies_that_do_not_come_only_a_few_are_waited_for(begin: Send, address: str) -> None:
-    stalled = [begin(address) for _ in range(3 * recalibrate.UPLOADS_MAX)]
+    stalled = [begin(address) for _ in range(3 * UPLOADS_MAX)]
     with ThreadPoolExecutor(len(stalled)) as pool:
         answers = [pool.submit(connection.getresponse) for connection in stalled]
-        first = islice(as_completed(answers, WAIT_S), len(stalled) - recalibrate.UPLOADS_MAX)
+        first = islice(as_completed(answers, WAIT_S), len(stalled) - UPLOADS_MAX)
         refused = [answer.result() for answer in first]
         for connection, answer in zip(stalled, answers, strict=True):
             if not answer.done():
@@ -92,7 +93,7 @@ def test_of_bodies_that_do_not_come_only_a_few_are_waited_for(begin: Send, addre
     assert {response.status for response in refused} == {503}
     assert {json.loads(response.read())["code"] for response in refused} == {"busy"}
     assert all(int(response.getheader("Retry-After") or "0") >= 1 for response in refused)
-    assert len(others) == recalibrate.UPLOADS_MAX
+    assert len(others) == UPLOADS_MAX
     assert 503 not in {response.status for response in others}
     again = begin(address)
     again.send(b"\0" * 1000)
@@ -105,7 +106,7 @@ def test_a_body_that_does_not_come_is_given_up(begin: Send, address: str, monkey
     status, problem = _answer(begin(address))
 
     assert (status, problem["code"]) == (408, "upload_timeout")
-    assert problem["detail"] == "the body was not there after 0.05 s: send it again"
+    assert problem["detail"] == "the body has not arrived after 0.05 s: send it again"
 
 
 def test_only_so_many_versions_wait_to_be_made(client: TestClient, served: Served, address: str) -> None:

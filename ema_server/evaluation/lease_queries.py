@@ -1,7 +1,7 @@
-"""The rows of leases and validations: each public function is one transaction. Comes in: a connection and times.
+"""Queries on leases and validations; `MetricStore.submit` runs each as one transaction.
 
-There is one lease row for each version and task: who takes a version over replaces the row, and with it the id that the
-one before knows. It knows nothing of threads and of workers that do not ask.
+There is one lease row for each version and task: a worker that takes a version over replaces the row, and with it the
+id that the worker before it knows. Times are seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ema_server.evaluation.leases import Ask, Finding, Grant, Lease, Validation
 from ema_server.evaluation.metric_store import Report, Subject, insert_report, latest_report
 from ema_server.storage.records import rfc3339
 
-ATTEMPTS_MAX = 3  # a version that takes its worker down each time must not take all of them down for ever
+ATTEMPTS_MAX = 3  # a version that crashes its worker each time must not crash workers for ever
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS leases (
@@ -35,7 +35,7 @@ _COLUMNS = "id, run, average, version, step, task, worker, lease_s, expires"
 
 
 def live(db: sqlite3.Connection, now: float) -> tuple[Lease, ...]:
-    """Those that have neither expired nor ended."""
+    """The leases that have neither expired nor ended."""
     query = f"SELECT {_COLUMNS} FROM leases WHERE NOT done AND expires > ?"  # noqa: S608 -- a constant
     return tuple(_lease(*row) for row in db.execute(query, (now,)))
 
@@ -43,27 +43,34 @@ def live(db: sqlite3.Connection, now: float) -> tuple[Lease, ...]:
 def grant(
     db: sqlite3.Connection, ask: Ask, due: Sequence[Subject], exists: Callable[[Subject], bool], now: float
 ) -> Grant:
-    """The first version that is wanted and free; ends what has become pointless on the way."""
+    """Give the worker a version: one that was asked for, oldest first, else the first of `due` without metrics.
+
+    Args:
+        db: the connection.
+        ask: what the worker would take.
+        due: versions that are to be evaluated without being asked for.
+        exists: whether a version that was asked for still exists.
+        now: the time.
+    """
     held = set()
-    with db:
-        unmeasured = [item for item in due if latest_report(db, item, ask.task) is None]
-        for subject in (*_requested(db, ask, exists, now), *unmeasured):
-            key = (subject.run, subject.version, ask.task)
-            row = db.execute(
-                "SELECT worker, expires, attempts, done FROM leases WHERE run = ? AND version = ? AND task = ?", key
-            ).fetchone()
-            worker, expires, attempts, done = row or ("", 0.0, 0, 1)
-            if not done and expires > now:
-                held.add(subject)
-            elif attempts < ATTEMPTS_MAX:
-                return Grant(_lend(db, subject, ask, 1 if done else attempts + 1, now), len(held))
-            elif not done:
-                _give_up(db, subject, ask.task, worker, now)
+    unmeasured = [item for item in due if latest_report(db, item, ask.task) is None]
+    for subject in (*_requested(db, ask, exists, now), *unmeasured):
+        key = (subject.run, subject.version, ask.task)
+        row = db.execute(
+            "SELECT worker, expires, attempts, done FROM leases WHERE run = ? AND version = ? AND task = ?", key
+        ).fetchone()
+        worker, expires, attempts, done = row or ("", 0.0, 0, 1)
+        if not done and expires > now:
+            held.add(subject)
+        elif attempts < ATTEMPTS_MAX:
+            return Grant(_lend(db, subject, ask, 1 if done else attempts + 1, now), len(held))
+        elif not done:
+            _give_up(db, subject, ask.task, worker, now)
     return Grant(None, len(held))
 
 
 def _requested(db: sqlite3.Connection, ask: Ask, exists: Callable[[Subject], bool], now: float) -> list[Subject]:
-    """The versions that someone waits for and this worker may take; ends the waiting that has become pointless."""
+    """The versions that are waited for and that this worker may take; ends the waits that have become pointless."""
     query = (
         "SELECT id, again, run, average, version, step FROM validations"
         " WHERE task = ? AND result IS NULL ORDER BY number"
@@ -102,68 +109,70 @@ def _give_up(db: sqlite3.Connection, subject: Subject, task: str, worker: str, n
 
 
 def beat(db: sqlite3.Connection, lease_id: str, now: float) -> Lease | None:
-    """Extend a lease, unless it has ended or its version was taken over."""
-    with db:
-        db.execute("UPDATE leases SET expires = ? + lease_s WHERE id = ? AND NOT done", (now, lease_id))
-        lease, done = _by_id(db, lease_id)
+    """Extend a lease from `now`, even an expired one, unless it has ended or its version was taken over."""
+    db.execute("UPDATE leases SET expires = ? + lease_s WHERE id = ? AND NOT done", (now, lease_id))
+    lease, done = _by_id(db, lease_id)
     return None if done else lease
 
 
 def settle(db: sqlite3.Connection, lease_id: str, finding: Finding, now: float) -> tuple[Report, bool] | None:
-    """Keep a result, end its lease, and answer everyone who waits for it."""
-    with db:
-        lease, _ = _by_id(db, lease_id)
-        if lease is None:
-            return None
-        report = _report(lease.subject, lease.task, lease.worker, finding, now)
-        first = insert_report(db, report)
-        db.execute("UPDATE leases SET done = 1 WHERE id = ?", (lease_id,))
-        _end_all(db, report)
-        return report, first
+    """Store a result and end its lease and the waits for it; the report and whether it is new, None if it is lost.
+
+    The same result may come twice: the answer to the first may have been lost.
+    """
+    lease, _ = _by_id(db, lease_id)
+    if lease is None:
+        return None
+    report = _report(lease.subject, lease.task, lease.worker, finding, now)
+    first = insert_report(db, report)
+    db.execute("UPDATE leases SET done = 1 WHERE id = ?", (lease_id,))
+    _end_all(db, report)
+    return report, first
 
 
 def give_back(db: sqlite3.Connection, lease_id: str) -> Lease | None:
-    """Undo a grant."""
-    with db:
-        lease, done = _by_id(db, lease_id)
-        query = "UPDATE leases SET expires = 0, attempts = attempts - 1 WHERE id = ? AND NOT done AND expires > 0"
-        db.execute(query, (lease_id,))
+    """Undo a grant: others may have the version at once. None if the lease is lost."""
+    lease, done = _by_id(db, lease_id)
+    query = "UPDATE leases SET expires = 0, attempts = attempts - 1 WHERE id = ? AND NOT done AND expires > 0"
+    db.execute(query, (lease_id,))
     return None if done else lease
 
 
 def abandon(db: sqlite3.Connection, worker: str) -> None:
-    """Let every lease of a worker expire; the attempts count."""
-    with db:
-        db.execute("UPDATE leases SET expires = 0 WHERE worker = ? AND NOT done", (worker,))
+    """Let every lease of a dead worker expire; its attempts count."""
+    db.execute("UPDATE leases SET expires = 0 WHERE worker = ? AND NOT done", (worker,))
 
 
 def request(
     db: sqlite3.Connection, subject: Subject, task: str, now: float, again: bool, possible: bool
 ) -> Validation | None:
-    """What there is, or a new row; None when there is nothing and nobody could do it."""
+    """Ask for a validation, or find the one there is.
+
+    A version that has metrics for the task has been validated, unless `again`. Otherwise this returns a validation that
+    waits or runs, or a new one if one is `possible`, else None.
+    """
     key = (subject.run, subject.version, task)
-    with db:
-        known = None if again else latest_report(db, subject, task)
-        query = "SELECT id FROM validations WHERE run = ? AND version = ? AND task = ? AND result IS NULL"
-        waiting = db.execute(query, key).fetchone()
-        if waiting and known is None:
-            return find(db, subject.run, waiting[0], now)
-        if known is None and not possible:
-            return None
-        db.execute(  # whoever asks wants it tried again, also if it took its workers down
-            "UPDATE leases SET attempts = 0 WHERE run = ? AND version = ? AND task = ? AND (done OR expires <= ?)",
-            (*key, now),
-        )
-        new = secrets.token_hex(16)
-        row = (new, subject.run, subject.average, subject.version, subject.step, task, again, rfc3339(now))
-        db.execute("INSERT INTO validations VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
-        if known is not None:
-            _end(db, new, known)
-        return find(db, subject.run, new, now)
+    known = None if again else latest_report(db, subject, task)
+    query = "SELECT id FROM validations WHERE run = ? AND version = ? AND task = ? AND result IS NULL"
+    waiting = db.execute(query, key).fetchone()
+    if waiting and known is None:
+        return find(db, subject.run, waiting[0], now)
+    if known is None and not possible:
+        return None
+    db.execute(  # a request tries it again, even if it crashed its workers
+        "UPDATE leases SET attempts = 0 WHERE run = ? AND version = ? AND task = ? AND (done OR expires <= ?)",
+        (*key, now),
+    )
+    new = secrets.token_hex(16)
+    row = (new, subject.run, subject.average, subject.version, subject.step, task, again, rfc3339(now))
+    db.execute("INSERT INTO validations VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
+    if known is not None:
+        _end(db, new, known)
+    return find(db, subject.run, new, now)
 
 
 def find(db: sqlite3.Connection, run: str, validation_id: str, now: float) -> Validation | None:
-    """A validation, and who has its version now."""
+    """A validation, and the worker that has its version now."""
     query = "SELECT average, version, step, task, created, result FROM validations WHERE run = ? AND id = ?"
     row = db.execute(query, (run, validation_id)).fetchone()
     if row is None:
@@ -177,7 +186,7 @@ def find(db: sqlite3.Connection, run: str, validation_id: str, now: float) -> Va
 
 
 def _end_all(db: sqlite3.Connection, report: Report) -> None:
-    """The version has a result for the task: that is what everyone who waits for it gets."""
+    """End every wait for the version and the task with this report."""
     query = "SELECT id FROM validations WHERE run = ? AND version = ? AND task = ? AND result IS NULL"
     for row in db.execute(query, (report.subject.run, report.subject.version, report.task)).fetchall():
         _end(db, row[0], report)
@@ -189,10 +198,9 @@ def _end(db: sqlite3.Connection, validation_id: str, report: Report) -> None:
 
 
 def rename(db: sqlite3.Connection, run: str, new_run: str) -> None:
-    """Write another name of a run into every row."""
-    with db:
-        db.execute("UPDATE OR REPLACE leases SET run = ? WHERE run = ?", (new_run, run))
-        db.execute("UPDATE validations SET run = ? WHERE run = ?", (new_run, run))
+    """Move every row of a run to its new name."""
+    db.execute("UPDATE OR REPLACE leases SET run = ? WHERE run = ?", (new_run, run))
+    db.execute("UPDATE validations SET run = ? WHERE run = ?", (new_run, run))
 
 
 def _by_id(db: sqlite3.Connection, lease_id: str) -> tuple[Lease | None, bool]:
