@@ -42,10 +42,10 @@ _BOUNDS = {
 def server_settings() -> str:
     """The options of `ema serve`, which are the fields of `ServerConfig`."""
     rows = [
-        (f"`{option.opts[0]}`", f"`{option.envvar}`", _default(option.default), option.help)
+        (f"`{option.opts[0]}`<br>`{option.envvar}`", _default(option.default), option.help)
         for option in _options(_commands()["serve"])
     ]
-    return _table(("option", "variable", "default", "meaning"), rows)
+    return _table(("option, variable", "default", "meaning"), rows)
 
 
 def trainer_settings() -> str:
@@ -64,7 +64,7 @@ def commands() -> str:
     for name, command in _commands().items():
         parts += [f"## ema {name}", inspect.cleandoc(command.help or ""), f"```text\n{_usage(name, command)}\n```"]
         rows = [_parameter(parameter) for parameter in [*_positional(command), *_options(command)]]
-        parts.append(_table(("parameter", "variable", "default", "meaning"), rows))
+        parts.append(_table(("parameter, variable", "default", "meaning"), rows))
     return "\n\n".join(parts)
 
 
@@ -167,11 +167,11 @@ def _usage(name: str, command: Any) -> str:
     return " ".join(["ema", name, *shown, "[OPTIONS]"])
 
 
-def _parameter(parameter: Any) -> tuple[str, str, str, str]:
+def _parameter(parameter: Any) -> tuple[str, str, str]:
     name = parameter.metavar if parameter.param_type_name == "argument" else ", ".join(parameter.opts)
-    variable = f"`{parameter.envvar}`" if parameter.envvar else ""
+    variable = f"<br>`{parameter.envvar}`" if parameter.envvar else ""
     default = "required" if parameter.required else _default(parameter.default)
-    return f"`{name}`", variable, default, parameter.help or ""
+    return f"`{name}`{variable}", default, parameter.help or ""
 
 
 def _operation(method: str, path: str, operation: Mapping[str, Any]) -> Iterator[str]:

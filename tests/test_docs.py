@@ -55,7 +55,7 @@ def _options(command: str) -> list[str]:
 
 def _named(text: str) -> list[str]:
     """What the first column of a table names, without its head."""
-    return re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+    return re.findall(r"^\| `([^`]+)`(?:<br>`\w+`)? \|", text, flags=re.MULTILINE)
 
 
 def _headings(text: str, level: int) -> list[str]:
