@@ -1,7 +1,18 @@
 """The trainer's side: streams a model's weights to an EMA server while it trains.
 
-The way of a snapshot, file by file: `hooks` (a step has ended) → `client` → `stream` → `plan` (which tensors) →
-`stagers` (into a slot, by `staging` or `overlap`) → `transport` → `worker` (its thread) → `link` (the socket).
+In the order of a snapshot's way, from an optimizer's step to the socket:
+
+- `settings`: the constructor's arguments and the environment, validated
+- `client`: `EmaClient`, which joins a run, takes its snapshots and ends it
+- `hooks`: calls after every real optimizer step, and before any
+- `stream`: the steps of a joined run: when a snapshot is taken, and why not
+- `model`: which tensors a snapshot holds
+- `staging`: copies tensors into slots, on the CPU or from a device while training goes on
+- `connection`: the thread that sends snapshots, and its socket
+- `timm`: `RemoteModelEma` in place of timm's averaged model
+- `lifecycle`: whether a client may still be used
+- `counters`: what `stats()` counts
+- `errors`: what is raised, and when
 """
 
 from __future__ import annotations

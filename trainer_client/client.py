@@ -1,14 +1,16 @@
-"""The client as a training script sees it: steps, lifecycle, and who may call what when.
+"""`EmaClient`: joins a run, takes its snapshots, and ends it.
 
-Comes in: models, optimizers, steps. Goes out: snapshots to a server, through a worker thread. After joining nothing
-here raises into the training loop except for a programmer's error. Knows not how tensors are copied or bytes travel.
+After joining, nothing here raises into the training loop except for a programmer's error.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
+import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsIndex
@@ -16,14 +18,21 @@ from typing import Any, Literal, Self, SupportsIndex
 from torch import nn
 from torch.optim import Optimizer
 
+from ema_proto.averages.exponential import Ema
 from ema_proto.averages.specs import AverageSpec
+from ema_proto.averages.step_units import half_life_steps, needed_of
+from ema_proto.sender.events import Answered
 from ema_proto.wire.messages import Resume
+from trainer_client.connection.worker import Worker, seconds_left
+from trainer_client.errors import JoinError, RewindError, SettingsError
 from trainer_client.hooks import Attachment, check_optimizers
-from trainer_client.lifecycle import State
-from trainer_client.session import CLOSE_TIMEOUT_S, Session
+from trainer_client.lifecycle import Lifecycle, State, when_forgotten
 from trainer_client.settings import Settings, check_state, check_step, check_timeout
+from trainer_client.stream import Stream, steps_before
 
 log = logging.getLogger("ema")
+
+_CLOSE_TIMEOUT_S = 5.0
 
 
 class EmaClient:
@@ -37,13 +46,13 @@ class EmaClient:
             `EMA_SAMPLES_PER_STEP`.
         steps_per_epoch: for averages that are given in epochs; default `EMA_STEPS_PER_EPOCH`.
         include: patterns of the names of the tensors to stream; all by default.
-        exclude: patterns of names that are left out even so.
+        exclude: patterns of names to leave out, also where `include` matches.
         trainable_only: stream only the parameters that require a gradient when the run is joined, no buffers.
         step: optimizer steps already taken; 0 unless `load_state_dict` says otherwise.
         every: send the steps divisible by this.
         when_behind: with every slot still on its way, `"skip"` the snapshot, or `"wait"` while connected.
         resume: if the server knows the run, `"auto"` continues it, or takes it back to where this trainer is, and
-            `"never"` sets it aside; `"must"` fails if there is nothing to continue.
+            `"never"` sets it aside under a dated name; `"must"` fails if there is nothing to continue.
         token: shared secret; default `EMA_TOKEN`.
         config: a dict, or the path of a JSON file, that becomes the versions' `config.json`.
         checksum: send a CRC-32 with every chunk.
@@ -110,7 +119,14 @@ class EmaClient:
             overlap=overlap,
             incarnation=incarnation,
         )
-        self._session = self._open(settings)
+        self._settings = settings
+        self._life = Lifecycle()
+        self._steps_known = settings.step
+        self._stream: Stream | None = None
+        self._attachment = Attachment()
+        self._worker = self._connect(settings)
+        # An optimizer's hooks keep the client alive: a script may drop its own reference and go on training.
+        self._cancel_forgotten = when_forgotten(self, self._life, partial(self._worker.close, _CLOSE_TIMEOUT_S))
         if settings.run_generated:
             # A warning, so that it is seen where logging was not set up: readers need the name.
             log.warning("ema: the run is named %s (no name was given)", self.run)
@@ -118,12 +134,14 @@ class EmaClient:
     @property
     def run(self) -> str:
         """The run's name."""
-        return self._session.settings.run
+        return self._settings.run
 
     @property
     def steps(self) -> int:
         """Optimizer steps taken so far, those before this client included."""
-        return self._session.steps
+        if self._stream is not None:
+            return self._stream.steps
+        return 0 if self._steps_known is None else self._steps_known
 
     def attach(self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> Attachment:
         """Join the run, and send a snapshot after every real step of `optimizer` from now on.
@@ -143,9 +161,23 @@ class EmaClient:
             SettingsError: there is no optimizer, the client is attached already, or a CUDA graph is being captured.
         """
         optimizers = check_optimizers(optimizer)
-        if not self._session.life.usable():
+        if not self._life.usable():
             return Attachment()
-        return self._session.attach(model, optimizers)
+        if self._attachment.attached:
+            raise SettingsError("the client is attached already: call remove() on the handle that attach() returned")
+        stream = self._stream
+        if stream is None:
+            stream = self._join(model, self.steps)
+            if self._lacks_start(stream):
+                self._replace(model, stream.steps)
+        overlap = stream.can_overlap(model)  # a model that is moved to a device later is copied when the hook returns
+        self._attachment = Attachment(
+            optimizers,
+            partial(self._after_step, model, overlap),
+            self._hold_back_writes if overlap else None,
+            when_removed=self._hold_back_writes,
+        )
+        return self._attachment
 
     def update(self, model: nn.Module, step: SupportsIndex | None = None) -> None:
         """Send a snapshot of `model` by hand; the weights have been copied when this returns.
@@ -163,17 +195,26 @@ class EmaClient:
                 captured into a CUDA graph.
             ClientClosed: the client was closed or finished.
         """
-        if self._session.life.usable():
-            self._session.update(model, None if step is None else check_step("step", step, 0))
+        if not self._life.usable():
+            return
+        number = None if step is None else check_step("step", step, 0)
+        stream = self._stream
+        if stream is None:
+            stream = self._join(model, steps_before(number, self._steps_known))
+            if self._lacks_start(stream):
+                log.warning("ema: averages with init=start begin with the first update: no set(model) came before it")
+        with self._worker.counters:
+            stream.advance(model, stream.steps + 1 if number is None else number)
 
     def before_weight_write(self) -> None:
         """Say that something other than an optimizer is about to write the weights, on a CUDA device, after `attach`.
 
-        Writes through `.data` are seen by nobody and tear a snapshot that is being copied; other writes cost it. After
+        Writes through `.data` cannot be detected and tear a snapshot that is being copied; other writes cost it. After
         this call the device finishes the copy before it does anything else on the current stream; nothing blocks here.
         """
-        if self._session.life.usable():
-            self._session.before_weight_write()
+        if self._life.usable() and self._stream is not None:
+            self._stream.forget_missed()
+            self._stream.hold_back_writes()
 
     def set(self, model: nn.Module) -> bool:
         """Have every average become the weights of `model`, as of the steps taken so far; the first call joins the run.
@@ -186,22 +227,43 @@ class EmaClient:
         Raises:
             PlanError, JoinError, ClientClosed: as of `update`.
         """
-        return self._session.life.usable() and self._session.set(model)
+        if not self._life.usable():
+            return False
+        stream = self._join(model, self.steps) if self._stream is None else self._stream
+        return self._replace(model, stream.steps)
 
     def flush(self, timeout_s: float = 60.0, *, durable: bool = False) -> bool:
         """Wait until all that was sent is applied (`durable`: published); False when it is not, or not in time."""
-        usable = self._session.life.usable()
-        return usable and self._session.flush(check_timeout("timeout_s", timeout_s), durable=durable)
+        if not self._life.usable():
+            return False
+        timeout_s = check_timeout("timeout_s", timeout_s)
+        return self._stream is None or self._worker.flush(timeout_s, durable=durable)
 
     def checkpoint(self, step: SupportsIndex, timeout_s: float = 60.0) -> bool:
         """Publish a generation to go with the trainer's own checkpoint after `step` steps; the server keeps it longer.
 
         Returns:
-            True once it is durable; False when that fails, takes too long, or `step` lies behind the run already.
+            True once a generation is durable whose averages include `step`, or the newest step up to it that `every`
+            sends. False, with a line in the log, when it holds an older step, fails, takes too long, or `step` lies
+            behind the run already.
         """
-        if not self._session.life.usable():
+        if not self._life.usable():
             return False
-        return self._session.checkpoint(check_step("step", step, 0), check_timeout("timeout_s", timeout_s))
+        number, timeout_s = check_step("step", step, 0), check_timeout("timeout_s", timeout_s)
+        if self._stream is None or number < self.steps:
+            log.warning("ema: no checkpoint at step %d: the run is at step %d", number, self.steps)
+            return False
+        answer, due = self._publish(self._stream, timeout_s), self._stream.due_until(number)
+        if answer.error is not None:
+            log.warning("ema: no checkpoint at step %d: %s", number, answer.error)
+        elif answer.step is None:
+            log.warning("ema: no checkpoint at step %d: the run has no snapshot", number)
+        elif answer.step < due:
+            text = "ema: no checkpoint at step %d: the generation holds step %d, later steps were not applied"
+            log.warning(text, number, answer.step)
+        else:
+            return True
+        return False
 
     def rewind(self, step: SupportsIndex, timeout_s: float = 60.0) -> int | None:
         """Take the run back: the trainer is again where it was after `step` steps.
@@ -212,27 +274,40 @@ class EmaClient:
         Raises:
             RewindError: nothing is joined yet, there is no such generation, or the server did not answer in time.
         """
-        if not self._session.life.usable():
+        if not self._life.usable():
             return None
-        return self._session.rewind(check_step("step", step, 0), check_timeout("timeout_s", timeout_s))
+        number, timeout_s = check_step("step", step, 0), check_timeout("timeout_s", timeout_s)
+        if self._stream is None:
+            raise RewindError("no run is joined yet: pass step= or call load_state_dict() before attach() or update()")
+        reached = self._worker.rewind(number, timeout_s)
+        self._stream.forget_missed()
+        self._stream.steps = number
+        return reached
 
     def finish(self, timeout_s: float = 60.0) -> bool:
         """Send what is left, have the run published and marked finished, and close.
 
         Returns:
-            True once the finished run is durable; False when nothing was joined, or not in time. Closed either way.
+            True once the finished run is durable; the log says so if it ends with an older step than the trainer's.
+            False when nothing was joined or sent, or not in time. Closed either way.
         """
-        if self._session.life.ended():
-            return self._session.life.state is State.FINISHED
-        return self._session.finish(check_timeout("timeout_s", timeout_s))
+        if self._life.ended():
+            return self._life.state is State.FINISHED
+        deadline = time.monotonic() + check_timeout("timeout_s", timeout_s)
+        finished = False
+        if self._stream is not None:
+            self._stream.catch_up(seconds_left(deadline))
+            finished = self._is_finished(self._worker.finish(seconds_left(deadline)), self._stream.last_due)
+        self._end(_CLOSE_TIMEOUT_S, State.FINISHED if finished else State.CLOSED)
+        return finished
 
-    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         """Leave the run open on the server and stop; calling it again changes nothing."""
-        if not self._session.life.ended():
-            self._session.close(check_timeout("timeout_s", timeout_s))
+        if not self._life.ended():
+            self._end(check_timeout("timeout_s", timeout_s), State.CLOSED)
 
     def state_dict(self) -> dict[str, Any]:
-        """What belongs into the trainer's checkpoint: `{"run": name, "step": steps taken}`."""
+        """The client's part of the trainer's checkpoint: `{"run": name, "step": steps taken}`."""
         return {"run": self.run, "step": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any], timeout_s: float = 60.0) -> None:
@@ -244,13 +319,23 @@ class EmaClient:
             SettingsError: `state` is not what `state_dict()` returns, or another run is joined already.
             RewindError: see `rewind`.
         """
-        if self._session.life.usable():
-            run, step = check_state(state)
-            self._session.load(run, step, check_timeout("timeout_s", timeout_s))
+        if not self._life.usable():
+            return
+        run, step = check_state(state)
+        if self._settings.run_generated and run != self.run:
+            if self._stream is not None:
+                raise SettingsError(f"run {self.run!r} is joined and the state is of {run!r}: load it before attach()")
+            self._settings = dataclasses.replace(self._settings, run=run, run_generated=False)
+        if self._stream is None:
+            self._steps_known = step
+        elif step != self.steps:
+            self.rewind(step, timeout_s)
 
     def stats(self) -> dict[str, Any]:
         """Counts since construction: snapshots offered, committed and skipped by reason, seconds blocked, and so on."""
-        return self._session.stats()
+        own = {"run": self.run, "client": self._life.state.value, "steps": self.steps}
+        worker = {} if self._life.forked() else dataclasses.asdict(self._worker.stats())
+        return own | self._worker.counters.to_json() | worker
 
     def __enter__(self) -> Self:
         return self
@@ -262,9 +347,71 @@ class EmaClient:
             self.close()
 
     def __repr__(self) -> str:
-        endpoint, state = self._session.settings.endpoint, self._session.life.state.value
-        return f"EmaClient(run={self.run!r}, endpoint={endpoint!r}, {state}, step={self.steps})"
+        state = self._life.state.value
+        return f"EmaClient(run={self.run!r}, endpoint={self._settings.endpoint!r}, {state}, step={self.steps})"
 
     @staticmethod
-    def _open(settings: Settings) -> Session:
-        return Session.open(settings)
+    def _connect(settings: Settings) -> Worker:
+        return Worker.connect(settings.endpoint, settings.token, settings.connect_timeout_s)
+
+    def _join(self, model: nn.Module, steps: int) -> Stream:
+        """Join the run of `model` after `steps` steps; a refusal closes the client, which joins only once."""
+        try:
+            self._stream = Stream.join(self._worker, model, self._settings, steps, self._settings.resume)
+        except JoinError:
+            self._end(_CLOSE_TIMEOUT_S, State.CLOSED)
+            raise
+        for rule in self._settings.averages:
+            if isinstance(rule, Ema) and needed_of(rule) is not None:
+                half_life = half_life_steps(rule, self._settings.step_units)
+                text = "ema: average %s has a half-life of %g steps, a decay of %.10g at each"
+                log.info(text, rule.name, half_life, 0.5 ** (1 / half_life))
+        return self._stream
+
+    def _lacks_start(self, stream: Stream) -> bool:
+        starts = any(isinstance(rule, Ema) and rule.init == "start" for rule in self._settings.averages)
+        return starts and stream.joined.continuation == "new"
+
+    def _replace(self, model: nn.Module, step: int) -> bool:
+        """Have the averages become the weights of `model`, as of `step`; False when they could not be sent."""
+        if self._stream is None:
+            return False
+        with self._worker.counters:
+            return self._stream.replace(model, step)
+
+    def _publish(self, stream: Stream, timeout_s: float) -> Answered:
+        """Publish a generation to be kept, of everything up to the last step."""
+        deadline = time.monotonic() + timeout_s
+        stream.catch_up(timeout_s)
+        return self._worker.checkpoint(seconds_left(deadline))
+
+    def _is_finished(self, answer: Answered, last_due: int) -> bool:
+        if answer.error is not None:
+            text = "ema: run %s is not finished on the server, which keeps what it has applied: %s"
+            log.warning(text, self.run, answer.error)
+            return False
+        if answer.step is None:
+            log.warning("ema: run %s ends without a snapshot: no step was sent", self.run)
+            return False
+        if answer.step < last_due:
+            text = "ema: run %s ends with step %d: those up to %d were not sent; when_behind='wait' sends every step"
+            log.warning(text, self.run, answer.step, last_due)
+        return True
+
+    def _end(self, timeout_s: float, state: State) -> None:
+        """Stop, and release the memory of host and device; the run stays as it is on the server."""
+        self._attachment.remove()
+        self._attachment = Attachment()  # the other one refers to this client
+        self._worker.close(timeout_s)
+        self._steps_known, self._stream = self.steps, None
+        self._cancel_forgotten()
+        self._life.state = state
+
+    def _after_step(self, model: nn.Module, overlap: bool) -> None:
+        if self._stream is not None and not self._life.forked():
+            with self._worker.counters:
+                self._stream.advance(model, self._stream.steps + 1, overlap=overlap)
+
+    def _hold_back_writes(self, optimizer: Optimizer | None = None) -> None:
+        if self._stream is not None and not self._life.forked():
+            self._stream.hold_back_writes(optimizer)

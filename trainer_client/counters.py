@@ -1,7 +1,4 @@
-"""What the training thread saw of us, in numbers.
-
-Comes in: durations and outcomes. Goes out: plain values for `stats()`. Decides nothing.
-"""
+"""Counts and times of a client's calls, as the training thread saw them."""
 
 from __future__ import annotations
 
@@ -26,9 +23,9 @@ class Skip(StrEnum):
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the client was made. As a context manager it times the training loop's stay in our code.
+    """Totals since the client was made. As a context manager it times how long the training loop is in our code.
 
-    `torn` and `failed` are written where copies end (see `copies`), the rest by the training thread.
+    `torn` and `failed` are written where copies end (see `transfers`), the rest by the training thread.
     """
 
     skipped: Counter[Skip] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""What a trainer can catch. All of it is raised at construction, at joining, or for a programmer's error.
+"""The errors of the trainer's side. They are raised at construction, at joining, or for a programmer's error.
 
 EmaClientError
 ├── SettingsError   an argument or an EMA_* variable is wrong
@@ -44,7 +44,7 @@ class RewindError(EmaClientError):
 
 
 class AverageError(EmaClientError):
-    """The average is not to be had from the server, or not in time."""
+    """The average could not be fetched from the server, or not in time."""
 
 
 class ClientClosed(EmaClientError):

@@ -1,7 +1,4 @@
-"""Whether a client may still be used, and by this process at all.
-
-Comes in: the end of a client. Goes out: yes, no, or `ClientClosed`. Knows neither threads nor sockets.
-"""
+"""Whether a client may still be used, in this process, and how it is closed when it was forgotten."""
 
 from __future__ import annotations
 
@@ -19,11 +16,12 @@ log = logging.getLogger("ema")
 
 
 class State(StrEnum):
-    """Where a client is in its life."""
+    """What became of a client. An inert one does nothing and raises nothing: another client has its run."""
 
     OPEN = "open"
     FINISHED = "finished"
     CLOSED = "closed"
+    INERT = "inert"
 
 
 class Lifecycle:
@@ -47,16 +45,16 @@ class Lifecycle:
         return True
 
     def ended(self) -> bool:
-        """Whether there is nothing left to end here: finished, closed, or a fork."""
+        """Whether there is nothing left to end here: finished, closed, inert, or a fork."""
         return self.forked() or self.state is not State.OPEN
 
     def usable(self) -> bool:
-        """False in a fork.
+        """False in a fork, and for an inert client: its methods do nothing.
 
         Raises:
             ClientClosed: the client was closed or finished.
         """
-        if self.forked():
+        if self.forked() or self.state is State.INERT:
             return False
         if self.state is not State.OPEN:
             raise ClientClosed(f"this EmaClient is {self.state.value}: make a new one to go on with the run")
@@ -66,10 +64,10 @@ class Lifecycle:
 def when_forgotten(client: object, life: Lifecycle, close: Callable[[], None]) -> Callable[[], None]:
     """Have `close` called once `client` is garbage or the interpreter exits, in the process that made it.
 
-    A client that nobody closed must not keep the process from ending. `close` must not refer to the client.
+    A client that was never closed must not keep the process from ending. `close` must not refer to the client.
 
     Returns:
-        What to call when the client was closed: it takes all of this back.
+        A function that cancels this, to be called when the client is closed.
     """
     finalizer = weakref.finalize(client, _close_aside, life, close)
     # Exit functions run newest first. weakref's own is as old as the first finalizer of the process: it would run after
@@ -89,7 +87,7 @@ def when_forgotten(client: object, life: Lifecycle, close: Callable[[], None]) -
 
 
 def _close_aside(life: Lifecycle, close: Callable[[], None]) -> None:
-    # Garbage is collected in whatever thread happens to allocate: the trainer's must not wait for a goodbye, and the
-    # client's own cannot wait for its end.
+    # Garbage is collected in whichever thread allocates: the training thread must not wait for the connection to
+    # close, and the connection's own thread cannot wait for its own end.
     if not life.forked():
         threading.Thread(target=close, name="ema-close").start()

@@ -1,59 +1,79 @@
-"""The steps and snapshots of one joined run: slot, live tensors, copy, off it goes.
+"""The steps of a joined run: takes a snapshot when one is due, or counts why not.
 
-Comes in: the model after a step. Goes out: a filled slot to the worker, or a counted skip. Never waits unless it was
-told to, and lets nothing out but a programmer's error. Knows no optimizer and no lifecycle.
+A snapshot is a slot, filled from the live tensors and offered to the worker. Waits only where the settings say so, and
+raises only for a programmer's error.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ema_proto.averages.rules import check_matches
 from ema_proto.errors import LocalProtocolError
 from ema_proto.sender.machine import SenderState
-from ema_proto.wire.messages import Join, Mode
-from trainer_client.connection.transport import Transport
-from trainer_client.counters import Counters, Skip
+from ema_proto.wire.messages import Join, Joined, Mode, Resume
+from trainer_client.connection.worker import Worker
+from trainer_client.counters import Skip
 from trainer_client.errors import PlanError, SettingsError
-from trainer_client.missed import Missed
 from trainer_client.model.plan import Plan
 from trainer_client.model.selection import Selection
+from trainer_client.model.sources import version_of
 from trainer_client.settings import Settings, WhenBehind
 from trainer_client.staging.stagers import Stagers
 
 log = logging.getLogger("ema")
 
 
+@dataclass(frozen=True, slots=True)
+class _Missed:
+    """The newest snapshot that was due and found no slot: it can still be sent while its tensors are unchanged."""
+
+    model: nn.Module
+    step: int
+    versions: tuple[tuple[Tensor, int], ...]
+    reason: Skip
+
+    def is_unchanged(self) -> bool:
+        """Whether no tensor was written since; writes through `.data` are not seen."""
+        return all(version_of(tensor) == version for tensor, version in self.versions)
+
+
 class Stream:
-    """Counts a run's steps and takes its snapshots; owned by the training thread.
+    """Counts a run's steps and takes its snapshots; the training thread's.
 
     Args:
-        transport: has joined the run.
-        plan: what it was joined with.
+        worker: has joined the run.
+        joined: the server's answer to that.
+        plan: the snapshots' tensors.
         settings: `every`, whether copies may overlap, and whether to wait when behind.
-        counters: told of everything.
         steps: optimizer steps already taken.
+
+    Attributes:
+        steps: optimizer steps taken so far.
+        joined: as given.
     """
 
-    def __init__(self, transport: Transport, plan: Plan, settings: Settings, counters: Counters, steps: int) -> None:
+    def __init__(self, worker: Worker, joined: Joined, plan: Plan, settings: Settings, steps: int) -> None:
         self.steps = steps
-        self._transport = transport
-        self._worker = transport.worker
+        self.joined = joined
+        self._worker = worker
         self._plan = plan
-        self._stagers = Stagers(plan.manifest, self._worker.slots, transport.pins, transport.device_of)
+        self._stagers = Stagers(plan.manifest, worker.slots, worker.pins, worker.device_of)
         self._overlap = settings.overlap
         self._every = settings.every
         self._wait_s = settings.wait_timeout_s if settings.when_behind is WhenBehind.WAIT else 0.0
-        self._counters = counters
-        self._told: set[Skip] = set()
-        self._missed: Missed | None = None
+        self._counters = worker.counters
+        self._warned: set[Skip] = set()
+        self._missed: _Missed | None = None
+        self._stagers.prepare(plan.tensors())  # memory is locked now and not at the first step
 
     @classmethod
-    def join(cls, transport: Transport, model: nn.Module, settings: Settings, counters: Counters, steps: int) -> Stream:
+    def join(cls, worker: Worker, model: nn.Module, settings: Settings, steps: int, resume: Resume) -> Stream:
         """Plan the snapshots of `model` and join the run after `steps` steps.
 
         Raises:
@@ -63,7 +83,7 @@ class Stream:
         """
         plan = Plan.of(model, Selection(settings.include, settings.exclude, settings.trainable_only))
         devices = {tensor.device for tensor in plan.tensors()}
-        if any(device.is_capturing() for device in map(transport.device_of, devices) if device is not None):
+        if any(device.is_capturing() for device in map(worker.device_of, devices) if device is not None):
             raise SettingsError(
                 "a run cannot be joined while a CUDA graph is captured: call attach() or update() before"
             )
@@ -74,7 +94,7 @@ class Stream:
             manifest=plan.manifest,
             averages=settings.averages,
             every=settings.every,
-            resume=settings.resume,
+            resume=resume,
             incarnation=settings.incarnation,
             checksum=settings.checksum,
             config=settings.config,
@@ -82,27 +102,36 @@ class Stream:
         )
         # Slots made in inference mode could not be written outside it.
         with torch.inference_mode(False):
-            transport.worker.join(join, settings.connect_timeout_s)
-        stream = cls(transport, plan, settings, counters, steps)
-        stream._stagers.prepare(plan.tensors())  # memory is locked now and not at the first step
-        return stream
+            joined = worker.join(join, settings.connect_timeout_s)
+        return cls(worker, joined, plan, settings, steps)
+
+    @property
+    def last_due(self) -> int:
+        """The newest step so far that `every` sends."""
+        return self.due_until(self.steps)
+
+    def due_until(self, step: int) -> int:
+        """The newest step that `every` sends, up to `step`."""
+        return step - step % self._every
 
     def can_overlap(self, model: nn.Module) -> bool:
-        """Whether copies of `model` can go on while training does, if someone calls `hold_back_writes`."""
+        """Whether copies of `model` can go on while training does, provided that `hold_back_writes` is called."""
         return self._overlap and self._stagers.prepare(self._plan.renewed(model).tensors())
 
     def hold_back_writes(self, optimizer: Optimizer | None = None) -> None:
         """Have the device end a copy under way before it writes parameters of `optimizer` (default: anything)."""
-        if optimizer is None:
-            self._missed = None
         if not self._stagers.is_copying:
             return
         try:
             groups = None if optimizer is None else optimizer.param_groups
             self._stagers.hold_back_writes(None if groups is None else [p for group in groups for p in group["params"]])
-        # The snapshot is spoiled then, and not sent; as with a copy, that is no reason to end a training.
+        # The snapshot is then torn and not sent; as with a copy, that is no reason to end a training.
         except Exception as error:  # noqa: BLE001
             self._skip(Skip.ERROR, f"the copy of step {self.steps} could not be waited for: {error!r}", error)
+
+    def forget_missed(self) -> None:
+        """The weights are about to change in a way that their versions do not show."""
+        self._missed = None
 
     def advance(self, model: nn.Module, step: int, *, overlap: bool = False) -> None:
         """The trainer has taken `step` steps: send a snapshot if one is due.
@@ -125,39 +154,47 @@ class Stream:
             self._snapshot(model, step, self._wait_s, overlap=overlap)
 
     def catch_up(self, wait_s: float) -> None:
-        """Send the step that was skipped last for want of a slot, if the weights are still those of that step.
+        """Send the newest step if it found no slot and the weights are still those of that step.
 
-        Without it a run that ends while the server is behind would lose the very weights that it is about.
+        A run that ends while the server is behind or away would lose its last weights otherwise.
 
         Args:
-            wait_s: how long to wait for a slot, in seconds.
+            wait_s: how long to wait for a slot and for the connection, in seconds.
         """
         missed, self._missed = self._missed, None
-        if missed is None or not missed.is_as_it_was():
+        if missed is None or not missed.is_unchanged():
             return
         self._counters.skipped[missed.reason] -= 1  # if it is skipped again it is counted again
         try:
-            self._snapshot(missed.model, missed.step, wait_s)
+            self._snapshot(missed.model, missed.step, wait_s, reconnecting=True)
         except PlanError:  # another model than at that step
             self._counters.skipped[missed.reason] += 1
 
     def replace(self, model: nn.Module, step: int) -> bool:
-        """Have every average become the weights of `model`, as of `step`; whether they were sent. As `advance` else."""
+        """Have every average become the weights of `model`, as of `step`; whether they were sent."""
         if self._is_capturing(step):
             return False
         self.steps = max(step, self.steps)
         return self._snapshot(model, step, self._wait_s, "set")
 
     def _snapshot(
-        self, model: nn.Module, step: int, wait_s: float, mode: Mode = "update", *, overlap: bool = False
+        self,
+        model: nn.Module,
+        step: int,
+        wait_s: float,
+        mode: Mode = "update",
+        *,
+        overlap: bool = False,
+        reconnecting: bool = False,
     ) -> bool:
         self._missed = None
         try:
-            slot = self._worker.acquire(wait_s)
+            slot = self._worker.acquire(wait_s, reconnecting=reconnecting)
             if slot is None:
                 reason = self._skip_none(step)
                 if mode == "update":
-                    self._missed = Missed(model, step, self._plan.renewed(model).tensors(), reason)
+                    versions = tuple((tensor, version_of(tensor)) for tensor in self._plan.renewed(model).tensors())
+                    self._missed = _Missed(model, step, versions, reason)
                 return False
             try:
                 self._plan = self._plan.renewed(model)
@@ -167,7 +204,7 @@ class Stream:
             except BaseException:
                 self._worker.give_back(slot)
                 raise
-            self._transport.offer(transfer, slot, step, mode)
+            self._worker.offer(slot, step, mode, transfer)
         except PlanError:
             raise
         # The trainer comes first: whatever else is wrong with a copy for an average is no reason to end a training.
@@ -179,7 +216,7 @@ class Stream:
     def _is_capturing(self, step: int) -> bool:
         try:
             capturing = self._stagers.is_capturing()
-        except RuntimeError:  # the device's own: the copy meets it too, and tells
+        except RuntimeError:  # the device's own: the copy meets it too, and reports it
             return False
         if capturing:
             text = f"step {step} is being captured into a CUDA graph, not taken"
@@ -203,9 +240,9 @@ class Stream:
 
     def _skip(self, reason: Skip, text: str, error: Exception | None = None) -> None:
         self._counters.skipped[reason] += 1
-        if reason not in self._told:
+        if reason not in self._warned:
             log.warning("ema: %s (said once, then only counted)", text, exc_info=error)
-        self._told.add(reason)
+        self._warned.add(reason)
 
 
 def _check_matches(plan: Plan, settings: Settings) -> None:
@@ -216,7 +253,7 @@ def _check_matches(plan: Plan, settings: Settings) -> None:
 
 
 def steps_before(step: int | None, known: int | None) -> int:
-    """Steps already taken when the first update is the one after step `step`; `known` is what was said of them before.
+    """Steps already taken when the first update is that of `step`; `known` is their number if it was given before.
 
     Raises:
         SettingsError: `step` is not above those.

@@ -6,18 +6,18 @@ A snapshot whose tensors carry different steps is torn. Ours is compared with no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ema_proto.wire.messages import Mode
 from support.fake_device import FakeDevice
 from support.fake_worker import FakeWorker
 from support.snapshots import decode
 from trainer_client import EmaClient
 from trainer_client.hooks import Attachment
-from trainer_client.session import Session
 from trainer_client.settings import Settings
 from trainer_client.staging.slots import Slot
 
@@ -33,9 +33,9 @@ class RecordingWorker(FakeWorker):
         super().__init__(slots)
         self.snapshots: list[tuple[int, dict[str, Tensor]]] = []
 
-    def offer(self, slot: Slot, step: int, mode: Literal["update", "set"] = "update") -> None:
+    def _send(self, slot: Slot, step: int, mode: Mode) -> None:
         self.snapshots.append((step, decode(self.joins[-1].manifest, slot.view)))
-        super().offer(slot, step, mode)
+        super()._send(slot, step, mode)
         self.give_back(slot)
 
     @property
@@ -51,8 +51,9 @@ def client_on(device: FakeDevice, worker: FakeWorker, **given: Any) -> EmaClient
 
     class Client(EmaClient):
         @staticmethod
-        def _open(settings: Settings) -> Session:
-            return Session(settings, worker, lambda place: device)
+        def _connect(settings: Settings) -> FakeWorker:
+            worker.device_of = lambda place: device
+            return worker
 
     client = Client("tcp://127.0.0.1:5555", run="r", **given)
     opened.append((device, client))

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any
 
 from torch import Tensor
 
-from ema_proto.wire.messages import Join, Joined
+from ema_proto.sender.events import Answered
+from ema_proto.wire.messages import Join, Joined, Mode
 from support.snapshots import decode
 from trainer_client import EmaClient
-from trainer_client.connection.shared_state import WorkerStats
+from trainer_client.connection.shared_state import Shared, WorkerStats
+from trainer_client.connection.transfers import TransferQueue
 from trainer_client.connection.worker import Worker
-from trainer_client.errors import JoinError, RewindError
-from trainer_client.session import Session
+from trainer_client.counters import Counters
+from trainer_client.errors import JoinError
 from trainer_client.settings import Settings
-from trainer_client.staging.slots import Slot, make_slots
+from trainer_client.staging.device import DeviceOf, device_of
+from trainer_client.staging.slots import Pins, Slot, make_slots
 
 
 class FakeWorker(Worker):
     """Offered slots stay in `offered` until `commit()`; the knobs say what the server would answer."""
 
-    def __init__(self, slots: int = 2) -> None:
+    def __init__(self, slots: int = 2, device_of: DeviceOf = device_of) -> None:
+        self.counters = Counters()
+        self.device_of = device_of
+        self.pins = Pins()
+        self._copies = TransferQueue(self._send, self.give_back, self.counters)
         self.slots_count = slots
         self.slots: tuple[Slot, ...] = ()
         self.state = "greeted"
@@ -33,6 +40,8 @@ class FakeWorker(Worker):
         self.offered: list[tuple[int, Slot]] = []
         self.waits: list[float] = []
         self.asked: list[str] = []
+        self._answers: list[Answered] = []
+        self._shared = Shared()
         self.closed = 0
         self.when_closed: Callable[[float], None] = lambda timeout_s: None
 
@@ -48,43 +57,54 @@ class FakeWorker(Worker):
         self.state = "streaming"
         return Joined(last_step=None, published_step=None, recent=(), continuation="new", credit=8)
 
-    def acquire(self, wait_s: float) -> Slot | None:
+    def acquire(self, wait_s: float, *, reconnecting: bool = False) -> Slot | None:
         self.waits.append(wait_s)
         return self.free.pop() if self.free and self.state == "streaming" else None
 
     def give_back(self, slot: Slot) -> None:
         self.free.append(slot)
 
-    def offer(self, slot: Slot, step: int, mode: Literal["update", "set"] = "update") -> None:
-        self.offered.append((step, slot))
-
     def flush(self, timeout_s: float, *, durable: bool) -> bool:
+        if not self._copies.idle(timeout_s):
+            return False
         self.asked.append(f"flush durable={durable}")
         return self.answer
 
-    def checkpoint(self, timeout_s: float) -> bool:
-        self.asked.append("checkpoint")
-        return self.answer
+    def _send(self, slot: Slot, step: int, mode: Mode) -> None:
+        self.offered.append((step, slot))
 
-    def rewind(self, step: int, timeout_s: float) -> int | None:
-        self.asked.append(f"rewind {step}")
-        if self.rewind_to is None:
-            raise RewindError("no generation")
-        return self.rewind_to
+    def _request(self, request: Callable[[Any], int], timeout_s: float) -> Answered:
+        answer = self._answers[request(self)]
+        return answer if self.answer else Answered(0, None, "no answer")
 
-    def finish(self, timeout_s: float) -> bool:
-        self.asked.append("finish")
-        return self.answer
+    def request_publish(self, *, pin: bool) -> int:
+        """As of a `Sender`, which requests are made of; likewise the next two."""
+        return self._answered("checkpoint" if pin else "publish", self._last_step)
 
-    def close(self, timeout_s: float) -> bool:
+    def request_finish(self) -> int:
+        return self._answered("finish", self._last_step)
+
+    def request_rewind(self, step: int) -> int:
+        error = "no generation" if self.rewind_to is None else None
+        return self._answered(f"rewind {step}", self.rewind_to, error)
+
+    def _answered(self, request: str, step: int | None, error: str | None = None) -> int:
+        self.asked.append(request)
+        self._answers.append(Answered(0, step, error))
+        return len(self._answers) - 1
+
+    @property
+    def _last_step(self) -> int | None:
+        return self.offered[-1][0] if self.offered else None
+
+    def _disconnect(self, timeout_s: float) -> bool:
         self.when_closed(timeout_s)
         self.closed += 1
         self.state = "closed"
         return True
 
     def stats(self) -> WorkerStats:
-        last = self.offered[-1][0] if self.offered else None
-        return WorkerStats(self.state, len(self.offered), 0, {}, 0, last, None, None)
+        return WorkerStats(self.state, len(self.offered), 0, {}, 0, self._last_step, None, None)
 
     @property
     def steps(self) -> list[int]:
@@ -100,14 +120,13 @@ class OfflineClient(EmaClient):
     """An EmaClient on a FakeWorker."""
 
     @staticmethod
-    def _open(settings: Settings) -> Session:
+    def _connect(settings: Settings) -> FakeWorker:
         worker = FakeWorker(slots=64)
         worker.greet(settings.connect_timeout_s)
-        return Session(settings, worker)
+        return worker
 
     @property
     def worker(self) -> FakeWorker:
         """What stands in for the connection."""
-        worker = self._session.worker
-        assert isinstance(worker, FakeWorker)
-        return worker
+        assert isinstance(self._worker, FakeWorker)
+        return self._worker

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Literal
 
+from ema_proto.wire.messages import Mode
 from support.device_training import Carrying, RecordingWorker, Stamping, client_on
 from support.fake_device import FakeDevice
 from trainer_client.staging.slots import Slot
@@ -14,8 +14,8 @@ from trainer_client.staging.slots import Slot
 class Telling(RecordingWorker):
     """Says on stdout what it was offered."""
 
-    def offer(self, slot: Slot, step: int, mode: Literal["update", "set"] = "update") -> None:
-        super().offer(slot, step, mode)
+    def _send(self, slot: Slot, step: int, mode: Mode) -> None:
+        super()._send(slot, step, mode)
         print("sent", step, flush=True)
 
 

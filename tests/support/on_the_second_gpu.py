@@ -10,7 +10,6 @@ from torch.optim import SGD
 
 from support.fake_worker import FakeWorker
 from trainer_client import EmaClient
-from trainer_client.session import Session
 from trainer_client.settings import Settings
 
 WORKER = FakeWorker(slots=3)
@@ -20,8 +19,8 @@ class Client(EmaClient):
     """Of a worker without a server."""
 
     @staticmethod
-    def _open(settings: Settings) -> Session:
-        return Session(settings, WORKER)
+    def _connect(settings: Settings) -> FakeWorker:
+        return WORKER
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from support.device_training import Carrying, Stamping, train
 from support.fake_device import FakeDevice
 from support.processes import ServerProcess
 from trainer_client import EmaClient
-from trainer_client.session import Session
+from trainer_client.connection.worker import Worker
 from trainer_client.settings import Settings
 
 STEPS = 12
@@ -23,8 +23,8 @@ def test_steps_that_overlap_with_training_reach_the_server_whole_and_in_order(tm
 
     class Client(EmaClient):
         @staticmethod
-        def _open(settings: Settings) -> Session:
-            return Session.open(settings, lambda place: device)
+        def _connect(settings: Settings) -> Worker:
+            return Worker.connect(settings.endpoint, None, settings.connect_timeout_s, lambda place: device)
 
     with ServerProcess(tmp_path / "data") as server:
         client = Client(server.zmq, "overlapped", ["raw", "ema:0.5"], when_behind="wait")

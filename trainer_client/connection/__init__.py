@@ -1,9 +1,8 @@
-"""The thread that sends snapshots, and its socket.
+"""The connection to the server, and the threads that use it.
 
-- `driver`: the thread that owns the connection
-- `link`: the DEALER socket
+- `worker`: a session, as the training thread uses it
+- `transfers`: the thread that sends snapshots once their copies are done
 - `shared_state`: what the training thread and the connection's thread both see
-- `transfers`: the thread that waits for copies which go on while training does, and then has them s
-- `transport`: what a session's snapshots go through, in this order
-- `worker`: the training thread's end of the session
+- `driver`: the thread that owns the connection
+- `link`: the ZeroMQ socket
 """

@@ -1,7 +1,7 @@
-"""The thread that waits for copies which go on while training does, and then has them sent.
+"""Snapshots whose copies from a device go on while training does, in the order of their steps.
 
-Comes in: slots that are filled or being filled, in the order of their steps. Goes out: offers to the worker in that
-order; a torn snapshot's slot goes back. It is joined before the interpreter ends: a thread inside torch would abort it.
+A thread waits for each copy and then sends the snapshot. It is joined before the interpreter ends: a thread inside
+torch would abort it.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ema_proto.wire.messages import Mode
-from trainer_client.connection.worker import Worker
 from trainer_client.counters import Counters
 from trainer_client.staging.slots import Slot
 from trainer_client.staging.transfer import AsyncCopy
@@ -22,33 +22,37 @@ log = logging.getLogger("ema")
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    transfer: AsyncCopy | None
     slot: Slot
     step: int
     mode: Mode
+    transfer: AsyncCopy | None
 
 
 class TransferQueue:
-    """Snapshots under way to a worker.
+    """Snapshots that are being copied.
 
     Args:
-        worker: takes them.
+        send: takes a slot that is filled, its step and mode.
+        give_back: takes a slot that will not be sent.
         counters: `torn` and `failed` are written here, and nothing else.
     """
 
-    def __init__(self, worker: Worker, counters: Counters) -> None:
-        self._worker = worker
+    def __init__(
+        self, send: Callable[[Slot, int, Mode], None], give_back: Callable[[Slot], None], counters: Counters
+    ) -> None:
+        self._send = send
+        self._give_back = give_back
         self._counters = counters
         self._changed = threading.Condition()
         self._waiting: deque[_Snapshot] = deque()  # the first stays until it is done
         self._thread: threading.Thread | None = None
         self._closed = False
         self._lost = False
-        self._told = False
+        self._warned = False
 
-    def hand_over(self, transfer: AsyncCopy | None, slot: Slot, step: int, mode: Mode) -> None:
-        """Send what `slot` holds, now or when `transfer` has filled it, after all that was handed over before."""
-        snapshot = _Snapshot(transfer, slot, step, mode)
+    def put(self, slot: Slot, step: int, mode: Mode, transfer: AsyncCopy | None) -> None:
+        """Send what `slot` holds, now or when `transfer` has filled it, after everything that was put before."""
+        snapshot = _Snapshot(slot, step, mode, transfer)
         with self._changed:
             if self._waiting or not (transfer is None or transfer.finished):
                 self._waiting.append(snapshot)
@@ -57,15 +61,15 @@ class TransferQueue:
                     self._thread = threading.Thread(target=self._run, name="ema-copies", daemon=True)
                     self._thread.start()
                 return
-        self._send(snapshot)
+        self._finish(snapshot)
 
     def idle(self, timeout_s: float) -> bool:
-        """Wait until nothing is under way here; whether that is so."""
+        """Wait until no copy is under way; whether that is so in time."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting, max(0.0, timeout_s))
 
     def close(self, timeout_s: float) -> bool:
-        """Wait as `idle` does, and end the thread; whether that was done in time and no copy can arrive any more."""
+        """Wait as `idle` does, and end the thread; whether no copy can write to a slot after this."""
         idle = self.idle(timeout_s)
         with self._changed:
             self._closed = True
@@ -81,30 +85,30 @@ class TransferQueue:
                 if not self._waiting:
                     return
                 snapshot = self._waiting[0]
-            self._send(snapshot)
+            self._finish(snapshot)
             with self._changed:
                 self._waiting.popleft()
                 self._changed.notify_all()
 
-    def _send(self, snapshot: _Snapshot) -> None:
+    def _finish(self, snapshot: _Snapshot) -> None:
         try:
             whole = snapshot.transfer is None or snapshot.transfer.wait()
         # The device's error belongs to the training, which will meet it; here it costs a snapshot.
         except Exception as error:  # noqa: BLE001
             self._counters.failed += 1
             self._lost = self._lost or (snapshot.transfer is not None and snapshot.transfer.lost)
-            self._worker.give_back(snapshot.slot)
+            self._give_back(snapshot.slot)
             log.warning("ema: step %d was not sent, its copy failed: %r", snapshot.step, error)
             return
         if whole:
-            self._worker.offer(snapshot.slot, snapshot.step, snapshot.mode)
+            self._send(snapshot.slot, snapshot.step, snapshot.mode)
             return
         self._counters.torn += 1
-        self._worker.give_back(snapshot.slot)
-        if not self._told:
+        self._give_back(snapshot.slot)
+        if not self._warned:
             log.warning(
                 "ema: step %d was not sent: something other than an optimizer wrote the weights during their copy; "
                 "call before_weight_write() before that, or pass overlap=False (said once, then only counted)",
                 snapshot.step,
             )
-        self._told = True
+        self._warned = True

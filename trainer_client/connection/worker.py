@@ -1,7 +1,6 @@
-"""The training thread's end of the session: it hands over filled slots and requests, and waits with a bound.
+"""A session with the server, as the training thread uses it: slots to fill, snapshots to send, requests with a timeout.
 
-Comes in: snapshots in slots, and requests. Goes out: whether they succeeded. The connection itself has a thread of its
-own, the driver, which this side never touches except through commands.
+The connection has a thread of its own, the driver; this side reaches it through commands and `Shared` only.
 """
 
 from __future__ import annotations
@@ -10,17 +9,23 @@ import random
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Self
 
 from ema_proto.errors import RejectCode
 from ema_proto.limits import SLOTS
 from ema_proto.sender.events import Answered
-from ema_proto.sender.machine import Sender
+from ema_proto.sender.machine import Sender, SenderState
 from ema_proto.wire import messages as m
 from trainer_client.connection.driver import Driver
 from trainer_client.connection.link import Link
 from trainer_client.connection.shared_state import Shared, WorkerStats
+from trainer_client.connection.transfers import TransferQueue
+from trainer_client.counters import Counters
 from trainer_client.errors import ConnectError, JoinError, RewindError
-from trainer_client.staging.slots import Slot, make_slots
+from trainer_client.staging.device import DeviceOf, device_of
+from trainer_client.staging.slots import Pins, Slot, make_slots
+from trainer_client.staging.transfer import AsyncCopy
 
 _RESTORE_S = 600.0  # a server that is alive may read averages of 100 GB back from its disk before it answers a JOIN
 
@@ -31,13 +36,22 @@ class Worker:
     Args:
         endpoint: where the server listens for trainers.
         token: shared secret, or None.
+        device_of: the device behind a torch device, None where copies cannot go on while training does.
 
     Attributes:
+        counters: of this session; `torn` and `failed` are written where copies end, the rest by the training thread.
+        device_of: as given.
+        pins: the slots that are locked in memory.
         slots: all of them, once a run is joined and until the worker is closed.
     """
 
-    def __init__(self, endpoint: str, *, token: str | None) -> None:
+    def __init__(self, endpoint: str, *, token: str | None, device_of: DeviceOf = device_of) -> None:
+        self.counters = Counters()
+        self.device_of = device_of
+        self.pins = Pins()
+        self.slots: tuple[Slot, ...] = ()
         self._endpoint = endpoint
+        self._copies = TransferQueue(self._send, self.give_back, self.counters)
         self._shared = Shared()
         self._link = Link(endpoint)
         self._sender = Sender(
@@ -45,14 +59,24 @@ class Worker:
         )  # not the seeded one of the training
         self._driver = Driver(self._sender, self._link, self._shared)
         self._driver.start()
-        self.slots: tuple[Slot, ...] = ()
 
-    def greet(self, timeout_s: float) -> None:
-        """Wait until the server has accepted the connection.
+    @classmethod
+    def connect(cls, endpoint: str, token: str | None, timeout_s: float, device_of: DeviceOf = device_of) -> Self:
+        """Connect, and wait until the server has accepted the connection.
 
         Raises:
-            ConnectError: nobody answered in time, or version or token were refused.
+            ConnectError: the server did not answer in time, or refused version or token.
         """
+        worker = cls(endpoint, token=token, device_of=device_of)
+        try:
+            worker.greet(timeout_s)
+        except BaseException:
+            worker.close(0.0)
+            raise
+        return worker
+
+    def greet(self, timeout_s: float) -> None:
+        """Wait until the server has accepted the connection; raises as `connect` does."""
         shared = self._shared
         with shared.changed:
             shared.wait(lambda: shared.greeted or shared.refused is not None, timeout_s)
@@ -71,8 +95,8 @@ class Worker:
         """Make the slots and join the run; return the server's answer.
 
         Args:
-            join: what is asked for.
-            timeout_s: how long the server may be out of reach meanwhile. One that is there may take longer.
+            join: the request.
+            timeout_s: how long the server may be unreachable meanwhile. One that is connected may take longer.
 
         Raises:
             JoinError: the server refused (`code` says why), did not answer in time, or the slots do not fit in memory.
@@ -80,7 +104,7 @@ class Worker:
         try:
             slots = make_slots(join.manifest.nbytes, SLOTS)
         except (OSError, MemoryError) as error:
-            text = f"{SLOTS} slots of {join.manifest.nbytes} bytes cannot be had: {error}"
+            text = f"cannot allocate {SLOTS} slots of {join.manifest.nbytes} bytes: {error}"
             raise JoinError(text, RejectCode.OUT_OF_MEMORY) from None
         shared = self._shared
         self.slots = slots
@@ -96,21 +120,22 @@ class Worker:
                 raise JoinError(f"run {join.run!r}: the server at {self._endpoint} has not answered")
             return shared.joined
 
-    @property
-    def continuation(self) -> str | None:
-        """How the run went on when the server last answered a JOIN; None before."""
-        with self._shared.changed:
-            return None if self._shared.joined is None else self._shared.joined.continuation
-
-    def acquire(self, wait_s: float) -> Slot | None:
+    def acquire(self, wait_s: float, *, reconnecting: bool = False) -> Slot | None:
         """A slot to fill, to be passed to `offer` or `give_back`; None when there is none or the connection is down.
 
-        Waits at most `wait_s` seconds for one, and only while connected.
+        Args:
+            wait_s: how long to wait for one, in seconds.
+            reconnecting: wait also while the connection is down.
         """
         shared = self._shared
+
+        def settled() -> bool:
+            ended = shared.state in (SenderState.FAILED, SenderState.CLOSED)
+            return bool(shared.free and shared.streaming) or ended or not (shared.streaming or reconnecting)
+
         with shared.changed:
-            if not shared.free and wait_s > 0:
-                shared.wait(lambda: shared.free or not shared.streaming, wait_s)
+            if wait_s > 0:
+                shared.wait(settled, wait_s)
             return shared.free.pop() if shared.free and shared.streaming else None
 
     def give_back(self, slot: Slot) -> None:
@@ -119,28 +144,30 @@ class Worker:
             self._shared.free.append(slot)
             self._shared.changed.notify_all()
 
-    def offer(self, slot: Slot, step: int, mode: m.Mode = "update") -> None:
-        """Send the snapshot of `step` that `slot` holds. Steps must grow."""
-        with self._shared.changed:
-            self._shared.in_flight += 1
-            self._shared.offered += 1
-            self._shared.last_offered = step
-        self._driver.do(lambda now: self._sender.offer(slot.index, step, now, mode))
+    def offer(self, slot: Slot, step: int, mode: m.Mode = "update", transfer: AsyncCopy | None = None) -> None:
+        """Send the snapshot of `step` that `slot` holds, or will hold once `transfer` is done. Steps must grow."""
+        self._copies.put(slot, step, mode, transfer)
 
     def flush(self, timeout_s: float, *, durable: bool) -> bool:
         """Wait until the newest snapshot offered is applied (`durable`: published); False when it is not in time."""
         deadline = time.monotonic() + timeout_s
+        if not self._copies.idle(timeout_s):
+            return False
         shared = self._shared
         with shared.changed:
             newest = shared.last_offered
-            shared.wait(lambda: shared.in_flight == 0 or shared.refused is not None, timeout_s)
+            shared.wait(lambda: shared.in_flight == 0 or shared.refused is not None, seconds_left(deadline))
             if newest is not None and shared.last_committed != newest:
                 return False
-        return not durable or self._ask_publish(pin=False, timeout_s=deadline - time.monotonic())
+        return not durable or self._ask(lambda sender: sender.request_publish(pin=False), deadline).error is None
 
-    def checkpoint(self, timeout_s: float) -> bool:
-        """Publish a generation of everything offered so far, kept beyond the newest ones; False if not in time."""
-        return self._ask_publish(pin=True, timeout_s=timeout_s)
+    def checkpoint(self, timeout_s: float) -> Answered:
+        """Publish a generation of everything offered so far, kept beyond the newest ones; the answer has its step."""
+        return self._ask(lambda sender: sender.request_publish(pin=True), time.monotonic() + timeout_s)
+
+    def finish(self, timeout_s: float) -> Answered:
+        """Publish the run and mark it finished; the answer has the step that it ends with."""
+        return self._ask(lambda sender: sender.request_finish(), time.monotonic() + timeout_s)
 
     def rewind(self, step: int, timeout_s: float) -> int | None:
         """Take the run back to its newest generation at or before `step`; return that generation's step.
@@ -148,49 +175,59 @@ class Worker:
         Raises:
             RewindError: there is none, or the server did not answer in time.
         """
-        answer = self._ask(lambda: self._sender.request_rewind(step), timeout_s)
-        if answer is None:
-            raise RewindError(f"the server at {self._endpoint} did not rewind to step {step} in {timeout_s:g} s")
+        answer = self._ask(lambda sender: sender.request_rewind(step), time.monotonic() + timeout_s)
         if answer.error is not None:
-            raise RewindError(answer.error)
+            raise RewindError(f"the run was not rewound to step {step}: {answer.error}")
         shared = self._shared
         with shared.changed:
             shared.last_offered = shared.last_committed = shared.last_published = answer.step
         return answer.step
 
-    def finish(self, timeout_s: float) -> bool:
-        """Publish the run and mark it finished; False when that is not confirmed in time."""
-        answer = self._ask(self._sender.request_finish, timeout_s)
-        return answer is not None and answer.error is None
+    def close(self, timeout_s: float) -> None:
+        """Give snapshots under way at most `timeout_s` seconds, then end the threads and release their memory."""
+        deadline = time.monotonic() + timeout_s
+        copied = self._copies.close(timeout_s)
+        disconnected = self._disconnect(seconds_left(deadline))
+        self.pins.release(unused=copied and disconnected)
 
-    def close(self, timeout_s: float) -> bool:
-        """Give snapshots under way at most `timeout_s` seconds, say goodbye, end the driver.
+    def stats(self) -> WorkerStats:
+        """A consistent copy of the session's state."""
+        with self._shared.changed:
+            return self._shared.stats()
 
-        Returns:
-            Whether it has ended. Nobody reads the slots then.
-        """
+    def _send(self, slot: Slot, step: int, mode: m.Mode) -> None:
+        with self._shared.changed:
+            self._shared.in_flight += 1
+            self._shared.offered += 1
+            self._shared.last_offered = step
+        self._driver.do(lambda now: self._sender.offer(slot.index, step, now, mode))
+
+    def _disconnect(self, timeout_s: float) -> bool:
+        """Say goodbye, end the driver and let go of the slots; False while the driver may still read them."""
         deadline = time.monotonic() + timeout_s
         shared = self._shared
         with shared.changed:
             if shared.streaming:
                 shared.wait(lambda: shared.in_flight == 0 or not shared.streaming, timeout_s)
         self._driver.do(lambda _: self._sender.bye())
-        ended = self._driver.stop(max(0.5, deadline - time.monotonic()))
+        ended = self._driver.stop(max(0.5, seconds_left(deadline)))
         if ended:
             self.slots, shared.free = (), []
         return ended
 
-    def stats(self) -> WorkerStats:
-        """A consistent copy of the counters."""
-        with self._shared.changed:
-            return self._shared.stats()
+    def _ask(self, request: Callable[[Sender], int], deadline: float) -> Answered:
+        """Make a request about everything offered so far; an answer that does not come in time is an error too."""
+        if not self._copies.idle(seconds_left(deadline)):
+            return Answered(0, None, "the device has not copied the last snapshot in time")
+        return self._request(request, seconds_left(deadline))
 
-    def _ask_publish(self, *, pin: bool, timeout_s: float) -> bool:
-        answer = self._ask(lambda: self._sender.request_publish(pin=pin), timeout_s)
-        return answer is not None and answer.error is None
-
-    def _ask(self, request: Callable[[], int], timeout_s: float) -> Answered | None:
-        pending = self._driver.ask(request)
+    def _request(self, request: Callable[[Sender], int], timeout_s: float) -> Answered:
+        pending = self._driver.ask(partial(request, self._sender))
         with self._shared.changed:
             self._shared.wait(lambda: pending.answer is not None, timeout_s)
-        return pending.answer
+        return pending.answer or Answered(0, None, f"the server at {self._endpoint} did not answer in time")
+
+
+def seconds_left(deadline: float) -> float:
+    """Until a monotonic time, 0 once it has passed."""
+    return max(0.0, deadline - time.monotonic())

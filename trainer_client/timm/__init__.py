@@ -1,9 +1,9 @@
-"""Runs timm's own training script with its averaged model out of process.
+"""timm's averaged model, kept by the server instead of the trainer.
 
-- `client`: a client that can also replace the averages, for `RemoteModelEma`, which begins with
-- `fetch`: the way back of an average, from the server to the trainer, over HTTP
-- `known`: what this timm averages with, and whether we can take its place
-- `module_copy`: a module of the trainer's own kind that holds averaged weights
-- `remote`: `RemoteModelEma`
-- `run`: puts `RemoteModelEma` in the place of timm's class, runs a script as Python would, an
+- `remote`: `RemoteModelEma`, with the interface of timm's `ModelEmaV3`
+- `client`: the `EmaClient` behind it
+- `fetch`: reads an average back over HTTP
+- `module_copy`: a module that holds averaged weights, to validate and save
+- `known`: finds timm's averaging class, and checks that it can be replaced
+- `run`: runs timm's training script with that class replaced
 """

@@ -1,8 +1,4 @@
-"""A client that can also replace the averages, for `RemoteModelEma`, which begins with weights of its own.
-
-Comes in: the first step, then replacements and updates. Goes out: snapshots, and the step of what was published. Which
-weights, and when, is decided elsewhere.
-"""
+"""The client behind `RemoteModelEma`: it can also replace the averages, and says which step was published."""
 
 from __future__ import annotations
 
@@ -30,36 +26,38 @@ class RemoteClient(EmaClient):
             JoinError: the server refuses the run.
             ClientClosed: the client was closed or finished.
         """
-        session = self._session
-        if session.life.usable() and not session.joined:
-            session.settings = dataclasses.replace(session.settings, averages=(average,))
-            session.join(model, steps)
+        if self._life.usable() and self._stream is None:
+            self._settings = dataclasses.replace(self._settings, averages=(average,))
+            self._join(model, steps)
 
     def replace(self, model: nn.Module, step: int) -> bool:
         """Have the averages become the weights of `model`, as of `step`; False when they could not be sent."""
-        return self._session.life.usable() and self._session.replace(model, step)
+        return self._life.usable() and self._replace(model, step)
 
     def publish(self, timeout_s: float) -> int:
-        """Have everything that was sent published, and kept with the newest checkpoints; the step where that stands.
+        """Publish everything that was sent, and keep it like a checkpoint; return the step of that generation.
 
         Raises:
             AverageError: that is not confirmed in time, or nothing has been applied.
+            ClientClosed: the client was closed.
         """
-        if self._session.life.state is State.FINISHED:
+        if self._life.state is State.FINISHED:
             return self.steps  # it was published when it finished
-        confirmed = self.checkpoint(self.steps, timeout_s)
-        stats = self._session.worker.stats()
-        if not confirmed or stats.last_published_step is None:
+        if not self._life.usable() or self._stream is None:
+            raise AverageError(f"run {self.run} is streamed by another client: this one has no average")
+        answer = self._publish(self._stream, timeout_s)
+        if answer.error is not None or answer.step is None:
+            stats = self._worker.stats()
             raise AverageError(
                 f"run {self.run}: the average at step {self.steps} was not published within {timeout_s:g} s "
-                f"(the connection is {stats.state}, applied are steps up to {stats.last_committed_step}): "
-                "see the server's log"
+                f"({answer.error or 'nothing was applied'}; the connection is {stats.state}, applied are steps up to "
+                f"{stats.last_committed_step}): see the server's log"
             )
-        if stats.last_published_step != self.steps:
+        if answer.step != self.steps:
             log.warning(
-                "ema: the average of run %s is that of step %d: what came after it was not applied (now at step %d)",
+                "ema: the average of run %s is that of step %d: later steps were not applied (now at step %d)",
                 self.run,
-                stats.last_published_step,
+                answer.step,
                 self.steps,
             )
-        return stats.last_published_step
+        return answer.step

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ from torch.nn import functional
 from torch.optim import SGD, Adam, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
+from ema_proto.wire.messages import Mode
 from support.fake_worker import FakeWorker
 from support.processes import eventually
 from support.snapshots import decode
 from trainer_client import EmaClient
 from trainer_client.model.plan import Plan
-from trainer_client.session import Session
 from trainer_client.settings import Settings
 from trainer_client.staging.cpu import CpuStager
 from trainer_client.staging.device import Cuda
@@ -46,12 +46,12 @@ class CheckingWorker(FakeWorker):
         self.checked = 0
         self.torn: list[int] = []
 
-    def acquire(self, wait_s: float) -> Slot | None:
+    def acquire(self, wait_s: float, *, reconnecting: bool = False) -> Slot | None:
         if len(self.waits) % SURE_EVERY == 0:
             eventually(lambda: bool(self.free), "a slot is free")
-        return super().acquire(wait_s)
+        return super().acquire(wait_s, reconnecting=reconnecting)
 
-    def offer(self, slot: Slot, step: int, mode: Literal["update", "set"] = "update") -> None:
+    def _send(self, slot: Slot, step: int, mode: Mode) -> None:
         self.checked += 1
         if not bool((slot.tensor.view(torch.float32) == step).all()):
             self.torn.append(step)
@@ -65,17 +65,17 @@ class KeepingWorker(FakeWorker):
         super().__init__(slots=2)
         self.snapshots: dict[int, dict[str, Tensor]] = {}
 
-    def offer(self, slot: Slot, step: int, mode: Literal["update", "set"] = "update") -> None:
+    def _send(self, slot: Slot, step: int, mode: Mode) -> None:
         self.snapshots[step] = decode(self.joins[-1].manifest, slot.view)
-        super().offer(slot, step, mode)
+        super()._send(slot, step, mode)
         self.give_back(slot)
 
 
 def _client(worker: FakeWorker, **given: Any) -> EmaClient:
     class Client(EmaClient):
         @staticmethod
-        def _open(settings: Settings) -> Session:
-            return Session(settings, worker)
+        def _connect(settings: Settings) -> FakeWorker:
+            return worker
 
     return Client("tcp://127.0.0.1:5555", run="r", **given)
 
