@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ema_cli.main import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, missing_advice
-from ema_proto.variables import misspelt, warning
+from ema_proto.variables import misspelt
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or the copy that newer releases of typer have
 
@@ -62,8 +62,8 @@ def build(rooms: tuple[Room, ...] = ROOMS) -> typer.Typer:
 
 def run(app: typer.Typer) -> int:
     """Carry out the command line and return the exit code; what is wrong with it is one line on stderr."""
-    for name, meant in misspelt(os.environ):
-        typer.echo(f"ema: {warning(name, meant)}", err=True)
+    for warning in misspelt(os.environ, variables(app)):
+        typer.echo(f"ema: {warning}", err=True)
     try:
         code = app(prog_name="ema", standalone_mode=False)
     except _UsageError as error:
@@ -75,6 +75,12 @@ def run(app: typer.Typer) -> int:
         typer.echo(f"ema: {error}", err=True)
         return EXIT_FAILURE
     return code if isinstance(code, int) else 0
+
+
+def variables(app: typer.Typer) -> set[str]:
+    """The variables that the options of all commands can be given by."""
+    group: Any = typer.main.get_command(app)
+    return {option.envvar for command in group.commands.values() for option in command.params if option.envvar}
 
 
 def _one_line(error: Any) -> str:

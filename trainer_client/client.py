@@ -97,28 +97,8 @@ class EmaClient:
         overlap: bool = True,
         incarnation: int | None = None,
     ) -> None:
-        settings = Settings.of(
-            os.environ,
-            endpoint=endpoint,
-            run=run,
-            averages=averages,
-            samples_per_step=samples_per_step,
-            steps_per_epoch=steps_per_epoch,
-            include=include,
-            exclude=exclude,
-            trainable_only=trainable_only,
-            step=step,
-            every=every,
-            when_behind=when_behind,
-            resume=resume,
-            token=token,
-            config=config,
-            checksum=checksum,
-            connect_timeout_s=connect_timeout_s,
-            wait_timeout_s=wait_timeout_s,
-            overlap=overlap,
-            incarnation=incarnation,
-        )
+        arguments = locals()  # each is a field of Settings, which validates it
+        settings = Settings.of(os.environ, arguments)
         self._settings = settings
         self._life = Lifecycle()
         self._steps_known = settings.step

@@ -1,6 +1,6 @@
-"""Everything that a client can be told, validated before anything is opened.
+"""The settings of a client: one field for each argument of `EmaClient`, with its check and its variable.
 
-Comes in: the constructor's arguments and an environment. Goes out: one frozen `Settings`. Knows no model and no socket.
+Everything is validated here, before a connection is opened.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
 from enum import StrEnum
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex, cast, get_args
+from typing import Any, SupportsIndex, get_args
 
 from ema_proto.averages.specs import AverageSpec, parse_averages, split_averages
 from ema_proto.averages.step_units import StepUnits, check_step_units
@@ -26,7 +27,7 @@ from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import CONFIG_BYTES_MAX, STEP_MAX
 from ema_proto.names import check_name
 from ema_proto.patterns import check_patterns
-from ema_proto.variables import misspelt, warning
+from ema_proto.variables import misspelt
 from ema_proto.wire.messages import Resume
 from trainer_client.errors import SettingsError
 
@@ -39,97 +40,10 @@ _STEM_CHARS = 40
 
 
 class WhenBehind(StrEnum):
-    """What to do when a snapshot is due and every slot is still on its way."""
+    """What to do when a snapshot is due and no slot is free."""
 
     SKIP = "skip"
     WAIT = "wait"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """One client's settings; build with `Settings.of`."""
-
-    endpoint: str
-    run: str
-    run_generated: bool
-    averages: tuple[AverageSpec, ...]
-    step_units: StepUnits
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    trainable_only: bool
-    step: int | None
-    every: int
-    when_behind: WhenBehind
-    resume: Resume
-    token: str | None = field(repr=False)
-    config: str | None = field(repr=False)
-    checksum: bool
-    connect_timeout_s: float
-    wait_timeout_s: float
-    overlap: bool
-    incarnation: int
-
-    @classmethod
-    def of(
-        cls,
-        environ: Mapping[str, str],
-        *,
-        endpoint: str | None,
-        run: str | None,
-        averages: Iterable[AverageSpec | str],
-        samples_per_step: float | None,
-        steps_per_epoch: float | None,
-        include: Iterable[str] | str,
-        exclude: Iterable[str] | str,
-        trainable_only: bool,
-        step: int | None,
-        every: int,
-        when_behind: Literal["skip", "wait"],
-        resume: Resume,
-        token: str | None,
-        config: Mapping[str, Any] | str | PathLike[str] | None,
-        checksum: bool,
-        connect_timeout_s: float,
-        wait_timeout_s: float,
-        overlap: bool,
-        incarnation: int | None,
-    ) -> Settings:
-        """Validate the arguments. Variables of an argument's name, as `EMA_RUN`, stand in for those that are None.
-
-        A variable that looks like one of ours misspelt is named in a warning.
-
-        Raises:
-            SettingsError: one of them has a value that cannot be used; the text names it and what to do.
-        """
-        for name, meant in misspelt(environ):
-            log.warning("ema: %s", warning(name, meant))
-        named = _given(run, environ, "EMA_RUN")
-        rules = _averages(averages)
-        return cls(
-            endpoint=_endpoint(_given(endpoint, environ, "EMA_ENDPOINT")),
-            run=_generated_run() if named is None else _run(named),
-            run_generated=named is None,
-            averages=rules,
-            step_units=_step_units(
-                rules,
-                _number(samples_per_step, environ, "EMA_SAMPLES_PER_STEP"),
-                _number(steps_per_epoch, environ, "EMA_STEPS_PER_EPOCH"),
-            ),
-            include=_patterns("include", include),
-            exclude=_patterns("exclude", exclude),
-            trainable_only=bool(trainable_only),
-            step=None if step is None else check_step("step", step, 0),
-            every=check_step("every", every, 1),
-            when_behind=WhenBehind(_choice("when_behind", when_behind, tuple(WhenBehind))),
-            resume=cast(Resume, _choice("resume", resume, get_args(Resume))),
-            token=_token(_given(token, environ, "EMA_TOKEN")),
-            config=None if config is None else _config(config),
-            checksum=bool(checksum),
-            connect_timeout_s=check_timeout("connect_timeout_s", connect_timeout_s),
-            wait_timeout_s=check_timeout("wait_timeout_s", wait_timeout_s),
-            overlap=bool(overlap),
-            incarnation=_incarnation(incarnation, environ),
-        )
 
 
 def check_step(name: str, value: SupportsIndex, low: int) -> int:
@@ -166,17 +80,13 @@ def check_state(state: object) -> tuple[str, int]:
     """
     if not isinstance(state, Mapping) or "run" not in state or "step" not in state:
         raise SettingsError(f"{str(state)[:80]!r} is not what state_dict() returns: a dict with 'run' and 'step'")
-    return _run(state["run"]), check_step("step", state["step"], 0)
+    run = _run("run", state["run"])
+    if run is None:
+        raise SettingsError("'run' in the state is None: load what state_dict() returned")
+    return run, check_step("step", state["step"], 0)
 
 
-def _given(value: str | None, environ: Mapping[str, str], variable: str) -> str | None:
-    if value is not None:
-        return value
-    # Set but empty is how compose files and shell scripts say "not set".
-    return environ.get(variable) or None
-
-
-def _endpoint(endpoint: object) -> str:
+def _endpoint(_: str, endpoint: object) -> str:
     if endpoint is None:
         raise SettingsError(f"no server address: pass endpoint, {_EXAMPLE}, or set EMA_ENDPOINT")
     match = _ADDRESS.fullmatch(str(endpoint))
@@ -190,20 +100,22 @@ def _endpoint(endpoint: object) -> str:
     return match[0]
 
 
-def _run(run: object) -> str:
+def _run(name: str, run: object) -> str | None:
+    if run is None:
+        return None
     if not isinstance(run, str):
-        raise SettingsError(f"run={run!r} is not a name")
+        raise SettingsError(f"{name}={run!r} is not a name")
     try:
         return check_name("run", run)
     except LocalProtocolError as error:
         raise SettingsError(str(error)) from None
 
 
-def _token(token: str | None) -> str | None:
-    # A line end comes along when a token is read from a file; in a proof it would only be called wrong.
+def _token(_: str, token: str | None) -> str | None:
+    # A token that is read from a file often ends in a line end, which the server would only report as a wrong token.
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         raise SettingsError(
-            "the token (EMA_TOKEN) holds a space, a line end or more than ASCII: no server has such a one"
+            "the token (EMA_TOKEN) is not printable ASCII without spaces: use the server's, with no line end"
         )
     return token
 
@@ -214,11 +126,11 @@ def _generated_run() -> str:
     return f"{script[:_STEM_CHARS].strip('-') or 'run'}-{started}-{secrets.token_hex(2)}"
 
 
-def _averages(given: object) -> tuple[AverageSpec, ...]:
+def _averages(name: str, given: object) -> tuple[AverageSpec, ...]:
     # One string may hold several, as environment variables and command lines do.
     items = split_averages(given) if isinstance(given, str) else given
     if not isinstance(items, Iterable) or isinstance(items, Mapping):
-        raise SettingsError(f"averages={given!r} is not a list of averages: use for example ['ema:0.9999', 'raw']")
+        raise SettingsError(f"{name}={given!r} is not a list of averages: use for example ['ema:0.9999', 'raw']")
     averages: list[AverageSpec | str] = []
     for item in items:
         if not isinstance(item, AverageSpec | str):
@@ -230,25 +142,13 @@ def _averages(given: object) -> tuple[AverageSpec, ...]:
         raise SettingsError(str(error)) from None
 
 
-def _number(value: float | None, environ: Mapping[str, str], variable: str) -> float | None:
-    text = environ.get(variable)
-    if value is not None or not text:
-        return value
-    try:
-        return float(text)
-    except ValueError:
-        raise SettingsError(f"{variable}={text!r} is not a number: use for example {variable}=256") from None
-
-
-def _step_units(
-    rules: tuple[AverageSpec, ...], samples_per_step: float | None, steps_per_epoch: float | None
-) -> StepUnits:
-    try:
-        units = StepUnits(samples_per_step, steps_per_epoch)
-        check_step_units(rules, units)
-    except LocalProtocolError as error:
-        raise SettingsError(str(error)) from None
-    return units
+def _step_unit(name: str, value: float | str | None) -> float | None:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise SettingsError(f"{name}={value!r} is not a number: use for example {name}=256") from None
+    return value
 
 
 def _patterns(name: str, given: Iterable[str] | str) -> tuple[str, ...]:
@@ -258,13 +158,16 @@ def _patterns(name: str, given: Iterable[str] | str) -> tuple[str, ...]:
         raise SettingsError(f"{name}={str(given)[:80]!r} cannot be used: {error}") from None
 
 
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise SettingsError(f"{name}={value!r} is unknown: use one of {', '.join(allowed)}")
-    return value
+def _choice(name: str, value: object, *, allowed: tuple[str, ...]) -> str:
+    for each in allowed:
+        if value == each:
+            return each
+    raise SettingsError(f"{name}={value!r} is unknown: use one of {', '.join(allowed)}")
 
 
-def _config(config: Mapping[str, Any] | str | PathLike[str]) -> str:
+def _config(_: str, config: Mapping[str, Any] | str | PathLike[str] | None) -> str | None:
+    if config is None:
+        return None
     try:
         if isinstance(config, Mapping):
             text = json.dumps(dict(config), indent=2, allow_nan=False) + "\n"
@@ -284,11 +187,89 @@ def _config(config: Mapping[str, Any] | str | PathLike[str]) -> str:
     return text
 
 
-def _incarnation(given: object, environ: Mapping[str, str]) -> int:
-    restarts = environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
-    if given is None and not restarts.isdecimal():
-        raise SettingsError(f"TORCHELASTIC_RESTART_COUNT={restarts!r} is not a count: pass incarnation= instead")
-    value = int(restarts) if given is None else given
+def _incarnation(name: str, value: object) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _INCARNATION_MAX:
-        raise SettingsError(f"incarnation={value!r} is not a whole number from 0 to 2**63 - 1")
+        raise SettingsError(f"{name}={value!r} is not a whole number from 0 to 2**63 - 1")
     return value
+
+
+def _setting(check: Callable[[str, Any], Any], variable: str = "") -> Mapping[str, Any]:
+    """The metadata of a setting.
+
+    Args:
+        check: returns the canonical value of what was given under a name, the argument's or the variable's.
+        variable: stands in for an argument that is None.
+    """
+    return {"check": check, "variable": variable}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The validated arguments of one client; build with `Settings.of`."""
+
+    endpoint: str = field(metadata=_setting(_endpoint, "EMA_ENDPOINT"))
+    run: str = field(metadata=_setting(_run, "EMA_RUN"))
+    averages: tuple[AverageSpec, ...] = field(metadata=_setting(_averages))
+    samples_per_step: float | None = field(metadata=_setting(_step_unit, "EMA_SAMPLES_PER_STEP"))
+    steps_per_epoch: float | None = field(metadata=_setting(_step_unit, "EMA_STEPS_PER_EPOCH"))
+    include: tuple[str, ...] = field(metadata=_setting(_patterns))
+    exclude: tuple[str, ...] = field(metadata=_setting(_patterns))
+    trainable_only: bool = field(metadata=_setting(lambda _, value: bool(value)))
+    step: int | None = field(metadata=_setting(lambda name, step: None if step is None else check_step(name, step, 0)))
+    every: int = field(metadata=_setting(partial(check_step, low=1)))
+    when_behind: WhenBehind = field(metadata=_setting(partial(_choice, allowed=tuple(WhenBehind))))
+    resume: Resume = field(metadata=_setting(partial(_choice, allowed=get_args(Resume))))
+    token: str | None = field(repr=False, metadata=_setting(_token, "EMA_TOKEN"))
+    config: str | None = field(repr=False, metadata=_setting(_config))
+    checksum: bool = field(metadata=_setting(lambda _, value: bool(value)))
+    connect_timeout_s: float = field(metadata=_setting(check_timeout))
+    wait_timeout_s: float = field(metadata=_setting(check_timeout))
+    overlap: bool = field(metadata=_setting(lambda _, value: bool(value)))
+    incarnation: int = field(metadata=_setting(_incarnation, "TORCHELASTIC_RESTART_COUNT"))
+    run_generated: bool
+
+    @property
+    def step_units(self) -> StepUnits:
+        """What a step is in samples and epochs."""
+        return StepUnits(self.samples_per_step, self.steps_per_epoch)
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str], arguments: Mapping[str, Any]) -> Settings:
+        """Validate `EmaClient`'s arguments; where one is None, its variable in `environ` stands in.
+
+        A variable that looks like a misspelt one of ours is reported in a warning.
+
+        Raises:
+            SettingsError: a value cannot be used; the text names it and what to do.
+        """
+        for warning in misspelt(environ, variables()):
+            log.warning("ema: %s", warning)
+        values: dict[str, Any] = {}
+        for each in _declared():
+            name, value = each.name, arguments[each.name]
+            text = environ.get(each.metadata["variable"])
+            if value is None and text:  # set but empty is how compose files and shell scripts say "not set"
+                name, value = each.metadata["variable"], text
+            values[each.name] = each.metadata["check"](name, value)
+        generated = values["run"] is None
+        if generated:
+            values["run"] = _generated_run()
+        settings = cls(**values, run_generated=generated)
+        try:
+            check_step_units(settings.averages, settings.step_units)
+        except LocalProtocolError as error:
+            raise SettingsError(str(error)) from None
+        return settings
+
+
+def variables() -> frozenset[str]:
+    """The names of all variables that stand in for arguments."""
+    return frozenset(each.metadata["variable"] for each in _declared() if each.metadata["variable"])
+
+
+def _declared() -> list[Field[Any]]:
+    return [each for each in fields(Settings) if each.metadata]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,34 +13,25 @@ import pytest
 from ema_proto.averages.specs import Ema
 from ema_proto.averages.step_units import StepUnits
 from ema_proto.names import check_name
-from trainer_client import EmaClientError, SettingsError
+from trainer_client import EmaClient, EmaClientError, SettingsError
 from trainer_client.settings import Settings
 
-_GIVEN: dict[str, Any] = {
+_PARAMETERS = inspect.signature(EmaClient).parameters
+_ARGUMENTS: dict[str, Any] = {
+    **{name: parameter.default for name, parameter in _PARAMETERS.items()},
     "endpoint": "tcp://127.0.0.1:5555",
     "run": "resnet34",
-    "averages": ("ema:0.9999",),
-    "samples_per_step": None,
-    "steps_per_epoch": None,
-    "include": (),
-    "exclude": (),
-    "trainable_only": False,
-    "step": None,
-    "every": 1,
-    "when_behind": "skip",
-    "resume": "auto",
-    "token": None,
-    "config": None,
-    "checksum": False,
-    "connect_timeout_s": 5.0,
-    "wait_timeout_s": 30.0,
-    "overlap": True,
-    "incarnation": None,
 }
 
 
 def _settings(environ: dict[str, str] | None = None, **given: Any) -> Settings:
-    return Settings.of({} if environ is None else environ, **{**_GIVEN, **given})
+    return Settings.of({} if environ is None else environ, {**_ARGUMENTS, **given})
+
+
+def test_every_argument_of_a_client_is_a_setting() -> None:
+    fields = [field.name for field in dataclasses.fields(Settings) if field.name != "run_generated"]
+
+    assert fields == list(_PARAMETERS)
 
 
 def test_step_units_come_from_arguments_or_variables() -> None:
