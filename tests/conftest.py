@@ -1,12 +1,19 @@
-"""For all tests: nothing of the shell that started them reaches them; those for a GPU are skipped without one."""
+"""For all tests: settings of the calling shell do not reach them, and markers say what a test needs."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
+
+_TESTS = Path(__file__).parent
+# Most tests in these folders start servers, trainers or commands.
+_PROCESS_FOLDERS = ("bad_input", "cli", "parity", "system", "timm")
 
 
 def pytest_configure() -> None:
@@ -16,6 +23,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(_TESTS).parts[0] in _PROCESS_FOLDERS:
+            item.add_marker(pytest.mark.process)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -30,3 +40,15 @@ def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith("EMA_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("EMA_KERNEL", "torch")  # the compiled one takes each server that is started a second
+
+
+@pytest.fixture(autouse=True)
+def _processes_are_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests with the marker `process` start processes, so that `-m "not process"` stays fast."""
+    if request.node.get_closest_marker("process") is not None:
+        return
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        pytest.fail(f"{request.node.nodeid} starts a process: mark it with pytest.mark.process")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)

@@ -17,6 +17,7 @@ from support.backends import InlineBackend
 
 
 @pytest.mark.parametrize("name", command.BENCHMARKS)
+@pytest.mark.process
 def test_every_benchmark_runs_and_yields_finite_ratios(name: str) -> None:
     if name == "download" and nginx.program() is None:
         pytest.skip("there is no nginx here")

@@ -214,6 +214,7 @@ def test_the_snippet_for_ones_own_trainer_uses_what_there_is() -> None:
     assert "condition: service_healthy" in snippet[1]
 
 
+@pytest.mark.process
 def test_the_check_is_a_script_that_bash_can_read() -> None:
     assert _CHECK.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", _CHECK], check=True, timeout=30)

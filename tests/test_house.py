@@ -64,6 +64,7 @@ def test_what_a_package_exports_is_what_it_has(name: str) -> None:
     assert len(set(module.__all__)) == len(module.__all__)
 
 
+@pytest.mark.process
 def test_imports_keep_the_contracts() -> None:
     linter = Path(sysconfig.get_path("scripts")) / "lint-imports"
     checked = subprocess.run([linter], cwd=_ROOT, capture_output=True, text=True, timeout=100, check=False)
@@ -80,6 +81,7 @@ def test_imports_keep_the_contracts() -> None:
         ("ema_cli.main", {"typer", "torch", "zmq", "fastapi"}),
     ],
 )
+@pytest.mark.process
 def test_importing_a_side_imports_nothing_of_the_others(package: str, stays_out: set[str]) -> None:
     program = f"import sys, {package}; print(*sorted(sys.modules))"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

@@ -96,6 +96,7 @@ def test_a_partial_file_is_continued_where_it_stopped(
     assert (tmp_path / "model.safetensors").read_bytes() == content
 
 
+@pytest.mark.process
 def test_a_killed_process_leaves_a_partial_file_that_the_next_process_continues(
     served: Served, url: str, reader: Reader, tmp_path: Path
 ) -> None:

@@ -20,6 +20,8 @@ from support.processes import Process, ServerProcess
 from support.toy import Toy
 from trainer_client import EmaClient
 
+pytestmark = pytest.mark.process
+
 WAIT_S = 30.0
 
 

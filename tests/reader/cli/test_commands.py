@@ -84,6 +84,7 @@ def test_download_prints_the_folder_and_nothing_else(
     assert json.loads(told.stdout)["version"]["step"] == 100
 
 
+@pytest.mark.process
 def test_a_flipped_byte_ends_with_6_and_nothing_in_place(served: Served, url: str, tmp_path: Path) -> None:
     version = served.publish("digits", 100, ["raw"]).versions[0]
     path = version.folder / "model.safetensors"
@@ -152,6 +153,7 @@ def test_healthcheck_ends_with_0_or_1(served: Served, url: str, tmp_path: Path) 
     assert (ready.returncode, ready.stdout.splitlines()[0]) == (0, "ready")
 
 
+@pytest.mark.process
 def test_evaluate_finds_a_function_beside_it_reports_and_ends_with_the_run(
     served: Served, url: str, tmp_path: Path
 ) -> None:
@@ -170,6 +172,7 @@ def test_evaluate_finds_a_function_beside_it_reports_and_ends_with_the_run(
     assert len(served.metrics.reports("digits").result(WAIT_S)) == 2
 
 
+@pytest.mark.process
 def test_evaluate_ends_with_1_when_the_last_version_failed(served: Served, url: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(EVALUATION)
     served.publish("digits", 100, ["raw"])
@@ -182,6 +185,7 @@ def test_evaluate_ends_with_1_when_the_last_version_failed(served: Served, url: 
     assert [row.error for row in served.metrics.reports("digits").result(WAIT_S)] == ["ValueError: no data"]
 
 
+@pytest.mark.process
 def test_an_interrupted_worker_ends_with_130(served: Served, url: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(EVALUATION)
     served.publish("digits", 100, ["raw"])
@@ -208,6 +212,7 @@ def test_a_target_names_run_average_and_revision() -> None:
     assert parse_target("a/b@step-7") == ("a", "b", "step-7")
 
 
+@pytest.mark.process
 def test_a_reading_command_does_not_wait_for_torch(tmp_path: Path) -> None:
     program = "import sys; from ema_cli.app import build; build(); print('torch' in sys.modules)"
 

@@ -227,6 +227,7 @@ def test_every_kernel_leaves_the_same_bytes() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.process
 def test_passes_take_no_memory_of_a_models_size(name: str) -> None:
     """128 MiB of bfloat16 into four averages, one in float64: after the first pass the process does not grow."""
     script = """

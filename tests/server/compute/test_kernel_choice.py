@@ -72,6 +72,7 @@ def test_averages_on_another_device_are_computed_by_torch() -> None:
         choose("compiled", device)
 
 
+@pytest.mark.process
 def test_a_server_without_numba_ends_with_one_line_when_it_is_told_to_use_it(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text("raise ImportError('no numba here')\n")
     command = [sys.executable, "-m", "ema_cli", "serve", "--data", str(tmp_path / "data"), "--kernel", "compiled"]
@@ -84,6 +85,7 @@ def test_a_server_without_numba_ends_with_one_line_when_it_is_told_to_use_it(tmp
 
 
 @pytest.mark.parametrize("kernel", ["torch", "compiled"])
+@pytest.mark.process
 def test_a_server_says_what_it_computes_with(tmp_path: Path, kernel: str) -> None:
     pytest.importorskip("numba", reason=WITHOUT_NUMBA)
     with ServerProcess(tmp_path / "data", "--kernel", kernel) as server:

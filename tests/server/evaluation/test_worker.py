@@ -7,8 +7,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from ema_server.config import ServerConfig
 from ema_server.evaluation.worker import WORKER, Evaluator
+
+pytestmark = pytest.mark.process
 
 NOWHERE = "http://127.0.0.1:1"
 WAIT_S = 60.0

@@ -18,7 +18,7 @@ from ema_server.http.listener import HttpListenError, HttpServer
 from ema_server.storage.catalog import Version
 from support.served import WAIT_S, Served
 
-pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+pytestmark = [pytest.mark.process, pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")]
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from support.crashing import weights
 from support.oracle import bound, largest_difference, ledger_steps, replay
 from support.server_core import ServerCore, joined, manifest_of, running_core, versions_by_average
 
+pytestmark = pytest.mark.process
+
 _TELLS = ["step 2", "step 4", "rewound to 2", "finished at 7"]
 _STEPS = [[], [1, 2], [1, 2, 3, 4], [1, 2], [1, 2, 7]]  # in the average after each of them
 

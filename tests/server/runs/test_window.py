@@ -193,6 +193,7 @@ def test_a_window_that_does_not_fit_is_refused_with_what_it_needs(
     assert f"need {wide + 200 * _MANIFEST.nbytes} bytes of memory" in answer.text
 
 
+@pytest.mark.process
 def test_a_long_window_is_published_where_few_files_may_be_open(tmp_path: Path) -> None:
     """As in `ema serve`: the limit that programs with select() need is lifted first."""
     script = """

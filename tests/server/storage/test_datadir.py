@@ -29,6 +29,7 @@ def _held_by_another(data: Path) -> Iterator[subprocess.Popen[str]]:
             other.kill()
 
 
+@pytest.mark.process
 def test_a_second_server_is_told_who_has_the_folder(tmp_path: Path) -> None:
     with _held_by_another(tmp_path) as other:
         with pytest.raises(DataDirError, match=f"in use by another server .process {other.pid}.: stop it or choose"):

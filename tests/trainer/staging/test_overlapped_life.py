@@ -156,6 +156,7 @@ def test_a_forked_child_issues_nothing() -> None:
     training.end()
 
 
+@pytest.mark.process
 def test_an_interpreter_that_ends_during_a_copy_ends_cleanly() -> None:
     program = Path(__file__).parents[2] / "support" / "leaving_during_a_copy.py"
 
