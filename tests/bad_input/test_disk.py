@@ -12,9 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 from ema_reader import Reader
-from support.processes import Process, ServerProcess, eventually
+from support.processes import Process, ServerProcess
 from support.small_disk import SmallDiskProcess, can_mount
 from support.toy import Toy, check_version, ledger_steps
+from support.waiting import eventually
 from trainer_client import EmaClient
 
 WAIT_S = 60.0

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -126,11 +125,3 @@ class ServerProcess(Process):
 def _import_path() -> str:
     """The tests' folder, so that children find `support`, then what this process was given."""
     return os.pathsep.join(filter(None, (str(SUPPORT.parent), os.environ.get("PYTHONPATH"))))
-
-
-def eventually(check: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
-    """Wait until `check` holds."""
-    deadline = time.monotonic() + timeout_s
-    while not check():
-        assert time.monotonic() < deadline, f"not in {timeout_s} s: {what}"
-        time.sleep(0.02)

@@ -47,6 +47,7 @@ from ema_server.server import build
 from ema_server.storage.catalog import Version
 from ema_server.tensors.layout import Segment, segments
 from ema_server.tensors.selection import can_be_averaged
+from support.waiting import eventually
 
 WAIT_S = 30.0
 NAMES = {
@@ -214,14 +215,13 @@ class ServerCore:
 
     def settled(self, run: str, done: Callable[[RunStatus], bool]) -> RunStatus:
         """The run's status as soon as `done` says so; every question asked on the way goes through the averager."""
-        deadline = time.monotonic() + WAIT_S
-        while time.monotonic() < deadline:
+
+        def reached() -> RunStatus | None:
             self._ask(lambda reply: Publish("no-such-run", "request", reply))
             status = self.statuses.get(run)
-            if status is not None and done(status):
-                return status
-            time.sleep(0.001)
-        raise AssertionError(f"run {run} did not get there: {self.statuses.get(run)}")
+            return status if status is not None and done(status) else None
+
+        return eventually(reached, f"the status of run {run}", WAIT_S, every_s=0.001)
 
     def load(self, version: Version) -> dict[str, Tensor]:
         """The tensors of a version, by safetensors' own reader."""

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from ema_cli.app import build
 from ema_reader import Reader, Version
 from support.oracle import EPS32
-from support.processes import ServerProcess, eventually
+from support.processes import ServerProcess
 from support.toy import Toy, replay
+from support.waiting import eventually
 from trainer_client import EmaClient
 
 _RULES = (

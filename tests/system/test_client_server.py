@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ema_proto.errors import RejectCode
 from ema_reader import Reader
-from support.processes import Process, ServerProcess, eventually
+from support.processes import Process, ServerProcess
 from support.toy import Toy
+from support.waiting import eventually
 from trainer_client import ConnectError, EmaClient, JoinError, RewindError
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import SUPPORT, Process, ServerProcess, eventually
+from support.processes import SUPPORT, Process, ServerProcess
 from support.toy import check_version
+from support.waiting import eventually
 
 KILLS = 20
 

@@ -19,8 +19,9 @@ from torch import nn
 
 from ema_reader import Reader
 from support.command import ema
-from support.processes import SUPPORT, Process, ServerProcess, eventually
+from support.processes import SUPPORT, Process, ServerProcess
 from support.toy import Toy, check_version, ledger_steps
+from support.waiting import eventually
 from trainer_client import EmaClient
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ema_proto.averages.profiles import gamma_of
 from ema_reader import Reader, Synthesized, Version
 from support.oracle import EPS32, ledger_steps
-from support.processes import ServerProcess, eventually
+from support.processes import ServerProcess
+from support.waiting import eventually
 from trainer_client import EmaClient, PowerEma
 
 _STEPS = 2000

@@ -12,8 +12,9 @@ import pytest
 
 from ema_reader import Reader, Unreachable, Validation
 from support.command import ema
-from support.processes import Process, ServerProcess, eventually
+from support.processes import Process, ServerProcess
 from support.toy import Toy
+from support.waiting import eventually
 from trainer_client import EmaClient
 
 WAIT_S = 60.0

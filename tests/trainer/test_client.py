@@ -18,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from ema_proto.averages.specs import Raw
 from ema_proto.errors import RejectCode
 from support.fake_worker import OfflineClient
-from support.processes import eventually
+from support.waiting import eventually
 from trainer_client import ClientClosed, JoinError, PlanError, RewindError, SettingsError
 
 ENDPOINT = "tcp://127.0.0.1:5555"

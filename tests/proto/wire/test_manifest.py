@@ -152,10 +152,10 @@ def seconds_for(tensors: int) -> float:
     return time.process_time() - started
 
 
-def test_the_work_for_100_000_tensors_grows_with_their_number_not_its_square() -> None:
-    few = max(seconds_for(10_000), 0.02)
+def test_the_work_for_30_000_tensors_grows_with_their_number_not_its_square() -> None:
+    few = max(seconds_for(3_000), 0.006)
 
-    assert seconds_for(100_000) < 40 * few, "ten times the tensors; the square would be a hundred times the work"
+    assert seconds_for(30_000) < 40 * few, "ten times the tensors; the square would be a hundred times the work"
 
 
 def test_the_digest_knows_names_dtypes_shapes_order_and_ties_but_not_roles() -> None:

@@ -19,6 +19,7 @@ from ema_reader.evaluation.worker import EvaluationWorker, Outcome
 from ema_reader.leases import Wanted
 from ema_server.runs.status_store import RunState
 from support.served import WAIT_S, Served, weights
+from support.waiting import eventually
 
 AVERAGES = ["ema-0.9", "raw"]
 
@@ -41,13 +42,6 @@ def in_thread(work: EvaluationWorker) -> tuple[threading.Thread, list[Outcome]]:
     thread = threading.Thread(target=lambda: found.extend(work.outcomes()), daemon=True)
     thread.start()
     return thread, found
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -84,10 +78,10 @@ def test_each_version_is_evaluated_once_while_it_is_the_newest_and_the_final_one
 ) -> None:
     served.publish("digits", 100, AVERAGES)
     thread, found = in_thread(worker(reader))
-    until(lambda: len(found) == 2)
+    eventually(lambda: len(found) == 2, "2 results")
     time.sleep(0.1)
     served.publish("digits", 200, AVERAGES)
-    until(lambda: len(found) == 4)
+    eventually(lambda: len(found) == 4, "4 results")
     served.publish("digits", 300, AVERAGES)
     finish(served, 300)
     thread.join(WAIT_S)
@@ -118,7 +112,7 @@ def test_a_function_that_raises_is_reported_for_that_version_and_the_worker_live
     served.publish("digits", 100, ["raw"])
     work = worker(reader, fails_at_100)
     thread, found = in_thread(work)
-    until(lambda: len(found) == 1)
+    eventually(lambda: len(found) == 1, "1 results")
     served.publish("digits", 200, ["raw"])
     served.show("digits", 200, ["raw"], RunState.FINISHED)
     thread.join(WAIT_S)
@@ -185,8 +179,8 @@ def test_a_server_that_goes_away_is_waited_for_and_said_once(served: Served, cap
     with served.listening() as url:
         reader = Reader(url)
         thread, found = in_thread(worker(reader))
-        until(lambda: len(found) == 1)
-    until(lambda: "waiting for it" in caplog.text)
+        eventually(lambda: len(found) == 1, "1 results")
+    eventually(lambda: "waiting for it" in caplog.text, "the worker waits for the server")
     with served.listening(int(url.rsplit(":", 1)[1])):
         served.publish("digits", 200, ["raw"])
         served.show("digits", 200, ["raw"], RunState.FINISHED)

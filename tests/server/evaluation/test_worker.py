@@ -11,6 +11,7 @@ import pytest
 
 from ema_server.config import ServerConfig
 from ema_server.evaluation.worker import WORKER, Evaluator
+from support.waiting import eventually
 
 pytestmark = pytest.mark.process
 
@@ -19,9 +20,7 @@ WAIT_S = 60.0
 
 
 async def until(check: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not check():
-            await asyncio.sleep(0.01)
+    await asyncio.to_thread(eventually, check, "the state of the evaluator", WAIT_S)
 
 
 def test_a_worker_that_ends_at_once_is_started_again_after_twice_the_pause_each_time() -> None:

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from ema_proto.wire.messages import Mode
 from support.fake_worker import FakeWorker
-from support.processes import eventually
 from support.snapshots import decode
+from support.waiting import eventually
 from trainer_client import EmaClient
 from trainer_client.model.plan import Plan
 from trainer_client.settings import Settings

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from support.device_training import Training, opened
-from support.processes import eventually
+from support.waiting import eventually
 from trainer_client import RewindError
 from trainer_client.staging.overlapped import OverlappedStager
 

@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 from support.device_training import Carrying, RecordingWorker, Stamping, Training, client_on, stamp
 from support.fake_device import FakeDevice, FakeStream
-from support.processes import eventually
+from support.waiting import eventually
 from trainer_client import EmaClient
 from trainer_client.staging import transfer
 
