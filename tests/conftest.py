@@ -51,4 +51,4 @@ def _processes_are_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         pytest.fail(f"{request.node.nodeid} starts a process: mark it with pytest.mark.process")
 
-    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(subprocess.Popen, "_execute_child", refuse)

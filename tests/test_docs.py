@@ -119,6 +119,7 @@ def test_every_error_code_is_in_the_reference() -> None:
     assert _named(reference.error_codes()) == [code.value[0] for code in Code]
 
 
+@pytest.mark.process
 def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:
     served = Served(tmp_path)
     served.publish("run", 3)
