@@ -127,9 +127,11 @@ def build(
         deriving = Deriving(DerivedStore(data_dir, catalog), ring, stopping)
         undo.callback(deriving.stop)
         publisher = Publisher(
-            data_dir, catalog, keep_generations=config.keep_generations, telemetry=telemetry, ring=ring, wall=wall
+            data_dir, catalog, keep_generations=config.keep_generations, telemetry=telemetry, ring=ring
         )
-        averager = Averager(config, catalog, publisher, statuses, telemetry, device=device, clock=clock)
+        averager = Averager(
+            config, data_dir, catalog, publisher, ring, statuses, telemetry, device=device, clock=clock, wall=wall
+        )
         ingest = Ingest(config, averager, telemetry)
         undo.callback(ingest.stop, INGEST_STOP_S)
         validations = Validations(catalog, statuses, metrics)

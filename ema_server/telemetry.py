@@ -45,6 +45,11 @@ class Telemetry:
         self.generation_failures = Counter(
             "ema_generation_failures", "Generations that could not be written", registry=registry
         )
+        self.internal_errors = Counter(
+            "ema_internal_errors",
+            "Unexpected errors of the averager and the publisher, each with a traceback in the log",
+            registry=registry,
+        )
         self.http_requests = Counter("ema_http_requests", "HTTP responses", ["route", "code"], registry=registry)
         self._clock = clock
         self._lock = threading.Lock()

@@ -1,15 +1,13 @@
-"""The one thread that writes averages.
+"""The averager thread, the only writer of averages: it takes jobs from ingest and HTTP, one after another.
 
-- `active_run`: what is under way for one run besides its averages
-- `active_runs`: the runs in memory, and what the status store shows of all runs
-- `apply`: snapshots into averages, or into quarantine
-- `averager`: the averager thread
+- `averager`: the thread: its loop, which function carries out which job, and what an unexpected error does
+- `jobs`: the jobs, their answers, and the queue
+- `active_run`: one run in memory, and the state machine that publishes it
+- `active_runs`: all runs in memory, the jobs that wait for them, and their statuses
+- `apply`: applies a snapshot to the averages, or quarantines it
+- `join_policy`: decides what a JOIN leads to
+- `join`: carries that decision out
+- `rewind`: takes a run back to an older generation
 - `change`: adds averages to a run that streams, and removes them
-- `inbox`: jobs waiting for the averager
-- `jobs`: what the ingest side and HTTP ask of the averager, and what it answers
-- `join`: lets trainers in
-- `join_policy`: what a JOIN leads to
-- `publish`: how a run's state becomes a generation
-- `schedule`: when a run is due for a generation that nobody asked for
-- `status`: builds the status of a run in memory, and of one that is only on disk
+- `status`: the status of an average, and of a run that is only on disk
 """

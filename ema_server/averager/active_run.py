@@ -1,124 +1,354 @@
-"""What is under way for one run besides its averages: session, generations in the making, jobs that wait. Values only.
+"""A run in memory with a session: its status, its schedule, and the state machine that publishes it.
 
-It is the averager's bookkeeping and has its thread alone.
+Only the averager's thread uses it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from enum import Enum, auto
 
-from ema_server.averager.jobs import Durable, Failed, Job, Reason
-from ema_server.publishing.publisher import PublishResult, SealOrder
-from ema_server.publishing.writer import GenerationWriter
-from ema_server.runs.rate import Rate
+from ema_proto.averages.rules import PowerEma
+from ema_server.averager.jobs import Durable, Failed, JobQueue, Outcome, Reason
+from ema_server.averager.status import average_status
+from ema_server.compute.device import Device
+from ema_server.compute.pool import WorkerPool
+from ema_server.config import ServerConfig
+from ema_server.publishing.commit import Content
+from ema_server.publishing.publisher import CommitOrder, LinkOrder, Publisher, PublishResult
+from ema_server.publishing.ring import Ring
+from ema_server.publishing.writer import DraftAverage, GenerationWriter
 from ema_server.runs.run import Run
-from ema_server.runs.status_store import NonFiniteBuffers, Quarantine, RunState
-from ema_server.storage.catalog import Generation
+from ema_server.runs.status_store import NonFiniteBuffers, Quarantine, RunState, RunStatus, StatusStore
+from ema_server.storage.catalog import Catalog, Generation
+from ema_server.storage.datadir import DataDir
+from ema_server.storage.generation import AVERAGES_FOLDER, WINDOWS_FOLDER
+from ema_server.storage.records import GenerationInfo, RunRecord, rfc3339
+from ema_server.telemetry import Telemetry
 
-Outcome: TypeAlias = Durable | Failed
+FIRST_S = 10.0  # a run's first generation comes this early: a trainer can go back to nothing earlier
+RETRY_AFTER_S = 10.0  # time to make room on a full disk, while little is lost
+
+_RATE_SAMPLES = 64
+
+logger = logging.getLogger("ema")
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the runs share. `clock` gives monotonic seconds, `wall` seconds since the epoch.
+
+    `announce(run, step)` is called for every generation that becomes durable.
+    """
+
+    config: ServerConfig
+    data_dir: DataDir
+    catalog: Catalog
+    ring: Ring
+    publisher: Publisher
+    statuses: StatusStore
+    telemetry: Telemetry
+    device: Device
+    pool: WorkerPool
+    queue: JobQueue
+    clock: Callable[[], float]
+    wall: Callable[[], float]
+    announce: Callable[[str, int], None]
+
+    def now(self) -> str:
+        """The time in RFC 3339."""
+        return rfc3339(self.wall())
+
+
+class Phase(Enum):
+    """Where a run is on the way to its next generation."""
+
+    IDLE = auto()  # no generation is in progress
+    DRAFTING = auto()  # a draft is open, which the next pass over the averages writes
+    COMMITTING = auto()  # the publisher makes it durable
+    REWINDING = auto()  # the publisher makes an older generation the newest; the run's jobs wait
 
 
 @dataclass(frozen=True, slots=True)
 class PublishRequest:
-    """Someone wants the run durable as it stands, and is told."""
+    """Someone needs the run as it stands to be durable. `reply` is called on the averager's thread."""
 
     reason: Reason
-    then: Callable[[Outcome], None]
-
-    @property
-    def pins(self) -> bool:
-        """Whether the generation is kept beyond the newest ones."""
-        return self.reason == "checkpoint"
-
-    @property
-    def finishes(self) -> bool:
-        """Whether the generation is the run's last."""
-        return self.reason == "finish"
+    reply: Callable[[Outcome], None] = lambda outcome: None
 
 
 @dataclass(frozen=True, slots=True)
 class PendingGeneration:
-    """A generation that the publisher is working on.
+    """A generation that is drafted or committed: its order, the run's mark that it holds, and who waits for it."""
 
-    `mark` is the run's as it holds it, None for an older generation made the newest;
-    `land` is called with how it ended.
-    """
+    order: CommitOrder | LinkOrder
+    mark: tuple[int, int]
+    adds_versions: bool
+    requests: list[PublishRequest]
 
-    mark: tuple[int, int] | None
-    pinned: bool
-    finished: bool
-    land: Callable[[PublishResult], None]
-    wants: list[PublishRequest]
+    def covers(self, request: PublishRequest, mark: tuple[int, int]) -> bool:
+        """Whether this generation is also what `request` asks for, of a run with this mark."""
+        info = self.order.info
+        is_pinned = info.pinned or request.reason != "checkpoint"
+        return self.mark == mark and is_pinned and (info.finished or request.reason != "finish")
 
 
 @dataclass(frozen=True, slots=True)
-class OpenDraft:
-    """A draft that the next snapshot's pass writes, and the order to give afterwards."""
+class PendingRewind:
+    """The rewind to `step` or before. `done` is called with None, or with why it failed.
 
-    draft: GenerationWriter
-    order: SealOrder
+    `is_loaded`: the run's memory is that of the older generation already.
+    """
+
+    step: int
+    is_loaded: bool
+    done: Callable[[Failed | None], None]
+
+
+class Rate:
+    """Mean steps per second over the newest 64 snapshots."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_SAMPLES)
+
+    def add(self, now: float, step: int) -> None:
+        """A snapshot of `step` was applied at `now` seconds."""
+        self._samples.append((now, step))
+
+    def reset(self) -> None:
+        """Start over."""
+        self._samples.clear()
+
+    def steps_per_second(self) -> float | None:
+        """The rate, None before there are two samples."""
+        if len(self._samples) < 2:
+            return None
+        (first_at, first_step), (last_at, last_step) = self._samples[0], self._samples[-1]
+        return (last_step - first_step) / (last_at - first_at) if last_at > first_at else None
 
 
 @dataclass(slots=True)
 class ActiveRun:
-    """One run's course in the averager.
+    """A run in memory.
 
-    `session` counts joins, so that an answer to an earlier one is known as such. While `held` is not empty, or
-    `barrier` is set, every further job of the run is held too, in order. `refused` counts the snapshots quarantined
-    since the last applied one.
+    `session` counts joins, so that an answer meant for an earlier one can be recognized. `departed`: the session is
+    over. `refused` counts the snapshots quarantined since the last applied one. `failure` is the internal error after
+    which the averages can no longer be trusted. `saved` is the run's mark that `generation`, the newest one, holds.
     """
 
-    name: str
+    resources: Resources
+    run: Run
     next_seq: int
+    generation: Generation | None
+    saved: tuple[int, int]
     begun_at: float
-    rate: Rate
-    run: Run | None = None
+    begun_step: int
+    rate: Rate = field(default_factory=Rate)
     state: RunState = RunState.WAITING
     session: int = 0
     departed: bool = False
-    generation: Generation | None = None
-    saved: tuple[int, int] = (0, 0)
-    begun_step: int = 0
-    airborne: PendingGeneration | None = None
-    boarding: OpenDraft | None = None
-    waiting: list[PublishRequest] = field(default_factory=list)
-    held: deque[Job] = field(default_factory=deque)
-    barrier: bool = False
-    publish_error: str | None = None
-    retry_at: float = 0.0
     quarantine: Quarantine | None = None
     refused: int = 0
     nonfinite_buffers: NonFiniteBuffers | None = None
+    failure: str | None = None
+    phase: Phase = Phase.IDLE
+    pending: PendingGeneration | None = None
+    rewind: PendingRewind | None = None
+    requests: list[PublishRequest] = field(default_factory=list)
+    publish_error: str | None = None
+    retry_at: float = 0.0
 
     @property
-    def last_step(self) -> int | None:
-        """The last step applied in memory, None without any."""
-        return self.run.last_step if self.run is not None else None
+    def name(self) -> str:
+        """The run's name."""
+        return self.run.name
 
     @property
-    def published_step(self) -> int | None:
-        """The step of the newest generation, None without any."""
-        return self.generation.step if self.generation is not None else None
+    def is_idle(self) -> bool:
+        """Whether no generation is in progress."""
+        return self.phase is Phase.IDLE
 
     @property
     def is_changed(self) -> bool:
-        """Whether memory holds more than the newest generation."""
-        return self.run is not None and self.run.mark != self.saved
+        """Whether memory holds more than the newest generation, and may be published."""
+        return self.failure is None and self.run.mark != self.saved
+
+    # The state machine. IDLE -> publish -> DRAFTING -> commit_draft -> COMMITTING -> on_published -> IDLE. A generation
+    # that adds no snapshot links the files of the newest one: it goes from IDLE to COMMITTING. A rewind goes from IDLE
+    # to REWINDING and back.
+
+    def publish(self, request: PublishRequest) -> None:
+        """Answer `request` once the run as it stands is durable."""
+        if self.run.last_step is None:
+            request.reply(Durable(None, (), new=False))
+        elif self.pending is not None and self.pending.covers(request, self.run.mark):
+            self.pending.requests.append(request)
+        else:
+            self.requests.append(request)
+            if self.is_idle:
+                self._begin(self.run.last_step)
 
     @property
-    def has_news(self) -> bool:
-        """Whether memory holds snapshots that the newest generation does not."""
-        return self.run is not None and self.run.applied != self.saved[0]
+    def draft(self) -> GenerationWriter | None:
+        """The open draft, which the next pass over the averages writes."""
+        order = self.pending.order if self.pending is not None and self.phase is Phase.DRAFTING else None
+        return order.draft if isinstance(order, CommitOrder) else None
 
-    @property
-    def is_quiet(self) -> bool:
-        """Whether no generation is in the making."""
-        return self.airborne is None and self.boarding is None
+    def write_draft(self) -> None:
+        """Write an open draft now, without a snapshot."""
+        draft = self.draft
+        if draft is not None:
+            forms = [holding.form for holding in self.run.holdings]
+            self.resources.pool.write(self.run.segments, forms, draft)
+            self.commit_draft()
 
-    def take_seq(self) -> int:
-        """The number of the next generation; none is given twice."""
+    def commit_draft(self) -> None:
+        """Hand an open draft, which a pass has written, to the publisher."""
+        if self.pending is not None and self.phase is Phase.DRAFTING:
+            self.phase = Phase.COMMITTING
+            self.resources.publisher.submit(self.pending.order)
+
+    def on_published(self, result: PublishResult) -> None:
+        """Take the publisher's result, answer who waits for it, and begin the next generation if one is requested."""
+        pending, self.pending, self.phase = self.pending, None, Phase.IDLE
+        if pending is None:
+            return
+        outcome: Outcome
+        if result.generation is None:
+            self.publish_error, self.retry_at = result.error, self.resources.clock() + RETRY_AFTER_S
+            outcome = Failed(result.error)
+            if result.broken:
+                self.generation = None  # its files cannot be linked again: the next one is written from memory
+            self.show()
+        else:
+            self.generation, self.saved, self.publish_error = result.generation, pending.mark, None
+            step, versions = result.generation.step, result.generation.versions
+            logger.info("run %s: step %d is published (%s)", self.name, step, pending.order.info.reason)
+            outcome = Durable(step, versions, new=pending.adds_versions)
+            self.show()
+            self.resources.announce(self.name, step)
+        _answer(pending.requests, outcome)
+        if self.requests and self.is_idle and self.run.last_step is not None:
+            self._begin(self.run.last_step)
+
+    def begin_rewind(self, source: Generation, record: RunRecord, rewind: PendingRewind) -> None:
+        """Have the publisher make `source` the newest generation, recorded as `record`. The run must be idle."""
+        self.phase, self.rewind = Phase.REWINDING, rewind
+        info = self._info("rewind", pinned=source.pinned, finished=False)
+        self.resources.publisher.submit(LinkOrder(self.name, info, source, record, verified=rewind.is_loaded))
+
+    def fail(self, text: str) -> None:
+        """Publish nothing more of it: its averages may be half updated. Everyone who waits gets the text.
+
+        What the publisher has already been given was written before, and becomes durable.
+        """
+        self.failure, self.departed = text, True
+        waiting, self.requests = self.requests, []
+        if self.pending is not None and self.draft is not None:
+            waiting = [*self.pending.requests, *waiting]
+            self.draft.discard()
+            self.phase, self.pending = Phase.IDLE, None
+        _answer(waiting, Failed(text))
+        rewind, self.rewind = self.rewind, None
+        if rewind is not None:
+            rewind.done(Failed(text))
+
+    def due_reason(self, now: float) -> Reason | None:
+        """Why the schedule asks for a generation at `now` (monotonic seconds); None while it does not."""
+        config, last_step = self.resources.config, self.run.last_step
+        if last_step is None or not self.is_changed or not self.is_idle:
+            return None
+        if self.publish_error is not None and now < self.retry_at:
+            return None
+        every_s = config.publish_every_seconds if self.generation else min(config.publish_every_seconds, FIRST_S)
+        every_steps, ring_at = config.publish_every_steps, self._ring_due_at()
+        is_due = (
+            self.publish_error is not None
+            or self.departed
+            or (every_s and now - self.begun_at >= every_s)
+            or (every_steps and last_step - self.begun_step >= every_steps)
+            or (ring_at is not None and last_step >= ring_at)
+        )
+        return "schedule" if is_due else None
+
+    def show(self) -> None:
+        """Put the run's status into the status store."""
+        self.resources.statuses.set(self.status())
+
+    def status(self) -> RunStatus:
+        """The run as it is in memory."""
+        run = self.run
+        return RunStatus(
+            run=run.name,
+            state=self.state,
+            created=run.created,
+            step=run.last_step,
+            published_step=self.generation.step if self.generation is not None else None,
+            first_step=run.first_step,
+            every=run.every,
+            steps_per_second=self.rate.steps_per_second() if self.state is RunState.ACTIVE else None,
+            applied=run.applied,
+            gap_steps=run.gap_steps + run.open_gap,
+            quarantined=run.quarantined,
+            quarantine=self.quarantine,
+            nonfinite_buffers=self.nonfinite_buffers,
+            exempt=tuple(sorted(run.exempt)),
+            tensors=len(run.manifest.tensors),
+            snapshot_bytes=run.manifest.nbytes,
+            memory_bytes=run.memory_bytes,
+            publish_error=self.publish_error,
+            averages=tuple(average_status(a, a.rule, a.ledger, run.step_units, run.open_gap) for a in run.averages),
+        )
+
+    def _begin(self, step: int) -> None:
+        requests, self.requests = self.requests, []
+        reasons = {request.reason for request in requests}
+        pinned, finished = "checkpoint" in reasons, "finish" in reasons
+        newest = self.generation
+        if newest is None or self.run.applied != self.saved[0]:
+            self._open_draft(step, self._info(requests[0].reason, pinned=pinned, finished=finished), requests)
+        elif self.is_changed or (pinned and not newest.pinned) or (finished and not newest.finished):
+            info = self._info(requests[0].reason, pinned=pinned, finished=finished)
+            order = LinkOrder(self.name, info, newest, self.run.record(step), verified=True)
+            self.pending = PendingGeneration(order, self.run.mark, False, requests)
+            self.phase = Phase.COMMITTING
+            self.resources.publisher.submit(order)
+        else:
+            _answer(requests, Durable(newest.step, newest.versions, new=False))
+
+    def _open_draft(self, step: int, info: GenerationInfo, requests: list[PublishRequest]) -> None:
+        run = self.run
+        folder = self.resources.data_dir.temporary(run.name, f"{info.seq:08d}")
+        averages = (
+            DraftAverage(
+                folder / (WINDOWS_FOLDER if holding.is_snapshot else AVERAGES_FOLDER) / average.rule.name,
+                holding.memory,
+                holding.files,
+            )
+            for average in run.averages
+            for holding in average.holdings
+        )
+        content = Content(run.record(step), run.manifest, run.config)
+        order = CommitOrder(run.name, info, GenerationWriter(folder, tuple(averages)), content)
+        self.pending, self.phase = PendingGeneration(order, run.mark, True, requests), Phase.DRAFTING
+        self.begun_at, self.begun_step = self.resources.clock(), step
+        if not self.resources.queue.snapshot_is_next(run.name):
+            self.write_draft()
+
+    def _info(self, reason: Reason, *, pinned: bool, finished: bool) -> GenerationInfo:
+        """Describe the next generation; its number is used once."""
         self.next_seq += 1
-        return self.next_seq - 1
+        return GenerationInfo(self.next_seq - 1, self.resources.now(), reason, pinned, finished)
+
+    def _ring_due_at(self) -> int | None:
+        if not any(isinstance(average.rule, PowerEma) for average in self.run.averages):
+            return None
+        return self.resources.ring.due_at(self.name, self.begun_step)
+
+
+def _answer(requests: list[PublishRequest], outcome: Outcome) -> None:
+    for request in requests:
+        request.reply(outcome)

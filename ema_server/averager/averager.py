@@ -1,7 +1,7 @@
 """The averager thread: the only writer of averages and of the status store.
 
-It takes one job after another, and between them begins what the schedule asks for. It knows no sockets and no HTTP, and
-writes files only through the pool's pass.
+It carries out one job after another, and in between begins the generations that the schedule asks for. It writes files
+only through the pool's pass over the averages.
 """
 
 from __future__ import annotations
@@ -9,41 +9,48 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
-from ema_proto.averages.rules import PowerEma
-from ema_server.averager.active_run import ActiveRun, Outcome, PublishRequest
+from ema_server.averager.active_run import ActiveRun, PublishRequest, Resources
 from ema_server.averager.active_runs import ActiveRuns
-from ema_server.averager.apply import SnapshotApplier
-from ema_server.averager.change import AverageEditor
-from ema_server.averager.inbox import Inbox, Item, PublishDone, Stop
+from ema_server.averager.apply import apply
+from ema_server.averager.change import add_average, remove_average
 from ema_server.averager.jobs import (
     AddAverage,
     Apply,
     Durable,
     Failed,
     Finish,
+    Item,
     Job,
+    JobQueue,
     Join,
     Leave,
+    Outcome,
     Publish,
-    Quarantined,
+    PublishDone,
     RemoveAverage,
+    Reply,
     Rewind,
-    Unchanged,
+    Stop,
     WhyNot,
+    refuse,
 )
-from ema_server.averager.join import JoinHandler
-from ema_server.averager.publish import Publications
-from ema_server.averager.schedule import is_due
+from ema_server.averager.join import join
+from ema_server.averager.rewind import end_rewind, rewind
 from ema_server.compute.cuda import unusable
 from ema_server.compute.device import HOST, Device
 from ema_server.compute.kernel_choice import choose
 from ema_server.compute.pool import WorkerPool
 from ema_server.config import ServerConfig
 from ema_server.publishing.publisher import Publisher
+from ema_server.publishing.ring import Ring
 from ema_server.runs.status_store import RunState, StatusStore
 from ema_server.storage.catalog import Catalog
+from ema_server.storage.datadir import DataDir
 from ema_server.telemetry import Telemetry
 
 THREAD_NAME = "averager"
@@ -58,48 +65,66 @@ class Averager:
     """Keeps the averages of all runs.
 
     Args:
-        config: the schedule.
+        config: the schedule, and the kernel to compute with.
+        data_dir: the data folder.
         catalog: filled from the disk at `start`.
         publisher: started and stopped with the averager.
+        ring: its cadence is part of the schedule.
         statuses: where statuses are shown.
-        telemetry: where to count.
+        telemetry: counts updates and errors.
         device: where the averages are kept.
         clock: monotonic seconds.
+        wall: seconds since the epoch.
 
     Raises:
-        KernelUnavailableError: the kernel that is asked for cannot be had; the text says why.
+        KernelUnavailableError: the kernel that is asked for is not available; the text says why.
         DeviceError: the device has no room to compute with.
     """
 
     def __init__(
         self,
         config: ServerConfig,
+        data_dir: DataDir,
         catalog: Catalog,
         publisher: Publisher,
+        ring: Ring,
         statuses: StatusStore,
         telemetry: Telemetry,
         *,
         device: Device = HOST,
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
         self._telemetry = telemetry
+        self._device = device
         self._clock = clock
-        self._inbox = Inbox()
         self._publisher = publisher
+        self._queue = JobQueue()
         self._listeners: list[Callable[[str, int], None]] = []
         arithmetic = choose(config.kernel, device.torch_device)
-        self._device = device
+        self.kernel = arithmetic.name
         try:
-            self._crew = WorkerPool(device.workers, device.block_elements, device, arithmetic)
+            self._pool = WorkerPool(device.workers, device.block_elements, device, arithmetic)
         except (RuntimeError, MemoryError) as error:
             raise unusable(device.name, error) from None
-        self.kernel = arithmetic.name
-        self._courses = ActiveRuns(catalog, statuses, publisher, clock)
-        self._flights = Publications(publisher, self._inbox, self._crew, clock, self._courses.show, self._announce)
-        self._admission = JoinHandler(self._courses, self._flights, device)
-        self._changing = AverageEditor(self._courses, self._flights, device)
-        self._applying = SnapshotApplier(self._courses, self._flights, self._crew, telemetry)
+        self._runs = ActiveRuns(
+            Resources(
+                config=config,
+                data_dir=data_dir,
+                catalog=catalog,
+                ring=ring,
+                publisher=publisher,
+                statuses=statuses,
+                telemetry=telemetry,
+                device=device,
+                pool=self._pool,
+                queue=self._queue,
+                clock=clock,
+                wall=wall,
+                announce=self._announce,
+            )
+        )
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
         self._deadline = 0.0
 
@@ -117,167 +142,181 @@ class Averager:
         Raises:
             OSError: the data folder cannot be read.
         """
-        self._courses.restore()
-        self._publisher.start()
+        self._runs.restore()
+        self._publisher.start(lambda run, result: self._queue.put(PublishDone(run, result)))
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Any thread; never blocks."""
-        self._inbox.put(job)
+        """Queue a job. Any thread; never blocks. Its `reply` is called once, on the averager's thread."""
+        if isinstance(job, Leave):
+            self._queue.put(job)
+        else:
+            reply: Reply[Any] = Reply(job.reply, self._telemetry.internal_errors.inc)
+            self._queue.put(replace(job, reply=reply))
 
     def stop(self, timeout_s: float) -> bool:
         """Publish every changed run and end both threads; returns whether all of that was done in time."""
         self._deadline = self._clock() + timeout_s
-        self._inbox.put(Stop())
+        self._queue.put(Stop())
         self._thread.join(timeout_s)
         left_s = max(self._deadline - self._clock(), 0.0)
         in_time = self._publisher.stop(left_s) and not self._thread.is_alive()
-        return in_time and not any(course.is_changed for course in self._courses.all())
+        return in_time and not any(active.is_changed for active in self._runs.all())
 
     def _work(self) -> None:
         tick_s = max(min(_TICK_S, self._config.publish_every_seconds or _TICK_S), _TICK_S_MIN)
         while True:
             self._telemetry.beat(THREAD_NAME)
-            self._telemetry.inbox_jobs.set(len(self._inbox))
-            item = self._inbox.take(tick_s)
+            self._telemetry.inbox_jobs.set(len(self._queue))
+            item = self._queue.take(tick_s)
             if isinstance(item, Stop):
                 break
             if item is not None:
                 self._take(item)
             self._publish_due()
         self._publish_all()
-        self._crew.close()
+        self._pool.close()
 
-    def _take(self, item: Item) -> None:
-        if isinstance(item, Stop):
-            return
-        course = self._courses.get(item.run)
+    def _take(self, item: Job | PublishDone) -> None:
         if isinstance(item, PublishDone):
-            if course is not None:
-                self._flights.land(course, item.landed)
-                self._release(course)
-        elif course is not None and (course.held or course.barrier):
-            course.held.append(item)
-        else:
-            self._carry_out(course, item)
-        self._settle(item.run)
-
-    def _release(self, course: ActiveRun) -> None:
-        """Carry out the jobs that were held, until one of them is held again."""
-        while course.held and not course.barrier:
-            job = course.held.popleft()
-            self._carry_out(course, job)
-            if course.held and course.held[0] is job:
-                return
-            course = self._courses.get(job.run) or course
-
-    def _settle(self, name: str) -> None:
-        course = self._courses.get(name)
-        if course is not None:
-            self._courses.settle(course)
-        if self._courses.get(name) is None:
+            with self._contained(item.run):
+                self._on_published(item)
+            self._runs.settle(item.run)
+            for job in self._runs.released(item.run):
+                self._carry_out(job)
+        elif not self._runs.hold_if_busy(item):
+            self._carry_out(item)
+        self._runs.settle(item.run)
+        if self._runs.get(item.run) is None:
             self._device.trim()
 
-    def _carry_out(self, course: ActiveRun | None, job: Job) -> None:
-        if course is not None and not isinstance(job, Apply | Publish):
-            self._flights.write_alone(course)  # what follows may change the run, or ask for it to stand still
+    def _on_published(self, done: PublishDone) -> None:
+        active = self._runs.get(done.run)
+        if active is None:
+            return
+        if active.rewind is not None:
+            end_rewind(self._runs, active, active.rewind, done.result)
+        else:
+            active.on_published(done.result)
+
+    def _carry_out(self, job: Job) -> None:
+        with self._contained(job.run, job):
+            self._dispatch(job)
+
+    @contextmanager
+    def _contained(self, run: str, job: Job | None = None) -> Iterator[None]:
+        """Confine an unexpected error to its run and its job: other runs go on, and so does the thread."""
+        try:
+            yield
+        except Exception as error:
+            self._telemetry.internal_errors.inc()
+            logger.exception("run %s: internal error: the run is taken out of memory", run)
+            text = f"internal error of the server, its log says more: {error!r}; join run {run!r} again to go on"
+            active = self._runs.get(run)
+            if active is not None:
+                self._runs.fail(active, text)
+            if job is not None:
+                refuse(job, text)
+
+    def _dispatch(self, job: Job) -> None:
+        if isinstance(job, Join):
+            self._write_draft(job.run)
+            join(self._runs, job)
+            return
+        active = self._runs.get(job.run)
+        if active is None:
+            self._answer_from_disk(job)
+            return
+        if not isinstance(job, Apply | Publish):
+            active.write_draft()  # what follows may change the run, or need it idle
         match job:
-            case Join():
-                self._admission.join(job)
             case Apply():
-                self._apply(course, job)
+                apply(active, job)
             case Publish():
-                self._publish(course, job)
+                active.publish(PublishRequest(job.reason, job.reply))
             case Rewind():
-                self._rewind(course, job)
+                rewind(self._runs, active, job)
             case Finish():
-                self._finish(course, job)
+                _finish(active, job)
             case Leave():
-                self._leave(course, job)
-            case AddAverage() | RemoveAverage():
-                self._change(course, job)
+                _leave(active, job)
+            case AddAverage() | RemoveAverage() if active.departed:
+                refuse(job, _not_streaming(job), WhyNot.NOT_STREAMING)
+            case AddAverage():
+                add_average(active, job)
+            case RemoveAverage():
+                remove_average(active, job)
 
-    def _apply(self, course: ActiveRun | None, job: Apply) -> None:
-        if course is None or course.run is None:
-            job.reply(Quarantined(job.step, f"run {job.run!r} is not in memory: join it again"))
+    def _write_draft(self, run: str) -> None:
+        active = self._runs.get(run)
+        if active is not None:
+            active.write_draft()
+
+    def _answer_from_disk(self, job: Job) -> None:
+        """Answer a job of a run that is not in memory."""
+        if isinstance(job, Publish):
+            newest = next(iter(self._runs.resources.catalog.generations(job.run)), None)
+            if newest is None:
+                job.reply(Failed(f"run {job.run!r} is not known"))
+            else:
+                job.reply(Durable(newest.step, newest.versions, new=False))
+        elif isinstance(job, AddAverage | RemoveAverage):
+            refuse(job, _not_streaming(job), WhyNot.NOT_STREAMING)
         else:
-            self._applying.apply(course, course.run, job, self._clock())
-
-    def _publish(self, course: ActiveRun | None, job: Publish) -> None:
-        if course is not None and course.run is not None:
-            self._flights.publish(course, PublishRequest(job.reason, job.reply))
-            return
-        newest = next(iter(self._courses.catalog.generations(job.run)), None)
-        if newest is None:
-            job.reply(Failed(f"run {job.run!r} is not known"))
-        else:
-            job.reply(Durable(newest.step, newest.versions, new=False))
-
-    def _rewind(self, course: ActiveRun | None, job: Rewind) -> None:
-        if course is None or course.run is None:
-            job.reply(Failed(f"run {job.run!r} is not in memory: join it first"))
-        else:
-            self._admission.rewind(course, course.run, job)
-
-    def _finish(self, course: ActiveRun | None, job: Finish) -> None:
-        if course is None or course.run is None:
-            job.reply(Failed(f"run {job.run!r} is not in memory: join it first"))
-            return
-        session = course.session
-
-        def finished(outcome: Outcome) -> None:
-            if isinstance(outcome, Durable) and course.session == session:
-                course.state, course.departed = RunState.FINISHED, True
-                self._courses.show(course)
-            job.reply(outcome)
-
-        self._flights.publish(course, PublishRequest("finish", finished))
-
-    def _leave(self, course: ActiveRun | None, job: Leave) -> None:
-        if course is None or course.run is None or course.departed:
-            return
-        course.state, course.departed = RunState.LOST if job.lost else RunState.WAITING, True
-        self._courses.show(course)
-        if course.is_changed:
-            self._flights.publish(course, PublishRequest("lost" if job.lost else "leave", lambda _: None))
-
-    def _change(self, course: ActiveRun | None, job: AddAverage | RemoveAverage) -> None:
-        if course is None or course.run is None or course.departed:
-            text = f"run {job.run!r} has no trainer: its averages are changed while one streams"
-            job.reply(Unchanged(WhyNot.NOT_STREAMING, text))
-        elif isinstance(job, AddAverage):
-            self._changing.add(course, course.run, job)
-        else:
-            self._changing.remove(course, course.run, job)
+            refuse(job, f"run {job.run!r} is not in memory: join it again")
 
     def _publish_due(self) -> None:
         now = self._clock()
-        for course in self._courses.all():
-            reason = is_due(course, self._config, now, self._ring_due_at(course))
-            if reason is not None:
-                self._flights.publish(course, PublishRequest(reason, lambda _: None))
-
-    def _ring_due_at(self, course: ActiveRun) -> int | None:
-        rules = () if course.run is None else (average.rule for average in course.run.averages)
-        if not any(isinstance(rule, PowerEma) for rule in rules):
-            return None
-        return self._publisher.ring.due_at(course.name, course.begun_step)
+        for active in self._runs.all():
+            with self._contained(active.name):
+                reason = active.due_reason(now)
+                if reason is not None:
+                    active.publish(PublishRequest(reason))
 
     def _publish_all(self) -> None:
-        """Make everything durable once, then wait for it until the deadline."""
-        wanted: set[str] = set()
+        """Make every run durable once, and wait for it until the deadline."""
+        requested: set[str] = set()
         while self._clock() < self._deadline:
-            for course in self._courses.all():
-                self._flights.write_alone(course)
-                if course.is_quiet and course.is_changed and course.name not in wanted:
-                    wanted.add(course.name)
-                    self._flights.publish(course, PublishRequest("shutdown", lambda _: None))
-            if all(course.is_quiet for course in self._courses.all()):
+            for active in self._runs.all():
+                with self._contained(active.name):
+                    self._publish_last(active, requested)
+            if all(active.is_idle for active in self._runs.all()):
                 return
-            item = self._inbox.take(min(_TICK_S, max(self._deadline - self._clock(), 0.0)))
+            item: Item | None = self._queue.take(min(_TICK_S, max(self._deadline - self._clock(), 0.0)))
             if isinstance(item, PublishDone):
                 self._take(item)
+
+    def _publish_last(self, active: ActiveRun, requested: set[str]) -> None:
+        active.write_draft()
+        if active.is_idle and active.is_changed and active.name not in requested:
+            requested.add(active.name)
+            active.publish(PublishRequest("shutdown"))
 
     def _announce(self, run: str, step: int) -> None:
         for listener in self._listeners:
             listener(run, step)
+
+
+def _finish(active: ActiveRun, job: Finish) -> None:
+    session = active.session
+
+    def on_published(outcome: Outcome) -> None:
+        if isinstance(outcome, Durable) and active.session == session:
+            active.state, active.departed = RunState.FINISHED, True
+            active.show()
+        job.reply(outcome)
+
+    active.publish(PublishRequest("finish", on_published))
+
+
+def _leave(active: ActiveRun, job: Leave) -> None:
+    if active.departed:
+        return
+    active.state, active.departed = RunState.LOST if job.lost else RunState.WAITING, True
+    active.show()
+    if active.is_changed:
+        active.publish(PublishRequest("lost" if job.lost else "leave"))
+
+
+def _not_streaming(job: AddAverage | RemoveAverage) -> str:
+    return f"run {job.run!r} has no trainer: its averages are changed while one streams"

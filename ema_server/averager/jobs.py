@@ -1,15 +1,14 @@
-"""What the ingest side and HTTP ask of the averager, and what it answers. Values only; nobody's thread is known here.
-
-`reply` of a job is called exactly once, from the averager's thread, and must not block: the averager stands still while
-it runs.
-"""
+"""What ingest and HTTP ask of the averager, what it answers, and the queue between them."""
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, TypeAlias
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 import torch
 
@@ -18,19 +17,22 @@ from ema_proto.errors import RejectCode
 from ema_proto.wire import messages
 from ema_proto.wire.manifest import Manifest
 from ema_proto.wire.messages import Continuation, Mode
+from ema_server.publishing.publisher import PublishResult
 from ema_server.storage.catalog import Version
 
 Reason: TypeAlias = Literal[
     "schedule", "request", "checkpoint", "finish", "lost", "leave", "shutdown", "rewind", "change"
 ]
 
+logger = logging.getLogger("ema")
+
 
 @dataclass(frozen=True, slots=True)
 class Joined:
     """The session may stream. Steps are None before the first snapshot or generation.
 
-    `manifest` is the run's own (its roles win over those of a later session), `exempt` the tensors that need no check,
-    `recent` the newest applied steps, growing, at most `limits.RECENT_STEPS` of them (the ledger's tail).
+    `manifest` is the run's own (its roles win over those of a later session), `exempt` the tensors that need no finite
+    check, `recent` the newest applied steps, increasing, at most `limits.RECENT_STEPS` of them.
     """
 
     last_step: int | None
@@ -51,7 +53,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """The snapshot is in every average (or was before). `exempt` are the tensors that need no finite check any more."""
+    """The snapshot is in every average, now or since an earlier job. `exempt` as in `Joined`."""
 
     step: int
     exempt: frozenset[str]
@@ -59,7 +61,7 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """The snapshot is in no average, and nothing has changed; `text` says why."""
+    """The snapshot is in no average; `text` says why."""
 
     step: int
     text: str
@@ -84,7 +86,7 @@ class Rewound:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """It did not happen; `text` says why. What was there before still is."""
+    """It was not done; `text` says why. The disk holds what it held before."""
 
     text: str
 
@@ -114,6 +116,9 @@ class Unchanged:
     text: str
 
 
+Outcome: TypeAlias = Durable | Failed
+
+
 @dataclass(frozen=True, slots=True)
 class Join:
     """A session wants to stream the run."""
@@ -125,11 +130,15 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """A whole snapshot lies in a slot.
+    """Apply a whole snapshot.
 
     Args:
+        run: name of the run.
+        step: its step.
+        mode: `update` or `set`.
         data: uint8, 1-D, `manifest.nbytes` long, in the wire's layout; the averager reads it until it replies.
         not_finite: names of the averaged float tensors in which ingest found NaN or Inf.
+        reply: takes the answer.
     """
 
     run: str
@@ -146,7 +155,7 @@ class Publish:
 
     run: str
     reason: Reason
-    reply: Callable[[Durable | Failed], None]
+    reply: Callable[[Outcome], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +172,7 @@ class Finish:
     """The run is complete: publish it and mark it finished."""
 
     run: str
-    reply: Callable[[Durable | Failed], None]
+    reply: Callable[[Outcome], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +194,7 @@ class AddAverage:
 
 @dataclass(frozen=True, slots=True)
 class RemoveAverage:
-    """Average it no longer by the rule of this name. Versions stay as long as their generations do."""
+    """Stop averaging by the rule of this name. Its versions stay as long as their generations do."""
 
     run: str
     average: str
@@ -193,3 +202,90 @@ class RemoveAverage:
 
 
 Job: TypeAlias = Join | Apply | Publish | Rewind | Finish | Leave | AddAverage | RemoveAverage
+
+
+def refuse(job: Job, text: str, why: WhyNot = WhyNot.NOT_DURABLE) -> None:
+    """Answer a job with the failure that its kind of answer has."""
+    match job:
+        case Join():
+            job.reply(Refused(RejectCode.UNAVAILABLE, text))
+        case Apply():
+            job.reply(Quarantined(job.step, text))
+        case AddAverage() | RemoveAverage():
+            job.reply(Unchanged(why, text))
+        case Publish() | Rewind() | Finish():
+            job.reply(Failed(text))
+        case Leave():
+            return
+
+
+_Answer = TypeVar("_Answer")
+
+
+class Reply(Generic[_Answer]):
+    """Delivers the answer of one job, once. It runs on the averager's thread, so `deliver` must not block.
+
+    A second answer is dropped: it is the failure of a job that had been answered before it failed. An error of
+    `deliver` is logged, counted by `count_error`, and goes no further, because it says nothing about the run.
+    """
+
+    def __init__(self, deliver: Callable[[_Answer], None], count_error: Callable[[], None]) -> None:
+        self._deliver = deliver
+        self._count_error = count_error
+        self._is_answered = False
+
+    def __call__(self, answer: _Answer) -> None:
+        if self._is_answered:
+            return
+        self._is_answered = True
+        try:
+            self._deliver(answer)
+        except Exception:
+            self._count_error()
+            logger.exception("the answer %r could not be delivered", answer)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishDone:
+    """The publisher has carried out the run's order."""
+
+    run: str
+    result: PublishResult
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Publish every run and end."""
+
+
+Item: TypeAlias = Job | PublishDone | Stop
+
+
+class JobQueue:
+    """Items for the averager, from any thread. Its senders bound it: two snapshots and one request for each run."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._items: deque[Item] = deque()
+
+    def put(self, item: Item) -> None:
+        """Add an item; never blocks for longer than the lock is held."""
+        with self._condition:
+            self._items.append(item)
+            self._condition.notify()
+
+    def take(self, timeout_s: float) -> Item | None:
+        """The oldest item, None if there is none within `timeout_s`."""
+        with self._condition:
+            self._condition.wait_for(lambda: bool(self._items), timeout_s)
+            return self._items.popleft() if self._items else None
+
+    def snapshot_is_next(self, run: str) -> bool:
+        """Whether the next job for `run`, requests to publish apart, is a snapshot."""
+        with self._condition:
+            items = (item for item in self._items if not isinstance(item, Stop | Publish) and item.run == run)
+            return isinstance(next(items, None), Apply)
+
+    def __len__(self) -> int:
+        with self._condition:
+            return len(self._items)

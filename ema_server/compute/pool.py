@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,9 @@ class WorkerPool:
 
     def _share(self, segments: Sequence[Segment], work: Callable[[_Worker, Iterator[Segment]], None]) -> None:
         blocks = _Shared(cut(segments, self._block_elements))
-        for done in [self._pool.submit(work, worker, blocks) for worker in self._workers]:
+        passes = [self._pool.submit(work, worker, blocks) for worker in self._workers]
+        wait(passes)  # all of them, even if one fails: the caller may use the memory for something else afterwards
+        for done in passes:
             done.result()
 
 

@@ -1,10 +1,10 @@
-"""The publisher thread: from memory to a durable generation, retention and the ring.
+"""From memory to a durable generation on disk: drafts, the publisher thread, retention, and the ring.
 
-- `commit`: turns files that were written, or those of an older generation, into a durable genera
-- `publisher`: the publisher thread
-- `retention`: which generations of a run, and snapshots of its ring, may go
-- `ring`: a bounded ring of a run's power-function averages, so that others of the kind can be
-- `ring_cuts`: which cuts of rings are still to be made
-- `ring_snapshot`: one snapshot of a ring
-- `writer`: the files of a generation while they are being written
+- `writer`: writes the files of a draft, block by block, during a pass over the averages
+- `publisher`: the thread that makes drafts durable and deletes what has expired
+- `commit`: the crash-safe order in which a draft becomes a generation
+- `retention`: which generations, and snapshots of a ring, are deleted
+- `ring`: keeps snapshots of a run's power-function averages, to synthesize others from later
+- `ring_snapshot`: the files of one snapshot of a ring
+- `ring_cuts`: which snapshots of a ring a rewind has yet to drop
 """

@@ -1,9 +1,7 @@
-"""One run in memory: its averages, its state, its status.
+"""One run in memory, and what is published of its status.
 
-- `average`: one average of a run
-- `rate`: steps per second over the newest snapshots
-- `restore`: from a generation on disk back to a run in memory
-- `rewind`: which averages a run has after it went back to an older generation
-- `run`: a run in memory
-- `status_store`: the state of every run, for whoever wants to look
+- `run`: the run: averages, ledger, counters, and how a snapshot updates them
+- `average`: one average: its rule, memory and history
+- `restore`: reads a run from a generation on disk
+- `status_store`: the latest status of every run, for any thread
 """

@@ -1,7 +1,6 @@
-"""One average of a run: its rule, its bytes and its history. The run owns it; nothing else changes it.
+"""One average of a run: its rule, its memory and its history. The run owns it, and nothing else changes it.
 
-Comes in: the steps of snapshots. Goes out: what the pool's pass is to do with the average's memory, which files hold
-it, and a record of how it stands. No snapshot's bytes are seen here, no thread and no folder is known.
+It turns the steps of snapshots into targets for the kernel; it sees no snapshot's bytes, no thread and no folder.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ema_server.tensors.selection import averaged_names, form_of
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Bytes of an average as the pool's pass sees them: their form, and the files in which a generation keeps them."""
+    """Memory of an average: the form of its bytes, and the files in which a generation stores them."""
 
     memory: Memory
     form: Form
@@ -35,11 +34,11 @@ class Holding:
 
 @dataclass(slots=True)
 class Average:
-    """One average, as it stands. Build with `new_average`.
+    """One average in memory. Build with `new_average`.
 
     `averaged` names the tensors that it averages where they can be. `slots` hold the snapshots of a window, `entries`
-    say which. `age_steps` is the mean age of the weights inside; `initial_share` the share of those it began from: the
-    first snapshot, or the last `set`. While it is `leaving` it is updated still, but no longer recorded.
+    say which. `age_steps` is the mean age of the weights inside; `initial_share` the share of the weights that it began
+    from: the first snapshot, or the last `set`. With `is_removed` it is still updated, but no longer recorded.
     """
 
     rule: AverageSpec
@@ -54,27 +53,27 @@ class Average:
     gap_steps: int = 0
     age_steps: float = 0.0
     initial_share: float = 1.0
-    leaving: bool = False
+    is_removed: bool = False
 
     @property
     def form(self) -> Form:
-        """How its mean is held."""
+        """The form of its mean."""
         return form_of(self.rule)
 
     @property
     def has_content(self) -> bool:
-        """Whether it has had a snapshot."""
+        """Whether a snapshot has been applied to it."""
         return self.ledger.last_step is not None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it holds."""
+        """Bytes of memory that it takes."""
         return self.memory.nbytes + sum(slot.nbytes for slot in self.slots)
 
     @property
     def holdings(self) -> tuple[Holding, ...]:
-        """What it holds, in the order of `advance`'s targets. No files: a generation made now does not keep it."""
-        is_kept = self.has_content and not self.leaving
+        """Its memory, in the order of `advance`'s targets. Without files if a generation would not store it."""
+        is_kept = self.has_content and not self.is_removed
         order = {entry.slot: index for index, entry in enumerate(self.entries)} if is_kept else {}
         snapshots = (
             Holding(slot, Form.WIRE, (self.snapshot_files[order[index]],) if index in order else (), is_snapshot=True)
@@ -85,7 +84,7 @@ class Average:
     def advance(
         self, number: int, step: int, gap_steps: int, units: StepUnits, *, replaces: bool
     ) -> tuple[Target, ...]:
-        """Take note of the snapshot of `step`; what the kernel is to do with it.
+        """Record the snapshot of `step`; returns what the kernel is to do with it.
 
         Args:
             number: the average's bit in the segments' masks.
@@ -95,21 +94,21 @@ class Average:
             replaces: the snapshot replaces the average whatever the rule says; the first one always does.
         """
         self.gap_steps += gap_steps if self.has_content else 0
-        then = None if replaces else self.ledger.last_step
+        previous = None if replaces else self.ledger.last_step
         self.ledger.append(step, replaces=replaces)
         self.updates += 1
         if isinstance(self.rule, Window):
-            targets = self._slide(self.rule, number, then, step)
+            targets = self._slide(self.rule, number, previous, step)
         else:
-            weight = None if then is None else weight_of(self.rule, Span(then, step, self.ledger.origin), units)
+            weight = None if previous is None else weight_of(self.rule, Span(previous, step, self.ledger.origin), units)
             left = 0.0 if weight is None else 1.0 - weight
-            self.initial_share = 1.0 if then is None else left * self.initial_share
-            self.age_steps = 0.0 if then is None else left * (self.age_steps + step - then)
+            self.initial_share = 1.0 if previous is None else left * self.initial_share
+            self.age_steps = 0.0 if previous is None else left * (self.age_steps + step - previous)
             targets = (Target(self.memory.data, self.form, weight, number),)
         return targets
 
     def keep(self, targets: tuple[Target, ...], donor: Average) -> tuple[Target, ...]:
-        """What the kernel is to do with tensors of the snapshot that have no finite value.
+        """Returns what the kernel is to do with tensors of the snapshot that are not finite.
 
         They stay as they are. Where the snapshot begins the average, or enters a window, there is no older value:
         these take the donor's. `raw` keeps the bytes that were sent.
@@ -126,7 +125,7 @@ class Average:
         return (*(replace(target, mix=lent) for target in snapshots), kept)
 
     def record(self) -> AverageRecord:
-        """The average as values, a copy."""
+        """A copy of the average as values."""
         return AverageRecord(
             name=self.rule.name,
             spec=self.rule.spec,
@@ -138,13 +137,13 @@ class Average:
             ledger=self.ledger.to_json(),
         )
 
-    def _slide(self, rule: Window, number: int, then: int | None, step: int) -> tuple[Target, ...]:
-        """A snapshot that is due goes into a slot, and the mean is made anew; before the first, the mean follows.
+    def _slide(self, rule: Window, number: int, previous: int | None, step: int) -> tuple[Target, ...]:
+        """Put a snapshot that is due into a slot, and compute the mean again. Before the first one, copy the snapshot.
 
-        One that begins the average, as `then` is None, stands for all steps since the origin.
+        With `previous` None the snapshot begins the average and stands for all steps since the origin.
         """
-        before = () if then is None else self.entries
-        due = points(rule.every, self.ledger.origin if then is None else then, step)
+        before = () if previous is None else self.entries
+        due = points(rule.every, self.ledger.origin if previous is None else previous, step)
         self.entries = entered(before, len(self.slots), step, due)
         follows = not self.entries
         self.age_steps = mean_age(self.entries, step)
@@ -173,8 +172,8 @@ def new_average(
         manifest: the run's manifest.
         rule: its rule.
         ledger: its history.
-        device: where it is to be.
-        old: an average of the same manifest and device, whose memory is used if its rule is the same.
+        device: where its memory is.
+        old: an average of the same manifest and device, whose memory is used again if its rule is the same.
 
     Raises:
         MemoryError: the device has not enough.

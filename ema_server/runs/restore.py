@@ -1,4 +1,4 @@
-"""From a generation on disk back to a run in memory. Every byte is checked against its sha256 before it counts."""
+"""Reads a run from a generation on disk into memory. Every file is checked against its sha256 before it is used."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from ema_server.runs.run import Run
 from ema_server.storage.catalog import Generation
 from ema_server.storage.disk import pread_into
 from ema_server.storage.generation import AVERAGES_FOLDER, WINDOWS_FOLDER, read_manifest, read_record, verify
-from ema_server.storage.records import CONFIG_FILE, AverageRecord, BrokenGeneration
+from ema_server.storage.records import CONFIG_FILE, AverageRecord, BrokenGeneration, RunRecord
 from ema_server.tensors.file_plan import Span, TensorFile
 from ema_server.tensors.safetensors_file import BadModelFile, data_shift
 
 
-def load_run(generation: Generation, old: Mapping[str, Average], device: Device) -> Run:
-    """The run as it stood at `generation`.
+def load_run(
+    generation: Generation, old: Mapping[str, Average], device: Device, record: RunRecord | None = None
+) -> Run:
+    """The run as it was at `generation`.
 
     Args:
         generation: a whole generation.
         old: averages of the run, by name, whose memory is used again where it fits. Overwritten even on failure.
         device: where the averages are to be, and those of `old` are.
+        record: describes the run in place of the generation's own record. Averages with content are read from the
+            generation's files, others begin with the next snapshot.
 
     Raises:
         BrokenGeneration: a file is not what it should be.
@@ -38,10 +42,10 @@ def load_run(generation: Generation, old: Mapping[str, Average], device: Device)
         MemoryError: the device has not enough.
     """
     folder = generation.folder
-    record = read_record(folder)
-    verify(folder, record)
-    manifest = read_manifest(folder, record)
-    run = record.run
+    own = read_record(folder)
+    verify(folder, own)
+    manifest = read_manifest(folder, own)
+    run = own.run if record is None else record
     return Run(
         name=generation.run,
         manifest=manifest,
@@ -75,7 +79,7 @@ def _average(folder: Path, manifest: Manifest, kept: AverageRecord, device: Devi
 
 
 def _config(folder: Path, averages: Iterable[AverageRecord]) -> str | None:
-    """The text of `config.json`, which every version of a generation has, or none."""
+    """The text of `config.json`, which every version of a generation has a copy of, None without."""
     for average in averages:
         path = folder / AVERAGES_FOLDER / average.name / CONFIG_FILE
         if average.has_content and path.exists():
@@ -98,7 +102,7 @@ def _ledger(whose: str, kept: object) -> Ledger:
 
 
 def _read(path: Path, file: TensorFile, memory: Memory) -> None:
-    """Read back the spans that hold accumulators whole; a narrowed one has its own file."""
+    """Read the spans that hold accumulators in full; a narrowed one has a file of its own."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         shift = data_shift(path, file.header)

@@ -1,7 +1,6 @@
-"""A run in memory: its averages, ledgers and counters. The only mutable state of the averaging; it has one owner.
+"""A run in memory: its averages, ledgers and counters. Its memory is taken once, when the run is made.
 
-Comes in: a trainer's JOIN, then snapshots. Goes out: the averages' bytes, updated in place, and records of how they
-stand. Threads, files, sessions and schedules are not known here. Memory is taken once, when the run is made.
+It has one owner, and knows nothing of threads, files, sessions and schedules.
 """
 
 from __future__ import annotations
@@ -26,19 +25,29 @@ from ema_server.storage.records import RemovedRecord, RunRecord, StepUnitsRecord
 from ema_server.tensors.layout import Form, Segment
 from ema_server.tensors.selection import segments_for, segments_of
 
-REMOVED_MAX = 1000  # trainers that list one of them still are few, and every generation carries them
-STEP_UNITS_MAX = 1000  # sessions that change it are few, likewise
+REMOVED_MAX = 1000  # every generation records them, and few trainers still list one
+STEP_UNITS_MAX = 1000  # every generation records them, and few sessions change them
 
 
 @dataclass(slots=True)
 class Run:
     """All averages of one run. Build with `new_run` or `restore.load_run`.
 
-    `ledger` has every applied step, whatever averages there were at the time; its origin is the steps already taken
-    when the run was first joined. `created` in RFC 3339; `config` the text of its versions' `config.json`. `removed`
-    are averages that it had. `step_units_history` has the units that trainers gave, oldest first. `edits` counts the
-    changes of its averages since the run came into memory; `refused_step` is the highest step quarantined since then, 0
-    without any.
+    Args:
+        name: of the run.
+        manifest: the tensors of its snapshots.
+        averages: those that are updated, including any marked as removed.
+        ledger: every applied step, whichever averages there were. Its origin is the number of steps already taken when
+            the run was first joined.
+        created: RFC 3339.
+        every: the trainer sends the steps divisible by this.
+        config: the text of its versions' `config.json`.
+        exempt: names of the tensors that are copied because they were not finite in the first snapshot.
+        applied, gap_steps, quarantined: counters since the run began.
+        step_units_history: step units that trainers gave, oldest first.
+        removed: averages that the run had.
+        edits: changes of its averages since it came into memory.
+        refused_step: the highest step quarantined since then, 0 without any.
     """
 
     name: str
@@ -59,7 +68,7 @@ class Run:
     segments: tuple[Segment, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Lay the segments out."""
+        """Compute the segments."""
         self._lay_out()
 
     @property
@@ -79,12 +88,12 @@ class Run:
 
     @property
     def step_units(self) -> StepUnits:
-        """What the trainer told of its steps."""
+        """Samples per step and steps per epoch, as the trainer gave them."""
         return newest_step_units(self.step_units_history)
 
     @property
     def mark(self) -> tuple[int, int]:
-        """What tells a state of the run from an earlier one: snapshots applied, changes of its averages."""
+        """Identifies a state of the run in memory: snapshots applied, changes of its averages."""
         return self.applied, self.edits
 
     @property
@@ -94,12 +103,12 @@ class Run:
 
     @property
     def present(self) -> tuple[Average, ...]:
-        """The averages without those that are leaving."""
-        return tuple(average for average in self.averages if not average.leaving)
+        """The averages without those marked as removed."""
+        return tuple(average for average in self.averages if not average.is_removed)
 
     @property
     def holdings(self) -> tuple[Holding, ...]:
-        """What the averages hold, in the order of the pool's targets."""
+        """The memory of the averages, in the order of the pool's targets."""
         return tuple(holding for average in self.averages for holding in average.holdings)
 
     @property
@@ -114,27 +123,27 @@ class Run:
             self._lay_out()
 
     def add(self, average: Average) -> None:
-        """Have one more average. Its origin is the last applied step."""
+        """Update one more average from the next snapshot on. Its origin is the last applied step."""
         self.averages += (average,)
         self.edits += 1
         self._lay_out()
 
-    def leave(self, average: Average) -> None:
-        """Record the run without this average from now on; it is still updated, for `stay` or `drop` to follow."""
-        average.leaving = True
+    def mark_removed(self, average: Average) -> None:
+        """Stop recording this average. It is still updated, until `remove` or `unmark_removed`."""
+        average.is_removed = True
         self.edits += 1
         gone = RemovedRecord(average.rule.name, average.rule.spec)
         self.removed = (*(removed for removed in self.removed if removed != gone), gone)[-REMOVED_MAX:]
 
-    def stay(self, average: Average) -> None:
+    def unmark_removed(self, average: Average) -> None:
         """Record it again."""
-        average.leaving = False
+        average.is_removed = False
         self.edits += 1
         self.removed = tuple(gone for gone in self.removed if gone.name != average.rule.name)
 
-    def drop(self, average: Average) -> None:
-        """Have it no longer."""
-        self.edits += not average.leaving
+    def remove(self, average: Average) -> None:
+        """Stop updating it, and release its memory."""
+        self.edits += not average.is_removed
         self.averages = tuple(other for other in self.averages if other is not average)
         self._lay_out()
 
@@ -156,17 +165,17 @@ class Run:
         sink: BlockSink | None,
         not_finite: frozenset[str] = frozenset(),
     ) -> frozenset[str]:
-        """Bring the snapshot of `step` into every average.
+        """Update every average with the snapshot of `step`.
 
         The first one, and one of mode `set`, replaces the averages. Otherwise each rule weighs it for the true number
         of steps since the last one, so that neither gaps nor `every` change what a decay means.
 
         Args:
-            pool: who does the arithmetic.
+            pool: does the arithmetic.
             step: above the last applied step (a `set` may repeat it).
             mode: `update` or `set`.
             snapshot: uint8, 1-D, `manifest.nbytes` long.
-            sink: sees each block as it was before, None without.
+            sink: sees each block before it changes, if there is one.
             not_finite: names of buffers with NaN or Inf in the snapshot. No average has a finite value of them at the
                 first snapshot: they are exempt from then on. Later they stay at their last finite value in every
                 average, except in `raw`.
@@ -197,7 +206,7 @@ class Run:
             self.refused_step = max(self.refused_step, step)
 
     def record(self, last_step: int) -> RunRecord:
-        """The run as values, a copy."""
+        """A copy of the run as values."""
         return RunRecord(
             run=self.name,
             step=last_step,
@@ -238,7 +247,7 @@ class Run:
 
 
 def new_run(join: messages.Join, created: str, device: Device) -> Run:
-    """The run that a first JOIN asks for. Steps up to the one before `first_step` are its origin.
+    """The run that a first JOIN asks for. Its origin is the step before `first_step`.
 
     Raises:
         MemoryError: the device has not enough; the text says how much the averages need.

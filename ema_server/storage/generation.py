@@ -66,8 +66,8 @@ def read_record(folder: Path) -> GenerationRecord:
         BrokenGeneration: it is missing, cannot be read, or belongs to another folder.
     """
     record = read_generation(_read(folder / GENERATION_FILE))
-    if folder.name != folder_name(record.seq, record.run.step):
-        raise BrokenGeneration(f"{GENERATION_FILE} is that of {folder_name(record.seq, record.run.step)}")
+    if folder.name != folder_name(record.info.seq, record.run.step):
+        raise BrokenGeneration(f"{GENERATION_FILE} is that of {folder_name(record.info.seq, record.run.step)}")
     return record
 
 
@@ -90,7 +90,7 @@ def open_generation(run: str, folder: Path) -> Generation:
             raise BrokenGeneration(f"{path} has {file.stat().st_size} bytes instead of {entry.size}")
     names = [average.name for average in record.run.averages if average.has_content]
     versions = tuple(_version(run, folder, record, name) for name in names)
-    return Generation(run, record.seq, record.run.step, record.pinned, record.finished, folder, versions)
+    return Generation(run, record.info.seq, record.run.step, record.info.pinned, record.info.finished, folder, versions)
 
 
 def entry_of(name: str, path: Path) -> FileEntry:
@@ -161,7 +161,7 @@ def _version(run: str, folder: Path, record: GenerationRecord, average: str) -> 
     if entry is None:
         raise BrokenGeneration(f"{GENERATION_FILE} does not list {path}")
     own = FileEntry(VERSION_FILE, entry.size, entry.sha256)
-    return version_of(run, (folder / path).parent, record.seq, _read(folder / path), own)
+    return version_of(run, (folder / path).parent, record.info.seq, _read(folder / path), own)
 
 
 def _read(path: Path) -> bytes:

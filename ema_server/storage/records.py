@@ -113,14 +113,25 @@ class RunRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRecord:
-    """The content of `generation.json`. `files` maps paths within the folder to size and sha256."""
+class GenerationInfo:
+    """What describes a generation besides its content.
+
+    `seq` grows by one with each generation of a run, `created` is in RFC 3339. A `pinned` generation is kept beyond the
+    newest ones; a `finished` one is the last of its run.
+    """
 
     seq: int
     created: str
     reason: str
     pinned: bool
     finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRecord:
+    """The content of `generation.json`. `files` maps paths within the folder to size and sha256."""
+
+    info: GenerationInfo
     run: RunRecord
     files: dict[str, FileEntry]
 
@@ -173,17 +184,17 @@ def identified(content: Mapping[str, Any], created: str) -> bytes:
 
 def generation_bytes(record: GenerationRecord) -> bytes:
     """The content of `generation.json`."""
-    run = record.run
+    info, run = record.info, record.run
     return dump(
         {
             "format": FORMAT,
             "run": run.run,
-            "seq": record.seq,
+            "seq": info.seq,
             "step": run.step,
-            "created": record.created,
-            "reason": record.reason,
-            "pinned": record.pinned,
-            "finished": record.finished,
+            "created": info.created,
+            "reason": info.reason,
+            "pinned": info.pinned,
+            "finished": info.finished,
             "run_created": run.created,
             "ledger": run.ledger,
             "every": run.every,
@@ -210,15 +221,14 @@ def read_generation(data: bytes) -> GenerationRecord:
         if value["format"] != FORMAT:
             raise BrokenGeneration(f"{GENERATION_FILE} has format {value['format']!r}, this server reads {FORMAT}")
         files = {path: FileEntry(path, int(f["size"]), str(f["sha256"])) for path, f in value["files"].items()}
-        return GenerationRecord(
+        info = GenerationInfo(
             seq=int(value["seq"]),
             created=str(value["created"]),
             reason=str(value["reason"]),
             pinned=bool(value["pinned"]),
             finished=bool(value["finished"]),
-            run=_run_record(value),
-            files=files,
         )
+        return GenerationRecord(info, _run_record(value), files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BrokenGeneration(f"{GENERATION_FILE} is not a generation: {error!r}") from None
 

@@ -103,10 +103,15 @@ class ServerCore:
     """Jobs in, answers out; each call waits for its answer."""
 
     def __init__(
-        self, data: Path, clock: Callable[[], float] = time.monotonic, device: Device = HOST, **settings: Any
+        self,
+        data: Path,
+        clock: Callable[[], float] = time.monotonic,
+        device: Device = HOST,
+        wall: Callable[[], float] = lambda: float(next(_walls)),
+        **settings: Any,
     ) -> None:
         config = ServerConfig(data=data, **{"publish_every_seconds": 0.0, **settings})
-        self.server = build(config, device=device, clock=clock, wall=lambda: float(next(_walls)))
+        self.server = build(config, device=device, clock=clock, wall=wall)
         self.data_dir = self.server.data_dir
         self.telemetry = self.server.services.telemetry
         self.statuses = self.server.services.statuses

@@ -263,8 +263,7 @@ def test_never_sets_the_old_run_aside_with_its_last_state(tmp_path: Path) -> Non
 
 def test_never_twice_in_one_second_and_with_the_longest_name_keeps_both(tmp_path: Path) -> None:
     name = "n" * 96
-    with running_core(tmp_path) as core:
-        core.publisher.wall = lambda: 1_750_000_000.0
+    with running_core(tmp_path, wall=lambda: 1_750_000_000.0) as core:
         for _ in range(3):
             joined(core.join(name, _MANIFEST, resume="never"))
             core.apply(name, 1, _weights(1))

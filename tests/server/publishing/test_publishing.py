@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ema_server.averager.active_run import FIRST_S
 from ema_server.averager.jobs import Applied, Durable, Failed, Publish, Quarantined, Rewound
-from ema_server.averager.schedule import FIRST_S
 from ema_server.compute.kernel import BlockSink
 from ema_server.compute.pool import WorkerPool
 from ema_server.storage.catalog import Version

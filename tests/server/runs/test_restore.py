@@ -21,11 +21,12 @@ from ema_proto.wire.messages import Mode
 from ema_server.averager.jobs import Quarantined
 from ema_server.compute.device import HOST
 from ema_server.compute.pool import WorkerPool
-from ema_server.publishing.commit import Content, Label, seal
+from ema_server.publishing.commit import Content, commit
 from ema_server.publishing.writer import DraftAverage, GenerationWriter
 from ema_server.rules.window import Entry
 from ema_server.runs.restore import load_run
 from ema_server.runs.run import Run, new_run
+from ema_server.storage.records import GenerationInfo
 from support.oracle import EPS32
 from support.server_core import encode, joined, manifest_of, running_core, versions_by_average
 
@@ -87,8 +88,8 @@ def _written_and_read(run: Run, pool: WorkerPool, folder: Path) -> Run:
     )
     draft = GenerationWriter(temporary, averages)
     pool.write(run.segments, [holding.form for holding in run.holdings], draft)
-    label = Label(1, "request", pinned=False, finished=False, created="2026-01-01T00:00:00Z")
-    return load_run(seal(draft, Content(run.record(step), run.manifest, run.config), label), {}, HOST)
+    info = GenerationInfo(1, "2026-01-01T00:00:00Z", "request", pinned=False, finished=False)
+    return load_run(commit(draft, Content(run.record(step), run.manifest, run.config), info), {}, HOST)
 
 
 def _content(run: Run) -> list[Tensor]:

@@ -65,7 +65,7 @@ def test_a_generation_on_disk_is_what_was_published(tmp_path: Path) -> None:
         ),
     }
     assert set(record.files) | {"generation.json"} == written
-    assert (record.run.step, record.run.applied, record.reason) == (2, 2, "request")
+    assert (record.run.step, record.run.applied, record.info.reason) == (2, 2, "request")
     for version in generation.versions:
         assert {file.name: file.size for file in version.files} == {
             path.name: path.stat().st_size for path in version.folder.iterdir()
