@@ -25,8 +25,9 @@ from ema_proto.sender.events import Answered
 from ema_proto.wire.messages import Resume
 from trainer_client.connection.worker import Worker, seconds_left
 from trainer_client.errors import JoinError, RewindError, SettingsError
-from trainer_client.hooks import Attachment, check_optimizers
+from trainer_client.hooks import Attachment, Listener
 from trainer_client.lifecycle import Lifecycle, State, when_forgotten
+from trainer_client.optimizers import steppers_of
 from trainer_client.settings import Settings, check_state, check_step, check_timeout
 from trainer_client.stream import Stream, steps_before
 
@@ -130,7 +131,9 @@ class EmaClient:
 
         Args:
             model: what to stream, wrapped (DDP, compiled) or not.
-            optimizer: one, or several, of which the first counts steps: put first the one that steps last.
+            optimizer: one, as torch's or in a wrapper (Accelerate's, Lightning's, Lookahead, SAM); or several, of which
+                the first counts steps. A step's snapshot is taken when the last of them has stepped, in whichever order
+                and however often each steps.
 
         Returns:
             A handle whose `remove()` stops the snapshots and leaves the run open.
@@ -138,9 +141,10 @@ class EmaClient:
         Raises:
             PlanError: the model holds something that cannot be streamed.
             JoinError: the server refuses the run.
-            SettingsError: there is no optimizer, the client is attached already, or a CUDA graph is being captured.
+            SettingsError: there is no optimizer or its steps cannot be followed, the client is attached already, or a
+                CUDA graph is being captured.
         """
-        optimizers = check_optimizers(optimizer)
+        steppers = steppers_of(optimizer)
         if not self._life.usable():
             return Attachment()
         if self._attachment.attached:
@@ -152,10 +156,14 @@ class EmaClient:
                 self._replace(model, stream.steps)
         overlap = stream.can_overlap(model)  # a model that is moved to a device later is copied when the hook returns
         self._attachment = Attachment(
-            optimizers,
-            partial(self._after_step, model, overlap),
-            self._hold_back_writes if overlap else None,
-            when_removed=self._hold_back_writes,
+            model,
+            steppers,
+            Listener(
+                count=self._count,
+                take=partial(self._take, model, overlap),
+                before_write=self._hold_back_writes if overlap else lambda optimizer: None,
+                when_removed=self._hold_back_writes,
+            ),
         )
         return self._attachment
 
@@ -193,6 +201,7 @@ class EmaClient:
         this call the device finishes the copy before it does anything else on the current stream; nothing blocks here.
         """
         if self._life.usable() and self._stream is not None:
+            self._attachment.settle()
             self._stream.forget_missed()
             self._stream.hold_back_writes()
 
@@ -217,6 +226,7 @@ class EmaClient:
         if not self._life.usable():
             return False
         timeout_s = check_timeout("timeout_s", timeout_s)
+        self._attachment.settle()
         return self._stream is None or self._worker.flush(timeout_s, durable=durable)
 
     def checkpoint(self, step: SupportsIndex, timeout_s: float = 60.0) -> bool:
@@ -260,8 +270,7 @@ class EmaClient:
         if self._stream is None:
             raise RewindError("no run is joined yet: pass step= or call load_state_dict() before attach() or update()")
         reached = self._worker.rewind(number, timeout_s)
-        self._stream.forget_missed()
-        self._stream.steps = number
+        self._stream.go_back(number)
         return reached
 
     def finish(self, timeout_s: float = 60.0) -> bool:
@@ -276,6 +285,7 @@ class EmaClient:
         deadline = time.monotonic() + check_timeout("timeout_s", timeout_s)
         finished = False
         if self._stream is not None:
+            self._attachment.settle()
             self._stream.catch_up(seconds_left(deadline))
             finished = self._is_finished(self._worker.finish(seconds_left(deadline)), self._stream.last_due)
         self._end(_CLOSE_TIMEOUT_S, State.FINISHED if finished else State.CLOSED)
@@ -362,6 +372,7 @@ class EmaClient:
     def _publish(self, stream: Stream, timeout_s: float) -> Answered:
         """Publish a generation to be kept, of everything up to the last step."""
         deadline = time.monotonic() + timeout_s
+        self._attachment.settle()
         stream.catch_up(timeout_s)
         return self._worker.checkpoint(seconds_left(deadline))
 
@@ -387,10 +398,14 @@ class EmaClient:
         self._cancel_forgotten()
         self._life.state = state
 
-    def _after_step(self, model: nn.Module, overlap: bool) -> None:
+    def _count(self, steps: int) -> None:
+        if self._stream is not None and not self._life.forked():
+            self._stream.count(self._stream.steps + steps)
+
+    def _take(self, model: nn.Module, overlap: bool) -> None:
         if self._stream is not None and not self._life.forked():
             with self._worker.counters:
-                self._stream.advance(model, self._stream.steps + 1, overlap=overlap)
+                self._stream.take(model, overlap=overlap)
 
     def _hold_back_writes(self, optimizer: Optimizer | None = None) -> None:
         if self._stream is not None and not self._life.forked():

@@ -1,130 +1,215 @@
-"""Being called after every real optimizer step, and before any.
-
-Comes in: optimizers and functions. Goes out: calls of these, until removed. Knows no model and no snapshot.
-"""
+"""Hooks on optimizers: tells when a step of a model's training has been taken, and when its snapshot is due."""
 
 from __future__ import annotations
 
-import sys
+import logging
 import weakref
-from collections.abc import Callable, Iterable
-from types import FrameType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any
 
-import torch
+from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from trainer_client.errors import SettingsError
+from trainer_client.optimizers import Stepper, is_within_step_of, shapes_of, trains, untraced
+from trainer_client.rounds import PATIENCE, Rounds
 
-# What torch wraps around the step of every class of optimizers, and calls the hooks from.
-_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
+log = logging.getLogger("ema")
 
-_dead: list[RemovableHandle] = []  # of objects that are gone; their hooks do nothing
+_dead: list[RemovableHandle] = []  # hooks of collected objects, which do nothing
+
+
+_COPY_STEPS = 16  # in a row; fewer may be an interlude
+
+
+class _Kind(Enum):
+    """What an optimizer that was not given trains."""
+
+    OURS = auto()
+    COPY = auto()
+    OTHER = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """What an attachment calls, always in the training thread.
+
+    Attributes:
+        count: so many steps were taken.
+        take: the snapshot of the last counted step is due.
+        before_write: an optimizer is about to write its parameters.
+        when_removed: the attachment is being removed.
+    """
+
+    count: Callable[[int], None] = lambda steps: None
+    take: Callable[[], None] = lambda: None
+    before_write: Callable[[Optimizer], None] = lambda optimizer: None
+    when_removed: Callable[[], None] = lambda: None
 
 
 class Attachment:
-    """Calls `after_step` after each step of the first optimizer, until `remove()`; of no optimizer, never.
+    """Follows the optimizers of a model until `remove()`.
 
-    A step that a gradient scaler skips never reaches the optimizer, so it is not counted.
+    A step that a gradient scaler skips never reaches the optimizer, so it is not counted. An optimizer that holds
+    parameters of the model and was not given is followed too, once it steps; the log says so.
 
     Args:
-        optimizers: the first one's steps count.
-        after_step: is called when it has stepped.
-        before_step: a method, called before *every* optimizer of the process steps, since any may hold the model's
-            parameters. Its object is not kept alive by that.
-        when_removed: is called by `remove()`, before the hooks go.
+        model: what is trained.
+        steppers: the optimizers; the first one's steps are counted. None: nothing is ever called.
+        listener: is called. The optimizers keep it alive, this process's hooks do not.
     """
 
     def __init__(
-        self,
-        optimizers: tuple[Optimizer, ...] = (),
-        after_step: Callable[[], None] = lambda: None,
-        before_step: Callable[[Optimizer], None] | None = None,
-        when_removed: Callable[[], None] = lambda: None,
+        self, model: nn.Module | None = None, steppers: Sequence[Stepper] = (), listener: Listener | None = None
     ) -> None:
-        def stepped(optimizer: Optimizer) -> None:
-            if not _is_nested(optimizer):
-                after_step()
-
-        def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
-            _untraced(stepped)(optimizer)
-
-        self._when_removed = when_removed
-        self._handles = [optimizer.register_step_post_hook(after) for optimizer in optimizers[:1]]
-        if before_step is not None:
-            self._handles.append(_before_any(before_step))
+        self._model = nn.Module() if model is None else model
+        self._listener = Listener() if listener is None else listener
+        self._rounds = Rounds(0)
+        self._steppers: list[Stepper] = []
+        self._members: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._given = len(steppers)
+        self._uncounted = 0  # steps of others since the counter's last one, or the last snapshot
+        self._known: weakref.WeakKeyDictionary[Optimizer, tuple[int, _Kind]] = weakref.WeakKeyDictionary()
+        self._copy_steps = 0  # steps of a copy of the model since the last one of the model
+        self._handles: list[RemovableHandle] = []
+        _remove_dead()
+        if steppers:
+            self._handles = [
+                _hook_all(register_optimizer_step_pre_hook, self._before),
+                _hook_all(register_optimizer_step_post_hook, self._after_any),
+            ]
+            for stepper in steppers:
+                self._add(stepper)
 
     @property
     def attached(self) -> bool:
-        """Whether steps still arrive."""
+        """Whether steps are still followed."""
         return bool(self._handles)
 
     def remove(self) -> None:
         """Stop; calling it again changes nothing."""
         if self._handles:
-            self._when_removed()
+            self.settle()
+            self._listener.when_removed()
         while self._handles:
             self._handles.pop().remove()
+        for stepper in self._steppers:
+            stepper.forget()
         _remove_dead()
 
+    def settle(self) -> None:
+        """Take the snapshot of the last step now, if it waits for optimizers that may not step again."""
+        is_followed = self._rounds.current is not None and self._rounds.current >= self._given
+        if self._uncounted and not self._rounds.pending and (is_followed or self._is_counter_gone()):
+            self._count_by(self._rounds.current or 0)
+            self._rounds.pending = True
+        if self._rounds.pending:
+            self._take()
+        # Not said before the client is asked for something: one that was forgotten sees the steps of later models.
+        if self._copy_steps >= _COPY_STEPS:
+            self._copy_steps = 0
+            log.error(
+                "ema: a copy of the attached model is trained, and not the model itself, whose last step is "
+                "the last one sent: call remove() on what attach() returned, and attach the copy and its optimizer"
+            )
 
-def _before_any(before_step: Callable[[Optimizer], None]) -> RemovableHandle:
-    """Hook `before_step` to all optimizers, for as long as its object lives."""
+    def _add(self, stepper: Stepper) -> int:
+        index = self._rounds.members
+        self._rounds.members += 1
+        self._steppers.append(stepper)
+        if stepper.optimizer is not None:
+            self._members[stepper.optimizer] = index
+        stepper.watch(self._before, lambda _: self._after(index))
+        return index
+
+    def _before(self, optimizer: Optimizer) -> None:
+        member = self._members.get(optimizer)
+        if member is not None and self._rounds.before(member):
+            self._take()
+        self._listener.before_write(optimizer)
+
+    def _after(self, member: int) -> None:
+        self._copy_steps = 0
+        if member == self._rounds.counter:
+            self._uncounted = 0
+            self._listener.count(1)
+        else:
+            self._uncounted += 1
+            if self._is_counter_gone() or self._uncounted > PATIENCE:
+                self._count_by(member)
+        if self._rounds.after(member):
+            self._take()
+
+    def _take(self) -> None:
+        self._rounds.pending = False
+        self._uncounted = 0
+        self._listener.take()
+
+    def _is_counter_gone(self) -> bool:
+        return self._steppers[self._rounds.counter].optimizer is None
+
+    def _count_by(self, member: int) -> None:
+        """Count the steps of another optimizer from now on: the one that counted them does not step any longer."""
+        before, now = self._steppers[self._rounds.counter].name, self._steppers[member].name
+        log.error("ema: steps are now counted by %s, since %s, which counted them before, does not step", now, before)
+        self._rounds.counter = member
+        self._listener.count(self._uncounted)
+        self._uncounted = 0
+
+    def _after_any(self, optimizer: Optimizer) -> None:
+        """Some optimizer of this process has stepped: follow it if it trains the model and was not given."""
+        if optimizer in self._members or any(stepper.is_around(optimizer) for stepper in self._steppers):
+            return
+        try:
+            kind = self._kind_of(optimizer)
+            self._copy_steps += kind is _Kind.COPY
+            if kind is not _Kind.OURS:
+                return
+            stepper = Stepper(optimizer)
+        except Exception as error:  # noqa: BLE001  an optimizer of an unknown kind is no reason to end a training
+            self._known[optimizer] = (len(optimizer.param_groups), _Kind.OTHER)
+            log.warning("ema: the steps of %s cannot be followed: %r", type(optimizer).__name__, error)
+            return
+        log.error(
+            "ema: the model is trained by %s, which attach() was not given; its steps are followed from now on: "
+            "pass every optimizer of the model, attach(model, [first, second])",
+            stepper.name,
+        )
+        self._after(self._add(stepper))
+
+    def _kind_of(self, optimizer: Optimizer) -> _Kind:
+        groups = len(optimizer.param_groups)
+        seen, kind = self._known.get(optimizer, (0, _Kind.OTHER))
+        if seen != groups:
+            held = [each for group in optimizer.param_groups for each in group["params"]]
+            if is_within_step_of(self._members):
+                kind = _Kind.OTHER  # its step is part of another's
+            elif trains(optimizer, self._model):
+                kind = _Kind.OURS
+            else:
+                is_copy = shapes_of(held) == shapes_of(self._model.parameters())
+                kind = _Kind.COPY if is_copy else _Kind.OTHER
+            self._known[optimizer] = (groups, kind)
+        return kind
+
+
+def _hook_all(register: Callable[[Any], RemovableHandle], method: Callable[[Optimizer], None]) -> RemovableHandle:
+    """Have torch call `method` for every optimizer of the process, for as long as its object lives."""
 
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
-        method = weak()
-        if method is not None:
-            _untraced(method)(optimizer)
+        alive = weak()
+        if alive is not None:
+            untraced(alive)(optimizer)
 
-    _remove_dead()
-    handle: RemovableHandle = register_optimizer_step_pre_hook(hook)
-    # Not removed there: garbage is collected at any moment, also while torch goes through the hooks.
-    weak = weakref.WeakMethod(before_step, lambda _: _dead.append(handle))
+    handle = register(hook)
+    # Not removed there: garbage is collected at any moment, also while torch iterates over the hooks.
+    weak = weakref.WeakMethod(method, lambda _: _dead.append(handle))
     return handle
 
 
 def _remove_dead() -> None:
     while _dead:
         _dead.pop().remove()
-
-
-def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether this is called within two steps of `optimizer`: torch wraps that of its class and the base's."""
-    frame: FrameType | None = sys._getframe()
-    steps = 0
-    while frame is not None and steps < 2:
-        # Looked up with care: nothing of ours may raise into a step, whatever torch calls its arguments one day.
-        if frame.f_code is _WRAPPER and frame.f_locals.get("args", ())[:1] == (optimizer,):
-            steps += 1
-        frame = frame.f_back
-    return steps == 2
-
-
-def _untraced(function: Callable[..., None]) -> Callable[..., None]:
-    """`function`, left alone by a compiler: a compiled step has its hooks traced, and ours compiled anew each time."""
-    if torch.compiler.is_compiling():
-        disabled: Callable[..., None] = torch.compiler.disable(function)
-        return disabled
-    return function
-
-
-def check_optimizers(given: object) -> tuple[Optimizer, ...]:
-    """The optimizers as a tuple; the first one's steps are the run's.
-
-    Raises:
-        SettingsError: there is none, or one of them is no torch optimizer.
-    """
-    candidates = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not candidates:
-        raise SettingsError("attach() got an empty list of optimizers: pass the one that steps")
-    optimizers: list[Optimizer] = []
-    for optimizer in candidates:
-        if not isinstance(optimizer, Optimizer):
-            raise SettingsError(
-                f"{type(optimizer).__name__} is not a torch.optim.Optimizer: "
-                "pass the optimizer inside it, or call update(model, step) after each step"
-            )
-        optimizers.append(optimizer)
-    return tuple(optimizers)

@@ -69,6 +69,7 @@ class Stream:
         self._wait_s = settings.wait_timeout_s if settings.when_behind is WhenBehind.WAIT else 0.0
         self._counters = worker.counters
         self._warned: set[Skip] = set()
+        self._counted = False  # a step whose snapshot is still to be taken
         self._missed: _Missed | None = None
         self._stagers.prepare(plan.tensors())  # memory is locked now and not at the first step
 
@@ -144,14 +145,28 @@ class Stream:
         Raises:
             PlanError: the model's tensors are no longer those that the run was joined with.
         """
+        self.count(step)
+        self.take(model, overlap=overlap)
+
+    def count(self, step: int) -> None:
+        """The trainer has taken `step` steps; the snapshot of the last one is to be taken by `take`."""
+        self._counted = False
         if self._is_capturing(step):
             return
         if step <= self.steps:
             self._skip(Skip.REPEATED, f"step {step} is not above {self.steps}; after going back call rewind()")
             return
-        self.steps = step
-        if step % self._every == 0:
-            self._snapshot(model, step, self._wait_s, overlap=overlap)
+        self.steps, self._counted = step, True
+
+    def take(self, model: nn.Module, *, overlap: bool = False) -> None:
+        """Send a snapshot of the step counted last, once, if `every` sends it."""
+        counted, self._counted = self._counted, False
+        if counted and self.steps % self._every == 0:
+            self._snapshot(model, self.steps, self._wait_s, overlap=overlap)
+
+    def go_back(self, step: int) -> None:
+        """The trainer is again where it was after `step` steps."""
+        self.steps, self._counted, self._missed = step, False, None
 
     def catch_up(self, wait_s: float) -> None:
         """Send the newest step if it found no slot and the weights are still those of that step.

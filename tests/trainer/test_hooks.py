@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,13 +12,18 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from trainer_client.hooks import Attachment
+from trainer_client.hooks import Attachment, Listener
+from trainer_client.optimizers import steppers_of
 
 
 def _parameter() -> nn.Parameter:
     parameter = nn.Parameter(torch.zeros(2))
     parameter.grad = torch.ones(2)
     return parameter
+
+
+def _attached(optimizer: Optimizer, take: Callable[[], None]) -> Attachment:
+    return Attachment(nn.Module(), steppers_of(optimizer), Listener(take=take))
 
 
 class _Derived(Adam):
@@ -46,7 +52,8 @@ class _Listener:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Makes a reference cycle, as a session and its attachment are: only the collector frees it."""
-        self.attachment = Attachment((optimizer,), before_step=self.before, when_removed=self.nothing)
+        listener = Listener(before_write=self.before, when_removed=self.nothing)
+        self.attachment = Attachment(nn.Module(), steppers_of(optimizer), listener)
 
     def nothing(self) -> None:
         """When removed."""
@@ -55,7 +62,7 @@ class _Listener:
 def test_step_that_calls_the_base_step_counts_once() -> None:
     Adam([_parameter()])
     optimizer, steps = _Derived([_parameter()]), list[int]()
-    attachment = Attachment((optimizer,), lambda: steps.append(len(steps) + 1))
+    attachment = _attached(optimizer, lambda: steps.append(len(steps) + 1))
 
     optimizer.step()
     optimizer.step()
@@ -67,7 +74,7 @@ def test_step_that_calls_the_base_step_counts_once() -> None:
 def test_step_that_raises_after_the_base_step_is_not_counted() -> None:
     Adam([_parameter()])
     optimizer, steps = _Derived([_parameter()]), list[str]()
-    attachment = Attachment((optimizer,), lambda: steps.append("step"))
+    attachment = _attached(optimizer, lambda: steps.append("step"))
 
     optimizer.broken = True
     with contextlib.suppress(RuntimeError):
@@ -87,7 +94,7 @@ def test_optimizer_stepped_by_another_is_counted() -> None:
         def step(self, closure: object = None) -> None:  # type: ignore[override]
             inner.step()
 
-    attachment = Attachment((inner,), lambda: steps.append("step"))
+    attachment = _attached(inner, lambda: steps.append("step"))
 
     Outer([_parameter()], lr=0.1).step()
 

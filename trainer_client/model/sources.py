@@ -87,6 +87,14 @@ def identity(tensor: Tensor) -> Identity | None:
     return (*place, tensor.dtype, tensor.shape, tensor.stride())
 
 
+def storage_address(tensor: Tensor) -> int | None:
+    """The address of the tensor's storage; None if it has none (sparse, sharded): such tensors are not streamed."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # NotImplementedError is one
+        return None
+
+
 def version_of(tensor: Tensor) -> int:
     """The tensor's count of in-place writes (not those through `.data`); always 0 for an inference tensor."""
     return 0 if tensor.is_inference() else tensor._version

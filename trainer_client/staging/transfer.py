@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from trainer_client.model.sources import version_of
+from trainer_client.model.sources import storage_address, version_of
 from trainer_client.staging.device import Device, DeviceEvent, DeviceStream
 
 _RECORDING_S = 10.0  # issuing the copies takes milliseconds: after this long the issuing thread is stuck
@@ -47,8 +47,8 @@ class AsyncCopy:
         """Whether one of `tensors` is in the snapshot, or shares memory with it (a flattened parameter)."""
         if any(id(tensor) in self._ids for tensor in tensors):
             return True
-        held = {_memory(tensor) for tensor in self._tensors}
-        return any((place := _memory(tensor)) is not None and place in held for tensor in tensors)
+        held = {storage_address(tensor) for tensor in self._tensors}
+        return any((place := storage_address(tensor)) is not None and place in held for tensor in tensors)
 
     def record(self, side: DeviceStream, watched: Sequence[tuple[Tensor, int]], memory: Sequence[Tensor]) -> None:
         """Note that all copies have been issued.
@@ -106,11 +106,3 @@ class AsyncCopy:
         with self._lock:
             if self._is_torn is None:
                 self._is_torn = spoiled or any(version_of(tensor) != version for tensor, version in self._watched)
-
-
-def _memory(tensor: Tensor) -> int | None:
-    """The address of the tensor's storage; None if it has none (sparse, sharded): such tensors are not streamed."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except RuntimeError:  # NotImplementedError is one
-        return None
