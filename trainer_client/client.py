@@ -226,7 +226,6 @@ class EmaClient:
         if not self._life.usable():
             return False
         timeout_s = check_timeout("timeout_s", timeout_s)
-        self._attachment.settle()
         return self._stream is None or self._worker.flush(timeout_s, durable=durable)
 
     def checkpoint(self, step: SupportsIndex, timeout_s: float = 60.0) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class Attachment:
         self._uncounted = 0  # steps of others since the counter's last one, or the last snapshot
         self._known: weakref.WeakKeyDictionary[Optimizer, tuple[int, _Kind]] = weakref.WeakKeyDictionary()
         self._copy_steps = 0  # steps of a copy of the model since the last one of the model
+        self._thread: int | None = None  # that of the steps
         self._handles: list[RemovableHandle] = []
         _remove_dead()
         if steppers:
@@ -132,7 +134,7 @@ class Attachment:
         self._listener.before_write(optimizer)
 
     def _after(self, member: int) -> None:
-        self._copy_steps = 0
+        self._copy_steps, self._thread = 0, threading.get_ident()
         if member == self._rounds.counter:
             self._uncounted = 0
             self._listener.count(1)
@@ -163,6 +165,8 @@ class Attachment:
         """Some optimizer of this process has stepped: follow it if it trains the model and was not given."""
         if optimizer in self._members or any(stepper.is_around(optimizer) for stepper in self._steppers):
             return
+        if self._thread not in (None, threading.get_ident()):
+            return  # a snapshot is taken by the thread that trains
         try:
             kind = self._kind_of(optimizer)
             self._copy_steps += kind is _Kind.COPY
