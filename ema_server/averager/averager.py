@@ -41,9 +41,9 @@ from ema_server.averager.jobs import (
 )
 from ema_server.averager.join import join
 from ema_server.averager.rewind import end_rewind, rewind
+from ema_server.compute.arithmetic import choose
 from ema_server.compute.cuda import unusable
 from ema_server.compute.device import HOST, Device
-from ema_server.compute.kernel_choice import choose
 from ema_server.compute.pool import WorkerPool
 from ema_server.config import ServerConfig
 from ema_server.publishing.publisher import Publisher

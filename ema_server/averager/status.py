@@ -6,8 +6,8 @@ from ema_proto.averages.rules import AverageSpec, Raw
 from ema_proto.averages.specs import parse_average
 from ema_proto.averages.step_units import StepUnits
 from ema_proto.wire.manifest import Manifest
-from ema_server.rules.half_life import shown_reach
 from ema_server.rules.ledger import Ledger
+from ema_server.rules.weights import shown_reach
 from ema_server.runs.average import Average
 from ema_server.runs.status_store import AverageStatus, RunState, RunStatus
 from ema_server.storage.catalog import Generation

@@ -1,26 +1,32 @@
-"""How averages take in the elements of a block: the interface, and torch's way. `compiled` has a faster one.
+"""How averages take in the elements of a block: the interface, torch's implementation, and the choice between kernels.
 
-Comes in: elements as they were sent, averages with a weight each. Goes out: the averages, updated. Not known here:
-runs, rules, threads, and where in a snapshot the elements lay.
+`compiled` is a faster implementation.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 Weighted: TypeAlias = tuple[torch.Tensor, float]
-"""What an average holds (1-D, contiguous, float32 or float64), and the weight that the new elements get in it."""
+"""The elements of an average (1-D, contiguous, float32 or float64), and the weight of the new elements in it."""
+
+
+class KernelUnavailableError(Exception):
+    """The requested kernel is not available; the text says why, and what to do."""
 
 
 class Elements:
-    """Elements of a snapshot (1-D, contiguous) as they were sent, and in the dtypes that averages are held in.
+    """Elements of a snapshot (1-D, contiguous), in the wire's dtype and in those that averages are held in.
 
     Args:
         source: the elements in the wire's dtype.
-        scratch: memory for conversions, by dtype; what was there is overwritten.
+        scratch: memory for conversions, by dtype; overwritten.
     """
 
     __slots__ = ("_found", "_scratch", "source")
@@ -31,14 +37,14 @@ class Elements:
         self._found = {source.dtype: source}
 
     def to(self, dtype: torch.dtype) -> torch.Tensor:
-        """The elements in `dtype`, converted at its first use."""
+        """The elements in `dtype`, converted at the first call."""
         if dtype not in self._found:
             self._found[dtype] = self._scratch[dtype].narrow(0, 0, len(self.source)).copy_(self.source)
         return self._found[dtype]
 
 
 class Arithmetic(Protocol):
-    """One way to compute. Several threads may share it."""
+    """One implementation. Several threads may share it."""
 
     @property
     def name(self) -> str:
@@ -47,20 +53,54 @@ class Arithmetic(Protocol):
     def lerp(self, elements: Elements, averages: Sequence[Weighted]) -> None:
         """`average += weight * (elements - average)` for each, in its own dtype.
 
-        This form stays unbiased in float32, where `decay * average + (1 - decay) * elements` drifts, because its two
-        rounded factors do not add up to 1.
+        This form stays unbiased in float32, where `decay * average + (1 - decay) * elements` drifts: its two rounded
+        factors do not add up to 1.
         """
 
 
 class ByTorch:
-    """Torch's own interpolation: each average by itself, from elements of its own dtype."""
+    """`torch.lerp_`, one average at a time."""
 
     name = "torch"
 
     def lerp(self, elements: Elements, averages: Sequence[Weighted]) -> None:
-        """See `Arithmetic.lerp`."""
         for average, weight in averages:
             average.lerp_(elements.to(average.dtype), weight)
 
 
 BY_TORCH = ByTorch()
+
+
+def choose(setting: str, device: torch.device) -> Arithmetic:
+    """The arithmetic for the setting `auto`, `torch` or `compiled`, and averages on `device`.
+
+    `auto` prefers the compiled loops, and uses torch where these are not available.
+
+    Raises:
+        KernelUnavailableError: `compiled` was asked for and is not available.
+    """
+    if setting == "torch":
+        return _chosen(BY_TORCH, "as set")
+    if device.type != "cpu":
+        if setting == "compiled":
+            raise KernelUnavailableError(f"the compiled kernel computes on the CPU, not on {device}: use --kernel auto")
+        return _chosen(BY_TORCH, f"the averages are on {device}")
+    try:
+        return _chosen(_by_loops(), "on the CPU, by numba")
+    except (ImportError, OSError, RuntimeError) as error:
+        if setting == "compiled":
+            raise KernelUnavailableError(
+                f"the compiled kernel is not available ({error}): pip install 'ema-sidecar[fast]', or use --kernel auto"
+            ) from None
+        return _chosen(BY_TORCH, f"the compiled kernel is not available: {error}")
+
+
+def _by_loops() -> Arithmetic:
+    from ema_server.compute.compiled import ByLoops  # needs numba, which is optional and takes half a second to import
+
+    return ByLoops()
+
+
+def _chosen(arithmetic: Arithmetic, why: str) -> Arithmetic:
+    logger.info("averaging kernel: %s (%s)", arithmetic.name, why)
+    return arithmetic

@@ -1,7 +1,7 @@
-"""What the server needs of a device that works beside the host: memory, and streams. Interfaces alone.
+"""What the server needs of a device that works beside the host: memory, and streams. Interfaces only.
 
-A stream is work in the order in which it was queued; streams do not wait for each other, and the host for none of them,
-but where a mark says so. `cuda` has one such device; tests have one that is late on purpose.
+A stream runs work in the order in which it was queued. Streams do not wait for each other, nor the host for them,
+unless a mark says so. `cuda` implements these for CUDA devices; the tests have backends that are late on purpose.
 """
 
 from __future__ import annotations
@@ -15,46 +15,45 @@ from ema_server.compute.memory import HostMemory
 
 
 class Mark(Protocol):
-    """A place in a stream: it is reached once all that was queued before it is done."""
+    """A place in a stream, reached once all work that was queued before it is done."""
 
     def hold(self) -> None:
-        """Let what is queued from now on in the thread's current stream wait until it is reached."""
+        """Make work that is queued later in the thread's current stream wait for this mark."""
 
     def wait(self) -> None:
-        """Wait until it is reached, on the host."""
+        """Block the host until the mark is reached."""
 
 
 class Stream(Protocol):
-    """Work on the device in the order in which it was queued."""
+    """A queue of work on the device."""
 
     def current(self) -> AbstractContextManager[object]:
-        """Around calls of torch: what they begin on the device is queued here, and does not wait for other streams."""
+        """A context in which torch queues its work on the device here."""
 
     def mark(self) -> Mark:
-        """A mark behind all that is queued by now."""
+        """A mark behind all work that is queued by now."""
 
 
 class Backend(Protocol):
-    """What depends on the maker of the device. `allocate` and `free_bytes` raise `MemoryError` where torch says so."""
+    """A device. `allocate` and `free_bytes` raise `MemoryError` where torch reports too little memory."""
 
     @property
-    def device(self) -> torch.device:
-        """As torch has it."""
+    def device(self) -> torch.device: ...
 
     def stream(self) -> Stream:
         """A new stream."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Zeroed memory of the device, uint8, 1-D; zeroed in the current stream."""
+        """Memory of the device, uint8, 1-D, zeroed in the current stream."""
 
     def host(self, nbytes: int) -> HostMemory:
-        """Host memory that the device copies from and to without the host's help."""
+        """Host memory that the device copies from and to by itself."""
 
     def free_bytes(self) -> int:
-        """What `allocate` may still have."""
+        """How much `allocate` can still provide."""
 
     def trim(self) -> None:
-        """Give back to the system what was freed."""
+        """Return freed memory to the system."""
 
     def describe(self) -> str:
-        """The device's name and memory, for people."""
+        """The device's name and memory, for display."""

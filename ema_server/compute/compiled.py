@@ -1,11 +1,7 @@
-"""The averaging arithmetic in loops that numba compiles: one reading of the weights updates several averages.
+"""The averaging arithmetic in loops that numba compiles: one read of the weights updates several averages.
 
-Comes in: elements of a snapshot as they were sent, and averages with a weight each. Goes out: the averages, updated.
-It computes what `torch.lerp_` computes, to the last bit where both have the same fused multiply-add. Importing it needs
-the extra `fast`. It knows nothing of runs, blocks and files, and allocates nothing of their size.
-
-bfloat16 becomes float32 in a register, where torch has to write it out as float32 first; and weights that several
-averages share cross the memory bus once.
+It computes what `torch.lerp_` computes, bit for bit where both use the same fused multiply-add. bfloat16 becomes
+float32 in a register, where torch writes it out as float32 first. Importing this module needs the extra `fast`.
 """
 
 from __future__ import annotations
@@ -20,20 +16,20 @@ from numba.core.errors import NumbaError
 
 from ema_server.compute.arithmetic import BY_TORCH, Elements, Weighted
 
-GROUP_MAX = 4  # averages in one loop: each number compiles one of its own, and from 8 on LLVM does not vectorise it
+GROUP_MAX = 4  # averages per loop: each number is compiled on its own, and LLVM does not vectorise 8 or more
 
 # From 0.5 on torch computes new - (1 - weight) * (new - old), with the weight rounded to the average's dtype.
 _LARGE_WEIGHT = 0.4999999
 
 
 class ByLoops:
-    """Compiled loops on the CPU; torch for large weights, which only the first steps of a run and wide gaps have.
+    """Compiled loops on the CPU; torch for large weights, which occur only in the first steps and at wide gaps.
 
-    The loop that most runs need is compiled here, the others at their first use, each in some tenths of a second.
-    Nothing is kept for the next process: numba's cache would be pickles in a folder that may not be writable.
+    The loop that most runs need is compiled here, the others at their first use, each in some tenths of a second. They
+    are not cached on disk: numba's cache consists of pickles, in a folder that may not be writable.
 
     Raises:
-        RuntimeError: this machine cannot compile the loops, or they compute nonsense.
+        RuntimeError: this machine cannot compile the loops, or they give wrong results.
     """
 
     name = "compiled"
@@ -48,18 +44,17 @@ class ByLoops:
             raise RuntimeError(f"numba {numba.__version__} computes {average.tolist()} where [0.25, 0.5, 1.0] is right")
 
     def lerp(self, elements: Elements, averages: Sequence[Weighted]) -> None:
-        """See `Arithmetic.lerp`."""
         source = elements.source
         if source.dtype is torch.float16:
             source = elements.to(torch.float32)
-        ours = [pair for pair in averages if pair[1] < _LARGE_WEIGHT]
-        _lerp(source, ours)
-        if len(ours) < len(averages):
+        small = [pair for pair in averages if pair[1] < _LARGE_WEIGHT]
+        _lerp(source, small)
+        if len(small) < len(averages):
             BY_TORCH.lerp(elements, [pair for pair in averages if pair[1] >= _LARGE_WEIGHT])
 
 
 def _lerp(source: torch.Tensor, averages: Sequence[Weighted]) -> None:
-    """In the averages' dtypes, which are not narrower than the source's: bfloat16, float32 or float64."""
+    """`source` is bfloat16, float32 or float64, and no wider than the averages."""
     loop, new = _lerp_same, source
     if source.dtype is torch.bfloat16:
         loop, new = _lerp_bfloat16, source.view(torch.uint16)  # numpy has no bfloat16

@@ -1,6 +1,6 @@
-"""A CUDA device as a `Backend`, and the device that a setting names. Comes in: `cpu`, `cuda`, `cuda:1`.
+"""A CUDA device as a `Backend`, and the device that a setting names.
 
-A device that cannot be used is found out when the server starts, not when the first run has come.
+A device that cannot be used is found when the server starts, not when the first run comes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ema_server.compute.memory import HostMemory, allocate, host_memory
 
 _GIB = 1 << 30
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class DeviceError(ValueError):
@@ -32,7 +32,7 @@ def open_device(name: str) -> Device:
         name: `cpu`, `cuda` (the first one), or `cuda:INDEX`.
 
     Raises:
-        DeviceError: it cannot be used here.
+        DeviceError: it cannot be used.
     """
     if name == "cpu":
         return HOST
@@ -45,7 +45,7 @@ def open_device(name: str) -> Device:
 
 
 def unusable(name: str, error: Exception) -> DeviceError:
-    """What to raise when the device of this name fails while it is made ready."""
+    """The error for a device of this name that failed during its setup."""
     return DeviceError(f"device is {name!r}: it cannot be used: {_one_line(error)}")
 
 
@@ -55,14 +55,14 @@ def _require(name: str, index: int) -> None:
             f"device is {name!r}: torch {torch.__version__} was built without CUDA: install a build with it "
             "(https://pytorch.org/get-started), or use --device cpu"
         )
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available:
-        why = "".join(f" ({_one_line(warning.message)})" for warning in said[:1])
+        why = "".join(f" ({_one_line(warning.message)})" for warning in caught[:1])
         raise DeviceError(
-            f"device is {name!r}: torch finds no CUDA device{why}: look for its driver, and whether this container was "
-            "given it, or use --device cpu"
+            f"device is {name!r}: torch finds no CUDA device{why}: check its driver, and whether this container has "
+            "access to it, or use --device cpu"
         )
     count = torch.cuda.device_count()
     if index >= count:
@@ -70,15 +70,15 @@ def _require(name: str, index: int) -> None:
         raise DeviceError(f"device is {name!r}: torch finds {count} CUDA devices: use {known}, or cpu")
 
 
-def _one_line(said: object) -> str:
-    return " ".join(str(said).split())
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 class CudaBackend:
-    """One CUDA device; see `backend.Backend`.
+    """One CUDA device.
 
     Args:
-        index: which one.
+        index: its number.
 
     Raises:
         RuntimeError: it does not work.
@@ -90,75 +90,64 @@ class CudaBackend:
         torch.cuda.synchronize(self.device)
 
     def stream(self) -> CudaStream:
-        """See `Backend.stream`."""
         return CudaStream(torch.cuda.Stream(self.device))
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """See `Backend.allocate`."""
         try:
             return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         except torch.cuda.OutOfMemoryError:
-            text = f"{nbytes} bytes of memory on {self.device} are not to be had: {self.free_bytes()} are left"
+            text = f"cannot allocate {nbytes} bytes on {self.device}: only {self.free_bytes()} are available"
             raise MemoryError(text) from None
 
     def host(self, nbytes: int) -> HostMemory:
-        """Pinned memory; where the system has none to give, other memory, which is slower."""
+        """Pinned memory, or if the system provides none, pageable memory, which is slower."""
         try:
             with torch.cuda.device(self.device):
                 data = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         except RuntimeError as error:
             if not self._unpinned:
-                log.warning("no memory could be pinned: copies to %s are slower (%s)", self.device, _one_line(error))
+                logger.warning("no memory could be pinned: copies to %s are slower (%s)", self.device, _one_line(error))
             self._unpinned = True
             return allocate(nbytes, touch=True)
         return host_memory(data)
 
     def free_bytes(self) -> int:
-        """Of the device, and what torch holds of it without use."""
+        """Free memory of the device, and memory that torch has reserved and does not use."""
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return torch.cuda.mem_get_info(self.device)[0] + unused
 
     def trim(self) -> None:
-        """See `Backend.trim`."""
         torch.cuda.empty_cache()
 
     def describe(self) -> str:
-        """See `Backend.describe`."""
         free, total = torch.cuda.mem_get_info(self.device)
         return f"{torch.cuda.get_device_name(self.device)}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
 
 
 class CudaStream:
-    """See `backend.Stream`."""
-
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """See `Stream.current`. torch's own ends by setting the device that was current: GPU 0 would get a context."""
+        # torch.cuda.stream alone ends by setting the device that was current: GPU 0 would get a context.
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             yield
 
     def mark(self) -> CudaMark:
-        """See `Stream.mark`."""
-        event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+        event = torch.cuda.Event(blocking=True)  # a waiting thread sleeps
         event.record(self._stream)
         return CudaMark(event, self._stream.device)
 
 
 class CudaMark:
-    """See `backend.Mark`."""
-
     def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
         self._event = event
         self._device = device
 
     def hold(self) -> None:
-        """See `Mark.hold`."""
         self._event.wait()
 
     def wait(self) -> None:
-        """See `Mark.wait`."""
         with torch.cuda.device(self._device):
             self._event.synchronize()

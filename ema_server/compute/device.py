@@ -1,7 +1,6 @@
-"""Where averages are kept and computed, as the rest of the server sees it: memory, and a way to bring snapshots there.
+"""Where averages are kept and computed: the interface that the rest of the server uses, and the host as one device.
 
-`Host` is the machine's own memory and cores. What else there is, `accelerator` makes; who asks for memory or for blocks
-does not know the difference.
+`accelerator` has the other kind.
 """
 
 from __future__ import annotations
@@ -19,61 +18,60 @@ from ema_server.tensors.layout import Segment
 # 2 MiB of float32: a block's work dwarfs the Python around it, and the block stays in cache for all averages.
 BLOCK_ELEMENTS = 512 << 10
 
-WORKERS_MAX = 8  # memory is saturated by then, and Python's lock is not
+WORKERS_MAX = 8  # memory is saturated by then, and the interpreter lock is not
 
 
 class Feed(Protocol):
     """Brings a snapshot to the device, for one thread."""
 
     def turn(self) -> AbstractContextManager[object]:
-        """Around one pass of the thread: what it begins inside is done when it leaves."""
+        """A context for one pass of the thread: work that begins inside is done when it exits."""
 
     def blocks(self, snapshot: torch.Tensor, blocks: Iterable[Segment]) -> Iterator[tuple[Segment, torch.Tensor]]:
-        """Each block with its elements on the device: 1-D, the wire's dtype, valid until the next block is asked for.
+        """Each block with its elements on the device: 1-D, the wire's dtype, valid until the next block is requested.
 
         Args:
             snapshot: uint8, 1-D, in host memory, the wire's layout.
-            blocks: of at most `block_elements` elements, by rising offsets.
+            blocks: of at most `block_elements` elements, by rising offset.
         """
 
 
 class Device(Protocol):
-    """What averages are kept on."""
+    """A place where averages are kept."""
 
     @property
     def name(self) -> str:
         """As in the settings: `cpu`, `cuda:1`."""
 
     @property
-    def torch_device(self) -> torch.device:
-        """As torch has it."""
+    def torch_device(self) -> torch.device: ...
 
     @property
     def workers(self) -> int:
-        """How many threads share a pass."""
+        """The number of threads that share a pass."""
 
     @property
     def block_elements(self) -> int:
-        """How much each of them takes at a time."""
+        """The number of elements that each of them takes at a time."""
 
     def allocate(self, nbytes: int) -> Memory:
-        """Zeroed memory, taken at once.
+        """Zeroed memory.
 
         Raises:
-            MemoryError: the device has not so much; the text says how much is left.
+            MemoryError: the device has not enough; the text says how much is left.
         """
 
     def feed(self, block_elements: int) -> Feed:
-        """What one thread takes the blocks of a snapshot from."""
+        """A feed for one thread."""
 
     def trim(self) -> None:
-        """Give back to the system what was freed."""
+        """Return freed memory to the system."""
 
     def describe(self) -> str:
-        """Its name, and what it has left, for people.
+        """The device's name and free memory, for display.
 
         Raises:
-            RuntimeError: it does not answer.
+            RuntimeError: the device does not answer.
         """
 
 
@@ -86,26 +84,24 @@ class Host:
 
     @property
     def workers(self) -> int:
-        """As many as torch would use, as far as that helps."""
         return min(torch.get_num_threads(), WORKERS_MAX)
 
     def allocate(self, nbytes: int) -> HostMemory:
-        """See `Device.allocate`."""
         return allocate(nbytes, touch=True)
 
     def feed(self, block_elements: int) -> Feed:
-        """A view of the snapshot where it is."""
         return _InPlace()
 
     def trim(self) -> None:
-        """Nothing: what is freed is the system's again."""
+        """Nothing to do: unmapped memory is the system's."""
 
     def describe(self) -> str:
-        """See `Device.describe`."""
         return "cpu: this machine's memory"
 
 
 class _InPlace:
+    """Views of the snapshot."""
+
     def turn(self) -> AbstractContextManager[object]:
         return nullcontext()
 

@@ -1,9 +1,6 @@
 """The averaging arithmetic on blocks: each block of a snapshot updates every average while it is in cache.
 
-Comes in: blocks of a run's segments, each with its elements of the snapshot, for each average its memory and the
-snapshot's weight. Goes out: the same memory, updated. A sink, if there is one, sees each block before it changes.
-Nothing of a model's size is allocated, and nothing here knows of threads, runs, steps or files, nor on which device the
-tensors are.
+A sink, if there is one, sees each block before it changes. Nothing of a model's size is allocated.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from ema_server.tensors.layout import Form, Segment, held_dtype
 
 
 class BlockSink(Protocol):
-    """Takes what an average held before the pass. Several threads may call it, for different blocks."""
+    """Receives the content of averages before it changes. Several threads may call it, for different blocks."""
 
     def write(self, index: int, begin: int, end: int) -> None:
         """Bytes `begin` to `end` of average number `index` are about to change. Must not raise."""
@@ -38,11 +35,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One average: its bytes (uint8, 1-D), their form, and the snapshot's weight; None copies it all, 0 leaves all.
+    """One average: its bytes (uint8, 1-D), their form, and the snapshot's weight.
 
-    `number` is that of its bit in a segment's mask; blocks that it does not average are copied. With a `mix` the blocks
-    that it averages are computed from these `Source`s, which are earlier targets: each is blended into those before it
-    with its weight, the first with 1.
+    Weight None copies the whole snapshot, 0 leaves the average unchanged. Otherwise blocks whose mask lacks bit
+    `number` are copied. With a `mix`, the blocks with that bit are computed from these sources, which are earlier
+    targets: each is blended into the ones before it with its weight, the first with 1.
     """
 
     data: torch.Tensor
@@ -53,7 +50,7 @@ class Target:
 
 
 class Kernel:
-    """One thread's pass over blocks, and scratch, in which a block's floats become wider once for all averages."""
+    """One thread's pass over blocks, with scratch in which a block's floats are widened once for all averages."""
 
     def __init__(self, block_elements: int, device: torch.device, arithmetic: Arithmetic) -> None:
         self._arithmetic = arithmetic
@@ -66,10 +63,7 @@ class Kernel:
         targets: Sequence[Target],
         sink: BlockSink | None = None,
     ) -> None:
-        """Bring these blocks, each with its elements of the snapshot (1-D, the wire's dtype), into every target.
-
-        A block is averaged last, for all targets that average it at once; see `Arithmetic.lerp`.
-        """
+        """Apply these blocks, each with its elements of the snapshot (1-D, the wire's dtype), to every target."""
         for block, source in blocks:
             averaged: list[Weighted] = []
             for index, target in enumerate(targets):
@@ -79,11 +73,10 @@ class Kernel:
                 if target.weight == 0.0:
                     continue
                 held = view(target.data, dtype, begin, block.count)
-                if not block.averaged >> target.number & 1:
-                    held.copy_(source)
-                elif target.mix:
+                is_averaged = bool(block.averaged >> target.number & 1)
+                if is_averaged and target.mix:
                     self._blend(held, block, target.mix)
-                elif target.weight is None:
+                elif not is_averaged or target.weight is None:
                     held.copy_(source)
                 else:
                     averaged.append((held, target.weight))
@@ -100,7 +93,7 @@ class Kernel:
 
 
 def show(blocks: Iterable[Segment], forms: Sequence[Form], sink: BlockSink) -> None:
-    """Show these blocks of every average to `sink` and change nothing."""
+    """Show these blocks of every average to `sink` without a change."""
     for block in blocks:
         for index, form in enumerate(forms):
             begin = block.offset(form)

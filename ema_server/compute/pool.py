@@ -1,8 +1,8 @@
-"""Threads that share one pass over all averages of a run. Segments come in; when a call returns, the pass is over.
+"""The threads that share one pass over all averages of a run.
 
-Each thread takes the next block when it is done with its last, and computes with one thread of torch's own. Torch's
-pool would split every block and wait for the slowest part of each: beside processes that keep all cores busy that made
-a pass over 87 million elements 20 times as long (1.4 s instead of 0.07 s).
+Each thread takes the next block when it is done with its last one, and computes with one thread of torch's own. Torch's
+pool would split every block and wait for the slowest part of each: beside processes that keep all cores busy, a pass
+over 87 million elements took 20 times as long (1.4 s instead of 0.07 s).
 """
 
 from __future__ import annotations
@@ -22,20 +22,18 @@ from ema_server.tensors.layout import Form, Segment, cut
 
 @dataclass(frozen=True, slots=True)
 class _Worker:
-    """What one thread has for itself."""
-
     kernel: Kernel
     feed: Feed
 
 
 class WorkerPool:
-    """A pool of kernels.
+    """A kernel for each thread.
 
     Args:
-        workers: threads that share a pass, at least 1.
-        block_elements: what one thread takes at a time.
+        workers: the number of threads, at least 1.
+        block_elements: how many elements one thread takes at a time.
         device: where the averages are.
-        arithmetic: what the kernels compute with.
+        arithmetic: the arithmetic of the kernels.
     """
 
     def __init__(
@@ -55,7 +53,7 @@ class WorkerPool:
     def update(
         self, segments: Sequence[Segment], snapshot: torch.Tensor, targets: Sequence[Target], sink: BlockSink | None
     ) -> None:
-        """Bring the whole snapshot (uint8, 1-D, in host memory) into every target; see `Kernel.update`."""
+        """Apply the segments of a snapshot (uint8, 1-D, in host memory) to every target, as `Kernel.update` does."""
 
         def update(worker: _Worker, blocks: Iterator[Segment]) -> None:
             with worker.feed.turn():
@@ -64,11 +62,10 @@ class WorkerPool:
         self._share(segments, update)
 
     def write(self, segments: Sequence[Segment], forms: Sequence[Form], sink: BlockSink) -> None:
-        """Show every block of every average to `sink` and change nothing."""
+        """Show every block of every average to `sink` without a change."""
         self._share(segments, lambda _, blocks: show(blocks, forms, sink))
 
     def close(self) -> None:
-        """End the threads."""
         self._pool.shutdown()
 
     def _share(self, segments: Sequence[Segment], work: Callable[[_Worker, Iterator[Segment]], None]) -> None:

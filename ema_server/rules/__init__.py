@@ -1,9 +1,8 @@
-"""The maths of averaging: decays, weights and windows. Floats only, no tensors.
+"""The mathematics of averaging: floats and steps, no tensors.
 
-- `contributions`: how much of each step's weights is in an average
-- `decays`: how much of an exponential moving average is left after some steps
-- `half_life`: how far back an average reaches, for people
-- `ledger`: at which steps an average was updated, as arithmetic ranges
-- `weights`: what each averaging rule asks of the kernel
-- `window`: which snapshots a window average is the mean of, how often each counts, and in which
+- `weights`: the weight of a snapshot in an average, for each rule; decay and half-life for display
+- `decays`: products of the decays of an exponential moving average
+- `window`: which snapshots a window average holds
+- `ledger`: the steps at which an average was updated
+- `contributions`: the share of each step in an average, from its rule and its ledger
 """

@@ -1,7 +1,7 @@
-"""How much of an exponential moving average is left after some steps. Float64, no tensor.
+"""How much of an exponential moving average remains after a number of steps, in float64.
 
-`n` counts the steps since the rule stopped copying. Products of decays are sums of logarithms, and decays near 1 are
-never subtracted from it.
+A rule's time `n` counts steps since the rule stopped copying. Products of decays are computed as sums of logarithms,
+and decays near 1 are never subtracted from 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TF_OFFSET = 10  # (1 + n) / (10 + n)
 
 
 class _Phase(Enum):
-    """Of a warm-up at a step: held at its least decay, rising, or as it stays from here on."""
+    """A warm-up at one step: held at its lowest decay, rising, or constant from here on."""
 
     WAITING = "waiting"
     RISING = "rising"
@@ -30,7 +30,7 @@ class _Phase(Enum):
 
 
 def log_decay(rule: Ema, units: StepUnits) -> float:
-    """Natural logarithm of the rule's decay for one step, without its warm-up; -inf for 0, 0 for an endless half-life.
+    """Natural logarithm of the rule's decay for one step, without its warm-up; -inf for decay 0, 0 for decay 1.
 
     Raises:
         ValueError: the rule needs step units that are not known.
@@ -42,7 +42,7 @@ def log_decay(rule: Ema, units: StepUnits) -> float:
 
 
 def weight_between(rule: Ema, then: int, now: int, units: StepUnits) -> float:
-    """One minus the product of the decays of the steps `n` in (then, now], both 0 or more; at most 1."""
+    """One minus the product of the decays of the steps `n` in (then, now]; in (0, 1]. Neither time is negative."""
     if rule.warmup is None and rule.decay is not None and now == then + 1:
         return 1.0 - rule.decay
     constant = log_decay(rule, units)
@@ -115,9 +115,9 @@ def _exponential(tau: float, constant: float, n: float) -> tuple[float, _Phase]:
 def _summed(curve: Callable[[float], tuple[float, _Phase]], then: int, now: int) -> float:
     """Sum of `curve`, a rising function that flattens, over the steps in (then, now].
 
-    Steps are taken in blocks of 2**-10 of the time so far, within which no phase ends. A block counts as two points
-    with its mean and its variance, which is exact for cubics: the sum is within a part in 10**9, and no gap, however
-    long, takes more than some tens of thousands of points.
+    Steps are summed in blocks of 2**-10 of the time so far, within which no phase ends. A block is replaced by two
+    points with its mean and variance, which is exact for cubics. The relative error is below 1e-9, and the longest gap
+    takes some tens of thousands of points.
     """
     left, at = 0.0, then
     while at < now and left > _NEGLIGIBLE:

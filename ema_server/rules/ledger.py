@@ -1,6 +1,6 @@
-"""At which steps an average was updated, as arithmetic ranges. Pure; no clock, no disk.
+"""The steps at which an average was updated, as arithmetic ranges.
 
-A float64 replay of the trainer's weights over `steps()` and `set_steps` gives the average: that is what it is for.
+A float64 replay of the trainer's weights over `steps()` and `set_steps` gives the average.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Ledger:
     """The steps of one average, strictly increasing.
 
     Args:
-        origin: steps already taken when the run was first joined.
+        origin: the number of steps already taken when the run was first joined.
     """
 
     __slots__ = ("_ranges", "_set", "origin")
@@ -26,26 +26,24 @@ class Ledger:
 
     @property
     def last_step(self) -> int | None:
-        """The newest step, None when there is none yet."""
+        """The newest step, None before the first."""
         return self._ranges[-1][1] if self._ranges else None
 
     @property
     def first_step(self) -> int | None:
-        """The oldest step, None when there is none yet."""
+        """The oldest step, None before the first."""
         return self._ranges[0][0] if self._ranges else None
 
     @property
     def set_steps(self) -> tuple[int, ...]:
-        """The steps at which the average was replaced by the weights; the first step always is."""
+        """The steps at which the weights replaced the average; the first step always does."""
         return tuple(self._set)
 
     def append(self, step: int, *, replaces: bool = False) -> None:
-        """Note an update at `step`; `replaces`: the weights replaced the average. The first step always replaces.
-
-        The last step may be noted again if it replaces.
+        """Record an update at `step`; `replaces`: the weights replaced the average, as the first step always does.
 
         Raises:
-            ValueError: `step` is not above the last one.
+            ValueError: `step` is not above the last step, or equal to it without `replaces`.
         """
         last = self.last_step
         if last is not None and (step < last or (step == last and not replaces)):
@@ -68,15 +66,15 @@ class Ledger:
         return tuple(reversed(list(islice(self.newest_first(), count))))
 
     def to_json(self) -> dict[str, Any]:
-        """The ledger as JSON values, a copy."""
+        """The ledger as JSON values."""
         return {"origin": self.origin, "set": list(self._set), "ranges": [list(entry) for entry in self._ranges]}
 
     @classmethod
     def from_json(cls, value: object) -> Ledger:
-        """Read what `to_json` wrote.
+        """The ledger that `to_json` wrote.
 
         Raises:
-            ValueError: it is something else; the text says what.
+            ValueError: the value is not a ledger.
         """
         try:
             return cls._read(value)

@@ -1,11 +1,8 @@
-"""What each averaging rule asks of the kernel. Pure arithmetic in float64; no tensor, no clock.
+"""The weight that each averaging rule gives to a snapshot, in float64.
 
-A rule (`ema_proto.averages.rules`), the span of steps that a snapshot stands for, and the trainer's step units give the
-weight of the snapshot. A rule's time is the steps since the average's origin; its `start` and `every` count
-the trainer's steps.
-
-A snapshot stands for all steps since the last one, as if they had had its weights. So `every`, gaps and lost snapshots
-change nothing of what a rule means.
+A rule's time is the number of steps since the average's origin; its `start` and `every` count the trainer's steps. A
+snapshot stands for all steps since the last one, as if they had had its weights: neither `every` nor gaps nor lost
+snapshots change the meaning of a rule.
 """
 
 from __future__ import annotations
@@ -14,32 +11,31 @@ import math
 from dataclasses import dataclass
 
 from ema_proto.averages.exponential import Ema
-from ema_proto.averages.rules import AverageSpec, PowerEma, Raw, Uniform, Wsd
-from ema_proto.averages.step_units import UNKNOWN, StepUnits
+from ema_proto.averages.rules import AverageSpec, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.step_units import UNKNOWN, StepUnits, needed_of
 from ema_server.rules.decays import weight_between
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The steps (then, now] that a snapshot stands for, in the trainer's count.
+    """The steps (last, step] that a snapshot stands for, in the trainer's count.
 
     Args:
-        then: the last applied step, or the origin where there is none.
-        now: the snapshot's step.
-        origin: the steps already taken when the average began.
+        last: the last applied step, or the origin if there is none.
+        step: the snapshot's step.
+        origin: the number of steps already taken when the average began.
 
     Raises:
-        ValueError: they are not in the order origin, then, now, or `now` is not above `then`.
+        ValueError: unless origin <= last < step.
     """
 
-    then: int
-    now: int
+    last: int
+    step: int
     origin: int
 
     def __post_init__(self) -> None:
-        """Validate."""
-        if not self.origin <= self.then < self.now:
-            raise ValueError(f"step {self.now} is not above step {self.then}, or that is below origin {self.origin}")
+        if not self.origin <= self.last < self.step:
+            raise ValueError(f"need origin <= last < step, got {self.origin}, {self.last}, {self.step}")
 
 
 def points(every: int, then: int, now: int) -> int:
@@ -48,24 +44,24 @@ def points(every: int, then: int, now: int) -> int:
 
 
 def weight_of(rule: AverageSpec, span: Span, units: StepUnits = UNKNOWN) -> float | None:
-    """Share of the snapshot in the updated average, in (0, 1), or 0 where it is left as it is.
+    """The share of the snapshot in the updated average: in [0, 1), or None if the snapshot replaces the average.
 
-    None where the snapshot replaces it: always with the first snapshot, unless the rule begins from the weights of
-    before the first step (`init=start`), which are then held already.
+    The first snapshot replaces the average, unless the rule starts from the weights before the first step
+    (`init=start`), which the average then already holds.
 
     Args:
-        rule: the averaging rule, of any kind but `Window`, whose mean is no function of the average before.
+        rule: any averaging rule except `Window`.
         span: the steps that the snapshot stands for.
-        units: samples per step and steps per epoch, as the trainer gave them.
+        units: samples per step and steps per epoch, as given by the trainer.
 
     Raises:
-        ValueError: the rule is a `Window`, or needs step units that are not known.
+        ValueError: the rule is a `Window`, or needs step units that are unknown.
     """
     if isinstance(rule, Raw):
         return None
     if isinstance(rule, Ema):
         weight = _ema(rule, span, units)
-    elif span.then <= span.origin:
+    elif span.last <= span.origin:
         weight = None
     elif isinstance(rule, PowerEma):
         weight = _power(rule.exponent, span)
@@ -74,14 +70,55 @@ def weight_of(rule: AverageSpec, span: Span, units: StepUnits = UNKNOWN) -> floa
     elif isinstance(rule, Wsd):
         weight = _wsd(rule, span)
     else:
-        raise ValueError(f"average {rule.name!r} is a window: its weights are those of its snapshots")
+        raise ValueError(f"average {rule.name!r} is a window: it has a weight for each of its snapshots")
     return None if weight is None or weight >= 1.0 else weight
 
 
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Decay per step, in [0, 1], and the half-life of that decay in steps: infinite for 1, 0 for 0."""
+
+    decay: float
+    half_life_steps: float
+
+
+def reach_now(rule: AverageSpec, step: int, origin: int, units: StepUnits) -> Reach | None:
+    """Decay and half-life of an average whose last applied step is `step`; None for `raw` and windows.
+
+    Raises:
+        ValueError: the rule needs step units that are unknown.
+    """
+    if isinstance(rule, Raw | Window):
+        return None
+    if isinstance(rule, Uniform):
+        held = points(rule.every, max(origin, rule.start - 1), step)
+        return _reach(math.log1p(-1 / held) / rule.every if held > 1 else -math.inf)
+    now = max(step, origin + 1)
+    weight = weight_of(rule, Span(now - 1, now, origin), units)
+    return _reach(-math.inf if weight is None else math.log1p(-weight))
+
+
+def shown_reach(rule: AverageSpec, step: int, origin: int, units: StepUnits) -> tuple[float | None, float | None]:
+    """Decay and half-life for display; None where there is none, where it is infinite, or where units are missing.
+
+    It never raises: a figure for display must not stop the averaging.
+    """
+    needed = needed_of(rule)
+    if needed is not None and getattr(units, needed) is None:
+        return None, None
+    try:
+        reach = reach_now(rule, step, origin, units)
+    except (ArithmeticError, ValueError):
+        return None, None
+    if reach is None:
+        return None, None
+    return reach.decay, None if math.isinf(reach.half_life_steps) else reach.half_life_steps
+
+
 def _ema(rule: Ema, span: Span, units: StepUnits) -> float | None:
-    """Averaging begins from the copy at `n` 0, or with `init=first` at `n` 1."""
+    """Averaging starts from the copy at `n` 0, or with `init=first` at `n` 1."""
     begun = span.origin + rule.update_after
-    then, now = span.then - begun, span.now - begun
+    then, now = span.last - begun, span.step - begun
     if now <= 0 or then < 0 or (then == 0 and rule.init == "first"):
         return None
     return weight_between(rule, then, now, units)
@@ -89,25 +126,25 @@ def _ema(rule: Ema, span: Span, units: StepUnits) -> float | None:
 
 def _power(gamma: float, span: Span) -> float:
     """Karras et al., equation 127: `1 - (then / now) ** (gamma + 1)` in time, exact for any gap."""
-    return -math.expm1((gamma + 1) * math.log1p(-(span.now - span.then) / (span.now - span.origin)))
+    return -math.expm1((gamma + 1) * math.log1p(-(span.step - span.last) / (span.step - span.origin)))
 
 
 def _uniform(rule: Uniform, span: Span) -> float | None:
-    """`c / (N + c)`: c points of the cadence are new, N were there."""
+    """`c / (N + c)`, for c new multiples of `every` and N earlier ones."""
     after = max(span.origin, rule.start - 1)
-    before = points(rule.every, after, span.then)
-    new = points(rule.every, max(after, span.then), span.now)
+    before = points(rule.every, after, span.last)
+    new = points(rule.every, max(after, span.last), span.step)
     return new / (before + new) if before else None
 
 
 def _wsd(rule: Wsd, span: Span) -> float | None:
     """`(C(now) - C(then)) / C(now)`, with C(x) = 1 - m(x) and m the rate's factor: the weighted mean of F15 and F18."""
     end, begun = rule.start + rule.steps, max(rule.start, span.origin)
-    if span.then >= end:
+    if span.last >= end:
         return 0.0
-    if span.then <= begun:
+    if span.last <= begun:
         return None
-    then, now = span.then - rule.start, min(span.now, end) - rule.start
+    then, now = span.last - rule.start, min(span.step, end) - rule.start
     return _fallen(rule, then, now) / _fallen(rule, begun - rule.start, now)
 
 
@@ -119,3 +156,8 @@ def _fallen(rule: Wsd, then: int, now: int) -> float:
         return (now - then) / ((math.sqrt(now) + math.sqrt(then)) * math.sqrt(rule.steps))
     quarter = math.pi / 2 / rule.steps
     return math.sin((now - then) * quarter) * math.sin((now + then) * quarter)
+
+
+def _reach(logarithm: float) -> Reach:
+    half_life = math.inf if logarithm == 0 else -math.log(2.0) / logarithm
+    return Reach(math.exp(logarithm), half_life)

@@ -1,8 +1,4 @@
-"""Which snapshots a window average is the mean of, how often each counts, and in which slot it lies. Pure bookkeeping.
-
-Comes in: a snapshot's step and the number of the window's own steps that it stands for. Goes out: entries, and the
-weights with which the mean is made of them. The bytes of the snapshots are not known here.
-"""
+"""Which snapshots a window average is the mean of, how often each one counts, and which slot holds it."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A snapshot in the window: its step, how often it counts, and its slot."""
+    """A snapshot in the window."""
 
     step: int
     count: int
@@ -25,28 +21,28 @@ Entries: TypeAlias = tuple[Entry, ...]  # oldest first
 
 
 def entered(entries: Entries, size: int, step: int, due: int) -> Entries:
-    """The window after the snapshot of `step`, which stands for `due` of its steps: what a dense stream of it leaves.
+    """The window after the snapshot of `step`.
 
     Args:
-        entries: the window before.
-        size: how many snapshots it holds, and how many slots there are.
-        step: above the last entry's.
-        due: 0 leaves the window as it is.
+        entries: the window before it.
+        size: the number of snapshots that the window holds, and of its slots.
+        step: above the step of the last entry.
+        due: how many of the window's own steps the snapshot stands for; 0 leaves the window unchanged.
     """
     if not due:
         return entries
-    room = size - min(due, size)
+    free = size - min(due, size)
     kept: list[Entry] = []
     for entry in reversed(entries):
-        stays = min(entry.count, room)
-        room -= stays
+        stays = min(entry.count, free)
+        free -= stays
         kept += [replace(entry, count=stays)] if stays else []
     taken = {entry.slot for entry in kept}
     return (*reversed(kept), Entry(step, min(due, size), next(slot for slot in range(size) if slot not in taken)))
 
 
 def blends(entries: Entries) -> tuple[float, ...]:
-    """The weight of each entry in the mean of those up to it, 1 for the first: one after another blended in."""
+    """The weight of each entry in the mean of the entries up to it: 1 for the first."""
     weights, total = [], 0
     for entry in entries:
         total += entry.count
@@ -60,18 +56,18 @@ def mean_age(entries: Entries, now: int) -> float:
 
 
 def share_of(entries: Entries, step: int) -> float:
-    """Share of the snapshot of `step` in the mean, 0 where it is not there; `entries` are some."""
+    """Share of the snapshot of `step` in the mean, 0 if it is not in the window; `entries` is not empty."""
     return sum(entry.count for entry in entries if entry.step == step) / sum(entry.count for entry in entries)
 
 
 def restored(kept: Sequence[tuple[int, int]], size: int) -> Entries:
-    """Entries of (step, count), oldest first, in slots by their order.
+    """Entries from (step, count), oldest first, in slots 0, 1, ...
 
     Raises:
-        ValueError: they are no window of this size.
+        ValueError: they do not form a window of this size.
     """
     counts = [count for _, count in kept]
     rises = all(first < second for (first, _), (second, _) in pairwise(kept))
     if not rises or any(count < 1 for count in counts) or sum(counts) > size:
-        raise ValueError(f"{list(kept)} are not the snapshots of a window of {size}")
+        raise ValueError(f"{list(kept)} are not the steps and counts of a window of {size} snapshots")
     return tuple(Entry(step, count, slot) for slot, (step, count) in enumerate(kept))

@@ -17,8 +17,7 @@ from ema_proto.averages.specs import parse_average
 from ema_proto.averages.step_units import UNKNOWN, StepUnits
 from ema_proto.errors import LocalProtocolError
 from ema_proto.wire.manifest import Manifest
-from ema_server.rules.half_life import shown_reach
-from ema_server.rules.weights import points
+from ema_server.rules.weights import points, shown_reach
 from ema_server.storage.catalog import FileEntry
 
 FORMAT = 1

@@ -22,13 +22,12 @@ from ema_proto.errors import RejectCode
 from ema_proto.wire.manifest import Manifest, Role
 from ema_reader import Reader
 from ema_server.averager.jobs import Applied, Changed, Durable, Publish, Quarantined, Refused, Rewound
-from ema_server.compute.accelerator import Accelerator
+from ema_server.compute.accelerator import Accelerator, Upload
 from ema_server.compute.backend import Backend
 from ema_server.compute.cuda import CudaBackend, CudaStream, DeviceError, open_device
 from ema_server.compute.device import HOST, Device
 from ema_server.compute.kernel import Target
 from ema_server.compute.pool import WorkerPool
-from ema_server.compute.upload import Upload
 from ema_server.tensors.layout import Form, held_nbytes
 from support.backends import InlineBackend, LateBackend
 from support.cuda_runtime import GPU, CudaRuntime
@@ -270,7 +269,7 @@ def test_a_runs_memory_is_given_back_to_the_system_when_it_leaves(tmp_path: Path
     ("built", "devices", "name", "says"),
     [
         (None, 0, "cuda", "device is 'cuda': torch .* was built without CUDA: install a build with it"),
-        ("12.6", 0, "cuda:1", "device is 'cuda:1': torch finds no CUDA device: look for its driver"),
+        ("12.6", 0, "cuda:1", "device is 'cuda:1': torch finds no CUDA device: check its driver"),
         ("12.6", 2, "cuda:2", "device is 'cuda:2': torch finds 2 CUDA devices: use cuda:0, cuda:1, or cpu"),
     ],
 )
@@ -353,7 +352,7 @@ def test_a_whole_models_pass_on_a_gpu_equals_the_hosts(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_what_does_not_fit_into_a_gpu_is_refused_and_what_is_freed_is_had_again() -> None:
     device = open_device("cuda")
-    with pytest.raises(MemoryError, match=r"bytes of memory on cuda:0 are not to be had: \d+ are left"):
+    with pytest.raises(MemoryError, match=r"cannot allocate \d+ bytes on cuda:0: only \d+ are available"):
         device.allocate(1 << 50)
     device.trim()
     before = torch.cuda.memory_reserved(device.torch_device)

@@ -12,7 +12,7 @@ from ema_proto.averages.exponential import Ema
 from ema_proto.averages.rules import AverageSpec, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.averages.step_units import UNKNOWN, StepUnits
 from ema_server.averager.jobs import Applied
-from ema_server.rules.half_life import reach_now
+from ema_server.rules.weights import reach_now
 from support.server_core import joined, manifest_of, running_core
 
 _ONE = {"w": torch.ones(3)}
@@ -72,7 +72,7 @@ def test_a_reach_that_cannot_be_told_is_left_out_and_the_averaging_goes_on(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("ema_server.rules.half_life.reach_now", refuse)
+    monkeypatch.setattr("ema_server.rules.weights.reach_now", refuse)
     with running_core(tmp_path) as core:
         joined(core.join("r", manifest_of(_ONE), ["ema:0.9"]))
         for step in (1, 2, 3):

@@ -18,8 +18,7 @@ from ema_proto.averages.rules import AverageSpec, PowerEma, Raw, Uniform, Window
 from ema_proto.averages.specs import parse_average
 from ema_proto.averages.step_units import StepUnits
 from ema_server.rules import decays
-from ema_server.rules.half_life import Reach, reach_now
-from ema_server.rules.weights import Span, points, weight_of
+from ema_server.rules.weights import Reach, Span, points, reach_now, weight_of
 from support.any_rule import any_rules, short_rules
 from support.dense import dense_shares
 
@@ -392,7 +391,7 @@ def test_a_rule_in_a_unit_that_was_not_told_has_no_weight(spec: str, needed: str
         weight_of(parse_average(spec), Span(3, 7, 0))
 
 
-@pytest.mark.parametrize(("then", "now", "origin"), [(5, 5, 0), (5, 2, 0), (5, 6, 7)])
-def test_a_span_follows_an_earlier_step_of_the_average(then: int, now: int, origin: int) -> None:
-    with pytest.raises(ValueError, match=f"step {now} is not above step {then}, or that is below origin {origin}"):
-        Span(then, now, origin)
+@pytest.mark.parametrize(("last", "step", "origin"), [(5, 5, 0), (5, 2, 0), (5, 6, 7)])
+def test_a_span_must_be_in_order(last: int, step: int, origin: int) -> None:
+    with pytest.raises(ValueError, match=f"need origin <= last < step, got {origin}, {last}, {step}"):
+        Span(last, step, origin)

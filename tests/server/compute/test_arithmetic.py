@@ -14,8 +14,7 @@ import httpx2
 import pytest
 import torch
 
-from ema_server.compute.arithmetic import BY_TORCH
-from ema_server.compute.kernel_choice import KernelUnavailableError, choose
+from ema_server.compute.arithmetic import BY_TORCH, KernelUnavailableError, choose
 from ema_server.config import Kernel
 from support.arithmetics import WITHOUT_NUMBA
 from support.processes import ServerProcess
@@ -44,7 +43,8 @@ def test_without_numba_torch_is_taken_and_it_is_said_why(caplog: pytest.LogCaptu
         chosen = choose("auto", _CPU)
 
     assert chosen is BY_TORCH
-    assert re.fullmatch(r"averaging kernel: torch \(the compiled one cannot be had: .*numba.*\)", caplog.messages[0])
+    said = r"averaging kernel: torch \(the compiled kernel is not available: .*numba.*\)"
+    assert re.fullmatch(said, caplog.messages[0])
 
 
 @pytest.mark.usefixtures("without_numba")
@@ -81,7 +81,7 @@ def test_a_server_without_numba_ends_with_one_line_when_it_is_told_to_use_it(tmp
 
     assert (ended.returncode, ended.stdout) == (2, "")
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("ema serve: the compiled kernel cannot be had (no numba here)")
+    assert line.startswith("ema serve: the compiled kernel is not available (no numba here)")
 
 
 @pytest.mark.parametrize("kernel", ["torch", "compiled"])
