@@ -99,7 +99,8 @@ class Stream:
             incarnation=settings.incarnation,
             checksum=settings.checksum,
             config=settings.config,
-            step_units=settings.step_units,
+            samples_per_step=settings.samples_per_step,
+            steps_per_epoch=settings.steps_per_epoch,
         )
         # Slots made in inference mode could not be written outside it.
         with torch.inference_mode(False):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ema_proto.averages.specs import Ema, Raw
-from ema_proto.averages.step_units import StepUnits
 from ema_proto.errors import RejectCode
 from ema_proto.wire import messages as m
 from ema_proto.wire.manifest import Role, TensorSpec, layout
@@ -35,7 +34,8 @@ EXAMPLES: dict[str, m.Message] = {
         incarnation=3,
         checksum=True,
         config='{"hidden": 64, "name": "größe"}\n',
-        step_units=StepUnits(samples_per_step=256, steps_per_epoch=5004.5),
+        samples_per_step=256,
+        steps_per_epoch=5004.5,
     ),
     "begin": m.Begin(1001, 1),
     "begin of a set": m.Begin(1001, 2, "set"),

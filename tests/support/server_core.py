@@ -152,16 +152,17 @@ class ServerCore:
         """Join a run."""
         specs = parse_averages(averages)
         asked = messages.Join(
-            run,
-            first_step,
-            manifest,
-            specs,
-            every,
-            resume,
+            run=run,
+            first_step=first_step,
+            manifest=manifest,
+            averages=specs,
+            every=every,
+            resume=resume,
             reconnect=reconnect,
             config=config,
             world=world,
-            step_units=step_units,
+            samples_per_step=step_units.samples_per_step,
+            steps_per_epoch=step_units.steps_per_epoch,
         )
         answer: Joined | Refused = self._ask(lambda reply: Join(run, asked, reply))
         if isinstance(answer, Joined):

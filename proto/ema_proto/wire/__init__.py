@@ -1,11 +1,8 @@
-"""Messages, the manifest, and their bytes.
+"""Messages, the manifest, and their bytes. Payloads of chunks are never touched here.
 
-- `bodies`: jSON bodies
-- `chunks`: cutting a flat buffer into chunks, and knowing which of them have arrived
+- `messages`: all messages as frozen values
+- `body`: JSON bodies, and the kinds of values that a message's fields may have
+- `manifest`: the tensors of a snapshot and their layout in one flat buffer
 - `codec`: messages to frames and back
-- `fields`: reading the fields of a message that a stranger wrote
-- `manifest`: what a snapshot looks like
-- `messages`: all messages under one name, as the machines use them
-- `server_messages`: messages from server to trainer
-- `trainer_messages`: messages from trainer to server, and the HEARTBEAT that both send
+- `chunks`: cutting a flat buffer into chunks, and recording which have arrived
 """

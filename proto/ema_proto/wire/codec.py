@@ -23,8 +23,7 @@ from ema_proto.limits import (
     VERSION_MINOR,
 )
 from ema_proto.wire import messages as m
-from ema_proto.wire.bodies import decode_body, encode_body
-from ema_proto.wire.fields import Fields
+from ema_proto.wire.body import decode_body, encode_body
 
 SESSION_BYTES = 16
 NO_SESSION = bytes(SESSION_BYTES)
@@ -132,9 +131,15 @@ def encode(message: m.Message, *, session: bytes, epoch: int) -> tuple[bytes, by
     if len(body) > body_bytes_max(message.type):
         text = f"{type(message).__name__.upper()} has a body of {len(body)} bytes, over {body_bytes_max(message.type)}"
         raise LocalProtocolError(text)
-    header = Header(type=message.type, session=session, epoch=epoch, length=len(body))
-    if isinstance(message, m.Begin | m.Commit | m.Committed | m.Reject):
-        header = replace(header, step=message.step, attempt=message.attempt)
+    used = message.header()
+    header = Header(
+        type=message.type,
+        session=session,
+        epoch=epoch,
+        length=len(body),
+        step=used.get("step", 0),
+        attempt=used.get("attempt", 0),
+    )
     return encode_header(header), body
 
 
@@ -181,5 +186,5 @@ def decode(header: Header, body: bytes) -> m.ControlMessage:
         )
     if header.step > STEP_MAX:
         raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"step {header.step} is over {STEP_MAX}")
-    name = message.__name__.upper()
-    return message.read(Fields(name, decode_body(body), header.step, header.attempt, header.epoch))
+    in_header = {"step": header.step, "attempt": header.attempt, "epoch": header.epoch}
+    return message.read(decode_body(body), in_header)

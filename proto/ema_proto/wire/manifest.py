@@ -19,7 +19,7 @@ from typing import Any
 from ema_proto.dtypes import FLOATS, ITEM_BYTES
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.limits import DIMENSIONS_MAX, TENSOR_NAME_CHARS_MAX, TENSORS_MAX
-from ema_proto.wire.bodies import shown
+from ema_proto.wire.body import shown
 
 _DTYPE_ORDER = {dtype: index for index, dtype in enumerate(ITEM_BYTES)}
 _BYTES_MAX = (1 << 63) - 1

@@ -1,37 +1,330 @@
-"""All messages under one name, as the machines use them: `m.Join`, `m.Joined` and so on."""
+"""All messages, used as `m.Join`, `m.Joined` and so on. Each is a frozen value; its body has its fields in their order.
+
+When which message is allowed, and what it means, is said in SPEC.md. `codec` turns messages into frames and back.
+"""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from ema_proto.wire.server_messages import (
-    Challenge,
-    Committed,
-    Continuation,
-    Credit,
-    Finished,
-    Joined,
-    Published,
-    Reject,
-    Rewound,
-    Welcome,
+from ema_proto.averages.specs import AverageSpec, parse_average
+from ema_proto.averages.step_units import StepUnits
+from ema_proto.errors import SCOPES, LocalProtocolError, RejectCode, RemoteProtocolError, Scope
+from ema_proto.limits import (
+    AVERAGES_MAX,
+    CAPABILITIES_MAX,
+    CAPABILITY_CHARS_MAX,
+    CHUNK_BYTES_MAX,
+    CHUNK_BYTES_MIN,
+    CONFIG_BYTES_MAX,
+    MAJORS_MAX,
+    NONCE_CHARS_MAX,
+    PROOF_CHARS_MAX,
+    RECENT_STEPS,
+    STEP_MAX,
+    VERSION_MAJOR,
+    VERSION_MINOR,
 )
-from ema_proto.wire.trainer_messages import (
-    Begin,
-    Bye,
-    Chunk,
-    Commit,
-    Finish,
-    Heartbeat,
-    Hello,
-    Join,
-    Mode,
-    Publish,
-    Resume,
-    Rewind,
+from ema_proto.wire import manifest as manifests
+from ema_proto.wire.body import (
+    FLAG,
+    HEADER,
+    MESSAGE_TEXT,
+    QUANTITY,
+    Kind,
+    WithBody,
+    choice,
+    integer,
+    list_of,
+    optional,
+    shown,
+    text,
 )
+from ema_proto.wire.manifest import Manifest
 
-# A chunk's body is its payload, which no machine touches; all others have a JSON body.
+Mode: TypeAlias = Literal["update", "set"]
+Resume: TypeAlias = Literal["auto", "never", "must"]
+Continuation: TypeAlias = Literal["new", "continued", "rewound"]
+
+_RUN_CHARS_MAX = 1024  # far over a name's limit, so that a name that is too long is refused as a name
+_LANE_CHARS_MAX = 16
+_U8 = (1 << 8) - 1
+_U32 = (1 << 32) - 1
+_U63 = (1 << 63) - 1
+_U64 = (1 << 64) - 1
+
+
+def _read_average(item: object) -> AverageSpec:
+    if not isinstance(item, Mapping) or not isinstance(item.get("spec"), str) or not isinstance(item.get("name"), str):
+        raise RemoteProtocolError(RejectCode.BAD_AVERAGE, f"{shown(item)} is not an average: name and spec")
+    try:
+        return parse_average(item["spec"], name=item["name"])
+    except LocalProtocolError as error:
+        raise RemoteProtocolError(RejectCode.BAD_AVERAGE, str(error)) from None
+
+
+def _read_config(value: object) -> str:
+    """The text of a JSON object, unchanged: it becomes a file, byte for byte."""
+    if not isinstance(value, str) or len(value.encode()) > CONFIG_BYTES_MAX:
+        raise ValueError(value)
+    try:
+        is_object = isinstance(json.loads(value), dict)
+    except RecursionError:
+        is_object = False
+    if not is_object:
+        raise ValueError(value)
+    return value
+
+
+_AVERAGE = Kind(_read_average, lambda average: {"name": average.name, "spec": average.spec})
+_CHECKSUM = Kind(
+    lambda value: optional(choice("crc32")).read(value) is not None, lambda checksum: "crc32" if checksum else None
+)
+_MANIFEST = Kind(manifests.from_json, Manifest.to_json)
+
+_Byte: TypeAlias = Annotated[int, integer(0, _U8)]
+_Step: TypeAlias = Annotated[int, integer(0, STEP_MAX)]
+_OptionalStep: TypeAlias = Annotated[int | None, optional(integer(0, STEP_MAX))]
+_Quantity: TypeAlias = Annotated[float | None, optional(QUANTITY)]
+_Request: TypeAlias = Annotated[int, integer(0, STEP_MAX)]
+_Capabilities: TypeAlias = Annotated[tuple[str, ...], list_of(text(CAPABILITY_CHARS_MAX), CAPABILITIES_MAX)]
+_Error: TypeAlias = Annotated[str | None, optional(MESSAGE_TEXT)]
+_InHeader: TypeAlias = Annotated[int, HEADER]
+
+
+# From trainer to server.
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(WithBody):
+    """First message on a connection. `proof` answers the CHALLENGE of an earlier HELLO on the same connection."""
+
+    type: ClassVar[int] = 1
+    majors: Annotated[tuple[int, ...], list_of(integer(0, _U8), MAJORS_MAX)] = (VERSION_MAJOR,)
+    minor: _Byte = VERSION_MINOR
+    capabilities: _Capabilities = ("crc32",)
+    proof: Annotated[str | None, optional(text(PROOF_CHARS_MAX))] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join(WithBody):
+    """Ask to stream a run: everything the server must know to create, continue or rewind it.
+
+    `first_step` is the steps already taken + 1 in a session's first JOIN (`reconnect` false) and the next step to be
+    sent in its later ones. `config` is the text of the versions' `config.json`. `samples_per_step` and
+    `steps_per_epoch` apply until a later JOIN gives others. `rank` and `world` are reserved for sharded trainers.
+    The receiver checks the run's name, which has a reject code of its own.
+    """
+
+    type: ClassVar[int] = 2
+    run: Annotated[str, text(_RUN_CHARS_MAX)]
+    first_step: Annotated[int, integer(1, STEP_MAX)]
+    every: Annotated[int, integer(1, STEP_MAX)] = 1
+    resume: Annotated[Resume, choice("auto", "never", "must")] = "auto"
+    reconnect: Annotated[bool, FLAG] = False
+    incarnation: Annotated[int, integer(0, _U63)] = 0
+    checksum: Annotated[bool, _CHECKSUM] = False
+    config: Annotated[str | None, optional(Kind(_read_config))] = None
+    samples_per_step: _Quantity = None
+    steps_per_epoch: _Quantity = None
+    rank: Annotated[int, integer(0, _U32)] = 0
+    world: Annotated[int, integer(1, _U32)] = 1
+    averages: Annotated[tuple[AverageSpec, ...], list_of(_AVERAGE, AVERAGES_MAX)]
+    manifest: Annotated[Manifest, _MANIFEST]
+
+    @property
+    def step_units(self) -> StepUnits:
+        """A step in samples and epochs."""
+        return StepUnits(self.samples_per_step, self.steps_per_epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class Begin(WithBody):
+    """A snapshot follows. `set` replaces the averages instead of updating them."""
+
+    type: ClassVar[int] = 3
+    step: _InHeader
+    attempt: _InHeader
+    mode: Annotated[Mode, choice("update", "set")] = "update"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`length` bytes of the snapshot from flat byte `offset`; the payload is the second frame. All of it is header."""
+
+    type: ClassVar[int] = 4
+    step: int
+    attempt: int
+    offset: int
+    length: int
+    crc32: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Commit(WithBody):
+    """All chunks of the snapshot have been sent: how many, and how many bytes."""
+
+    type: ClassVar[int] = 5
+    step: _InHeader
+    attempt: _InHeader
+    chunks: Annotated[int, integer(0, _U64)]
+    nbytes: Annotated[int, integer(0, _U64, key="bytes")]
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat(WithBody):
+    """Sent by either side. `reply` asks the other side to answer with one that does not."""
+
+    type: ClassVar[int] = 6
+    reply: Annotated[bool, FLAG] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Publish(WithBody):
+    """Make what has been committed durable now; a PUBLISHED with the same `request` answers. `pin` keeps it longer."""
+
+    type: ClassVar[int] = 7
+    request: _Request
+    pin: Annotated[bool, FLAG] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind(WithBody):
+    """The trainer went back to the state after `step` steps: go back to the newest generation at or before it."""
+
+    type: ClassVar[int] = 8
+    request: _Request
+    step: _Step
+
+
+@dataclass(frozen=True, slots=True)
+class Finish(WithBody):
+    """The run is complete: publish it and mark it finished; answered by FINISHED."""
+
+    type: ClassVar[int] = 9
+    request: _Request
+
+
+@dataclass(frozen=True, slots=True)
+class Bye(WithBody):
+    """The session ends; the run stays open."""
+
+    type: ClassVar[int] = 10
+
+
+# From server to trainer.
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge(WithBody):
+    """Answer to a HELLO without proof where a token is needed: prove it over this nonce (hex)."""
+
+    type: ClassVar[int] = 64
+    nonce: Annotated[str, text(NONCE_CHARS_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome(WithBody):
+    """The connection is accepted; the header's epoch identifies this start of the server."""
+
+    type: ClassVar[int] = 65
+    epoch: _InHeader
+    major: _Byte = field(default=VERSION_MAJOR, kw_only=True)
+    minor: _Byte = field(default=VERSION_MINOR, kw_only=True)
+    chunk_bytes: Annotated[int, integer(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)]
+    capabilities: _Capabilities = ("crc32",)
+
+
+@dataclass(frozen=True, slots=True)
+class Joined(WithBody):
+    """The session owns the run. Steps are those last applied and last durable, None when there is none.
+
+    `recent` names the newest applied steps: a sender whose COMMITTED was lost finds its snapshot there, or learns that
+    it was not applied.
+    """
+
+    type: ClassVar[int] = 66
+    last_step: _OptionalStep
+    published_step: _OptionalStep
+    recent: Annotated[tuple[int, ...], list_of(integer(0, STEP_MAX), RECENT_STEPS)]
+    continuation: Annotated[Continuation, choice("new", "continued", "rewound")]
+    credit: Annotated[int, integer(0, _U64)]
+    lane: Annotated[str, text(_LANE_CHARS_MAX)] = "zmq"
+
+
+@dataclass(frozen=True, slots=True)
+class Credit(WithBody):
+    """How many chunks the sender may have sent on this connection in all. Never falls."""
+
+    type: ClassVar[int] = 67
+    limit: Annotated[int, integer(0, _U64)]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed(WithBody):
+    """The snapshot is applied in memory (or was before: commits are idempotent)."""
+
+    type: ClassVar[int] = 68
+    step: _InHeader
+    attempt: _InHeader
+
+
+@dataclass(frozen=True, slots=True)
+class Published(WithBody):
+    """A generation at `step` is durable. `request` echoes the PUBLISH that asked, None for a scheduled one.
+
+    `error` says why a requested one could not be written; `step` is then the last durable one, None without any.
+    """
+
+    type: ClassVar[int] = 69
+    step: _OptionalStep
+    request: _OptionalStep = None
+    error: _Error = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rewound(WithBody):
+    """The run is back at `step`; with `error`, nothing was changed and it says why."""
+
+    type: ClassVar[int] = 70
+    request: _Request
+    step: _OptionalStep
+    error: _Error = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(WithBody):
+    """The run is finished and durable at `step` (None when it never had a snapshot); with `error`, it is not."""
+
+    type: ClassVar[int] = 71
+    request: _Request
+    step: _OptionalStep
+    error: _Error = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reject(WithBody):
+    """Refused: what (`scope`, fixed by the code), why, and in words what to do. Snapshots name step and attempt."""
+
+    type: ClassVar[int] = 72
+    scope: Scope = field(init=False)
+    code: Annotated[RejectCode, choice(*RejectCode)]
+    text: Annotated[str, MESSAGE_TEXT]
+    step: _InHeader = 0
+    attempt: _InHeader = 0
+
+    def __post_init__(self) -> None:
+        """Derive the scope."""
+        object.__setattr__(self, "scope", SCOPES[self.code])
+
+    def body(self) -> dict[str, Any]:
+        """The message's JSON body; a reader takes the scope from the code."""
+        return {"scope": self.scope, "code": self.code, "text": MESSAGE_TEXT.write(self.text)}
+
+
 ControlMessage: TypeAlias = (
     Hello
     | Join
@@ -52,31 +345,4 @@ ControlMessage: TypeAlias = (
     | Finished
     | Reject
 )
-Message: TypeAlias = ControlMessage | Chunk
-
-__all__ = [
-    "Hello",
-    "Join",
-    "Begin",
-    "Chunk",
-    "Commit",
-    "Heartbeat",
-    "Publish",
-    "Rewind",
-    "Finish",
-    "Bye",
-    "Challenge",
-    "Welcome",
-    "Joined",
-    "Credit",
-    "Committed",
-    "Published",
-    "Rewound",
-    "Finished",
-    "Reject",
-    "Mode",
-    "Resume",
-    "Continuation",
-    "ControlMessage",
-    "Message",
-]
+Message: TypeAlias = ControlMessage | Chunk  # a chunk's body is its payload; all others have a JSON body

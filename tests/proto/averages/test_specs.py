@@ -422,7 +422,7 @@ def test_a_join_that_does_not_tell_the_unit_of_an_average_is_refused() -> None:
     with pytest.raises(RemoteProtocolError, match="samples_per_step=") as caught:
         check_join(asked)
     assert caught.value.code is RejectCode.BAD_AVERAGE
-    check_join(replace(asked, step_units=StepUnits(samples_per_step=32)))
+    check_join(replace(asked, samples_per_step=32))
 
 
 def test_a_join_of_an_average_whose_pattern_means_no_tensor_is_refused_with_names_that_there_are() -> None:

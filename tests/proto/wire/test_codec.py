@@ -12,7 +12,7 @@ from ema_proto.averages.specs import Raw
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.limits import CHUNK_BYTES_MAX, CONTROL_BODY_BYTES_MAX, STEP_MAX, TEXT_CHARS_MAX
 from ema_proto.wire import messages as m
-from ema_proto.wire.bodies import decode_body
+from ema_proto.wire.body import decode_body
 from ema_proto.wire.codec import (
     CONTROL_MESSAGES,
     Header,

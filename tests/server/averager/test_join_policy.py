@@ -29,7 +29,10 @@ def _decide(
 ) -> Decision:
     manifest = _OTHER if other else _MANIFEST
     specs = parse_averages(averages)
-    return decide(messages.Join("r", first_step, manifest, specs, 1, resume, reconnect=reconnect), known)
+    join = messages.Join(
+        run="r", first_step=first_step, manifest=manifest, averages=specs, resume=resume, reconnect=reconnect
+    )
+    return decide(join, known)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def pool() -> Iterator[WorkerPool]:
 
 
 def _new_run(origin: int) -> Run:
-    asked = messages.Join("r", origin + 1, _MANIFEST, parse_averages(_NAMED))
+    asked = messages.Join(run="r", first_step=origin + 1, manifest=_MANIFEST, averages=parse_averages(_NAMED))
     return new_run(asked, "2026-01-01T00:00:00Z", HOST)
 
 
