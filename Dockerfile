@@ -1,8 +1,8 @@
-# The image of `ema serve`, on the CPU; the commands that read are in it too. Nothing in here needs BuildKit.
-#   BASE_IMAGE     a Python 3.11 or newer that has pip and venv
+# The image of `ema serve` on the CPU, with the commands that read. It does not need BuildKit.
+#   BASE_IMAGE     an image with Python 3.11 or newer, pip and venv
 #   TORCH_VERSION  the torch release
-#   TORCH_INDEX    where its CPU build is; empty: wherever pip looks otherwise
-#   EXTRAS         `server`; `fast` for its compiled kernel too (210 MB more); `demo` for the demo's trainer and evaluator
+#   TORCH_INDEX    the index with torch's CPU build; empty: pip's default
+#   EXTRAS         `server`; `fast` adds the compiled kernel (210 MB); `demo` adds the demo's trainer and evaluator
 ARG BASE_IMAGE=python:3.11-slim
 
 FROM ${BASE_IMAGE} AS wheel
@@ -13,7 +13,7 @@ FROM ${BASE_IMAGE}
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp ema \
  && install --directory --owner=10001 --group=10001 /data
 
-# torch first: this layer stays when the project changes. Its C++ headers go, and all tests of what comes with it.
+# torch first: this layer is reused when the project changes. Headers and tests are removed.
 ARG TORCH_VERSION=2.13.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python3 -m venv --without-pip /opt/ema \

@@ -1,4 +1,4 @@
-# What a newcomer runs. Each target makes .venv first when it is missing or out of date; a second run installs nothing.
+# Each target creates .venv first if it is missing or out of date; a second run installs nothing.
 #   make demo    the whole service at work: a server, a trainer and an evaluation worker on real data
 #   make test    all tests (ARGS="-k name" is passed on to pytest)
 #   make check   format, lint, types, import contracts       make fix   format and repair what can be repaired

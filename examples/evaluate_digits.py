@@ -1,4 +1,4 @@
-"""An evaluation function. In this folder, while it trains: `ema evaluate evaluate_digits:accuracy --run digits`.
+"""An evaluation function. Run in this folder: `ema evaluate evaluate_digits:accuracy --run digits`.
 
 The digits come from the extra `demo`: `pip install '.[demo]'`.
 """
@@ -9,7 +9,11 @@ from ema_cli.demo.digits import DigitNet, load
 
 
 def accuracy(state: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Comes in: the weights of one version; goes out: its metrics, by name."""
+    """Return the metrics of one version.
+
+    Args:
+        state: its weights, by name.
+    """
     digits, model = load(), DigitNet()
     model.load_state_dict(state)
     model.eval()
@@ -19,7 +23,7 @@ def accuracy(state: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def training_batches() -> tuple[torch.nn.Module, list[torch.Tensor]]:
-    """For `--recalibrate-bn evaluate_digits:training_batches`: a model, and the batches to take its statistics from."""
+    """Return a model and the batches for its statistics: `--recalibrate-bn evaluate_digits:training_batches`."""
     images = load().train_images
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return DigitNet(), [images[part] for part in order.split(90)]

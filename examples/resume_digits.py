@@ -1,7 +1,7 @@
-"""A training script that may be killed at any time: started again, weights and averages go on from the same step.
+"""A training script that can be killed at any time. Started again, weights and averages continue from the same step.
 
-Start a server (`ema serve --data ema-data`), then this file, again and again. The digits come from the
-extra `demo`: `pip install '.[demo]'`. Only the lines marked `# ema` are there because of the averages.
+Start a server (`ema serve --data ema-data`), then this file, repeatedly. The digits come from the extra `demo`:
+`pip install '.[demo]'`. Only the lines marked `# ema` concern the averages.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ CHECKPOINT = Path("digits.pt")
 
 
 def main() -> None:
-    """Train from the checkpoint on, if there is one."""
+    """Train, from the checkpoint if there is one."""
     digits, model, done = load(), DigitNet(), 0
     optimizer = torch.optim.RMSprop(model.parameters(), lr=0.005, alpha=0.9, eps=1e-3, momentum=0.9, weight_decay=1e-4)
     ema = EmaClient("tcp://127.0.0.1:5555", run="resumed-digits", averages=["raw", "ema:0.99"])  # ema
@@ -27,9 +27,9 @@ def main() -> None:
         saved = torch.load(CHECKPOINT)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        ema.load_state_dict(saved["ema"])  # ema: the averages go back to the step of this checkpoint
+        ema.load_state_dict(saved["ema"])  # ema: the averages return to the step of this checkpoint
         done = saved["step"]
-        print(f"going on after step {done}")
+        print(f"continuing after step {done}")
     ema.attach(model, optimizer)  # ema: a snapshot after every step
     for step in range(done + 1, STEPS + 1):
         batch = torch.randint(len(digits.train_labels), (BATCH_IMAGES,))
@@ -44,7 +44,7 @@ def main() -> None:
             torch.save(state, CHECKPOINT.with_suffix(".new"))
             CHECKPOINT.with_suffix(".new").replace(CHECKPOINT)
             print(f"saved step {step}: loss {loss.item():.3f}")
-    ema.finish()  # ema: publish the last step, and tell the readers that the run is complete
+    ema.finish()  # ema: publish the last step and mark the run as finished
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""A training script with averages kept beside it. Start a server (`ema serve --data ema-data`), then run this file.
+"""A training script whose averages a server keeps. Start one (`ema serve --data ema-data`), then run this file.
 
-The digits come from the extra `demo`: `pip install '.[demo]'`. Only the lines marked `# ema` are there
-because of the averages.
+The digits come from the extra `demo`: `pip install '.[demo]'`. Only the lines marked `# ema` concern the averages.
 """
 
 import torch
@@ -15,7 +14,7 @@ BATCH_IMAGES = 8
 
 
 def main() -> None:
-    """Train, and leave the averages with the server."""
+    """Train and stream the weights."""
     digits, model = load(), DigitNet()
     optimizer = torch.optim.RMSprop(model.parameters(), lr=0.005, alpha=0.9, eps=1e-3, momentum=0.9, weight_decay=1e-4)
     ema = EmaClient("tcp://127.0.0.1:5555", run="digits", averages=["raw", "ema:0.99", "ema:0.999"])  # ema
@@ -28,7 +27,7 @@ def main() -> None:
         optimizer.step()
         if step % 500 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
-    ema.finish()  # ema: publish the last step, and tell the readers that the run is complete
+    ema.finish()  # ema: publish the last step and mark the run as finished
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_a_training_that_is_killed_goes_on_from_its_checkpoint_with_the_averages
         saved = torch.load(tmp_path / "digits.pt")["step"]
         short = _script("resume_digits.py", *here, ("STEPS = 5000", f"STEPS = {saved + 20}"))
         with Process("-c", short) as trainer:
-            trainer.wait_line(lambda line: line == f"going on after step {saved}")
+            trainer.wait_line(lambda line: line == f"continuing after step {saved}")
             assert trainer.wait() == 0, list(trainer.errors)
         run = server.get("/v1/runs/resumed-digits")
         steps = [version["step"] for version in server.get(f"{_VERSIONS}/ema-0.99/versions")["versions"]]
