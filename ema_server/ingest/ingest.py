@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +31,9 @@ from ema_server.ingest.slots import Slot
 from ema_server.telemetry import Telemetry
 
 logger = logging.getLogger("ema")
+
+_Event = TypeVar("_Event")
+_Answer = TypeVar("_Answer")
 
 _TICK_S = 0.25
 _BURST = 64  # messages taken before the averager's answers are looked at
@@ -167,28 +171,26 @@ class Ingest:
 
     def _take_event(self, event: e.ReceiverEvent) -> None:
         match event:
-            case e.JoinRequested():
-                self._submit_join(event)
+            case e.JoinRequested(run, _, message):
+                self._telemetry.joins.inc()
+                self._averager.submit(jobs.Join(run, message, self._reply(self._take_joined, event)))
             case e.SnapshotReady():
                 self._submit_apply(event)
             case e.PublishRequested():
-                self._submit_publish(event)
+                reason: jobs.Reason = "checkpoint" if event.pin else "request"
+                self._averager.submit(jobs.Publish(event.run, reason, self._reply(self._take_published, event)))
             case e.RewindRequested():
-                self._submit_rewind(event)
+                self._averager.submit(jobs.Rewind(event.run, event.step, self._reply(self._take_rewound, event)))
             case e.FinishRequested():
-                self._submit_finish(event)
+                self._averager.submit(jobs.Finish(event.run, self._reply(self._take_finished, event)))
             case e.SessionEnded(run, ticket, lost):
                 logger.info("run %s: the trainer %s", run, "is lost" if lost else "said goodbye")
                 self._staging.pop(ticket, None)
                 self._averager.submit(jobs.Leave(run, lost))
 
-    def _submit_join(self, event: e.JoinRequested) -> None:
-        self._telemetry.joins.inc()
-
-        def answer(outcome: jobs.Joined | jobs.Refused) -> None:
-            self._post(lambda: self._take_joined(event, outcome))
-
-        self._averager.submit(jobs.Join(event.run, event.join, answer))
+    def _reply(self, take: Callable[[_Event, _Answer], None], event: _Event) -> Callable[[_Answer], None]:
+        """A job's reply: this thread calls `take(event, answer)`."""
+        return lambda answer: self._post(lambda: take(event, answer))
 
     def _take_joined(self, event: e.JoinRequested, outcome: jobs.Joined | jobs.Refused) -> None:
         if isinstance(outcome, jobs.Refused):
@@ -229,12 +231,8 @@ class Ingest:
     def _submit_apply(self, event: e.SnapshotReady) -> None:
         self._telemetry.snapshots.inc()
         slot = self._staging[event.ticket].slots[event.slot]
-        not_finite = tuple(sorted(slot.not_finite))
-
-        def answer(outcome: jobs.Applied | jobs.Quarantined) -> None:
-            self._post(lambda: self._take_applied(event, outcome))
-
-        self._averager.submit(jobs.Apply(event.run, event.step, event.mode, slot.tensor, not_finite, answer))
+        not_finite, reply = tuple(sorted(slot.not_finite)), self._reply(self._take_applied, event)
+        self._averager.submit(jobs.Apply(event.run, event.step, event.mode, slot.tensor, not_finite, reply))
 
     def _take_applied(self, event: e.SnapshotReady, outcome: jobs.Applied | jobs.Quarantined) -> None:
         if isinstance(outcome, jobs.Quarantined):
@@ -245,33 +243,17 @@ class Ingest:
             staging.check = staging.check.exempt(outcome.exempt)
         self._receiver.applied(event.run, event.ticket, event.slot)
 
-    def _submit_publish(self, event: e.PublishRequested) -> None:
-        def answer(outcome: jobs.Durable | jobs.Failed) -> None:
-            step, error = (None, outcome.text) if isinstance(outcome, jobs.Failed) else (outcome.step, None)
-            self._post(lambda: self._receiver.publish_answered(event.run, event.ticket, event.request, step, error))
+    def _take_published(self, event: e.PublishRequested, outcome: jobs.Durable | jobs.Failed) -> None:
+        step, error = _step_or_error(outcome)
+        self._receiver.publish_answered(event.run, event.ticket, event.request, step, error)
 
-        self._averager.submit(jobs.Publish(event.run, "checkpoint" if event.pin else "request", answer))
+    def _take_rewound(self, event: e.RewindRequested, outcome: jobs.Rewound | jobs.Failed) -> None:
+        step, error = _step_or_error(outcome)
+        recent = outcome.recent if isinstance(outcome, jobs.Rewound) else ()
+        self._receiver.rewound(event.run, event.ticket, event.request, step, recent=recent, error=error)
 
-    def _submit_rewind(self, event: e.RewindRequested) -> None:
-        def answer(outcome: jobs.Rewound | jobs.Failed) -> None:
-            run, ticket, request = event.run, event.ticket, event.request
-            if isinstance(outcome, jobs.Failed):
-                text = outcome.text
-                self._post(lambda: self._receiver.rewound(run, ticket, request, None, error=text))
-            else:
-                step, recent = outcome.step, outcome.recent
-                self._post(lambda: self._receiver.rewound(run, ticket, request, step, recent=recent))
-
-        self._averager.submit(jobs.Rewind(event.run, event.step, answer))
-
-    def _submit_finish(self, event: e.FinishRequested) -> None:
-        def answer(outcome: jobs.Durable | jobs.Failed) -> None:
-            step, error = (None, outcome.text) if isinstance(outcome, jobs.Failed) else (outcome.step, None)
-            self._post(lambda: self._take_finished(event, step, error))
-
-        self._averager.submit(jobs.Finish(event.run, answer))
-
-    def _take_finished(self, event: e.FinishRequested, step: int | None, error: str | None) -> None:
+    def _take_finished(self, event: e.FinishRequested, outcome: jobs.Durable | jobs.Failed) -> None:
+        step, error = _step_or_error(outcome)
         self._receiver.finished(event.run, event.ticket, event.request, step, error)
         if error is None:
             self._staging.pop(event.ticket, None)
@@ -281,3 +263,7 @@ class Ingest:
         self._telemetry.sessions.set(len(self._staging))
         slots = [slot for staging in self._staging.values() for slot in staging.slots]
         self._telemetry.slot_bytes.set(sum(len(slot.view) for slot in slots))
+
+
+def _step_or_error(outcome: jobs.Durable | jobs.Rewound | jobs.Failed) -> tuple[int | None, str | None]:
+    return (None, outcome.text) if isinstance(outcome, jobs.Failed) else (outcome.step, None)
