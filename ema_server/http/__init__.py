@@ -8,7 +8,8 @@ Modules, from the outside of a request to its inside:
 - `routes`: one module per resource
 - `middleware`: a bearer token, a limit on bodies, a count of responses
 - `services`: what the routes work with
-- `resolve`: from the names in a path to what they name; conditional requests
+- `resolve`: from the names in a path to what they name; links
+- `conditional`: preconditions and byte ranges
 - `commands`: publish a run, add or remove an average, and wait for the averager's answer
 - `problems`: errors as RFC 9457 problems
 - `schemas`: the JSON that several resources share, as types

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 
 from ema_server.http import problems
-from ema_server.http.middleware import BearerAuth, BodyLimit, RequestCounter
+from ema_server.http.middleware import BearerAuth, BodyLimit, HostHeader, RequestCounter
 from ema_server.http.routes import (
     averages,
     derived,
@@ -64,6 +65,7 @@ def create_api() -> Api:
     api = Api(
         title="ema-sidecar",
         version=API_VERSION,
+        servers=[{"url": ".", "description": "Where this document is, also behind a proxy that adds a prefix"}],
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -72,6 +74,7 @@ def create_api() -> Api:
     problems.install(api)
     for module in _ROUTES:
         api.include_router(module.router)
+        _answer_head(api, module.router)
     return api
 
 
@@ -86,8 +89,18 @@ def create_app(services: Services) -> FastAPI:
     api.add_middleware(BodyLimit)
     if services.token is not None:
         api.add_middleware(BearerAuth, token=services.token)
+    api.add_middleware(HostHeader)
     api.add_middleware(RequestCounter, counter=services.telemetry.http_requests)  # outermost: counts refusals too
     return api
+
+
+def _answer_head(api: FastAPI, router: APIRouter) -> None:
+    """Answer HEAD wherever `router` answers GET, which FastAPI does not do by itself."""
+    routes = [(route, route.methods or ()) for route in router.routes if isinstance(route, APIRoute)]
+    heads = {route.path for route, methods in routes if "HEAD" in methods}
+    for route, methods in routes:
+        if "GET" in methods and route.path not in heads:
+            api.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def _set_problem_type(responses: dict[str, dict[str, Any]]) -> None:

@@ -56,7 +56,7 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "0")
         allowed, received = body_bytes_max(scope["path"]), 0
-        too_large = Problem(Code.BODY_TOO_LARGE, f"a body may have {allowed} bytes here")
+        too_large = Problem(Code.BODY_TOO_LARGE, f"a body may have at most {allowed} bytes here")
         if announced.isdecimal() and int(announced) > allowed:
             await problem_response(too_large, scope)(scope, receive, send)
             return
@@ -70,6 +70,22 @@ class BodyLimit:
             return message
 
         await self._app(scope, bounded, send)
+
+
+class HostHeader:
+    """Answers 400 to an HTTP/1.1 request without exactly one Host header (RFC 9112, section 3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["http_version"] == "1.1":
+            count = len(Headers(scope=scope).getlist("host"))
+            if count != 1:
+                problem = Problem(Code.BAD_REQUEST, f"the request has {count} Host headers: send one")
+                await problem_response(problem, scope)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class RequestCounter:

@@ -14,10 +14,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 from starlette.types import Scope
 
 MEDIA_TYPE = "application/problem+json"
 _DETAIL_CHARS_MAX = 2000
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 class Code(Enum):
@@ -44,6 +46,7 @@ class Code(Enum):
     VERSION_HELD = ("version_held", 409, "The version is being read")
     UPLOAD_TIMEOUT = ("upload_timeout", 408, "The body took too long to come")
     LEASE_LOST = ("lease_lost", 410, "The lease is lost")
+    PRECONDITION_FAILED = ("precondition_failed", 412, "A precondition of the request failed")
     BODY_TOO_LARGE = ("body_too_large", 413, "The body is too large")
     RANGE_NOT_SATISFIABLE = ("range_not_satisfiable", 416, "The range lies outside the file")
     INVALID = ("invalid", 422, "The request has a wrong value")
@@ -131,8 +134,19 @@ def _from_http(error: HTTPException, scope: Scope) -> JSONResponse:
     """The framework's own errors: no such path, no such method, a body that cannot be read."""
     known = {code.status: code for code in (Code.BAD_REQUEST, Code.NOT_FOUND, Code.METHOD_NOT_ALLOWED)}
     code = known.get(error.status_code, Code.INTERNAL)
-    detail = f"{scope['method']} {scope['path']}: {error.detail}; /openapi.json says what there is"
-    return problem_response(Problem(code, detail, headers=error.headers), scope)
+    detail = f"{scope['method']} {scope['path']}: {error.detail}; GET openapi.json lists the addresses"
+    headers = {"Allow": _allowed(scope)} if code is Code.METHOD_NOT_ALLOWED else error.headers
+    return problem_response(Problem(code, detail, headers=headers), scope)
+
+
+def _allowed(scope: Scope) -> str:
+    """Every method of the address; the framework names those of the first route that matches."""
+    routes = scope["app"].router.routes
+    return ", ".join(
+        method
+        for method in _METHODS
+        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
+    )
 
 
 def _describe(error: RequestValidationError) -> str:

@@ -1,26 +1,27 @@
-"""From the names in a path to what they name, or to the problem that says which of them is wrong; conditional requests.
+"""From the names in a path to what they name, or to the problem that says which of them is wrong; links.
 
 `rev` is 40 hex digits (the version's id, immutable), or an alias that is redirected to it: `step-N` or `latest`.
 """
 
 from __future__ import annotations
 
+import posixpath
 import re
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.responses import Response
 
+from ema_server.http.conditional import parse_ranges
 from ema_server.http.problems import Code, Problem
-from ema_server.http.schemas import VersionOut
 from ema_server.http.services import Services
 from ema_server.runs.status_store import AverageStatus, RunStatus
 from ema_server.storage.catalog import FileEntry, Version
 
 RETRY_AFTER_S = 5
-YEAR_S = 31_536_000
 _NAMES_SHOWN = 20
 _ID = re.compile(r"[0-9a-f]{40}")
-_FROM_THE_START = re.compile(r"\s*bytes\s*=\s*0+\s*-[^,]*", re.IGNORECASE)
 
 
 def run_status(services: Services, run: str) -> RunStatus:
@@ -60,9 +61,7 @@ def find_version(services: Services, run: str, average: str, rev: str) -> Versio
     if version is not None:
         return version
     if rev == "latest" and not average_versions(services, run, average):
-        detail = (
-            f"average {average!r} of run {run!r} has not been published yet: try again, or POST /v1/runs/{run}/versions"
-        )
+        detail = f"average {average!r} of run {run!r} has no version yet: try again, or POST …/runs/{run}/versions"
         raise Problem(Code.NO_VERSION_YET, detail, headers={"Retry-After": str(RETRY_AFTER_S)})
     held = ", ".join(f"step-{item.step}" for item in average_versions(services, run, average)) or "none"
     detail = f"{run}/{average} has no version {rev[:60]!r}: it may have been pruned. Held: {held}"
@@ -78,9 +77,14 @@ def find_file(version: Version, name: str) -> FileEntry:
     raise Problem(Code.FILE_NOT_FOUND, f"version {version.id} has no file {name[:100]!r}; it has {names}")
 
 
-def address_of(version: Version | VersionOut) -> str:
+def path_of(version: Version) -> str:
     """The path of a version, immutable."""
     return f"/v1/runs/{version.run}/averages/{version.average}/versions/{version.id}"
+
+
+def relative_link(request: Request, path: str) -> str:
+    """`path` relative to that of the request, so that it holds behind a reverse proxy that adds a prefix."""
+    return quote(posixpath.relpath(path, posixpath.dirname(request.scope["path"])))
 
 
 def is_alias(rev: str) -> bool:
@@ -88,35 +92,26 @@ def is_alias(rev: str) -> bool:
     return _ID.fullmatch(rev) is None
 
 
-def redirect(version: Version, location: str) -> Response:
-    """Send the client from an alias to the immutable address, given relative to the alias."""
+def redirect(request: Request, version: Version, path: str) -> Response:
+    """Send the client from an alias to an immutable path of `version`."""
+    query = f"?{request.url.query}" if request.url.query else ""
+    location = relative_link(request, path) + query
     headers = {"Location": location, "Cache-Control": "no-cache", "X-EMA-Step": str(version.step)}
     return Response(status_code=307, headers=headers)
 
 
 def refuse_resume(version: Version, entry: FileEntry, headers: Headers) -> None:
-    """Refuse to continue a download through an alias.
+    """Refuse to continue a download through an alias, unless the request says of which file it has a part.
 
     All versions of an average have the same length: if the alias has moved in between, the client would join the
     parts of two of them, and most clients cannot notice. Only 409 makes curl, wget and aria2 all stop with an error
-    and leave their partial file alone. An `If-Range` with the digest of the current file proves that it is the same.
+    and leave their partial file alone. With `If-Range` or `If-Match` the immutable address tells them apart.
     """
-    wanted = headers.get("range")
-    if wanted is None or _FROM_THE_START.fullmatch(wanted) or headers.get("if-range") == f'"{entry.sha256}"':
+    ranges = parse_ranges(headers.get("range", "")) or ()
+    if all(first == 0 for first, _ in ranges) or "if-range" in headers or "if-match" in headers:
         return
-    address = f"{address_of(version)}/files/{entry.name}"
-    detail = f"the alias may have moved since the first part was downloaded; the current version is at {address}"
+    detail = (
+        f"the alias may have moved since the first part was downloaded: resume from the address of one version "
+        f"(…/versions/{version.id}/files/{entry.name} is the current one), or begin again"
+    )
     raise Problem(Code.ALIAS_RANGE, detail)
-
-
-def is_current(headers: Headers, etag: str) -> bool:
-    """Whether the client already has the representation with this strong `etag` (`If-None-Match`, weak comparison)."""
-    wanted = ",".join(headers.getlist("if-none-match"))
-    tags = {tag.strip().removeprefix("W/") for tag in wanted.split(",")}
-    return "*" in tags or etag in tags
-
-
-def immutable_headers(services: Services, etag: str) -> dict[str, str]:
-    """`ETag` and `Cache-Control` of an immutable representation; shared caches must not keep what needs a token."""
-    scope = "public" if services.token is None else "private"
-    return {"ETag": etag, "Cache-Control": f"{scope}, max-age={YEAR_S}, immutable"}

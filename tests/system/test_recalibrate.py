@@ -87,7 +87,7 @@ def test_the_same_upload_gives_the_same_version(server: ServerProcess) -> None:
     assert (first.status_code, second.status_code) == (201, 200)
     assert first.json() == second.json()
     assert first.json()["average"] == "raw-bn"
-    assert httpx2.get(server.http + first.headers["location"], timeout=WAIT_S).json() == first.json()
+    assert httpx2.get(first.url.join(first.headers["location"]), timeout=WAIT_S).json() == first.json()
 
 
 def test_what_cannot_be_replaced_is_refused_in_words(server: ServerProcess) -> None:

@@ -54,7 +54,7 @@ def train(server: ServerProcess, *steps: int) -> dict[str, str]:
 def ask(server: ServerProcess, average: str = "raw") -> tuple[int, str]:
     """Ask for a validation: status and place of the result."""
     answer = httpx2.post(f"{server.http}/v1/runs/toy/validations", json={"average": average}, timeout=WAIT_S)
-    return answer.status_code, answer.headers.get("location", "")
+    return answer.status_code, answer.url.join(answer.headers.get("location", "")).path
 
 
 def evaluate(server: ServerProcess, function: str, name: str, *options: str) -> Process:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from starlette.responses import Response
 
 from ema_server.http import commands
-from ema_server.http.resolve import average_status, run_status
+from ema_server.http.resolve import average_status, relative_link, run_status
 from ema_server.http.schemas import AverageOut, Out, ProblemOut
 from ema_server.http.services import ServicesDep
 
@@ -53,10 +53,10 @@ async def get_average(run: str, average: str, services: ServicesDep) -> AverageO
 
 
 @router.post("/averages", operation_id="add_average", status_code=201, responses=_REFUSED)
-async def add(run: str, body: AverageIn, response: Response, services: ServicesDep) -> AverageOut:
+async def add(run: str, body: AverageIn, request: Request, response: Response, services: ServicesDep) -> AverageOut:
     """Add an average to a run that streams: it begins with the next snapshot. Answers once that is durable."""
     added = await commands.add_average(services, run, body.spec, body.name)
-    response.headers["Location"] = f"/v1/runs/{run}/averages/{added.name}"
+    response.headers["Location"] = relative_link(request, f"/v1/runs/{run}/averages/{added.name}")
     return AverageOut.model_validate(added)
 
 

@@ -11,19 +11,13 @@ import anyio.to_thread
 from fastapi import APIRouter, Request
 from starlette.datastructures import Headers
 from starlette.responses import FileResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from ema_server.evaluation.metric_store import Subject
-from ema_server.http.problems import Code, Problem, problem_response
-from ema_server.http.resolve import (
-    find_file,
-    find_version,
-    immutable_headers,
-    is_alias,
-    is_current,
-    redirect,
-    refuse_resume,
-)
+from ema_server.http.conditional import applies_to, immutable_headers, is_unmodified, satisfiable
+from ema_server.http.problems import Code, Problem
+from ema_server.http.resolve import find_file, find_version, is_alias, path_of, redirect, refuse_resume
+from ema_server.http.schemas import ProblemOut
 from ema_server.http.services import Services, ServicesDep
 from ema_server.storage.catalog import FileEntry, Version, VersionGone
 
@@ -34,6 +28,9 @@ _RESPONSES: dict[int | str, dict[str, object]] = {
     206: {"description": "The ranges asked for", **_BYTES},
     304: {"description": "Not modified"},
     307: {"description": "`rev` is an alias: see Location"},
+    409: {"model": ProblemOut, "description": "`rev` is an alias, and a download through it cannot be resumed"},
+    412: {"model": ProblemOut, "description": "If-Match or If-Unmodified-Since is of another file"},
+    416: {"model": ProblemOut, "description": "No range lies in the file: see Content-Range"},
 }
 _MEDIA_TYPES = {".json": "application/json", ".safetensors": "application/octet-stream"}
 
@@ -54,14 +51,17 @@ router = APIRouter(tags=["files"])
     operation_id="get_file",
     response_class=Response,
     responses=_RESPONSES,
-    description="A file. Its strong ETag is its sha256; ranges, If-Range and If-None-Match are honoured.",
+    description=(
+        "A file. Its strong ETag is its sha256, which Repr-Digest and Digest also give. Ranges and the preconditions "
+        "of RFC 9110 are honoured."
+    ),
 )
 async def file(run: str, average: str, rev: str, name: str, request: Request, services: ServicesDep) -> Response:
     version = find_version(services, run, average, rev)
     entry = find_file(version, name)
     if is_alias(rev):
         refuse_resume(version, entry, request.headers)
-        return redirect(version, f"../../{version.id}/files/{entry.name}")
+        return redirect(request, version, f"{path_of(version)}/files/{entry.name}")
     if request.method == "GET":
         services.metrics.hand_out(Subject(run, average, version.id, version.step))
     return _Download(services, version, entry)
@@ -84,6 +84,7 @@ class _Download(FileResponse):
             headers={
                 **immutable_headers(services, self._etag),
                 "Repr-Digest": f"sha-256=:{digest}:",
+                "Digest": f"sha-256={digest}",  # RFC 3230, obsolete, but the one that aria2 checks a download against
                 "X-EMA-Step": str(version.step),
             },
             media_type=_MEDIA_TYPES.get(Path(entry.name).suffix, "application/octet-stream"),
@@ -91,10 +92,6 @@ class _Download(FileResponse):
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if is_current(Headers(scope=scope), self._etag):
-            kept = ("etag", "cache-control", "x-ema-step")
-            await Response(status_code=304, headers={key: self.headers[key] for key in kept})(scope, receive, send)
-            return
         with ExitStack() as stack:
             try:
                 stack.enter_context(self._catalog.hold(self._version))
@@ -103,7 +100,14 @@ class _Download(FileResponse):
                 detail = f"version {self._version.id} was pruned a moment ago; take a newer one"
                 raise Problem(Code.VERSION_NOT_FOUND, detail) from None
             self.set_stat_headers(self.stat_result)
-            await super().__call__(scope, receive, self._with_problems(scope, receive, send))
+            headers = Headers(scope=scope)
+            if is_unmodified(headers, self._etag, self.headers["last-modified"]):
+                kept = {key: self.headers[key] for key in ("etag", "cache-control", "last-modified", "x-ema-step")}
+                await Response(status_code=304, headers=kept)(scope, receive, send)
+            else:
+                await super().__call__(
+                    {**scope, "headers": self._with_valid_range(headers, scope["method"])}, receive, send
+                )
 
     async def _stat(self) -> os.stat_result:
         found = await anyio.to_thread.run_sync(os.stat, self.path)
@@ -112,27 +116,18 @@ class _Download(FileResponse):
             raise Problem(Code.DAMAGED, detail)
         return found
 
-    def _with_problems(self, scope: Scope, receive: Receive, send: Send) -> Send:
-        """Replace Starlette's plain-text answers to a bad Range by problems."""
-        replaced = False
-
-        async def guarded(message: Message) -> None:
-            nonlocal replaced
-            if message["type"] == "http.response.start" and message["status"] in (400, 416):
-                replaced = True
-                problem = self._range_problem(message["status"], Headers(scope=scope)["range"])
-                await problem_response(problem, scope)(scope, receive, send)
-            elif not replaced:
-                await send(message)
-
-        return guarded
-
-    def _range_problem(self, status: int, wanted: str) -> Problem:
-        size = self._entry.size
-        if status == Code.RANGE_NOT_SATISFIABLE.status:
-            headers = {"Content-Range": f"bytes */{size}"}
-            return Problem(Code.RANGE_NOT_SATISFIABLE, f"{wanted[:200]!r} of a file of {size} bytes", headers=headers)
-        return Problem(Code.BAD_RANGE, f"{wanted[:200]!r} is not 'bytes=FIRST-LAST', 'bytes=FIRST-' or 'bytes=-COUNT'")
+    def _with_valid_range(self, headers: Headers, method: str) -> list[tuple[bytes, bytes]]:
+        """The headers of the request with a Range that Starlette answers by 206, or none."""
+        kept = [(name, value) for name, value in headers.raw if name not in (b"range", b"if-range")]
+        wanted = headers.get("range")
+        if (
+            wanted is None
+            or method != "GET"
+            or not applies_to(headers.get("if-range"), self._etag, self.headers["last-modified"])
+        ):
+            return kept
+        ranges = satisfiable(wanted, self._entry.size)
+        return kept if ranges is None else [*kept, (b"range", ranges.encode())]
 
 
 def _saved_name(version: Version, entry: FileEntry) -> str:

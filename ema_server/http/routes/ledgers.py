@@ -16,8 +16,9 @@ from starlette.responses import Response, StreamingResponse
 from ema_proto.averages.specs import parse_average
 from ema_proto.averages.step_units import StepUnits
 from ema_proto.limits import STEP_MAX
+from ema_server.http.conditional import immutable_headers
 from ema_server.http.problems import Code, Problem
-from ema_server.http.resolve import find_version, immutable_headers, is_alias, redirect
+from ema_server.http.resolve import find_version, is_alias, path_of, redirect
 from ema_server.http.schemas import Out
 from ema_server.http.services import ServicesDep
 from ema_server.rules.contributions import shares_of
@@ -60,10 +61,11 @@ async def ledger(
     """The steps inside a version with their shares, or the newest `tail` of them: enough to rebuild it."""
     version = find_version(services, run, average, rev)
     if is_alias(rev):
-        query = f"?{request.url.query}" if request.url.query else ""
-        return redirect(version, f"../{version.id}/ledger{query}")
+        return redirect(request, version, f"{path_of(version)}/ledger")
     headers = immutable_headers(services, f'"{version.id}-ledger"')
     pieces = await anyio.to_thread.run_sync(_ledger_json, services.catalog, version, tail)
+    if request.method == "HEAD":
+        pieces = iter(())
     return StreamingResponse(pieces, media_type="application/json", headers=headers)
 
 

@@ -14,7 +14,7 @@ from ema_proto.names import check_name
 from ema_server.derived.recalibration import RECALIBRATED, SUFFIX, BadBuffers, Recalibrated, recalibrate
 from ema_server.http.middleware import UPLOAD
 from ema_server.http.problems import Code, Problem
-from ema_server.http.resolve import address_of, find_version, is_alias
+from ema_server.http.resolve import find_version, is_alias, path_of, relative_link
 from ema_server.http.routes.derived import busy, derive
 from ema_server.http.schemas import ProblemOut, VersionOut
 from ema_server.http.services import UPLOADS_MAX, Services, ServicesDep
@@ -53,7 +53,7 @@ async def upload(
         raise busy(f"{UPLOADS_MAX} uploads, the maximum, are being received or processed: try again later")
     async with services.uploads:
         made = await _recalibrate(services, base, await received(request.body))
-    response.headers["Location"] = address_of(made.version)
+    response.headers["Location"] = relative_link(request, path_of(made.version))
     if not made.is_new:
         response.status_code = 200
     shown: VersionOut = VersionOut.model_validate(made.version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import Response
 
@@ -15,7 +15,7 @@ from ema_proto.limits import STEP_MAX
 from ema_server.derived.plan import CannotSynthesize
 from ema_server.derived.queue import NameTaken, Synthesized
 from ema_server.http.problems import Code, Problem
-from ema_server.http.resolve import address_of, run_status
+from ema_server.http.resolve import path_of, relative_link, run_status
 from ema_server.http.routes.derived import derive
 from ema_server.http.schemas import Finite, Name, Out, ProblemOut, VersionOut
 from ema_server.http.services import Services, ServicesDep
@@ -77,7 +77,9 @@ class SynthesizedOut(Out):
         409: {"model": ProblemOut, "description": "What is stored does not suffice, or the name is taken"},
     },
 )
-async def make(run: str, body: SynthesizeIn, response: Response, services: ServicesDep) -> SynthesizedOut:
+async def make(
+    run: str, body: SynthesizeIn, request: Request, response: Response, services: ServicesDep
+) -> SynthesizedOut:
     """Make a power-function average that was not kept, of those that were. Answers once it is durable."""
     status = run_status(services, run)
     rule = _rule(body)
@@ -89,7 +91,7 @@ async def make(run: str, body: SynthesizeIn, response: Response, services: Servi
         raise Problem(Code.CANNOT_SYNTHESIZE, f"run {run!r}: {error}") from None
     except NameTaken as error:
         raise Problem(Code.NAME_TAKEN, str(error)) from None
-    response.headers["Location"] = address_of(made.version)
+    response.headers["Location"] = relative_link(request, path_of(made.version))
     if not made.is_new:
         response.status_code = 200
     return _shown(made)

@@ -7,13 +7,13 @@ import re
 import time
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Header, Request
 from pydantic import BaseModel, ConfigDict, StringConstraints
 from starlette.responses import Response
 
 from ema_server.evaluation.leases import Finding, Validation
 from ema_server.http.problems import Code, Problem
-from ema_server.http.resolve import find_version
+from ema_server.http.resolve import find_version, relative_link
 from ema_server.http.routes.metrics import store_errors
 from ema_server.http.schemas import Name, Out, ProblemOut
 from ema_server.http.services import Services, ServicesDep
@@ -59,6 +59,7 @@ class ValidationOut(Out):
 
 @router.post(
     "",
+    name="request",
     operation_id="request_validation",
     status_code=202,
     responses={
@@ -66,7 +67,9 @@ class ValidationOut(Out):
         503: {"model": ProblemOut, "description": "Nobody evaluates here; the detail says how to start a worker"},
     },
 )
-async def request(run: str, body: ValidationIn, response: Response, services: ServicesDep) -> ValidationOut:
+async def ask(
+    run: str, body: ValidationIn, request: Request, response: Response, services: ServicesDep
+) -> ValidationOut:
     """Have a version evaluated. Location says where the result will be."""
     version = find_version(services, run, body.average, body.rev)
     possible = _is_served(services, body.task) or services.validations.has_worker(run, body.average, body.task)
@@ -74,7 +77,7 @@ async def request(run: str, body: ValidationIn, response: Response, services: Se
         found = await services.validations.request(version, body.task, again=body.again, possible=possible)
     if found is None:
         raise Problem(Code.NO_EVALUATOR, _how_to_start(services, version, body.task))
-    response.headers["Location"] = f"/v1/runs/{found.subject.run}/validations/{found.id}"
+    response.headers["Location"] = relative_link(request, f"/v1/runs/{found.subject.run}/validations/{found.id}")
     if found.finding is not None:
         response.status_code = 200
     return _shown(services, found)
@@ -103,7 +106,7 @@ async def _find(services: Services, run: str, validation_id: str) -> Validation:
     with store_errors():
         found = await services.validations.find(run, validation_id)
     if found is None:
-        detail = f"run {run!r} has no validation {validation_id[:60]!r}; POST /v1/runs/{run}/validations asks for one"
+        detail = f"run {run!r} has no validation {validation_id[:60]!r}; POST …/runs/{run}/validations asks for one"
         raise Problem(Code.VALIDATION_NOT_FOUND, detail)
     return found
 

@@ -6,7 +6,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from ema_server.http import commands
-from ema_server.http.resolve import average_versions, find_version, immutable_headers, is_alias, is_current, redirect
+from ema_server.http.conditional import immutable_headers, is_unmodified
+from ema_server.http.resolve import average_versions, find_version, is_alias, path_of, redirect
 from ema_server.http.schemas import PublishedOut, VersionOut, VersionsOut
 from ema_server.http.services import ServicesDep
 
@@ -30,9 +31,9 @@ async def get_version(run: str, average: str, rev: str, request: Request, servic
     """One version. `rev` is its 40 hex digits; `step-N` and `latest` are redirected to them."""
     version = find_version(services, run, average, rev)
     if is_alias(rev):
-        return redirect(version, version.id)
+        return redirect(request, version, path_of(version))
     headers = immutable_headers(services, f'"{version.id}"')
-    if is_current(request.headers, headers["ETag"]):
+    if is_unmodified(request.headers, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     return JSONResponse(VersionOut.model_validate(version).model_dump(mode="json"), headers=headers)
 

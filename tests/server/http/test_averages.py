@@ -90,9 +90,9 @@ def test_an_added_average_is_answered_with_its_address(
     response = client.post(BASE, json={"spec": "ema:0.9995"})
     named = client.post(BASE, json={"spec": "window:3,every=100", "name": "last"})
 
-    assert (response.status_code, response.headers["Location"]) == (201, f"{BASE}/ema-0.9995")
+    assert (response.status_code, response.headers["Location"]) == (201, "averages/ema-0.9995")
     assert response.json() == client.get(f"{BASE}/last").json() | {"name": "ema-0.9995"}
-    assert named.headers["Location"] == f"{BASE}/last"
+    assert named.headers["Location"] == "averages/last"
     assert asked == [("ema:0.9995", "ema-0.9995"), ("window:3,every=100", "last")]
 
 

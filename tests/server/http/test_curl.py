@@ -53,6 +53,16 @@ def test_curl_resumes_a_partial_file_of_a_version(base: str, version: Version, c
     assert target.read_bytes() == content
 
 
+def test_curl_finds_a_complete_file_complete(base: str, version: Version, content: bytes, tmp_path: Path) -> None:
+    target = tmp_path / "model.safetensors"
+    target.write_bytes(content)
+
+    done = curl("-C", "-", "-o", target, "-w", "%{http_code}", f"{base}/{version.id}/files/{target.name}")
+
+    assert (done.returncode, done.stdout) == (0, "416")
+    assert target.read_bytes() == content
+
+
 @pytest.mark.parametrize("follow", [["-L"], []])
 def test_curl_refuses_to_resume_through_an_alias_and_leaves_the_partial_file_alone(
     base: str, version: Version, tmp_path: Path, follow: list[str]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 
+import httpx2
 import pytest
 from starlette.testclient import TestClient
 
@@ -38,6 +39,7 @@ def test_a_file_is_served_whole_with_its_digest_as_validator(
     assert response.content == content
     assert response.headers["etag"] == f'"{digest.hexdigest()}"'
     assert response.headers["repr-digest"] == f"sha-256=:{base64.b64encode(digest.digest()).decode()}:"
+    assert response.headers["digest"] == f"sha-256={base64.b64encode(digest.digest()).decode()}"
     assert response.headers["content-length"] == str(len(content))
     assert response.headers["accept-ranges"] == "bytes"
     assert response.headers["cache-control"] == "public, max-age=31536000, immutable"
@@ -120,8 +122,11 @@ def test_a_range_outside_the_file_is_a_416_problem_that_tells_the_size(
     assert response.json()["code"] == "range_not_satisfiable"
 
 
-def test_a_range_that_is_none_is_a_400_problem(client: TestClient, version: Version) -> None:
-    response = client.get(address(version), headers={"Range": "elephants=1-2"})
+@pytest.mark.parametrize(
+    "wanted", ["bytes=", "bytes=-", "bytes=1", "bytes=7-3", "bytes=a-b", "bytes=0-1,x", "bytes=1--2"]
+)
+def test_a_malformed_range_of_bytes_is_a_400_problem(client: TestClient, version: Version, wanted: str) -> None:
+    response = client.get(address(version), headers={"Range": f"bytes={wanted}"})
 
     assert response.status_code == 400
     assert response.headers["content-type"] == "application/problem+json"
@@ -157,17 +162,122 @@ def test_a_mid_file_range_on_an_alias_is_refused_and_names_the_version(
 
     assert response.status_code == 409
     assert response.json()["code"] == "alias_range"
-    assert address(version) in response.json()["detail"]
+    assert f"…/versions/{version.id}/files/model.safetensors" in response.json()["detail"]
 
 
-def test_a_range_from_the_start_or_with_the_right_digest_may_use_an_alias(client: TestClient, version: Version) -> None:
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Range": "bytes=0-"},
+        {"Range": "elephants=5-"},
+        {"Range": "bytes=5-", "If-Range": '"another version"'},
+        {"Range": "bytes=5-", "If-Match": '"another version"'},
+    ],
+)
+def test_an_alias_redirects_a_range_that_cannot_splice_two_versions(
+    client: TestClient, version: Version, headers: dict[str, str]
+) -> None:
+    assert client.get(address(version, "latest"), headers=headers).status_code == 307
+
+
+def test_a_part_of_another_version_is_not_continued_through_an_alias(
+    client: TestClient, served: Served, version: Version
+) -> None:
+    old = f'"{version.files[0].sha256}"'
+    newer = served.publish("digits", 200, size=2000).versions[0]
+    content = (newer.folder / "model.safetensors").read_bytes()
+
+    def resume(**headers: str) -> httpx2.Response:
+        headers = {"Range": "bytes=5-", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        return client.get(address(newer, "latest"), headers=headers, follow_redirects=True)
+
+    stale, refused, same = resume(If_Range=old), resume(If_Match=old), resume(If_Range=f'"{newer.files[0].sha256}"')
+
+    assert (stale.status_code, stale.content) == (200, content), "the whole of the new version"
+    assert (refused.status_code, refused.json()["code"]) == (412, "precondition_failed")
+    assert (same.status_code, same.content) == (206, content[5:])
+
+
+@pytest.mark.parametrize("wanted", ["elephants=1-2", "items=0-", "nonsense", "bytes 0-5"])
+def test_a_range_of_another_unit_is_ignored(client: TestClient, version: Version, content: bytes, wanted: str) -> None:
+    response = client.get(address(version), headers={"Range": wanted})
+
+    assert (response.status_code, response.content) == (200, content)
+
+
+def test_of_several_ranges_those_outside_the_file_are_left_out(
+    client: TestClient, version: Version, content: bytes
+) -> None:
+    one = client.get(address(version), headers={"Range": "bytes=5-9,99999999-,-0"})
+    two = client.get(address(version), headers={"Range": "bytes=5-9, 20-29, 99999999-99999999999"})
+    none = client.get(address(version), headers={"Range": "bytes=99999999-,-0"})
+    many = client.get(address(version), headers={"Range": "bytes=" + ",".join(f"{n}-{n}" for n in range(0, 400, 2))})
+
+    assert (one.status_code, one.content) == (206, content[5:10])
+    assert (two.status_code, two.headers["content-type"].partition(";")[0]) == (206, "multipart/byteranges")
+    assert content[5:10] in two.content
+    assert content[20:30] in two.content
+    assert (none.status_code, none.headers["content-range"]) == (416, f"bytes */{len(content)}")
+    assert (many.status_code, many.content) == (200, content), "more ranges than are worth it"
+
+
+def test_head_ignores_a_range(client: TestClient, version: Version, content: bytes) -> None:
+    response = client.head(address(version), headers={"Range": "bytes=5-9"})
+
+    assert (response.status_code, response.headers["content-length"]) == (200, str(len(content)))
+
+
+_PAST, _FUTURE = "Mon, 01 Jan 2024 00:00:00 GMT", "Fri, 01 Jan 2100 00:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"If-Match": "ETAG"}, 200),
+        ({"If-Match": '"other", ETAG'}, 200),
+        ({"If-Match": "*"}, 200),
+        ({"If-Match": '"other"'}, 412),
+        ({"If-Match": "W/ETAG"}, 412),
+        ({"If-Unmodified-Since": _FUTURE}, 200),
+        ({"If-Unmodified-Since": "MODIFIED"}, 200),
+        ({"If-Unmodified-Since": _PAST}, 412),
+        ({"If-Unmodified-Since": "yesterday"}, 200),
+        ({"If-Match": "ETAG", "If-Unmodified-Since": _PAST}, 200),
+        ({"If-Modified-Since": _PAST}, 200),
+        ({"If-Modified-Since": "MODIFIED"}, 304),
+        ({"If-Modified-Since": _FUTURE}, 304),
+        ({"If-Modified-Since": "yesterday"}, 200),
+        ({"If-None-Match": '"other"', "If-Modified-Since": _FUTURE}, 200),
+        ({"If-None-Match": "ETAG", "If-Modified-Since": _PAST}, 304),
+        ({"If-Match": '"other"', "If-None-Match": "ETAG"}, 412),
+        ({"If-Match": '"other"', "Range": "bytes=99999999-"}, 412),
+        ({"If-Range": "ETAG", "Range": "bytes=5-9"}, 206),
+        ({"If-Range": "MODIFIED", "Range": "bytes=5-9"}, 206),
+        ({"If-Range": "W/ETAG", "Range": "bytes=5-9"}, 200),
+        ({"If-Range": _PAST, "Range": "bytes=5-9"}, 200),
+        ({"If-Range": '"other"', "Range": "bytes=99999999-"}, 200),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_preconditions_of_a_file_are_evaluated_in_the_order_of_rfc_9110(
+    client: TestClient, version: Version, method: str, headers: dict[str, str], status: int
+) -> None:
+    modified = client.head(address(version)).headers["last-modified"]
     etag = f'"{version.files[0].sha256}"'
+    sent = {name: value.replace("ETAG", etag).replace("MODIFIED", modified) for name, value in headers.items()}
 
-    from_start = client.get(address(version, "latest"), headers={"Range": "bytes=0-"})
-    proven = client.get(address(version, "latest"), headers={"Range": "bytes=5-", "If-Range": etag})
-    stale = client.get(address(version, "latest"), headers={"Range": "bytes=5-", "If-Range": '"other"'})
+    response = client.request(method, address(version), headers=sent)
 
-    assert [from_start.status_code, proven.status_code, stale.status_code] == [307, 307, 409]
+    assert response.status_code == (200 if method == "HEAD" and status == 206 else status)
+    if response.status_code == 304:
+        assert (response.content, response.headers["etag"]) == (b"", etag)
+
+
+def test_a_version_that_is_another_is_412_too(client: TestClient, version: Version) -> None:
+    place = f"{BASE}/{version.id}"
+
+    assert client.get(place, headers={"If-Match": f'"{version.id}"'}).status_code == 200
+    assert client.get(place, headers={"If-Match": '"other"'}).json()["code"] == "precondition_failed"
 
 
 def test_a_file_cut_short_on_the_disk_is_reported_instead_of_served(client: TestClient, version: Version) -> None:

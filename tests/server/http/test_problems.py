@@ -22,7 +22,7 @@ NOWHERE = "0" * 40
         ("GET", "/nothing", 404, "not_found"),
         ("GET", "/v1/runs/", 404, "not_found"),
         ("DELETE", "/v1/runs", 405, "method_not_allowed"),
-        ("HEAD", "/v1/runs/nope", 405, "method_not_allowed"),
+        ("HEAD", "/v1/runs/nope", 404, "run_not_found"),
         ("GET", "/v1/runs/nope", 404, "run_not_found"),
         ("GET", "/v1/runs/nope/metrics", 404, "run_not_found"),
         ("POST", "/v1/runs/nope/versions", 404, "run_not_found"),
@@ -53,8 +53,22 @@ def test_an_error_is_a_problem_with_all_its_members(
         assert body["type"].endswith(code)
 
 
-def test_a_wrong_method_says_which_ones_are_right(client: TestClient) -> None:
-    assert client.delete("/v1/runs").headers["allow"] == "GET"
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [
+        ("/v1/runs", "GET, HEAD"),
+        ("/v1/leases", "POST"),
+        ("/openapi.json", "GET, HEAD"),
+        ("/v1/runs/digits/averages", "GET, HEAD, POST"),
+        ("/v1/runs/digits/averages/raw", "GET, HEAD, DELETE"),
+        (f"{VERSIONS}/latest", "GET, HEAD, DELETE"),
+        (f"{VERSIONS}/latest/files/model.safetensors", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_answered_with_all_methods_of_the_address(client: TestClient, path: str, allow: str) -> None:
+    response = client.put(path)
+
+    assert (response.status_code, response.headers["allow"]) == (405, allow)
 
 
 def test_an_average_without_versions_asks_to_try_again(client: TestClient, served: Served) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urljoin
 
 import httpx2
 import pytest
@@ -52,7 +53,7 @@ def test_a_request_is_accepted_and_its_result_is_where_location_says(client: Tes
     take(client, averages=["raw"], run="digits", task="warm-up")
     lease = take(client)["lease"]
     accepted = client.post(PATH, json={"average": "raw", "rev": "step-100"})
-    place = accepted.headers["location"]
+    place = urljoin(PATH, accepted.headers["location"])
     running = client.get(place).json()
     settled = client.post(f"/v1/leases/{lease['id']}/result", json=RESULT)
     done = client.get(place).json()
@@ -92,7 +93,7 @@ def in_background(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
 
 def test_an_awaited_result_comes_when_it_is_there_and_others_are_served_meanwhile(url: str, version: Version) -> None:
     lease = take(httpx2, url)["lease"]
-    place = url + httpx2.post(url + PATH, json={"average": "raw"}).headers["location"]
+    place = urljoin(url + PATH, httpx2.post(url + PATH, json={"average": "raw"}).headers["location"])
     waits = [in_background(lambda: httpx2.get(place, headers={"Prefer": "wait=60"}, timeout=90)) for _ in range(50)]
     time.sleep(0.3)
     served_meanwhile = httpx2.get(f"{url}/healthz", timeout=WAIT_S).status_code
