@@ -1,8 +1,8 @@
 """Which byte is where: from the manifest to memory and to safetensors files.
 
-- `dtypes`: wire dtype names as torch's dtypes
-- `file_plan`: the safetensors files of an average, as plans
-- `layout`: where each element lies
-- `safetensors_file`: a `model.safetensors` as it lies on disk
-- `selection`: what an average does with each tensor
+- `dtypes`: wire dtypes as torch's
+- `layout`: where each element lies in a snapshot and in an average's memory
+- `selection`: which tensors an average averages
+- `file_plan`: which bytes of an average go where in its files
+- `safetensors_file`: safetensors headers, and parts of files
 """

@@ -1,4 +1,4 @@
-"""Wire dtype names as torch's dtypes: the only such table of the server."""
+"""Wire dtypes as torch's: the server's only such table."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 def view(data: torch.Tensor, dtype: str, offset: int, count: int) -> torch.Tensor:
-    """`count` elements of wire dtype `dtype` from byte `offset` of a uint8 tensor, without copying."""
+    """`count` elements of wire dtype `dtype` from byte `offset` of a uint8 tensor; not a copy."""
     torch_dtype = TORCH_DTYPES[dtype]
     return data.narrow(0, offset, count * torch_dtype.itemsize).view(torch_dtype)

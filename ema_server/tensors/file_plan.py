@@ -1,14 +1,14 @@
-"""The safetensors files of an average, as plans: header bytes, and which bytes of memory go where. Pure arithmetic.
+"""Which bytes of an average go where in its safetensors files. Pure arithmetic on offsets.
 
-Comes in: the manifest and the form in which an average is held. Goes out: `TensorFile`s. The header holds nothing that
-varies between versions. Tensors lie in memory order by stored item size, large first, each tied name as a further copy
-at the end of its size, so that every tensor is aligned and a plain model is one sequential write.
+Headers contain nothing that varies between versions. Tensors lie in memory order by stored item size, large first; tied
+names are further copies at the end of their size. So every tensor is aligned, and a plain model is one sequential
+write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from ema_proto.dtypes import FLOATS, ITEM_BYTES
@@ -22,7 +22,7 @@ STATE_FILE = "state.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes `begin` to `end` of an average's memory, stored from byte `file_offset`; `narrows`: float64 as float32."""
+    """Bytes `begin` to `end` of an average's memory, at `file_offset` in the file; `narrows`: float64 as float32."""
 
     begin: int
     end: int
@@ -32,7 +32,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A tied name's tensor: the same bytes again at `target`."""
+    """The tensor of a tied name: the bytes at `source` again at `target`, both in the file."""
 
     source: int
     target: int
@@ -41,7 +41,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """One file of an average: its first bytes, its size, and where the rest comes from. `spans` are in memory order."""
+    """One file of an average: header, size, and where its other bytes come from. `spans` are in memory order."""
 
     name: str
     header: bytes
@@ -50,23 +50,10 @@ class TensorFile:
     copies: tuple[Copy, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    name: str
-    dtype: str
-    place: Place
-    is_alias: bool
-
-    @property
-    def nbytes(self) -> int:
-        return self.place.tensor.elements * ITEM_BYTES[self.dtype]
-
-
 def files_of(manifest: Manifest, form: Form) -> tuple[TensorFile, ...]:
-    """The files that hold an average of this form: `model.safetensors`, and `state.safetensors` if that is not all.
+    """The files of an average of this form: `model.safetensors`, and `state.safetensors` for float64 accumulators.
 
-    The model has its floats as float32 (a `WIRE` average: as they are). Float64 accumulators lose bits there, so the
-    state keeps them whole beside it.
+    The model has its floats as float32, or as sent for a `WIRE` average.
     """
     held = places(manifest, form)
     model = _file(MODEL_FILE, held, {place.dtype: _published(form, place.dtype) for place in held})
@@ -75,7 +62,7 @@ def files_of(manifest: Manifest, form: Form) -> tuple[TensorFile, ...]:
 
 
 def snapshot_file(manifest: Manifest, name: str) -> TensorFile:
-    """The file that holds one snapshot of a window, as it was sent."""
+    """The file of one snapshot of a window, as it was sent."""
     held = places(manifest, Form.WIRE)
     return _file(name, held, {place.dtype: place.dtype for place in held})
 
@@ -85,31 +72,28 @@ def _published(form: Form, dtype: str) -> str:
 
 
 def _file(name: str, held: Iterable[Place], stored: dict[str, str]) -> TensorFile:
-    entries = list(_entries(list(held), stored))
-    header, _ = describe((entry.name, entry.dtype, entry.place.tensor.shape) for entry in entries)
-    position, spans, copies, first = len(header), list[Span](), list[Copy](), dict[str, int]()
-    for entry in entries:
-        original = entry.place.tensor.name
-        if entry.is_alias:
-            copies.append(Copy(first[original], position, entry.nbytes))
-        else:
-            first[original] = position
-            begin = entry.place.offset
-            spans.append(Span(begin, begin + entry.place.nbytes, position, entry.dtype != entry.place.dtype))
-        position += entry.nbytes
+    """`stored` has the dtype in the file for each dtype in memory."""
+    entries = list(_entries(list(held), lambda place: ITEM_BYTES[stored[place.dtype]]))
+    header, placed = describe((name, stored[place.dtype], place.tensor.shape) for name, place in entries)
+    spans, copies, first = list[Span](), list[Copy](), dict[str, int]()
+    for (_, place), at in zip(entries, placed, strict=True):
+        original = place.tensor.name
+        if at.name == original:
+            first[original] = at.offset
+            spans.append(Span(place.offset, place.offset + place.nbytes, at.offset, at.dtype != place.dtype))
+        elif at.nbytes:
+            copies.append(Copy(first[original], at.offset, at.nbytes))
     spans.sort(key=lambda span: span.begin)
-    return TensorFile(name, header, position, tuple(_merged(spans)), tuple(copy for copy in copies if copy.nbytes))
+    nbytes = len(header) + sum(at.nbytes for at in placed)
+    return TensorFile(name, header, nbytes, tuple(_merged(spans)), tuple(copies))
 
 
-def _entries(held: list[Place], stored: dict[str, str]) -> Iterator[_Entry]:
-    def size(place: Place) -> int:
-        return ITEM_BYTES[stored[place.dtype]]
-
+def _entries(held: list[Place], size: Callable[[Place], int]) -> Iterator[tuple[str, Place]]:
+    """Every name with its tensor, in the order of the file."""
     for _, group in groupby(sorted(held, key=size, reverse=True), key=size):
         alike = list(group)
-        yield from (_Entry(place.tensor.name, stored[place.dtype], place, False) for place in alike)
-        for place in alike:
-            yield from (_Entry(alias, stored[place.dtype], place, True) for alias in place.tensor.aliases)
+        yield from ((place.tensor.name, place) for place in alike)
+        yield from ((alias, place) for place in alike for alias in place.tensor.aliases)
 
 
 def _merged(spans: Iterable[Span]) -> Iterator[Span]:
@@ -117,16 +101,16 @@ def _merged(spans: Iterable[Span]) -> Iterator[Span]:
     for span in spans:
         if span.begin == span.end:
             continue
-        if last is None:
-            last = span
-        elif not (last.narrows or span.narrows) and last.end == span.begin and _stored_end(last) == span.file_offset:
-            last = Span(last.begin, span.end, last.file_offset, False)
-        else:
+        if last is not None and _follows(span, last):
+            last = replace(last, end=span.end)
+            continue
+        if last is not None:
             yield last
-            last = span
+        last = span
     if last is not None:
         yield last
 
 
-def _stored_end(span: Span) -> int:
-    return span.file_offset + span.end - span.begin
+def _follows(span: Span, last: Span) -> bool:
+    stored_end = last.file_offset + last.end - last.begin
+    return not (last.narrows or span.narrows) and (last.end, stored_end) == (span.begin, span.file_offset)

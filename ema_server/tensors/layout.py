@@ -1,11 +1,8 @@
-"""Where each element lies: in a snapshot, in an average's memory, in its file. Pure arithmetic on offsets.
-
-Comes in: the manifest of a run and the names of its exempt tensors. Goes out: `Segment`s, long runs of elements that
-are treated alike, for the kernel. It allocates nothing of a model's size and has never seen a tensor.
+"""Where each element lies in a snapshot, and in the memory of an average. Pure arithmetic on offsets.
 
 An average is held in one of three forms. `WIRE` is the snapshot's own bytes. `WIDE` has every float as float32, or
-float64 where the wire says float64; `EXACT` has every float as float64; the rest is as on the wire. Tensors lie by item
-size, large first, and then in the order of the wire, so every element is aligned to its own size.
+float64 where the wire has float64; `EXACT` has every float as float64; other tensors are as on the wire. Tensors lie by
+item size, large first, then in the order of the wire, so every element is aligned to its own size.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ class Form(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one tensor lies in an average's memory, and in which dtype."""
+    """The position and dtype of one tensor in an average's memory."""
 
     tensor: TensorSpec
     dtype: str
@@ -36,15 +33,14 @@ class Place:
 
     @property
     def nbytes(self) -> int:
-        """Size in the average's memory, in bytes."""
         return self.tensor.elements * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`count` elements of one wire dtype, side by side in the snapshot and in every form, all treated alike.
+    """`count` elements of one wire dtype, contiguous in the snapshot and in every form.
 
-    Bit i of `averaged` says that average number i averages them; the others copy them.
+    Average number i averages them if bit i of `averaged` is set, and copies them otherwise.
     """
 
     dtype: str
@@ -56,11 +52,11 @@ class Segment:
 
     @property
     def wire_end(self) -> int:
-        """First byte after the segment in the snapshot."""
+        """The first byte after the segment in the snapshot."""
         return self.wire_offset + self.count * ITEM_BYTES[self.dtype]
 
     def offset(self, form: Form) -> int:
-        """First byte of the segment in an average of this form."""
+        """The first byte of the segment in an average of this form."""
         match form:
             case Form.WIRE:
                 return self.wire_offset
@@ -79,22 +75,27 @@ def held_dtype(form: Form, dtype: str) -> str:
 
 def places(manifest: Manifest, form: Form) -> tuple[Place, ...]:
     """Where the tensors lie in an average of this form, in memory order, without gaps."""
-    return tuple(_places(manifest, form))
+    position, found = 0, list[Place]()
+    held = ((tensor, held_dtype(form, tensor.dtype)) for tensor in manifest.by_offset)
+    for tensor, dtype in sorted(held, key=lambda pair: -ITEM_BYTES[pair[1]]):
+        found.append(Place(tensor, dtype, position))
+        position += found[-1].nbytes
+    return tuple(found)
 
 
 def held_nbytes(manifest: Manifest, form: Form) -> int:
-    """Bytes of one average of this form."""
-    return sum(place.nbytes for place in _places(manifest, form))
+    """The size of an average of this form."""
+    return sum(place.nbytes for place in places(manifest, form))
 
 
 def segments(manifest: Manifest, mask: Callable[[TensorSpec], int | None]) -> tuple[Segment, ...]:
-    """The snapshot as few long runs, in memory order. Empty tensors are in none.
+    """The snapshot as few long segments, in memory order; empty tensors are in none.
 
     Args:
         manifest: the run's manifest.
         mask: `Segment.averaged` of a tensor, or None to leave the tensor out.
     """
-    offsets = {form: {place.tensor.name: place.offset for place in _places(manifest, form)} for form in Form}
+    offsets = {form: {place.tensor.name: place.offset for place in places(manifest, form)} for form in Form}
     merged: list[Segment] = []
     for tensor in manifest.by_offset:
         averaged = mask(tensor)
@@ -110,19 +111,10 @@ def segments(manifest: Manifest, mask: Callable[[TensorSpec], int | None]) -> tu
     return tuple(merged)
 
 
-def cut(runs: Iterable[Segment], block_elements: int) -> Iterator[Segment]:
-    """The same elements in the same order, in pieces of at most `block_elements`."""
-    for run in runs:
-        items = [(run.offset(form), ITEM_BYTES[held_dtype(form, run.dtype)]) for form in Form]
-        for start in range(0, run.count, block_elements):
-            count = min(block_elements, run.count - start)
-            yield Segment(run.dtype, run.averaged, count, *(begin + start * item for begin, item in items))
-
-
-def _places(manifest: Manifest, form: Form) -> Iterator[Place]:
-    position = 0
-    held = ((tensor, held_dtype(form, tensor.dtype)) for tensor in manifest.by_offset)
-    for tensor, dtype in sorted(held, key=lambda pair: -ITEM_BYTES[pair[1]]):
-        place = Place(tensor, dtype, position)
-        position += place.nbytes
-        yield place
+def cut(whole: Iterable[Segment], block_elements: int) -> Iterator[Segment]:
+    """The same elements in the same order, in segments of at most `block_elements`."""
+    for one in whole:
+        items = [(one.offset(form), ITEM_BYTES[held_dtype(form, one.dtype)]) for form in Form]
+        for start in range(0, one.count, block_elements):
+            count = min(block_elements, one.count - start)
+            yield Segment(one.dtype, one.averaged, count, *(begin + start * item for begin, item in items))

@@ -15,22 +15,22 @@ from pathlib import Path
 
 from ema_proto.dtypes import ITEM_BYTES
 
-CHUNK_BYTES = 4 << 20  # large enough for full speed, small enough to be no memory to speak of
+CHUNK_BYTES = 4 << 20  # large enough for full speed
 
 _METADATA_KEY = "__metadata__"
 _METADATA = {_METADATA_KEY: {"format": "pt"}}  # constant: the headers of a run's versions are the same
 _HEADER_ALIGN = 8
-_HEADER_BYTES_MAX = 100 << 20  # safetensors' own bound
+_HEADER_BYTES_MAX = 100 << 20  # the limit of the safetensors library
 _LENGTH = struct.Struct("<Q")
 
 
 class BadModelFile(ValueError):
-    """The file is no safetensors file, or one that lacks what is looked for; the text says which and why."""
+    """The file is not a safetensors file, or does not hold the expected tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a file: name, dtype as in safetensors (`F32`), shape, and its first byte in the file."""
+    """One tensor of a file; `dtype` as in safetensors (`F32`), `offset` is its first byte in the file."""
 
     name: str
     dtype: str
@@ -39,17 +39,15 @@ class Stored:
 
     @property
     def elements(self) -> int:
-        """How many elements it has."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Size in the file, in bytes."""
         return self.elements * ITEM_BYTES[self.dtype]
 
 
 def describe(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, tuple[Stored, ...]]:
-    """The header of a file that holds these tensors (name, dtype, shape) one after another, and where each one lies."""
+    """The header of a file of these tensors (name, dtype, shape) in this order, and where each one lies."""
     position, described, placed = 0, dict[str, object](_METADATA), list[Stored]()
     for name, dtype, shape in tensors:
         stored = Stored(name, dtype, shape, position)
@@ -63,7 +61,7 @@ def describe(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes
 
 
 def read_header(path: Path) -> tuple[Stored, ...]:
-    """The tensors of a file, in the order in which they lie there.
+    """The tensors of a file, by offset.
 
     Raises:
         BadModelFile: it is not a safetensors file.
@@ -82,9 +80,9 @@ def read_header(path: Path) -> tuple[Stored, ...]:
 
 
 def data_shift(path: Path, header: bytes) -> int:
-    """How many bytes later the data of a file begins than in one with this header; the tensors must be the same.
+    """How many bytes later the data of a file begins than in a file with this header, for the same tensors.
 
-    Files without `format=pt` in their header are older ones of ours.
+    It is not 0 for files that were written before headers had `format=pt`.
 
     Raises:
         BadModelFile: the file holds other tensors, or is not a safetensors file.
@@ -98,11 +96,11 @@ def data_shift(path: Path, header: bytes) -> int:
 
 
 def replaced(path: Path, tensors: Mapping[str, bytes]) -> Iterator[bytes]:
-    """The bytes of a file, piece by piece, with the bytes of these tensors in place of its own.
+    """The bytes of a file, piece by piece, with these tensors replaced.
 
     Args:
         path: a safetensors file.
-        tensors: new bytes by name, of the dtype and shape that the file has. A tied name counts as a tensor of its own.
+        tensors: new bytes by name, in the dtype and shape of the file. Each tied name is a tensor of its own.
 
     Raises:
         BadModelFile: the file lacks a tensor, or has it in another size.
