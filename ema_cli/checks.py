@@ -12,7 +12,6 @@ import platform
 import shutil
 import socket
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -21,6 +20,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from ema_server.storage.disk import probe_write
 
 _GIB = 1 << 30
 _FREE_DISK_GIB = 1.0  # a generation of a small model with a few averages
@@ -148,10 +149,7 @@ def _filesystem_type(place: Path) -> str:
 def _durable_write(place: Path) -> Check:
     started = time.perf_counter()
     try:
-        with tempfile.TemporaryFile(dir=place) as probe:
-            probe.write(bytes(1 << 20))
-            probe.flush()
-            os.fsync(probe.fileno())
+        probe_write(place, 1 << 20)
     except OSError as error:
         return Check("durable write", State.PROBLEM, str(error), "choose a folder that can be written with --data")
     return Check("durable write", State.OK, f"1 MiB in {(time.perf_counter() - started) * 1000:.1f} ms")

@@ -27,7 +27,7 @@ from ema_server.publishing.ring_cuts import Cuts
 from ema_server.publishing.ring_snapshot import RingSnapshot, powers_of, read_snapshot, write_snapshot
 from ema_server.storage.catalog import Generation
 from ema_server.storage.datadir import TEMPORARY, DataDir, delete_whole
-from ema_server.storage.disk import sync_folders
+from ema_server.storage.disk import shortage, sync_folders
 from ema_server.storage.generation import is_folder_name, step_in
 from ema_server.storage.records import BrokenGeneration
 from ema_server.tensors.safetensors_file import BadModelFile
@@ -204,9 +204,9 @@ class Ring:
     def _check_room(self, generation: Generation) -> None:
         """A link costs nothing now, but keeps old files from making room for new generations: those come first."""
         nbytes = sum(entry.size for version in generation.versions for entry in version.files)
-        free = shutil.disk_usage(generation.folder).free
-        if free < _GENERATIONS_TO_COME * nbytes:
-            raise _NoRoom(f"{free} bytes are free on the disk, and the next generations take {nbytes} each")
+        short = shortage(generation.folder, _GENERATIONS_TO_COME * nbytes)
+        if short is not None:
+            raise _NoRoom(f"{short} for the next generations")
 
     def _add(self, generation: Generation) -> None:
         parent = self._data_dir.ring_folder(generation.run)

@@ -1,8 +1,8 @@
-"""What lies on disk, and how it is read.
+"""What is on disk, and how it is read.
 
-- `catalog`: which generations and versions are on disk
-- `datadir`: the data folder
-- `disk`: the few file operations that durability is built from
-- `generation`: a generation's folder, read
-- `records`: what stands in `generation.json` and `version.json`
+- `disk`: durable file operations, and whether a folder has room and can be written
+- `catalog`: generations and versions as values, and which of them exist
+- `records`: the content of `generation.json` and `version.json`
+- `generation`: a generation's folder, read and verified
+- `datadir`: the data folder: lock, format, the folders of its runs
 """

@@ -1,7 +1,7 @@
-"""Which generations and versions are on disk. Comes in: whole generations and derived versions. Goes out: values.
+"""Generations and versions as values, and the catalog of those that exist.
 
-Safe from any thread. It knows nothing of how files are written or deleted, but it decides which may go: what a reader
-holds, or has held a moment ago, stays.
+The catalog is safe from any thread. It does not write or delete files, but decides which may be deleted: what a reader
+holds, or held within the last minute, stays.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-HOLD_GRACE_S = 60.0  # a download in parts comes back within seconds; a stuck one may start anew
+HOLD_GRACE_S = 60.0  # a download in parts returns within seconds; a stuck one may start again
 
 _ID = re.compile(r"[0-9a-f]{40}")
 _STEP = re.compile(r"step-([0-9]{1,16})")
@@ -22,7 +23,7 @@ _STEP = re.compile(r"step-([0-9]{1,16})")
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file of a version: its name, its size in bytes, its sha256 in 64 hex digits."""
+    """One file of a version; `size` in bytes, `sha256` in 64 hex digits."""
 
     name: str
     size: int
@@ -31,11 +32,11 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One average at one step, immutable. `id` is 40 hex digits of its content, `folder` holds `files`.
+    """One average at one step, immutable. `id` is 40 hex digits of a digest of its content, `folder` holds `files`.
 
-    `seq` is its generation's. A version made of others after them has the word for how in `derived` (`synthesized`,
-    ...), an average name of its own, and a `seq` that counts the run's derived versions. `decay` and `half_life_steps`
-    are what its rule came to at its step, None where there is no such figure.
+    `seq` is the number of its generation. A derived version has its kind in `derived` (`synthesized`, `recalibrated`),
+    an average name of its own, and a `seq` that counts the run's derived versions. `decay` and `half_life_steps` are
+    those of its rule at its step, None if it has none.
     """
 
     id: str
@@ -54,7 +55,7 @@ class Version:
     half_life_steps: float | None = None
 
     def file(self, name: str) -> FileEntry | None:
-        """The entry of its file of that name, None if it has none."""
+        """The entry of the file of this name, None if there is none."""
         return next((entry for entry in self.files if entry.name == name), None)
 
 
@@ -72,11 +73,11 @@ class Generation:
 
 
 class VersionGone(LookupError):
-    """The version was removed between being found and being held."""
+    """The version was removed after it was found."""
 
 
 class Catalog:
-    """The generations and the derived versions of every run. Readers ask, those who write them add and remove."""
+    """The generations and derived versions of every run."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -135,10 +136,10 @@ class Catalog:
 
     @contextmanager
     def hold(self, version: Version) -> Iterator[Version]:
-        """Keep the files of `version` on disk inside the `with` block and for a minute after it.
+        """Keep the files of `version` on disk in the `with` block, and for a minute after it.
 
         Raises:
-            VersionGone: it has been removed already.
+            VersionGone: it has been removed.
         """
         key = version.folder
         with self._lock:
@@ -155,35 +156,31 @@ class Catalog:
                     self._released_at[key] = self._clock()
 
     def listen(self, on_move: Callable[[str, str], None]) -> None:
-        """Call `on_move(run, new_run)` whenever a run gets another name. It must not block."""
+        """Call `on_move(run, new_run)` whenever a run is renamed. It must not block."""
         self._on_move.append(on_move)
 
     def guard(self, is_needed: Callable[[Version], bool]) -> None:
-        """Keep what `is_needed(version)` says while it does. It must not block, nor ask the catalog."""
+        """Keep versions while `is_needed(version)` is true. It must neither block nor call the catalog."""
         self._guards.append(is_needed)
 
     def add(self, generation: Generation) -> None:
-        """Make a generation visible (publisher only)."""
+        """Add a generation, or replace the one of its seq (publisher only)."""
         with self._lock:
-            others = [known for known in self._generations.get(generation.run, ()) if known.seq != generation.seq]
-            ordered = sorted([generation, *others], key=lambda known: known.seq, reverse=True)
-            self._generations[generation.run] = tuple(ordered)
+            self._generations[generation.run] = _added(self._generations.get(generation.run, ()), generation)
 
     def add_derived(self, version: Version) -> None:
-        """Make a derived version visible.
+        """Add a derived version.
 
         Raises:
-            VersionGone: its folder is not there any more: the run was set aside meanwhile.
+            VersionGone: its folder no longer exists, because the run was set aside.
         """
         with self._lock:
             if not version.folder.exists():
                 raise VersionGone(f"run {version.run} was set aside while {version.average} was made: ask again")
-            others = [known for known in self._derived.get(version.run, ()) if known.seq != version.seq]
-            ordered = sorted([version, *others], key=lambda known: known.seq, reverse=True)
-            self._derived[version.run] = tuple(ordered)
+            self._derived[version.run] = _added(self._derived.get(version.run, ()), version)
 
     def remove_derived(self, version: Version) -> bool:
-        """Make a derived version invisible unless a reader holds it; returns whether its files may be deleted."""
+        """Remove a derived version unless a reader holds it; returns whether its files may be deleted."""
         with self._lock:
             if self._is_held(version):
                 return False
@@ -193,14 +190,14 @@ class Catalog:
             return True
 
     def remove(self, generation: Generation, *, force: bool = False) -> bool:
-        """Make a generation invisible unless a reader holds it (publisher only).
+        """Remove a generation unless a reader holds one of its versions (publisher only).
 
         Args:
             generation: what to remove.
-            force: remove it even so; for one whose files turned out to be broken.
+            force: remove it anyway, because its files are broken.
 
         Returns:
-            Whether it is gone from the catalog, so that its files may be deleted.
+            Whether its files may be deleted.
         """
         with self._lock:
             if not force and any(self._is_held(version) for version in generation.versions):
@@ -212,7 +209,7 @@ class Catalog:
             return True
 
     def move(self, run: str, new_run: str, new_folder: Path) -> None:
-        """Show what `run` has under `new_run`; its folder has been renamed to `new_folder` (averager only)."""
+        """Rename a run whose folder has been renamed to `new_folder` (averager only)."""
         folders = new_folder.with_name(run), new_folder
         with self._lock:
             moved = self._generations.pop(run, ())
@@ -231,6 +228,15 @@ class Catalog:
         released_at = self._released_at.get(version.folder)
         recent = released_at is not None and self._clock() - released_at < HOLD_GRACE_S
         return recent or version.folder in self._holds or any(is_needed(version) for is_needed in self._guards)
+
+
+Listed = TypeVar("Listed", bound=Generation | Version)
+
+
+def _added(known: tuple[Listed, ...], new: Listed) -> tuple[Listed, ...]:
+    """With `new` in place of the item of its seq, newest first."""
+    others = tuple(item for item in known if item.seq != new.seq)
+    return tuple(sorted((new, *others), key=lambda item: item.seq, reverse=True))
 
 
 def _moved(generation: Generation, run: str, folders: tuple[Path, Path]) -> Generation:

@@ -1,11 +1,11 @@
-"""The data folder: its lock, its format, its runs' folders. Comes in: a path. Goes out: paths and whole generations.
+"""The data folder: its lock, its format, and the folders of its runs.
 
     LOCK  format.json  runs/{run}/generations/{seq}-{step}/
-                       runs/{run}/derived/{seq}-{step}/     versions made of others after them
-                       runs/{run}/ring/{seq}-{step}/        power averages to make others of
+                       runs/{run}/derived/{seq}-{step}/     derived versions
+                       runs/{run}/ring/{seq}-{step}/        power averages kept for synthesis
 
-What a crash leaves is swept when the folder is opened; a generation that is not whole is moved out of the way as
-`.bad-...`, for a person to look at, and said so in the log.
+Unfinished writes are deleted when the folder is opened. A generation that is not whole is renamed to `.bad-...` for
+inspection, and logged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,14 +22,14 @@ from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import NAME_CHARS_MAX
 from ema_proto.names import check_name
 from ema_server.storage.catalog import Generation
-from ema_server.storage.disk import replace_durably, sync_folders
+from ema_server.storage.disk import probe_write, replace_durably, sync_folders
 from ema_server.storage.generation import is_folder_name, open_generation, seq_in
 from ema_server.storage.records import FORMAT, BrokenGeneration
 
 _LOCK_FILE = "LOCK"
 _FORMAT_FILE = "format.json"
 TEMPORARY = ".tmp-"
-_ROOM_BYTES = 256 << 10  # what a database takes before it holds anything
+_ROOM_BYTES = 256 << 10  # the size of an empty database
 _BAD = ".bad-"
 
 logger = logging.getLogger("ema")
@@ -49,7 +48,7 @@ class DataDir:
         self._made = made
 
     def close(self, *, unused: bool = False) -> None:
-        """Let another server have it. A folder that was made when it was opened goes again, if it is `unused`."""
+        """Unlock the folder. If it is `unused`, delete the folders that were made when it was opened."""
         if unused and self._made and not self.runs():
             self._remove()
         os.close(self._lock_fd)
@@ -59,30 +58,30 @@ class DataDir:
         return tuple(sorted(path.name for path in self._runs.iterdir() if path.is_dir() and _is_run(path.name)))
 
     def generations_folder(self, run: str) -> Path:
-        """Where the generations of `run` lie; it may not exist yet."""
+        """The generations of `run`; it may not exist."""
         return self._runs / run / "generations"
 
     def run_folder(self, run: str) -> Path:
-        """Where everything of `run` lies."""
+        """Everything of `run`."""
         return self._runs / run
 
     def derived_folder(self, run: str) -> Path:
-        """Where the derived versions of `run` lie; it may not exist yet."""
+        """The derived versions of `run`; it may not exist."""
         return self._runs / run / "derived"
 
     def ring_folder(self, run: str) -> Path:
-        """Where the ring of `run` lies; it may not exist yet."""
+        """The ring of `run`; it may not exist."""
         return self._runs / run / "ring"
 
     def create_run(self, run: str) -> None:
-        """Make the folder of a run durable, if it is new."""
+        """Create the folder of a run durably if it does not exist."""
         folder = self.generations_folder(run)
         if not folder.exists():
             folder.mkdir(parents=True)
             sync_folders([folder.parent, self._runs])
 
     def whole_generations(self, run: str) -> Iterator[Generation]:
-        """The whole generations of a run; those that are not are set aside."""
+        """The whole generations of a run. The others are renamed by `set_bad`."""
         folder = self.generations_folder(run)
         if not folder.is_dir():
             return
@@ -95,16 +94,16 @@ class DataDir:
                 self.set_bad(path, error)
 
     def set_bad(self, folder: Path, error: BrokenGeneration) -> None:
-        """Move a broken generation, or whatever else is kept like one, out of the way."""
+        """Rename the folder of a broken generation or derived version."""
         logger.error("%s is broken and set aside: %s", folder, error)
         folder.rename(folder.with_name(_BAD + folder.name))
 
     def next_seq(self, run: str) -> int:
-        """One above every seq of a generation in use or set aside, counting from 1."""
+        """One above the highest seq of a generation, broken ones included; 1 if there is none."""
         return next_seq_in(self.generations_folder(run))
 
     def temporary(self, run: str, name: str) -> Path:
-        """A path beside the generations of `run` that is swept if a crash leaves it."""
+        """A path beside the generations of `run`, deleted at the next start if it is left over."""
         return self.generations_folder(run) / (TEMPORARY + name)
 
     def set_run_aside(self, run: str, stamp: str) -> str:
@@ -120,14 +119,14 @@ class DataDir:
         return new
 
     def sweep(self) -> None:
-        """Delete what unfinished writes left."""
+        """Delete unfinished writes."""
         for run in self.runs():
             for path in self._runs.joinpath(run).glob(f"*/{TEMPORARY}*"):
-                logger.info("sweeping %s, left by an earlier process", path)
+                logger.info("deleting %s, left over from an earlier process", path)
                 shutil.rmtree(path)
 
     def _remove(self) -> None:
-        """Delete what a server writes before there is a run, and the folders made for it."""
+        """Delete the files that a server writes before the first run, and the folders made for them."""
         try:
             for path in self.root.iterdir():
                 if path.is_file():
@@ -135,7 +134,7 @@ class DataDir:
             for folder in (self._runs, *self._made):
                 folder.rmdir()
         except OSError as error:
-            logger.debug("%s stays: %s", self.root, error)
+            logger.debug("%s is not deleted: %s", self.root, error)
 
     @property
     def _runs(self) -> Path:
@@ -143,10 +142,10 @@ class DataDir:
 
 
 def delete_whole(folder: Path) -> None:
-    """Delete a folder under a run's, so that a crash half-way leaves nothing under its name.
+    """Delete a folder of a run, so that a crash leaves nothing under its name.
 
     Raises:
-        OSError: the disk refuses to give it another name. What cannot be deleted then is swept at the next start.
+        OSError: it cannot be renamed. Files that cannot be deleted after that are deleted at the next start.
     """
     aside = folder.with_name(f"{TEMPORARY}old-{folder.name}")
     folder.rename(aside)
@@ -154,13 +153,13 @@ def delete_whole(folder: Path) -> None:
 
 
 def next_seq_in(folder: Path) -> int:
-    """One above every seq in the names of what lies in `folder`, which may not exist, counting from 1."""
+    """One above the highest seq in the names in `folder`, which may not exist; 1 if there is none."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return max((seq for name in names if (seq := seq_in(name)) is not None), default=0) + 1
 
 
 def open_data_dir(root: Path) -> DataDir:
-    """Create or open a data folder, lock it, check its format and sweep it.
+    """Create or open a data folder, lock it, check its format, and delete unfinished writes.
 
     Raises:
         DataDirError: it is in use, of a newer format, or cannot be written.
@@ -176,7 +175,7 @@ def open_data_dir(root: Path) -> DataDir:
     try:
         _check_format(root / _FORMAT_FILE)
         data_dir.sweep()
-        _check_room(root)
+        probe_write(root, _ROOM_BYTES)  # the metrics' database would fail next, with a less helpful message
     except OSError as error:
         data_dir.close(unused=True)
         raise DataDirError(
@@ -210,29 +209,19 @@ def _check_format(path: Path) -> None:
     try:
         found = json.loads(path.read_bytes())["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataDirError(
-            f"{path} is not what a server wrote ({error!r}): restore it or choose another --data"
-        ) from None
+        raise DataDirError(f"{path} is invalid ({error!r}): restore it or choose another --data") from None
     if found != FORMAT:
         raise DataDirError(
-            f"data folder {path.parent} has format {found!r}, this server knows {FORMAT}: "
+            f"data folder {path.parent} has format {found!r}, this server reads {FORMAT}: "
             "use the server that wrote it or choose another --data"
         )
-
-
-def _check_room(root: Path) -> None:
-    """Fail now where the database of the metrics would fail next, in words that say less."""
-    with tempfile.TemporaryFile(dir=root) as probe:
-        probe.write(bytes(_ROOM_BYTES))
-        probe.flush()
-        os.fsync(probe.fileno())
 
 
 def _is_run(name: str) -> bool:
     try:
         check_name("run", name)
     except LocalProtocolError:
-        logger.warning("ignoring runs/%s: not the name of a run", name)
+        logger.warning("ignoring runs/%s: it is not a valid run name", name)
         return False
     return True
 

@@ -1,6 +1,6 @@
-"""The few file operations that durability is built from. Paths and bytes in, durable files out; no meaning of either.
+"""Durable file operations, and whether a folder has room and can be written.
 
-Every function lets `OSError` through: who calls knows what a full disk means for its work.
+Every function lets `OSError` propagate: the caller knows what a full disk means for its work.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ import hashlib
 import os
 import resource
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 _OPEN_FILES = 1 << 16
-_COPY_BYTES = 1 << 20  # large enough for full speed, small enough to be no memory to speak of
+_COPY_BYTES = 1 << 20  # large enough for full speed
 
 
 def allow_open_files() -> None:
-    """Let this process have as many files open as the system lets it, up to 65,536.
+    """Raise the process's limit of open files to 65,536, as far as the system permits.
 
-    A generation's files are written side by side, and a window has one for each of up to 256 snapshots; the usual limit
-    is 1,024, for the sake of programs that use select().
+    A generation's files are written side by side, and a window has one for each of up to 256 snapshots. The usual limit
+    is 1,024, for programs that use select().
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
@@ -40,7 +41,7 @@ def pread_into(fd: int, into: memoryview, offset: int) -> None:
     """Fill `into` from byte `offset` of an open file.
 
     Raises:
-        EOFError: the file ends before that.
+        EOFError: the file ends before.
     """
     while into:
         count = os.preadv(fd, [into], offset)
@@ -57,7 +58,7 @@ def copy_within(fd: int, source: int, target: int, nbytes: int) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Create a file and bring its bytes to the disk. Its name is durable only after `sync_folders`."""
+    """Create a file with durable content. Its name is durable only after `sync_folders`."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -65,7 +66,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def replace_durably(path: Path, data: bytes) -> None:
-    """Write a small file so that after a crash either the old or the new one is there."""
+    """Replace a small file; after a crash either the old or the new content is there."""
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.unlink(missing_ok=True)
     write_durably(temporary, data)
@@ -74,13 +75,27 @@ def replace_durably(path: Path, data: bytes) -> None:
 
 
 def sync_folders(folders: Iterable[Path]) -> None:
-    """Bring the names in these folders to the disk."""
+    """Make the names in these folders durable."""
     for folder in folders:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def shortage(folder: Path, needed: int) -> str | None:
+    """Why `needed` bytes do not fit on the disk of `folder`; None if they do."""
+    free = shutil.disk_usage(folder).free
+    return f"{free} bytes are free on the disk, {needed} are needed" if free < needed else None
+
+
+def probe_write(folder: Path, nbytes: int = 1) -> None:
+    """Write a temporary file of `nbytes` durably, and delete it: fails if the folder cannot be written."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(nbytes))
+        probe.flush()
+        os.fsync(probe.fileno())
 
 
 def sha256(path: Path) -> str:
@@ -90,7 +105,7 @@ def sha256(path: Path) -> str:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name; where the file system has no links, a durable copy."""
+    """Hard-link a file; on a file system without links, make a durable copy."""
     try:
         os.link(source, target)
     except OSError:

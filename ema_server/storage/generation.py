@@ -1,7 +1,7 @@
-"""A generation's folder, read. Comes in: a path. Goes out: what it holds, or `BrokenGeneration` with the reason.
+"""A generation's folder, read and verified.
 
-Whole means that `generation.json` can be read and every file it names is there with its size. What the bytes are is
-checked by `verify`, before they are trusted to resume from. Nothing is written here.
+A generation is whole if `generation.json` can be read and every file that it names exists with its size. `verify`
+checks the content, before the averages are resumed from it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ema_server.storage.records import (
 )
 
 AVERAGES_FOLDER = "averages"
-WINDOWS_FOLDER = "windows"  # of window averages, the snapshots that are inside
+WINDOWS_FOLDER = "windows"  # the snapshots inside window averages
 
 _NAME = re.compile(r"([0-9]{8,})-([0-9]{12,})")
 
 
 def folder_name(seq: int, step: int) -> str:
-    """Name of a generation's folder; names sort as generations do."""
+    """The name of a generation's folder. Names sort as generations do."""
     return f"{seq:08d}-{step:012d}"
 
 
 def seq_in(name: str) -> int | None:
-    """The seq in a name that contains a generation's folder name, None when it does not."""
+    """The seq in a name that contains the name of a generation's folder; None if it contains none."""
     match = _NAME.search(name)
     return int(match[1]) if match else None
 
@@ -46,7 +46,7 @@ def step_in(name: str) -> int:
     """The step in the name of a generation's folder.
 
     Raises:
-        ValueError: it is no such name.
+        ValueError: it is not such a name.
     """
     match = _NAME.fullmatch(name)
     if match is None:
@@ -55,7 +55,7 @@ def step_in(name: str) -> int:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether `name` is what `folder_name` makes."""
+    """Whether `folder_name` returns such names."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -63,7 +63,7 @@ def read_record(folder: Path) -> GenerationRecord:
     """Read `generation.json`.
 
     Raises:
-        BrokenGeneration: it is missing, cannot be read, or belongs to another folder.
+        BrokenGeneration: it is missing or invalid, or belongs to another folder.
     """
     record = read_generation(_read(folder / GENERATION_FILE))
     if folder.name != folder_name(record.info.seq, record.run.step):
@@ -75,7 +75,7 @@ def open_generation(run: str, folder: Path) -> Generation:
     """Read a generation and its versions, and check that it is whole.
 
     Args:
-        run: the run under whose name it is listed (a run that was set aside has another name inside).
+        run: the run that it is listed under; `generation.json` has another name if the run was set aside.
         folder: the generation's folder.
 
     Raises:
@@ -94,7 +94,7 @@ def open_generation(run: str, folder: Path) -> Generation:
 
 
 def entry_of(name: str, path: Path) -> FileEntry:
-    """The entry of a file that has just been written, under `name`; it is read whole."""
+    """The entry, under `name`, of a file, which is read to compute its digest."""
     return FileEntry(name, path.stat().st_size, sha256(path))
 
 
@@ -114,7 +114,7 @@ def read_manifest(folder: Path, record: GenerationRecord) -> Manifest:
     """The manifest of a generation.
 
     Raises:
-        BrokenGeneration: it cannot be read or is another run's.
+        BrokenGeneration: it is missing or invalid, or has another digest than the record.
     """
     try:
         value = read_json(b'{"tensors":' + _read(folder / MANIFEST_FILE) + b"}")["tensors"]
@@ -127,10 +127,10 @@ def read_manifest(folder: Path, record: GenerationRecord) -> Manifest:
 
 
 def version_of(run: str, folder: Path, seq: int, data: bytes, own: FileEntry) -> Version:
-    """The version that `version.json` describes; `own` is that file's entry.
+    """The version that a `version.json` with this content describes; `own` is the entry of that file.
 
     Raises:
-        BrokenGeneration: it describes none.
+        BrokenGeneration: the content is invalid.
     """
     value: dict[str, Any] = read_json(data)
     try:

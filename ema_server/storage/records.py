@@ -1,6 +1,6 @@
-"""What stands in `generation.json` and `version.json`. Values in, JSON bytes out, and back; nothing is read or written.
+"""The content of `generation.json` and `version.json`: values to JSON bytes, and back.
 
-A version's id is the first 40 hex digits of the sha256 over the canonical JSON (sorted keys, no blanks) of its
+A version's id is the first 40 hex digits of the sha256 of the canonical JSON (sorted keys, no blanks) of its
 `version.json` without `id`, `created` and that file's own entry: the same weights with the same history have one id.
 """
 
@@ -28,7 +28,7 @@ CONFIG_FILE = "config.json"
 
 
 class BrokenGeneration(Exception):
-    """A generation's files are not what they should be; the text says which and why."""
+    """A file of a generation or version is missing or has wrong content; the text says which and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,13 @@ class AverageRecord:
 
     @property
     def has_content(self) -> bool:
-        """Whether it had had a snapshot; there are no files of it otherwise."""
+        """Whether it has had a snapshot. Otherwise it has no files."""
         return self.updates > 0
 
 
 @dataclass(frozen=True, slots=True)
 class RemovedRecord:
-    """An average that a run had: a trainer that was started with it may still list it."""
+    """An average that was removed. A trainer that was started with it may still list it."""
 
     name: str
     spec: str
@@ -72,7 +72,6 @@ class StepUnitsRecord:
 
     @property
     def step_units(self) -> StepUnits:
-        """The units as the rules take them."""
         return StepUnits(self.samples_per_step, self.steps_per_epoch)
 
 
@@ -136,12 +135,12 @@ class GenerationRecord:
 
 
 def rfc3339(seconds: float) -> str:
-    """Seconds since the epoch as text, in UTC."""
+    """Seconds since the epoch as RFC 3339 text, in UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def dump(value: object) -> bytes:
-    """JSON for people to read."""
+    """Indented JSON."""
     return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -15,6 +14,7 @@ from ema_server.http.resolve import RETRY_AFTER_S, find_version, is_alias
 from ema_server.http.schemas import ProblemOut
 from ema_server.http.services import Services, ServicesDep
 from ema_server.storage.catalog import VersionGone
+from ema_server.storage.disk import shortage
 from ema_server.storage.records import BrokenGeneration
 from ema_server.tensors.safetensors_file import BadModelFile
 
@@ -78,10 +78,10 @@ def busy(detail: str) -> Problem:
 
 def _check_room(services: Services, nbytes: int) -> None:
     """A derived version must not take the space that the next generations need."""
-    free, needed = shutil.disk_usage(services.data).free, services.needed_bytes()
-    if free < needed + nbytes:
+    short = shortage(services.data, services.needed_bytes() + nbytes)
+    if short is not None:
         detail = (
-            f"{free} bytes are free, {nbytes} are needed for the version and {needed} must stay free for the runs: "
-            "delete what is not needed, for example other derived versions (DELETE …/versions/{id})"
+            f"{short}: {nbytes} for the version, the rest must stay free for the runs: delete what is not needed, for "
+            "example other derived versions (DELETE …/versions/{id})"
         )
         raise Problem(Code.NO_ROOM, detail)

@@ -5,8 +5,6 @@ A server without a trainer is ready. Checks of the disk run in a worker thread: 
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 import anyio.to_thread
@@ -16,6 +14,7 @@ from ema_server.compute.device import Device
 from ema_server.http.problems import Code, Problem
 from ema_server.http.schemas import CheckOut, HealthOut, ProblemOut, ReadyOut
 from ema_server.http.services import Services, ServicesDep
+from ema_server.storage.disk import probe_write, shortage
 
 THREADS = ("ingest", "averager")
 BEAT_AGE_S_MAX = 5.0
@@ -77,8 +76,7 @@ def _answers(device: Device) -> CheckOut:
 
 def _writable(data: Path) -> CheckOut:
     try:
-        with tempfile.TemporaryFile(dir=data) as probe:
-            probe.write(b"\0")
+        probe_write(data)
     except OSError as error:
         return CheckOut(ok=False, detail=f"{data}: {error.strerror}")
     return CheckOut(ok=True, detail=f"{data} can be written")
@@ -86,7 +84,7 @@ def _writable(data: Path) -> CheckOut:
 
 def _room(data: Path, needed: int) -> CheckOut:
     try:
-        free = shutil.disk_usage(data).free
+        short = shortage(data, needed)
     except OSError as error:
         return CheckOut(ok=False, detail=f"{data}: {error.strerror}")
-    return CheckOut(ok=free >= needed, detail=f"{free} bytes free, {needed} needed to publish every run once")
+    return CheckOut(ok=short is None, detail=short or f"there is room to publish every run once ({needed} bytes)")

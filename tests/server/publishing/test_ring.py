@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from ema_proto.wire.manifest import Role
 from ema_server.averager.jobs import Applied, Rewound
-from ema_server.publishing import ring
 from ema_server.publishing.retention import thinned
 from ema_server.publishing.ring import RingStatus
+from ema_server.storage import disk
 from ema_server.storage.catalog import Version
 from support.server_core import WAIT_S, ServerCore, durable, joined, manifest_of, running_core, versions_by_average
 
@@ -206,12 +205,12 @@ def test_a_disk_that_fills_up_is_left_to_the_generations(tmp_path: Path, monkeyp
         joined(core.join("r", _MANIFEST, _POWERS))
         _publish(core, 1)
         full = SimpleNamespace(free=50_000)
-        monkeypatch.setattr(ring, "shutil", SimpleNamespace(disk_usage=lambda _: full, rmtree=shutil.rmtree))
+        monkeypatch.setattr(disk, "shutil", SimpleNamespace(disk_usage=lambda _: full))
         _publish(core, 2)
         status = _status(core)
         assert status is not None
         assert status.error is not None
-        assert "50000 bytes are free on the disk, and the next generations take 6" in status.error
+        assert status.error.startswith("step 2 could not be kept: 50000 bytes are free on the disk, 1")
         assert (_steps(core), core.statuses.get("r").published_step) == ([1], 2)  # type: ignore[union-attr]
         full.free = 1 << 30
         _publish(core, 3)

@@ -49,7 +49,7 @@ def test_a_closed_folder_can_be_opened_again(tmp_path: Path) -> None:
 def test_a_newer_format_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "format.json").write_text('{"format": 2}')
     for _ in range(2):
-        with pytest.raises(DataDirError, match="has format 2, this server knows 1: use the server that wrote it"):
+        with pytest.raises(DataDirError, match="has format 2, this server reads 1: use the server that wrote it"):
             open_data_dir(tmp_path)
 
     assert (tmp_path / "format.json").read_text() == '{"format": 2}'
@@ -58,7 +58,7 @@ def test_a_newer_format_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
 def test_a_format_that_cannot_be_read_is_not_guessed(tmp_path: Path, text: str) -> None:
     (tmp_path / "format.json").write_text(text)
-    with pytest.raises(DataDirError, match="not what a server wrote"):
+    with pytest.raises(DataDirError, match="is invalid"):
         open_data_dir(tmp_path)
 
 
