@@ -1,29 +1,39 @@
 # Each target creates .venv first if it is missing or out of date; a second run installs nothing.
 #   make demo    the whole service at work: a server, a trainer and an evaluation worker on real data
 #   make test    all tests (ARGS="-k name" is passed on to pytest)
+#   make quick   the tests that start no processes, in under a minute
+#   make compat  these on every Python from 3.11 to 3.14 that is found, and on the oldest torch
 #   make check   format, lint, types, import contracts       make fix   format and repair what can be repaired
 #   make docs    the docs site, in site/                 make bench   the benchmarks
-# PYTHON: the interpreter to build .venv from (3.11 or newer).  TORCH: the torch release to install.  WORKERS: tests at a time.
+# PYTHON: the interpreter to build .venv from (3.11 or newer).  TORCH: the torch release to install.  VENV: where to.
+# WORKERS: tests at a time.
 
 PYTHON ?= python3
 TORCH  ?= 2.13.0
+VENV   ?= .venv
 ARGS   ?=
 # Many tests start processes and wait for them: three at a time keep two cores busy.
 WORKERS ?= 3
 
-BIN   := .venv/bin
-STAMP := .venv/.installed-torch-$(TORCH)
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed-torch-$(TORCH)
 INDEX := https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check fix docs bench clean
+.PHONY: demo test quick compat check fix docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/ema demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not process" $(ARGS)
+
+compat:
+	scripts/compat.sh
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -35,29 +45,29 @@ fix: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP) .venv/.installed-docs
+docs: $(STAMP) $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-compat
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed, '$(PYTHON)' is not: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' \
 	  || { echo "'$(PYTHON)' has no venv module. Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 
-.venv/.installed-docs: $(STAMP)
+$(VENV)/.installed-docs: $(STAMP)
 	$(BIN)/pip install --quiet --group docs
 	@touch $@
 
 # The CPU build comes from PyTorch's own index. Where that does not answer within 5 s, the plain index serves.
 $(STAMP): pyproject.toml | $(BIN)/python
-	@rm -f .venv/.installed-*
+	@rm -f $(VENV)/.installed-*
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
 	@echo "installing torch $(TORCH) (a few hundred MB the first time)"
 	@$(BIN)/python -c 'import urllib.request as u; u.urlopen("$(INDEX)/torch/", timeout=5)' 2>/dev/null \

@@ -132,7 +132,11 @@ def test_fsdp1_model_is_refused_with_alternatives() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_sharded_tensors_are_refused_by_name() -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_module
+
+    try:
+        from torch.distributed.tensor import distribute_module
+    except ImportError:  # torch 2.4
+        from torch.distributed._tensor import distribute_module  # type: ignore[attr-defined]
 
     model = distribute_module(nn.Sequential(nn.Linear(2, 2)), init_device_mesh("cpu", (1,)))
 
