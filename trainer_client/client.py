@@ -18,7 +18,7 @@ from typing import Any, Literal, Self, SupportsIndex
 from torch import nn
 from torch.optim import Optimizer
 
-from ema_proto.averages.exponential import Ema
+from ema_proto.averages.rules import Ema
 from ema_proto.averages.specs import AverageSpec
 from ema_proto.averages.step_units import half_life_steps, needed_of
 from ema_proto.sender.events import Answered

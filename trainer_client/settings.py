@@ -25,8 +25,7 @@ from ema_proto.averages.specs import AverageSpec, parse_averages, split_averages
 from ema_proto.averages.step_units import StepUnits, check_step_units
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import CONFIG_BYTES_MAX, STEP_MAX
-from ema_proto.names import check_name
-from ema_proto.patterns import check_patterns
+from ema_proto.names import check_name, check_patterns
 from ema_proto.variables import misspelt
 from ema_proto.wire.messages import Resume
 from trainer_client.errors import SettingsError

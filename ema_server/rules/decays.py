@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from enum import Enum
 
-from ema_proto.averages.exponential import Ema
+from ema_proto.averages.rules import Ema
 from ema_proto.averages.step_units import StepUnits, half_life_steps
 
 _LN2 = math.log(2.0)

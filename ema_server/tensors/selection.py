@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ema_proto.averages.rules import AverageSpec, Raw
-from ema_proto.patterns import is_chosen
+from ema_proto.names import is_chosen
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec
 from ema_server.tensors.layout import Form, Segment, segments
 

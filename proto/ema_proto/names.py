@@ -1,16 +1,23 @@
-"""Names of runs and averages: safe in a path, a URL and a Hugging Face repository id."""
+"""Names of runs and averages, and patterns of tensor names.
+
+A name is safe in a path, a URL and a Hugging Face repository id. Patterns are those of `fnmatch`, over whole canonical
+names and case-sensitive: `*` is any text, dots included, `?` one character.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from ema_proto.errors import LocalProtocolError
-from ema_proto.limits import NAME_CHARS_MAX
+from ema_proto.limits import NAME_CHARS_MAX, PATTERNS_MAX, TENSOR_NAME_CHARS_MAX
 
 # First path segments of the HTTP API and of the Hub protocol served beside it.
 RESERVED = frozenset({"api", "v1", "ui", "docs", "metrics", "models", "datasets", "spaces"})
 
 _ALLOWED = re.compile(r"[A-Za-z0-9_.-]+")
+_SHOWN_CHARS = 80
 
 
 def check_name(kind: str, name: str) -> str:
@@ -45,3 +52,38 @@ def _problem(name: str) -> str | None:
     if name.lower() in RESERVED:
         return "is reserved"
     return None
+
+
+def is_chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether `name` matches one of `include`, or that is empty, and none of `exclude`."""
+    included = not include or any(fnmatchcase(name, pattern) for pattern in include)
+    return included and not any(fnmatchcase(name, pattern) for pattern in exclude)
+
+
+def unmatched(patterns: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The patterns that match none of `names`."""
+    return tuple(pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names))
+
+
+def check_patterns(what: str, value: object) -> tuple[str, ...]:
+    """Return a list of patterns as a tuple; one pattern may come as a plain string.
+
+    Args:
+        what: whose patterns they are, for the message (`"ema include"`).
+        value: the candidate.
+
+    Raises:
+        LocalProtocolError: it is not a list of strings, is too long, or holds a pattern that a spec cannot.
+    """
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, tuple | list) or len(patterns) > PATTERNS_MAX:
+        raise LocalProtocolError(f"{what} {str(value)[:_SHOWN_CHARS]!r} is not a list of up to {PATTERNS_MAX} patterns")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not 0 < len(pattern) <= TENSOR_NAME_CHARS_MAX:
+            problem = f"is not a text of 1 to {TENSOR_NAME_CHARS_MAX} characters"
+        elif pattern != pattern.strip() or not pattern.isprintable() or "," in pattern or "|" in pattern:
+            problem = "has a character that separates parameters: leave out , and | and blanks at its ends"
+        else:
+            continue
+        raise LocalProtocolError(f"{what} pattern {str(pattern)[:_SHOWN_CHARS]!r} {problem}; use for example head.*")
+    return tuple(patterns)

@@ -11,7 +11,7 @@ from ema_proto import limits
 from ema_proto.dtypes import ITEM_BYTES
 from ema_proto.errors import CURES, SCOPES, RejectCode
 from ema_proto.names import RESERVED
-from ema_proto.receiver.claims import ClaimState
+from ema_proto.receiver.ownership import ClaimState
 from ema_proto.sender.machine import SenderState
 from ema_proto.wire import codec
 from ema_proto.wire import messages as m

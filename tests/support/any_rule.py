@@ -6,8 +6,7 @@ from functools import cache
 
 from hypothesis import strategies as st
 
-from ema_proto.averages.exponential import Ema
-from ema_proto.averages.rules import AverageSpec, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.limits import QUANTITY_MAX, QUANTITY_MIN, STEP_MAX, WINDOW_MAX
 
 _PATTERN = st.text("abz0189.*?_[]-!", min_size=1, max_size=12)

@@ -11,8 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from ema_proto.averages.exponential import Ema
-from ema_proto.averages.rules import AverageSpec, PowerEma, Uniform, Window, Wsd
+from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Uniform, Window, Wsd
 from ema_proto.averages.step_units import StepUnits
 
 Shares = npt.NDArray[np.float64]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ema_proto.patterns import is_chosen, unmatched
+from ema_proto.names import is_chosen, unmatched
 from trainer_client.errors import PlanError
 from trainer_client.model.sources import EXTRA_STATE, Source
 

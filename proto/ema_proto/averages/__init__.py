@@ -1,10 +1,9 @@
 """Averaging rules as values and as strings.
 
-- `exponential`: the exponential moving average as a value
-- `parameters`: what the rules' parameters have in common
-- `presets`: what other libraries compute, as one table
-- `profiles`: the width of a power-function average
-- `rules`: the other rules as values, and the type of them all
-- `specs`: averaging rules as strings
-- `step_units`: how fast a trainer goes, for rules that are given in samples or epochs
+- `rules`: `Ema`, `PowerEma`, `Uniform`, `Window`, `Wsd` and `Raw` as values
+- `parameters`: the kinds of a rule's parameters, from which its checks, its spec and its default name follow
+- `specs`: strings to rules
+- `presets`: the parameters that reproduce other libraries
+- `step_units`: samples per step and steps per epoch, for rules in samples or epochs
+- `profiles`: the relative width of a power-function average and its exponent
 """

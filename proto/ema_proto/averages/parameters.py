@@ -16,8 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import NAME_CHARS_MAX, STEP_MAX
-from ema_proto.names import check_name
-from ema_proto.patterns import check_patterns
+from ema_proto.names import check_name, check_patterns
 
 Buffers: TypeAlias = Literal["average", "copy"]
 Accumulator: TypeAlias = Literal["float32", "float64"]
@@ -55,7 +54,6 @@ class Number:
     infinite: bool = False
 
     def checked(self, what: str, value: object) -> float:
-        """As of `Kind`."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise LocalProtocolError(f"{what} {str(value)[:SHOWN_CHARS]!r} is not a number: use {self.example}")
         is_low = value < self.low or (value == self.low and not self.closed_low)
@@ -65,7 +63,6 @@ class Number:
         return float(value) + 0.0  # -0.0 becomes 0.0
 
     def read(self, what: str, text: str) -> float:
-        """As of `Kind`."""
         if text == "inf" and self.infinite:
             return math.inf
         if not _DECIMAL.fullmatch(text) or (self.infinite and math.isinf(float(text))):
@@ -90,7 +87,6 @@ class Count:
     unit: str = "steps"
 
     def checked(self, what: str, value: object) -> int:
-        """As of `Kind`."""
         if isinstance(value, bool) or not isinstance(value, int):
             raise self._wrong(what, value)
         if not self.low <= value <= self.high:
@@ -98,13 +94,11 @@ class Count:
         return value
 
     def read(self, what: str, text: str) -> int:
-        """As of `Kind`."""
         if not re.fullmatch(r"[0-9]{1,16}", text):
             raise self._wrong(what, text)
         return int(text)
 
     def written(self, value: int) -> str:
-        """As of `Kind`."""
         return str(value)
 
     def _wrong(self, what: str, value: object) -> LocalProtocolError:
@@ -120,18 +114,15 @@ class Word:
     words: tuple[str, ...]
 
     def checked(self, what: str, value: object) -> str:
-        """As of `Kind`."""
         if value not in self.words:
             allowed = " or ".join((", ".join(self.words[:-1]), self.words[-1]))
             raise LocalProtocolError(f"{what} {str(value)[:SHOWN_CHARS]!r} is unknown: use {allowed}")
         return str(value)
 
     def read(self, what: str, text: str) -> str:
-        """As of `Kind`."""
         return text
 
     def written(self, value: str) -> str:
-        """As of `Kind`."""
         return value
 
 
@@ -140,15 +131,12 @@ class Patterns:
     """A tuple of patterns of tensor names; as text joined by `|`."""
 
     def checked(self, what: str, value: object) -> tuple[str, ...]:
-        """As of `Kind`."""
         return check_patterns(what, value)
 
     def read(self, what: str, text: str) -> tuple[str, ...]:
-        """As of `Kind`."""
         return tuple(text.split("|"))
 
     def written(self, value: tuple[str, ...]) -> str:
-        """As of `Kind`."""
         return "|".join(value)
 
 

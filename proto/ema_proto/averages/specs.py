@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from dataclasses import MISSING
 from typing import Any
 
-from ema_proto.averages.exponential import Ema
 from ema_proto.averages.parameters import SHOWN_CHARS, parameters_of
 from ema_proto.averages.presets import expanded
-from ema_proto.averages.rules import AverageSpec, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import AVERAGES_MAX
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ema_proto.averages.exponential import Ema
-from ema_proto.averages.rules import AverageSpec
+from ema_proto.averages.rules import AverageSpec, Ema
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import QUANTITY_MAX, QUANTITY_MIN
 

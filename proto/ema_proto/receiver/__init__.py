@@ -1,9 +1,8 @@
-"""The server's end of the protocol.
+"""The server's end of the protocol, sans-IO: header frames, bodies and the time go in, messages and events come out.
 
-- `claims`: which session owns which run, and who waits for it
-- `connections`: the connections of a server
+- `machine`: `Receiver`, which all other modules serve
 - `events`: what the receiver tells its caller
-- `intake`: snapshots of one joined session on one connection
-- `machine`: the server's end of the protocol as a machine
-- `ownership`: who owns a run
+- `connections`: greets connections, refuses frames, forgets silent connections
+- `ownership`: which session owns which run, probes and take-overs
+- `intake`: the snapshots of one joined session: slots, credit, commits
 """

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from ema_proto.errors import SCOPES, LocalProtocolError, RejectCode, RemoteProtocolError, Scope
 from ema_proto.limits import CHUNK_BYTES_DEFAULT, SESSION_LOST_S, SLOTS
 from ema_proto.receiver import events as e
-from ema_proto.receiver.claims import Claim, ClaimState
 from ema_proto.receiver.connections import Connection, Connections
 from ema_proto.receiver.intake import Intake
-from ema_proto.receiver.ownership import Ownership
+from ema_proto.receiver.ownership import Claim, ClaimState, Ownership
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import Header, decode, decode_header
 

@@ -1,8 +1,7 @@
-"""The trainer's end of the protocol.
+"""The trainer's end of the protocol, sans-IO: commands, frames and the time go in, frames and events come out.
 
+- `machine`: `Sender`, which all other modules serve
 - `events`: what the sender tells its caller
-- `handshake`: the sender's side of a greeting
-- `machine`: the trainer's end of the protocol as a machine
-- `send_queue`: what the sender still owes the server, in order
-- `timeouts`: how long the sender waits for what, and when it says that it is alive
+- `send_queue`: unanswered snapshots and requests, in order, and the credit for chunks
+- `timeouts`: when to give a connection up, and when to send a heartbeat
 """

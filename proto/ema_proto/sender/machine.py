@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from ema_proto.auth import prove
 from ema_proto.errors import CURES, Cure, LocalProtocolError, RejectCode, RemoteProtocolError, Scope
-from ema_proto.limits import ATTEMPTS_MAX, RECONNECT_PAUSE_S
+from ema_proto.limits import ATTEMPTS_MAX, RECONNECT_PAUSE_S, VERSION_MAJOR
 from ema_proto.sender import events as e
 from ema_proto.sender.events import SenderState
-from ema_proto.sender.handshake import answer_challenge, check_join, check_welcome
 from ema_proto.sender.send_queue import Outgoing, Phase, Snapshot, StreamQueue
 from ema_proto.sender.timeouts import Timeouts
 from ema_proto.wire import messages as m
@@ -28,7 +28,7 @@ from ema_proto.wire.codec import decode_frames, encode
 __all__ = ["Sender", "SenderState"]
 
 
-_DEAF = (SenderState.DISCONNECTED, SenderState.FAILED, SenderState.CLOSED)
+_NOT_CONNECTED = (SenderState.DISCONNECTED, SenderState.FAILED, SenderState.CLOSED)
 
 
 class Sender:
@@ -52,7 +52,7 @@ class Sender:
         self._joined_before = False
         self._control: deque[tuple[bytes, bytes]] = deque()
         self._stream = StreamQueue()
-        self._patience = Timeouts()
+        self._timeouts = Timeouts()
 
     def opened(self, now: float) -> None:
         """A fresh transport is there: greet the server on it."""
@@ -61,11 +61,11 @@ class Sender:
         self.state = SenderState.GREETING
         self._epoch = 0
         self._say(m.Hello())
-        self._patience.restart(now)
+        self._timeouts.restart(now)
 
     def lost(self, now: float, reason: str) -> None:
         """The transport failed, as the caller saw."""
-        if self.state not in _DEAF:
+        if self.state not in _NOT_CONNECTED:
             self.state = SenderState.DISCONNECTED
             self._control.clear()
             self._stream.restart()
@@ -90,7 +90,7 @@ class Sender:
         if self._join is None:
             raise LocalProtocolError("a snapshot was offered before the run was joined")
         if not self._stream.awaiting:
-            self._patience.progressed(now)
+            self._timeouts.progressed(now)
         self._stream.add_snapshot(slot, step, mode)
         self._drop_if_over()
 
@@ -115,13 +115,13 @@ class Sender:
 
     def receive(self, frames: Sequence[bytes], now: float) -> None:
         """Take one message from the server. Anything that is no such message ends the connection."""
-        if self.state in _DEAF:
+        if self.state in _NOT_CONNECTED:
             return
         try:
             header, message = decode_frames(frames)
             is_ours = header.session == self._session and header.epoch == (self._epoch or header.epoch)
             if is_ours or isinstance(message, m.Reject):
-                self._patience.heard(now)
+                self._timeouts.heard(now)
                 self._take(message, now)
         except RemoteProtocolError as error:
             if CURES[error.code] is Cure.FINAL:
@@ -131,15 +131,15 @@ class Sender:
 
     def tick(self, now: float) -> None:
         """Let time pass: heartbeats, silence, stalls."""
-        if self.state in _DEAF:
+        if self.state in _NOT_CONNECTED:
             return
         greeting = self.state is SenderState.GREETING
         awaiting = self.state is SenderState.JOINING or (self._is_streaming and self._stream.awaiting)
         request = self._stream.request_asked
-        reason = self._patience.overdue(now, greeting=greeting, awaiting=awaiting, request=request)
+        reason = self._timeouts.overdue(now, greeting=greeting, awaiting=awaiting, request=request)
         if reason is not None:
             self.lost(now, reason)
-        elif not greeting and self._patience.beat_is_due(now):
+        elif not greeting and self._timeouts.beat_is_due(now):
             self._say(m.Heartbeat(reply=True))
 
     def next_frame(self) -> Outgoing | None:
@@ -163,13 +163,13 @@ class Sender:
                 if message.reply:
                     self._say(m.Heartbeat())
             case m.Challenge() if self.state is SenderState.GREETING:
-                self._say(answer_challenge(message, token=self._token, session=self._session))
+                self._say(_answer_challenge(message, token=self._token, session=self._session))
             case m.Welcome() if self.state is SenderState.GREETING:
                 self._take_welcome(message, now)
             case m.Joined() if self.state is SenderState.JOINING:
                 self._take_joined(message, now)
             case m.Credit() | m.Committed() | m.Published() | m.Rewound() | m.Finished() if self._is_streaming:
-                self._patience.progressed(now)
+                self._timeouts.progressed(now)
                 self._take_of_run(message, now)
             case m.Hello() | m.Join() | m.Begin() | m.Commit() | m.Publish() | m.Rewind() | m.Finish() | m.Bye():
                 name = type(message).__name__.upper()
@@ -195,9 +195,9 @@ class Sender:
                     self._drop_if_over()
 
     def _take_welcome(self, welcome: m.Welcome, now: float) -> None:
-        check_welcome(welcome)
+        _check_welcome(welcome)
         self.state = SenderState.GREETED
-        self._patience.progressed(now)
+        self._timeouts.progressed(now)
         self._epoch = welcome.epoch
         self._welcome = welcome
         self._stream.chunk_bytes = welcome.chunk_bytes
@@ -209,7 +209,7 @@ class Sender:
         if self._joined_before:
             join = replace(join, reconnect=True, first_step=self._stream.next_step(join.first_step))
         try:
-            check_join(join, welcome)
+            _check_join(join, welcome)
             self._say(join)
             self.state = SenderState.JOINING
         except RemoteProtocolError as error:
@@ -220,7 +220,7 @@ class Sender:
     def _take_joined(self, joined: m.Joined, now: float) -> None:
         self.state = SenderState.STREAMING
         self._joined_before = True
-        self._patience.progressed(now)
+        self._timeouts.progressed(now)
         self.events.append(e.JoinAccepted(joined))
         for snapshot in self._stream.settle(joined):
             self._done(snapshot)
@@ -250,7 +250,7 @@ class Sender:
             self._fail(reject.code, reject.text)
 
     def _take_snapshot_reject(self, reject: m.Reject, cure: Cure, now: float) -> None:
-        self._patience.progressed(now)
+        self._timeouts.progressed(now)
         snapshot = self._stream.find(reject.step, reject.attempt)
         if snapshot is None:
             return
@@ -296,3 +296,36 @@ class Sender:
                 self._done(item, text)
             else:
                 self.events.append(e.Answered(item.number, None, text))
+
+
+def _answer_challenge(challenge: m.Challenge, *, token: str | None, session: bytes) -> m.Hello:
+    """The HELLO that proves our token.
+
+    Raises:
+        RemoteProtocolError: `unauthorized`; we have none.
+    """
+    if token is None:
+        raise RemoteProtocolError(RejectCode.UNAUTHORIZED, "the server asks for a token: set EMA_TOKEN to the server's")
+    return m.Hello(proof=prove(token, nonce=challenge.nonce, session=session))
+
+
+def _check_welcome(welcome: m.Welcome) -> None:
+    """Refuse a server that chose a version which our HELLO did not offer.
+
+    Raises:
+        RemoteProtocolError: `version`.
+    """
+    if welcome.major != VERSION_MAJOR:
+        text = f"the server chose protocol {welcome.major}, this trainer speaks {VERSION_MAJOR}: upgrade the older side"
+        raise RemoteProtocolError(RejectCode.VERSION, text)
+
+
+def _check_join(join: m.Join, welcome: m.Welcome) -> None:
+    """Refuse to ask for what the server cannot do.
+
+    Raises:
+        RemoteProtocolError: `version`; it knows no checksums and the trainer wants them.
+    """
+    if join.checksum and "crc32" not in welcome.capabilities:
+        text = "the server cannot check CRC-32: upgrade it, or turn the checksum off"
+        raise RemoteProtocolError(RejectCode.VERSION, text)

@@ -25,8 +25,8 @@ from ema_proto.averages.specs import (
 )
 from ema_proto.averages.step_units import StepUnits, check_step_units
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
-from ema_proto.patterns import check_patterns, is_chosen, unmatched
-from ema_proto.receiver.claims import check_join
+from ema_proto.names import check_patterns, is_chosen, unmatched
+from ema_proto.receiver.ownership import check_join
 from support.any_rule import any_rules
 from support.peers import JOIN
 

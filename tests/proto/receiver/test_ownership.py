@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -10,20 +11,21 @@ from ema_proto import limits
 from ema_proto.errors import RejectCode
 from ema_proto.limits import CHUNK_BYTES_MIN
 from ema_proto.receiver import events as e
-from ema_proto.receiver.claims import Claims
+from ema_proto.receiver.connections import Connections
 from ema_proto.receiver.machine import Receiver
+from ema_proto.receiver.ownership import Claim, Ownership
 from ema_proto.wire import messages as m
 from support.peers import JOIN, OTHER, SESSION, Peer, accept, ends, joined_peer, new_receiver
 
 
 def test_who_streamed_a_run_last_is_remembered_for_a_bounded_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ema_proto.receiver.claims.RUNS_REMEMBERED_MAX", 5)
-    claims = Claims()
+    monkeypatch.setattr("ema_proto.receiver.ownership.RUNS_REMEMBERED_MAX", 5)
+    ownership = Ownership(Connections(epoch=1, token=None, nonce=str, chunk_bytes=CHUNK_BYTES_MIN), deque())
     for number in range(20):
-        claim = claims.new(SESSION, b"peer", replace(JOIN, run=f"run{number}"))
-        claims.stream(claim, None)  # type: ignore[arg-type]
+        claim = Claim(number, SESSION, b"peer", replace(JOIN, run=f"run{number}"))
+        ownership.stream(claim, None)  # type: ignore[arg-type]
 
-    assert len(claims._streamed_by) == 5
+    assert len(ownership._streamed_by) == 5
 
 
 def test_a_refused_newcomer_ends_the_session_that_it_replaced() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ema_proto.averages.specs import parse_average
-from ema_proto.patterns import is_chosen
+from ema_proto.names import is_chosen
 from ema_server.averager.jobs import (
     AddAverage,
     Applied,

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ema_proto.averages.exponential import Ema
-from ema_proto.averages.rules import AverageSpec, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.averages.step_units import UNKNOWN, StepUnits
 from ema_server.averager.jobs import Applied
 from ema_server.rules.weights import reach_now

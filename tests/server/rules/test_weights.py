@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ema_proto.averages.exponential import Ema
-from ema_proto.averages.rules import AverageSpec, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.averages.specs import parse_average
 from ema_proto.averages.step_units import StepUnits
 from ema_server.rules import decays
