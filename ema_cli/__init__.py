@@ -1,1 +1,1 @@
-"""The command line: composes the commands of the rooms, and adds `doctor` and `demo`."""
+"""The command `ema`: collects the commands of the server and the reader, and adds `doctor` and `demo`."""

@@ -1,6 +1,16 @@
-"""Reads averaged weights over HTTP: wait for versions, download them, evaluate them, report metrics.
+"""Reads averaged weights over HTTP: wait for versions, download them, evaluate them, report and compare metrics.
 
-Start at `Reader`. Nothing here knows the server's code, ZeroMQ, or how an average is made.
+Start at `Reader`. The package imports nothing of the server and of ZeroMQ.
+
+- `reader`: `Reader`, all that can be read from a server
+- `values`, `errors`, `targets`: what its methods return, raise, and accept as text
+- `transport`: HTTP
+- `download`, `partial`: downloads that are resumed and verified
+- `scores`: metrics by version, and the best one
+- `averages`, `derived`: averages of a run, and versions made from other versions
+- `leases`: which worker evaluates which version
+- `evaluation`: the evaluation worker
+- `cli`: the commands
 """
 
 from ema_reader.derived import Synthesized
@@ -15,6 +25,7 @@ from ema_reader.errors import (
     WaitTimeout,
 )
 from ema_reader.reader import Reader
+from ema_reader.scores import Best
 from ema_reader.values import Average, File, Ledger, MetricsRow, Ring, Run, Validation, Version
 
 __all__ = [
@@ -26,6 +37,7 @@ __all__ = [
     "Version",
     "File",
     "MetricsRow",
+    "Best",
     "Synthesized",
     "Validation",
     "ReaderError",

@@ -1,4 +1,4 @@
-"""Versions that the server makes of others after them: ask for one, or delete one. Values in, values out, over HTTP."""
+"""Versions that the server derives from other versions: make one, or delete one."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ema_reader.values import Version
 if TYPE_CHECKING:
     from torch import Tensor
 
-ANSWER_S = 3600.0  # a large model, of many snapshots, on a slow disk
+ANSWER_S = 3600.0  # a large model, many snapshots, a slow disk
 
 
 @dataclass(frozen=True, slots=True)
 class Synthesized:
-    """A power average that was made after the run, and how good it is.
+    """A power average made from stored ones, with its estimated quality.
 
     Args:
-        version: what can be downloaded.
+        version: the version, which can be downloaded.
         sigma_rel: its width, relative to the run.
         gamma: its exponent.
-        origin: the step that its time is counted from.
+        origin: the step from which its time is counted.
         estimated_error: relative L2 error of its profile.
-        amplification: sum of the absolute values of the shares of what it was made of.
-        rounding: what that makes of the rounding of stored weights, relative to the largest of them, at worst.
-        warning: what makes it doubtful; None if nothing does.
-        inputs: how many stored averages were added up.
+        amplification: sum of the absolute weights of the stored averages in it.
+        rounding: largest rounding error that this amplification can cause, relative to the largest stored weight.
+        warning: why it may be inaccurate; None if nothing speaks against it.
+        inputs: number of stored averages that it was made from.
     """
 
     version: Version
@@ -45,7 +45,7 @@ class Synthesized:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Synthesized:
-        """Read the server's answer."""
+        """Parse the server's answer."""
         return cls(
             version=Version.from_json(value["version"]),
             sigma_rel=value["sigma_rel"],
@@ -60,10 +60,10 @@ class Synthesized:
 
 
 class Derived:
-    """Asks one server for derived versions. Safe from several threads.
+    """The derived versions of one server. Safe from several threads.
 
     Args:
-        transport: the connection to the server; it stays the caller's.
+        transport: the connection to the server, owned by the caller.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -78,20 +78,20 @@ class Derived:
         step: int | None = None,
         name: str | None = None,
     ) -> Synthesized:
-        """Have a power average made of those that a run kept; one that was made before is not made again.
+        """Make a power average from those that a run kept; one that exists already is returned.
 
         Args:
-            run: the run; it must have kept two power averages at least.
+            run: the run; it must have at least two power averages.
             sigma_rel: the width wanted, for example 0.12; this or `gamma`.
             gamma: the exponent wanted.
-            step: as of which step; None for the newest that is stored.
-            name: under which it is listed; default `power-SIGMA_REL`.
+            step: at which step; None for the newest that is stored.
+            name: the name of the average; default `power-SIGMA_REL`.
 
         Raises:
             UsageError: neither or both of `sigma_rel` and `gamma` are given, or it is NaN or infinite.
             NotFound: the server does not know the run.
             RequestRefused: what is stored does not suffice, or the name is taken; the text says what to do.
-            Unreachable: the server is away, or its disk refuses.
+            Unreachable: the server does not answer, or its disk refuses.
         """
         if (sigma_rel is None) == (gamma is None):
             raise UsageError("give either sigma_rel, for example 0.12, or gamma")
@@ -104,16 +104,16 @@ class Derived:
         return self._transport.read(answer, Synthesized.from_json)
 
     def recalibrate(self, version: Version, buffers: Mapping[str, Tensor]) -> Version:
-        """Have a version written as `{average}-bn`, with these buffers in place of its own. Needs torch.
+        """Write a version as `{average}-bn`, with these buffers in place of its own. Needs torch.
 
         The same buffers again give the same version.
 
         Args:
-            version: any but one that was made so.
-            buffers: by their names in the state dict, with the shapes and dtypes that the version has.
+            version: any version that is not itself recalibrated.
+            buffers: by name in the state dict, with the shapes and dtypes of the version.
 
         Raises:
-            NotFound: the version has been pruned.
+            NotFound: the server does not have the version.
             RequestRefused: a tensor is no buffer of the model, does not fit, or is not finite; the text names it.
             ReaderError: torch is not installed.
         """
@@ -130,7 +130,7 @@ class Derived:
         """Delete a derived version.
 
         Raises:
-            NotFound: it is gone already.
-            RequestRefused: it is not a derived one, or someone reads it, or did a moment ago.
+            NotFound: the server does not have it.
+            RequestRefused: it is not a derived version, or it is being read.
         """
         self._transport.delete(path_of("runs", version.run, "averages", version.average, "versions", version.id))

@@ -1,32 +1,30 @@
-"""From a version to a verified folder. Comes in: a version and a destination; goes out: its files, whole or not at all.
+"""Downloads a version into a folder: resumed, verified, and put in place whole or not at all.
 
-Each file grows as `.{name}.{digest}.partial` beside its final name. The digest in the name makes it safe to resume in
-another process: bytes of two versions can never meet in one partial file. Knows nothing of terminals.
+Each file grows as `.{name}.{digest}.partial` beside its final name. The digest in that name makes it safe to resume in
+another process: the bytes of two versions never meet in one partial file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ema_reader.errors import NotFound, ReaderError, Unreachable
 from ema_reader.partial import Partial, Progress, sha256_of
 from ema_reader.transport import Transport, path_of
 from ema_reader.values import File, Version
 
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
 ATTEMPTS = 5  # in a row without one new byte
 _PAUSE_S = 0.5
-_LAST = "version.json"  # put in place after all others: a folder that has it is whole
-
-
-class Silent:
-    """Shows nothing."""
-
-    def start(self, name: str, size: int, done: int) -> None:
-        """Nothing."""
-
-    def advance(self, count: int) -> None:
-        """Nothing."""
+_LAST = "version.json"  # put in place after all others: a folder that has it is complete
 
 
 def download_version(transport: Transport, version: Version, folder: Path, progress: Progress) -> Path:
@@ -34,23 +32,28 @@ def download_version(transport: Transport, version: Version, folder: Path, progr
 
     Raises:
         VerificationFailed: a file does not have its sha256; nothing was put in place.
-        ReaderError: the version is gone, the server stays away, the disk refuses, or another download is in the way.
+        NotFound: the server does not have the version; partial files, and a folder created for it, are removed.
+        ReaderError: the server does not answer, the disk refuses, or another download writes there.
     """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         ready = [(_fetch(transport, version, item, folder, progress), folder / item.name) for item in version.files]
         _put_in_place([(source, final) for source, final in ready if source != final], folder)
-    except NotFound:
+    except NotFound as error:
         for item in version.files:
-            _partial_path(folder, item).unlink(missing_ok=True)  # nobody can complete them any more
-        raise
+            _partial_path(folder, item).unlink(missing_ok=True)  # they can never be completed
+        with contextlib.suppress(OSError):  # another process may use them by now
+            for path in created:
+                path.rmdir()
+        raise NotFound(f"{version} is no longer on the server: it was deleted or pruned ({error})") from error
     except OSError as error:
         raise ReaderError(f"cannot write {error.filename or folder}: {error.strerror or error}") from error
     return folder
 
 
 def _fetch(transport: Transport, version: Version, item: File, folder: Path, progress: Progress) -> Path:
-    """The path of a verified copy of `item`: the file in place if it is the same, else a complete partial file."""
+    """The path of a verified copy of `item`: the final file if it is right, else a complete partial file."""
     final = folder / item.name
     if final.is_file() and final.stat().st_size == item.size and sha256_of(final) == item.sha256:
         progress.start(item.name, item.size, item.size)
@@ -64,7 +67,7 @@ def _fetch(transport: Transport, version: Version, item: File, folder: Path, pro
 
 
 def _complete(transport: Transport, path: str, item: File, partial: Partial) -> None:
-    """Append until the file has its size, over as many connections as it takes."""
+    """Append until the file has its size, over as many connections as needed."""
     failures = 0
     while not partial.complete:
         before = partial.size
@@ -83,7 +86,7 @@ def _append(transport: Transport, path: str, item: File, partial: Partial) -> No
         headers |= {"Range": f"bytes={partial.size}-", "If-Range": f'"{item.sha256}"'}
     with transport.stream(path, headers) as response:
         if partial.size and not response.headers.get("content-range", "").startswith(f"bytes {partial.size}-"):
-            partial.restart()  # the whole file comes
+            partial.restart()  # the server sends the whole file
         for piece in response.iter_raw():  # as they arrive: cutting them to one size would halve the rate
             partial.append(piece)
     if partial.size != item.size:
@@ -91,7 +94,7 @@ def _append(transport: Transport, path: str, item: File, partial: Partial) -> No
 
 
 def _put_in_place(moves: list[tuple[Path, Path]], folder: Path) -> None:
-    """Rename the complete files. The old `version.json` goes first and the new one comes last."""
+    """Rename the complete files. The old `version.json` is removed first, the new one comes last."""
     if any(final.name == _LAST for _, final in moves):
         (folder / _LAST).unlink(missing_ok=True)
     for source, final in sorted(moves, key=lambda move: move[1].name == _LAST):
@@ -100,3 +103,46 @@ def _put_in_place(moves: list[tuple[Path, Path]], folder: Path) -> None:
 
 def _partial_path(folder: Path, item: File) -> Path:
     return folder / f".{item.name}.{item.sha256[:16]}.partial"
+
+
+class Silent:
+    """Progress that is not shown."""
+
+    def start(self, name: str, size: int, done: int) -> None:
+        """Ignore it."""
+
+    def advance(self, count: int) -> None:
+        """Ignore it."""
+
+
+@contextlib.contextmanager
+def default_progress() -> Iterator[Progress]:
+    """A bar for each file when stderr is a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        yield Silent()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with RichProgress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        yield _Bars(bars)
+
+
+class _Bars:
+    """One bar for each file."""
+
+    def __init__(self, bars: RichProgress) -> None:
+        self._bars = bars
+        self._task: TaskID | None = None
+        self._name = ""
+
+    def start(self, name: str, size: int, done: int) -> None:
+        if self._task is None or name != self._name:
+            self._name, self._task = name, self._bars.add_task(name, total=size)
+        self._bars.update(self._task, completed=done)
+
+    def advance(self, count: int) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, advance=count)

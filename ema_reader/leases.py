@@ -1,7 +1,4 @@
-"""A worker's side of leases. Comes in: what it would take; goes out: a version that is its own until it is settled.
-
-While a lease is held, a thread tells the server that the worker lives. Knows nothing of weights and of metrics.
-"""
+"""Leases of versions: a worker takes one, keeps it alive with heartbeats, and settles it with its result."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ from ema_reader.values import Version
 log = logging.getLogger(__name__)
 
 LEASE_S = 30.0
-SKIP_MAX = 1000  # versions; what the server takes
-_BEATS = 3  # in the time of a lease: two may be lost
+SKIP_MAX = 1000  # versions; the server's limit
+_BEATS = 3  # within the duration of a lease: two may be lost
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a worker would take: see `EvaluationWorker`. An empty `averages` means all, `run` None all runs."""
+    """Which versions a worker takes: see `EvaluationWorker`. An empty `averages` means all, `run` None all runs."""
 
     worker: str
     task: str
@@ -36,7 +33,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A version that is this worker's to evaluate, until `expires_in_s` after the last heartbeat."""
+    """A version that this worker alone may evaluate, until `expires_in_s` seconds after the last heartbeat."""
 
     id: str
     version: Version
@@ -44,21 +41,21 @@ class Lease:
 
 
 class Leases:
-    """Asks one server for leases. Safe from several threads.
+    """The leases of one server. Safe from several threads.
 
     Args:
-        transport: the connection to the server; it stays the caller's.
+        transport: the connection to the server, owned by the caller.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
     def ask(self, wanted: Wanted, skip: tuple[str, ...] = ()) -> tuple[Lease | None, int]:
-        """A lease if a version is due, and how many that are due others have.
+        """A lease if a version is due, and how many due versions other workers hold.
 
         Args:
-            wanted: what the worker would take.
-            skip: ids of versions that it has failed on.
+            wanted: which versions the worker takes.
+            skip: ids of versions that it failed to evaluate.
 
         Raises:
             NotFound: the server does not know the run.
@@ -80,28 +77,28 @@ class Leases:
         return Lease(lease["id"], Version.from_json(lease["version"]), lease["expires_in_s"]), found["held"]
 
     def beat(self, lease: Lease) -> None:
-        """Say that the worker lives; raises LeaseLost when another one has the version."""
+        """Extend the lease; raises LeaseLost when another worker has the version."""
         self._transport.post(path_of("leases", lease.id, "heartbeat"))
 
     def settle(
         self, lease: Lease, metrics: Mapping[str, float], *, error: str | None, samples: int | None, seconds: float
     ) -> None:
-        """End a lease by its result.
+        """End a lease with its result.
 
         Raises:
             LeaseLost: another worker has taken the version over.
-            RequestRefused: the server does not take it; a name or a text is too long.
+            RequestRefused: the server does not accept it; a name or a text is too long.
         """
         body = {"metrics": dict(metrics), "error": error, "samples": samples, "seconds": seconds}
         self._transport.post(path_of("leases", lease.id, "result"), body)
 
     def give_back(self, lease: Lease) -> None:
-        """Let another worker have the version at once."""
+        """End a lease without a result: another worker may take the version at once."""
         self._transport.delete(path_of("leases", lease.id))
 
 
 class Heartbeat:
-    """Keeps a lease alive inside a `with` block. A server that is away is tried again at the next beat."""
+    """Keeps a lease alive inside a `with` block, from a thread. While the server is unreachable, it keeps trying."""
 
     def __init__(self, leases: Leases, lease: Lease) -> None:
         self._leases = leases

@@ -1,7 +1,6 @@
-"""A file that grows towards a known digest. Comes in: pieces of bytes; goes out: a file that is what it should be.
+"""A partial file that grows to a known size and sha256, and is verified when complete.
 
-The digest is computed by a thread of its own while the next pieces arrive: hashing and receiving take about as long.
-Knows nothing of HTTP.
+A thread computes the digest while the next pieces arrive: hashing and receiving take about equally long.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ from ema_reader.errors import ReaderError, VerificationFailed
 from ema_reader.values import File
 
 _READ_BYTES = 1 << 20
-_QUEUED_PIECES = 64  # of 64 KiB each: enough for the thread never to wait, and no memory to speak of
+_QUEUED_PIECES = 64  # of 64 KiB each: 4 MiB keep the thread busy
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})  # file systems that cannot lock
 
 
 class Progress(Protocol):
-    """Where the download stands, for whoever shows it."""
+    """Receives the progress of a download, to show it."""
 
     def start(self, name: str, size: int, done: int) -> None:
-        """A file begins (or begins anew) with `done` of `size` bytes already there."""
+        """A file starts (or starts again) with `done` of `size` bytes present."""
 
     def advance(self, count: int) -> None:
-        """`count` more bytes are there."""
+        """`count` more bytes have arrived."""
 
 
 class Partial:
     """An open partial file of `item`; leaving the context closes it and ends the thread.
 
     Args:
-        path: where it lies; it is made if it is missing, and continued if it is there.
-        item: what it is to become.
-        progress: who is told.
+        path: the partial file; created if it is missing, else continued.
+        item: the file that it becomes.
+        progress: receives the progress.
 
     Raises:
         ReaderError: another process is writing it.
@@ -81,7 +80,7 @@ class Partial:
         self._progress.advance(len(piece))
 
     def restart(self) -> None:
-        """Throw away what is there."""
+        """Discard the content."""
         self._file.truncate(0)
         self._digest.close()
         self._digest = self._stack.enter_context(_Digest())
@@ -89,10 +88,10 @@ class Partial:
         self._progress.start(self._item.name, self._item.size, 0)
 
     def verify(self) -> None:
-        """Bring it to the disk and compare the digest. A wrong file is removed: the next try starts anew.
+        """Flush it to the disk and compare the digest. A wrong file is removed, and the next try starts from zero.
 
         Raises:
-            VerificationFailed: it is not what the server wrote.
+            VerificationFailed: it differs from what the server wrote.
         """
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -105,7 +104,7 @@ class Partial:
             )
 
     def _read_back(self) -> None:
-        """Digest what an earlier download left; a file that is too long cannot be a part."""
+        """Digest the bytes of an earlier download; a file that is too long is discarded."""
         self._file.seek(0)
         while piece := self._file.read(_READ_BYTES):
             self._digest.update(piece)
@@ -123,7 +122,7 @@ def sha256_of(path: Path) -> str:
 
 
 class _Digest:
-    """sha256 of the pieces it is given, computed in another thread (hashing does not hold the interpreter's lock)."""
+    """sha256 of pieces, computed in another thread (hashing releases the interpreter's lock)."""
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -141,7 +140,7 @@ class _Digest:
         self._pieces.put(piece)
 
     def close(self) -> str:
-        """Wait for the rest; the digest in hex. Calling it again changes nothing."""
+        """Wait for the remaining pieces and return the digest in hex. Idempotent."""
         if self._thread.is_alive():
             self._pieces.put(None)
             self._thread.join()

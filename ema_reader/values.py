@@ -1,4 +1,4 @@
-"""What the server says, as frozen values. Comes in: decoded JSON; goes out: dataclasses. Unknown keys are ignored."""
+"""The server's answers as frozen dataclasses, made from decoded JSON. Unknown keys are ignored."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One average at one step, immutable; `id` has 40 hex digits, `derived` says how it was made of other versions.
+    """One average at one step, immutable. `id` has 40 hex digits; `derived` says how it was made from other versions.
 
-    `decay` and `half_life_steps` are what its rule came to at its step, None where there is no such figure.
+    `decay` and `half_life_steps` are those of its rule at its step, None where the rule has none.
     """
 
     id: str
@@ -47,15 +47,15 @@ class Version:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Version:
-        """Read a version.
+        """Parse a version.
 
         Raises:
-            ValueError: a name is not a plain one: it could lead outside the folder that something is saved in.
+            ValueError: a name is not plain: it could lead outside the folder of a download.
         """
         files = tuple(File(item["name"], item["size"], item["sha256"]) for item in value["files"])
         for name in (value["run"], value["average"], *(item.name for item in files)):
             if name in _UNSAFE or "/" in name or "\\" in name or "\0" in name:
-                raise ValueError(f"the server names something {name[:100]!r}, which is not a plain name")
+                raise ValueError(f"the server sent the name {name[:100]!r}, which is not a plain name")
         return cls(
             id=value["id"],
             run=value["run"],
@@ -74,11 +74,11 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """One average of a run; `step` is None before its first snapshot, and so are `age_steps` and `initial_share`.
+    """One average of a run.
 
-    `accumulator` is the dtype in which it adds up (`wire`: it adds nothing up). `decay` is that of the last step, and
-    `half_life_steps` belongs to it: None where the rule has none, or nothing decays. `age_steps` is the mean age of
-    the weights inside, `initial_share` how much of the average are the weights that it began from.
+    `step`, `age_steps` and `initial_share` are None before its first snapshot. `accumulator` is the dtype of its sums
+    (`wire`: it has none). `decay` is that of the last step and `half_life_steps` belongs to it, None where the rule has
+    none. `age_steps` is the mean age of the weights inside, `initial_share` the share of the initial weights.
     """
 
     name: str
@@ -94,13 +94,13 @@ class Average:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Average:
-        """Read an average."""
+        """Parse an average."""
         return cls(**{field.name: value[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """What is stored of a run's power averages to make others of; `error` says why no more is, if that is so."""
+    """Stored snapshots of a run's power averages, to synthesise others; `error` says why no more are stored."""
 
     snapshots: int
     first_step: int | None
@@ -109,7 +109,7 @@ class Ring:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Ring:
-        """Read a ring."""
+        """Parse a ring."""
         return cls(**{field.name: value[field.name] for field in fields(cls)})
 
 
@@ -117,7 +117,7 @@ class Ring:
 class Run:
     """One run; `state` is `active`, `waiting` (no trainer), `lost` (silent) or `finished`.
 
-    `derived` names the averages whose versions were made of others after them; `ring` is what they can be made of.
+    `derived` names the averages that were made from other versions; `ring` is what power averages can be made from.
     `nonfinite_buffers` names buffers with NaN or Inf in the last snapshot: averages keep their last finite value.
     """
 
@@ -137,17 +137,17 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether its trainer said that it is complete."""
+        """Whether its trainer has finished it."""
         return self.state == "finished"
 
     @property
     def average_names(self) -> tuple[str, ...]:
-        """What it has versions of: its averages, then those that were made after them."""
+        """Every average that may have versions: those of the trainer, then derived ones."""
         return (*(average.name for average in self.averages), *self.derived)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Run:
-        """Read a run."""
+        """Parse a run."""
         averages = tuple(Average.from_json(item) for item in value["averages"])
         nonfinite = value.get("nonfinite_buffers") or {"tensors": (), "last_step": None}
         lasts = nonfinite["last_step"] == value["step"]
@@ -170,9 +170,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """The steps inside a version with their shares in it, newest first; `rest` is the share of those left out.
+    """The steps inside a version with their shares, newest first; `rest` is the share of omitted older steps.
 
-    `decay` and `half_life_steps` are as of `Version`.
+    `decay` and `half_life_steps` are those of `Version`.
     """
 
     run: str
@@ -188,16 +188,16 @@ class Ledger:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Ledger:
-        """Read a ledger."""
+        """Parse a ledger."""
         steps = tuple((int(step), float(share)) for step, share in value["steps"])
         return cls(**{field.name: value[field.name] for field in fields(cls)} | {"steps": steps})
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """A validation that was asked for: `state` is `waiting`, `running`, `done` (has metrics) or `failed` (`error`).
+    """A requested validation: `state` is `waiting`, `running`, `done` (has metrics) or `failed` (has `error`).
 
-    `note` says why nobody is at it, `samples` and `seconds` are those of the evaluation, where they are known.
+    `note` says why no worker evaluates it; `samples` and `seconds` are those of the evaluation, if known.
     """
 
     id: str
@@ -221,13 +221,13 @@ class Validation:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Validation:
-        """Read a validation."""
+        """Parse a validation."""
         return cls(**{field.name: value[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)
 class MetricsRow:
-    """What a worker reported about a version for a task: `metrics`, or the `error` that kept it from having any."""
+    """A report about a version for a task: `metrics`, or the `error` that prevented them."""
 
     version: str
     average: str
@@ -240,7 +240,7 @@ class MetricsRow:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> MetricsRow:
-        """Read a row."""
+        """Parse a row."""
         return cls(
             version=value["version"],
             average=value["average"],

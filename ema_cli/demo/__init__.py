@@ -1,11 +1,11 @@
-"""The whole service at work on real data: a server, a trainer and an evaluation worker, each its own process.
+"""`ema demo`: a server, a trainer and an evaluation worker on real data, each its own process.
 
-- `child`: one process of the demo
-- `command`: `ema demo`
-- `digits`: real data without a download
-- `evaluate`: what the demo's evaluation worker calls
+- `command`: options, progress bars, and the report
+- `run`: starts the three processes, watches them and collects the results
+- `child`: starts, watches and stops one process
+- `train`: the trainer
+- `evaluate`: the function that the evaluation worker calls
+- `digits`: the data and the network
 - `record`: the trainer's own record of its weights
-- `replay`: does the server's average equal what it says it did? Comes in
-- `run`: runs the main job
-- `train`: the demo's trainer, a process of its own
+- `replay`: recomputes averages from that record, to compare them with the server's
 """

@@ -1,7 +1,4 @@
-"""One process of the demo. Comes in: arguments for this very interpreter; goes out: its JSON lines, its end, its log.
-
-Knows how to start, watch and stop a process of this project; knows nothing of what the three of them do together.
-"""
+"""Starts, watches and stops one process of the demo, which prints JSON lines and logs to a file."""
 
 from __future__ import annotations
 
@@ -23,14 +20,14 @@ _LAST_LINES = 15
 
 
 class ProcessFailed(Exception):
-    """A process of the demo failed; the text says which, why, and what it said last."""
+    """A process of the demo failed; the text names it, says why, and shows the end of its log."""
 
 
 class Child:
     """A process whose stdout is JSON lines and whose stderr is a log file. Leaving the context stops it.
 
     Args:
-        name: what to call it in messages.
+        name: its name in messages.
         arguments: what follows `python`.
         log: file for its stderr.
     """
@@ -40,7 +37,7 @@ class Child:
         self._log = log
         self._lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         with log.open("wb") as errors:
-            # A session of its own: Ctrl-C reaches only the demo, which then stops its processes in order.
+            # Its own session: Ctrl-C reaches only the demo, which then stops its processes in order.
             self._process = subprocess.Popen(
                 [sys.executable, *arguments],
                 stdin=subprocess.DEVNULL,
@@ -71,7 +68,7 @@ class Child:
         return self._process.poll() is None
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """The JSON lines that arrived since the last call; after the end, all that are left."""
+        """The JSON lines since the last call; after the end of the process, all remaining ones."""
         if not self.running:
             self._reader.join()
         while not self._lines.empty():
@@ -81,7 +78,7 @@ class Child:
         """Wait for the first JSON line.
 
         Raises:
-            ProcessFailed: it ended before, or said nothing in time.
+            ProcessFailed: it ended before, or printed nothing in time.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -91,22 +88,22 @@ class Child:
             if not running:
                 raise self.failure()
             time.sleep(0.05)
-        raise self.failure(f"said nothing for {timeout_s:g} s")
+        raise self.failure(f"printed nothing for {timeout_s:g} s")
 
     def check(self) -> None:
-        """Raise if it has ended with another exit code than 0.
+        """Raise if it has ended with a non-zero exit code.
 
         Raises:
-            ProcessFailed: it has.
+            ProcessFailed: it has ended so.
         """
         if not self.running and self._process.returncode != 0:
             raise self.failure()
 
     def stop(self) -> None:
-        """Ask it to end (SIGTERM), and wait.
+        """Send SIGTERM, and wait for its end.
 
         Raises:
-            ProcessFailed: it did not end in time, or with another exit code than 0.
+            ProcessFailed: it did not end in time, or with a non-zero exit code.
         """
         self._signal(signal.SIGTERM)
         try:
@@ -116,9 +113,9 @@ class Child:
         self.check()
 
     def failure(self, reason: str | None = None) -> ProcessFailed:
-        """What to raise: the name, `reason` (by default how it ended), and the last lines of its log."""
-        said = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        tail = "".join(f"\n  {line}" for line in said) or "\n  (it wrote nothing)"
+        """The error to raise: the name, `reason` (default: how it ended), and the last lines of its log."""
+        lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        tail = "".join(f"\n  {line}" for line in lines) or "\n  (it is empty)"
         return ProcessFailed(f"the {self.name} {reason or self._ending()}; the end of {self._log}:{tail}")
 
     def _ending(self) -> str:
@@ -138,5 +135,5 @@ class Child:
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment without settings meant for another server."""
+    """This process's environment without settings, which are for another server."""
     return {name: value for name, value in os.environ.items() if not name.startswith("EMA_")}

@@ -1,4 +1,4 @@
-"""`ema demo`: options in, bars while it works, and at the end a table and the commands that fetch the best weights."""
+"""`ema demo`: progress bars, then a table of results and the commands that fetch the best weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _RUN = "digits"
 _STEPS = 5000
-_URL = "http://127.0.0.1:8080"  # where `ema serve` listens unless told otherwise
+_URL = "http://127.0.0.1:8080"  # where `ema serve` listens by default
 
 
 def register(app: typer.Typer) -> None:
@@ -35,20 +35,20 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--dir", help="Each demo makes a new folder in this one.")] = Path("ema-demo"),
-    steps: Annotated[int, typer.Option("--steps", min=10, help="Optimizer steps to train.")] = _STEPS,
+    folder: Annotated[Path, typer.Option("--dir", help="Each demo creates a new folder in it.")] = Path("ema-demo"),
+    steps: Annotated[int, typer.Option("--steps", min=10, help="Optimizer steps.")] = _STEPS,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the trainer.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Train on real data with a server and an evaluation worker beside it, each its own process; then compare."""
-    importlib.import_module("sklearn")  # the trainer needs it: say so now
-    from ema_cli.demo.run import run  # torch takes a second, which `ema --help` need not
+    """Train on real data with a server and an evaluation worker, and compare the averages."""
+    importlib.import_module("sklearn")  # fail now if the trainer cannot import it
+    from ema_cli.demo.run import run  # it imports torch, which takes a second
 
     signal.signal(signal.SIGTERM, _terminated)
     console = Console(stderr=True)
     try:
         place = _new_folder(folder)
-        console.print(f"server, trainer and evaluation worker: their logs and data are in {place}", highlight=False)
+        console.print(f"server, trainer and evaluation worker: logs and data are in {place}", highlight=False)
         with _Bars(console, steps) as bars:
             report = run(place, _RUN, steps, seed, bars.show)
     except (ProcessFailed, ReaderError, OSError) as error:
@@ -58,7 +58,7 @@ def demo(
         typer.echo(jsonlib.dumps(dataclasses.asdict(report), default=str))
     else:
         Console(highlight=False).print(_table(report))
-        typer.echo(_words(report))
+        typer.echo(_summary(report))
 
 
 class _Bars:
@@ -66,9 +66,9 @@ class _Bars:
 
     def __init__(self, console: Console, steps: int) -> None:
         columns = (TextColumn("{task.description:17}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, TextColumn("{task.fields[said]}"), console=console)
+        self._progress = Progress(*columns, TextColumn("{task.fields[detail]}"), console=console)
         names = ("trainer", "evaluation worker")
-        self._tasks = {name: self._progress.add_task(name, total=steps, said="starting") for name in names}
+        self._tasks = {name: self._progress.add_task(name, total=steps, detail="starting") for name in names}
 
     def __enter__(self) -> _Bars:
         self._progress.start()
@@ -78,19 +78,21 @@ class _Bars:
         self._progress.stop()
 
     def show(self, name: str, line: dict[str, Any]) -> None:
-        """Move a bar by what a process said."""
+        """Advance a bar by a line of a process."""
         if name == "server":
             self._progress.console.print(f"server ready: {line['zmq']} {line['http']}", highlight=False)
         elif name == "trainer" and "step" in line:
-            self._progress.update(self._tasks[name], completed=line["step"], said=f"loss {line['loss']:.2f}")
+            self._progress.update(self._tasks[name], completed=line["step"], detail=f"loss {line['loss']:.2f}")
         elif name == "evaluation worker":
             version = line["version"]
-            said = ", ".join(f"{key} {value:.3f}" for key, value in line["metrics"].items()) or "failed"
-            self._progress.update(self._tasks[name], completed=version["step"], said=f"{version['average']}: {said}")
+            metrics = ", ".join(f"{key} {value:.3f}" for key, value in line["metrics"].items()) or "failed"
+            self._progress.update(
+                self._tasks[name], completed=version["step"], detail=f"{version['average']}: {metrics}"
+            )
 
 
 def _new_folder(parent: Path) -> Path:
-    """The first of `parent/1`, `parent/2`, ... that does not exist, made."""
+    """Create the first of `parent/1`, `parent/2`, ... that does not exist."""
     parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -114,7 +116,7 @@ def _table(report: Report) -> Table:
     return table
 
 
-def _words(report: Report) -> str:
+def _summary(report: Report) -> str:
     best, ema = report.best, _program()
     name = f"{_RUN}/{best.average}@step-{best.step}"
     file = f"v1/runs/{_RUN}/averages/{best.average}/versions/{best.version}/files/model.safetensors"
@@ -122,21 +124,21 @@ def _words(report: Report) -> str:
         (
             f"{report.steps} steps taken, {report.applied} updates applied, {report.gap_steps} gaps; "
             f"{report.versions_evaluated} versions evaluated; {report.seconds:.0f} s.",
-            "Accuracy: of the downloaded files, on held-out images. Difference: the largest of such a file to a",
-            "float64 replay of its ledger over the trainer's own record, relative to the tensor's largest value.",
+            "Accuracy: of the downloaded files, on held-out images. Difference: the largest one between a file and",
+            "a float64 replay of its ledger over the trainer's record, relative to the tensor's largest value.",
             "",
-            f"The demo's server has ended. Serve its data again, and fetch the weights of {name}:",
+            f"The demo's server has ended. To serve its data again and download {name}:",
             f"  {ema} serve --data {shlex.quote(str(report.folder / 'data'))}",
             f"  {ema} download {name} -o best --url {_URL}",
             f"  curl -fO {_URL}/{file}",
-            "Its metrics are there as well; `ema serve --evaluate` and `ema evaluate` make those of other versions:",
+            "Its metrics are stored as well; `ema serve --evaluate` and `ema evaluate` compute others:",
             f"  {ema} validate {name} --url {_URL}",
         )
     )
 
 
 def _program() -> str:
-    """How to call `ema` from here: by name if the shell finds this one, else by its path."""
+    """The command `ema` for this shell: its name if that finds this program, else its path."""
     called = Path(sys.argv[0])
     if called.name != "ema":
         return "ema"
@@ -145,5 +147,5 @@ def _program() -> str:
 
 
 def _terminated(number: int, frame: object) -> None:
-    """SIGTERM ends the demo by the way that stops its processes."""
+    """On SIGTERM, exit through the context managers that stop the processes."""
     raise SystemExit(128 + number)

@@ -1,7 +1,4 @@
-"""Real data without a download: scikit-learn's 1,797 handwritten digits, and a small convolutional network for them.
-
-Goes out: the split (always the same), the network, and its accuracy on the held-out half. Knows nothing of averaging.
-"""
+"""Real data without a download: scikit-learn's 1,797 handwritten digits, and a small convolutional network for them."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 
 CLASSES = 10
 _TRAIN_IMAGES = 900  # half: enough held-out images that 1 % is 9 of them
-_BRIGHTEST = 16.0  # the data's own scale
+_BRIGHTEST = 16.0  # the scale of the data
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +59,7 @@ def _block(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, nn.Module
 
 
 def held_out_accuracy(model: nn.Module) -> float:
-    """Share of the held-out images that `model` names rightly, in evaluation mode; leaves the mode as it was."""
+    """Share of the held-out images that `model` classifies correctly, in evaluation mode; the mode is restored."""
     digits, training = load(), model.training
     model.eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What the demo's evaluation worker calls. Comes in: a state dict; goes out: its metrics."""
+"""The function that the demo's evaluation worker calls."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ema_cli.demo.digits import DigitNet, held_out_accuracy, load
 
 
 def accuracy(state: Mapping[str, Tensor]) -> dict[str, float]:
-    """Held-out accuracy of the network with these weights, in [0, 1], and how many images that is of.
+    """Held-out accuracy of the network with these weights, in [0, 1], and the number of images.
 
     Raises:
-        RuntimeError: the state dict is not one of `DigitNet` (torch says which names differ).
+        RuntimeError: the state dict does not fit `DigitNet`; torch says which names differ.
     """
     model = DigitNet()
     model.load_state_dict(state)

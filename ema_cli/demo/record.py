@@ -1,8 +1,4 @@
-"""The trainer's own record of its weights: one row of float32 for each step, in one file.
-
-Comes in: models, step by step. Goes out: rows to replay averages from. Knows nothing of averaging, and nothing of the
-service: it is what the service is measured against.
-"""
+"""The trainer's own record of its weights, for comparison with the server: one row of float32 for each step."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ Rows = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Where a tensor lies in each row: `[start, stop)`. Integers (batch counters) are exact up to 2**24."""
+    """Where a tensor is in each row: `[start, stop)`. Integers (batch counters) are exact up to 2**24."""
 
     name: str
     start: int
@@ -38,7 +34,7 @@ class RecordWriter:
     """Appends rows to a new record in the folder `folder`. A context manager.
 
     Raises:
-        OSError: the folder exists already, or the disk refuses.
+        OSError: the folder exists, or the disk refuses.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,10 +67,10 @@ class RecordWriter:
 
 
 def read(folder: Path) -> tuple[tuple[Column, ...], Rows]:
-    """Map a record: its columns, and its rows `[steps, values]`, row 0 being step 1.
+    """Map a record into memory: its columns, and its rows `[steps, values]`; row 0 is step 1.
 
     Raises:
-        OSError: there is none.
+        OSError: there is no record.
     """
     columns = tuple(Column(*fields) for fields in json.loads((folder / _COLUMNS).read_text()))
     rows = np.memmap(folder / _ROWS, dtype=np.float32, mode="r").reshape(-1, columns[-1].stop)

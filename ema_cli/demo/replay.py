@@ -1,7 +1,6 @@
-"""Does the server's average equal what it says it did? Comes in: a downloaded version and the trainer's own record.
+"""Compares a downloaded version with a float64 replay of its ledger over the trainer's own record.
 
-Goes out: how far it is from a float64 replay of the version's ledger. Shares no code with the server: the ledger
-says which steps updated the average, and this file applies the rule to them again.
+It shares no code with the server: the ledger says which steps updated the average, and the rule is applied again here.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ Values = npt.NDArray[np.float64]
 
 
 def largest_difference(version: Path, record: Path) -> float:
-    """Compare all tensors of the version in folder `version` with a replay over `record`.
+    """Compare all tensors of the version in the folder `version` with a replay over `record`.
 
     Returns:
         The largest difference of any value, relative to the largest value of its tensor (batch norm's variances are
-        hundreds of times larger than weights, and float32 rounds by their size). Integers count as values.
+        hundreds of times larger than weights, and float32 rounds in proportion). Integers count as values.
 
     Raises:
         OSError: a file is missing.
@@ -44,15 +43,15 @@ def largest_difference(version: Path, record: Path) -> float:
 def replay(ledger: Mapping[str, Any], spec: str, columns: tuple[Column, ...], rows: Rows) -> Values:
     """The average after the last step of `ledger`, in float64, over all columns.
 
-    An ema moves from the average towards the weights by `1 - decay ** delta`, delta being the steps since the update
-    before; steps that replaced the average, integers and `raw` take the weights as they are.
+    An EMA moves towards the weights by `1 - decay ** delta`, delta being the number of steps since the last update.
+    Integers, `raw`, and steps that replaced the average copy the weights.
     """
     rule, replaced, steps = parse_average(spec), set(ledger["set"]), _steps(ledger)
     average: Values = rows[steps[-1] - 1].astype(np.float64)
     if not isinstance(rule, Ema):
         return average
     if rule.decay is None or rule.warmup is not None:
-        raise ValueError(f"{spec} has no constant decay: this replay knows no other")
+        raise ValueError(f"{spec} has no constant decay: this replay supports no other")
     copied = np.concatenate([np.full(column.stop - column.start, not column.is_float) for column in columns])
     newest, before = average[copied], 0
     for step in steps:

@@ -1,7 +1,6 @@
-"""Runs the main job: starts server, trainer and evaluation worker, watches them, and collects what came of it.
+"""Runs the demo: starts server, trainer and evaluation worker, watches them, and collects a `Report`.
 
-Comes in: how many steps, and a folder. Goes out: a `Report` whose numbers come from files downloaded over HTTP. Each
-process failing ends the demo with its name and its last words. Knows nothing of how a report looks.
+Its numbers come from files downloaded over HTTP. A failing process ends the demo with its name and the end of its log.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Progress = Callable[[str, dict[str, Any]], None]  # a process's name and one of 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One average at the last step: its held-out accuracy in [0, 1], and its difference to the replay."""
+    """One average at the last step: its held-out accuracy in [0, 1], and its difference from the replay."""
 
     average: str
     version: str
@@ -40,7 +39,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came of it; `results` in the order in which the averages were asked for."""
+    """Result of the demo; `results` are in the order of the averages in `train`."""
 
     folder: Path
     steps: int
@@ -52,15 +51,15 @@ class Report:
 
     @property
     def best(self) -> Result:
-        """The result of highest accuracy."""
+        """The result with the highest accuracy."""
         return max(self.results, key=lambda result: result.accuracy)
 
 
 def run(folder: Path, name: str, steps: int, seed: int, progress: Progress) -> Report:
-    """Run the demo in `folder`, which exists and is empty; `name` is the run's.
+    """Run the demo in `folder`, which exists and is empty, with `name` as the run's name.
 
     Raises:
-        ProcessFailed: one of the three processes failed, or nothing moved for two minutes.
+        ProcessFailed: one of the three processes failed, or made no progress for two minutes.
         ReaderError: a version could not be read back.
     """
     started = time.monotonic()
@@ -75,7 +74,7 @@ def run(folder: Path, name: str, steps: int, seed: int, progress: Progress) -> R
             known = reader.run(name)
             results = _collect(reader, folder, name, steps)
         server.stop()
-    shutil.rmtree(folder / "record")  # large, and of no use once it has been replayed
+    shutil.rmtree(folder / "record")  # large, and needed only for the replay
     seconds = time.monotonic() - started
     return Report(folder, steps, known.applied, known.gap_steps, evaluated, seconds, results)
 
@@ -99,34 +98,36 @@ def _worker(folder: Path, run: str, url: str) -> Child:
 
 
 def _watch(server: Child, trainer: Child, worker: Child, progress: Progress) -> int:
-    """Pass on what the processes say until trainer and worker have ended; returns how many versions were evaluated."""
-    evaluated, heard = 0, time.monotonic()
+    """Pass on the lines of the processes until trainer and worker end; returns the number of evaluated versions."""
+    evaluated, last_line = 0, time.monotonic()
     while True:
         ended = not trainer.running and not worker.running
         for child in (trainer, worker):
             for line in child.lines():
                 progress(child.name, line)
-                heard = time.monotonic()
+                last_line = time.monotonic()
                 evaluated += child is worker
-        if not server.running:  # first: the others' failures would be its consequence
+        if not server.running:  # first: failures of the others would follow from it
             raise server.failure()
         trainer.check()
         worker.check()
         if ended:
             return evaluated
-        if time.monotonic() - heard > _STALLED_S:
+        if time.monotonic() - last_line > _STALLED_S:
             silent = trainer if trainer.running else worker
-            raise silent.failure(f"has not moved for {_STALLED_S:g} s")
+            raise silent.failure(f"has made no progress for {_STALLED_S:g} s")
         time.sleep(_POLL_S)
 
 
 def _collect(reader: Reader, folder: Path, run: str, steps: int) -> tuple[Result, ...]:
-    from ema_cli.demo.replay import largest_difference  # only now: every command of `ema` would wait for torch
+    from ema_cli.demo.replay import largest_difference  # here: importing torch would delay every command of `ema`
 
     results = []
     for average in reader.run(run).averages:
         version = reader.version(run, average.name, f"step-{steps}")
-        validated = reader.validate(run, average.name, version.id, timeout_s=_STALLED_S)  # the worker's, not done twice
+        validated = reader.validate(
+            run, average.name, version.id, timeout_s=_STALLED_S
+        )  # the worker's result: it is not computed twice
         path = reader.download(version, folder / "downloads" / average.name)
         results.append(
             Result(

@@ -1,7 +1,7 @@
-"""The demo's trainer, a process of its own. Comes in: a server's address; goes out: snapshots and, if asked, a record.
+"""The demo's trainer: streams its snapshots to a server and can record them. Progress goes to stdout as JSON lines.
 
-The recipe is one that needs averaging: a constant high learning rate, batches of 8 images, and RMSprop with momentum
-and weight decay, so that the last weights jump about the solution. Progress goes to stdout as JSON lines.
+The recipe benefits from averaging: a constant high learning rate, batches of 8 images, and RMSprop with momentum and
+weight decay, so that the last weights oscillate around the solution.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REPORT_STEPS = 25
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to train: where the server is (None: `EMA_ENDPOINT`), the run's name, steps, and where to record them."""
+    """What to train: the server (None: `EMA_ENDPOINT`), the run's name, steps, seed, and the folder of the record."""
 
     endpoint: str | None
     run: str
@@ -37,13 +37,13 @@ class Job:
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Train and stream every step; returns the client's statistics.
+    """Train and stream every step; returns `EmaClient.stats()`.
 
     Raises:
         RuntimeError: the run could not be finished on the server.
     """
     torch.manual_seed(job.seed)
-    torch.set_num_threads(1)  # the network is small: a second thread costs more than it brings
+    torch.set_num_threads(1)  # the network is too small to profit from a second thread
     digits, model = load(), DigitNet()
     optimizer = _optimizer(model)
     client = EmaClient(job.endpoint, run=job.run, averages=AVERAGES, when_behind="wait")

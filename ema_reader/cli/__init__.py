@@ -1,9 +1,9 @@
 """The commands that read from a server.
 
-- `averages`: commands about averages
-- `commands`: the commands that read
-- `derived`: commands that have versions made of others
-- `evaluate`: the commands that evaluate
-- `options`: what the commands that read have in common
-- `render`: values as lines of text for people, and as JSON for programs
+- `commands`: registers all commands; `status`, `versions`, `download`, `healthcheck`
+- `metrics`: `metrics` and `best`
+- `evaluate`: `evaluate`, `validate` and `recalibrate`
+- `averages`: `averages`, `ledger` and `synthesize`
+- `options`: options, checks of arguments and exit codes that the commands share
+- `render`: values as tables for people, and as JSON for programs
 """

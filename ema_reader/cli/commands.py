@@ -1,55 +1,82 @@
-"""The commands that read: status, versions, download, healthcheck here, and the others of the reader's side.
+"""Registers every command of the reader; `status`, `versions`, `download` and `healthcheck` are here.
 
-Data goes to stdout, logs and progress to stderr. What the commands do is elsewhere; here are options and exits.
+Data goes to stdout, logs and progress to stderr.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ema_reader.cli import render
+from ema_reader.cli.averages import averages, ledger, synthesize
 from ema_reader.cli.evaluate import evaluate, recalibrate, validate
-from ema_reader.cli.options import Json, Target, Token, Url, exits, named, parse_target
-from ema_reader.errors import UsageError
+from ema_reader.cli.metrics import best, metrics
+from ema_reader.cli.options import Json, Long, Target, Token, Url, exits
+from ema_reader.errors import NotFound, ReaderError, UsageError
 from ema_reader.reader import DEFAULT_URL, Reader
+from ema_reader.scores import Score, scores_of
+from ema_reader.targets import named, parse_target
+from ema_reader.values import Run
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (status, versions, download, evaluate, validate, recalibrate, healthcheck):
+    commands: tuple[Callable[..., None], ...] = (
+        *(status, versions, metrics, best, download),
+        *(evaluate, validate, recalibrate),
+        *(averages, ledger, synthesize, healthcheck),
+    )
+    for command in commands:
         app.command()(command)
 
 
 def status(
-    run: Annotated[str | None, typer.Argument(metavar="RUN", help="One run; all without it.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="One run; default all.")] = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Show the runs: state, steps, rates, gaps."""
+    """Show the runs: state, steps, rates, gaps. With RUN also the newest metrics of each average."""
     with exits(), Reader(url, token) as reader:
-        runs = reader.runs() if run is None else (reader.run(named("run", run)),)
-        typer.echo(render.as_json({"runs": runs}) if json else render.status_text(runs))
+        if run is None:
+            runs = reader.runs()
+            typer.echo(render.as_json({"runs": runs}) if json else render.status_text(runs))
+            return
+        found = reader.run(named("run", run))
+        newest = {score.average: score for score in _scores(reader, run)}  # by step: the last one stays
+        if json:
+            typer.echo(render.as_json({"runs": [_with_metrics(found, newest)]}))
+        else:
+            typer.echo(f"{render.status_text([found])}\n\n{render.newest_metrics_text(found, newest)}")
 
 
 def versions(
     target: Annotated[str, typer.Argument(metavar="RUN[/AVERAGE]", help="A run, or one of its averages.")],
+    long: Long = False,
     url: Url = DEFAULT_URL,
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """List the versions that can be downloaded, newest first."""
+    """List the versions that can be downloaded with their metrics, newest first."""
     with exits(), Reader(url, token) as reader:
         run, slash, average = target.partition("/")
         if not run or "/" in average or (slash and not average):
             raise UsageError(f"{target!r} is not RUN or RUN/AVERAGE, for example resnet34/ema-0.999")
         named("run", run)
-        averages = [named("average", average)] if average else reader.run(run).average_names
-        found = [version for name in averages for version in reader.versions(run, name)]
-        typer.echo(render.as_json({"versions": found}) if json else render.versions_text(found))
+        names = [named("average", average)] if average else reader.run(run).average_names
+        found = [version for name in names for version in reader.versions(run, name)]
+        scores = {score.version: score for score in _scores(reader, run)} if found else {}
+        if json:
+            metrics_of = {version: score.metrics for version, score in scores.items()}
+            shown = [{**dataclasses.asdict(v), "metrics": metrics_of.get(v.id, {})} for v in found]
+            typer.echo(render.as_json({"versions": shown}))
+        else:
+            typer.echo(render.versions_text(found, scores, long=long))
 
 
 def download(
@@ -59,7 +86,7 @@ def download(
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Download a version, verified; goes on where an earlier download stopped. Prints the folder."""
+    """Download a version, verified; an interrupted download is resumed. Prints the folder."""
     with exits(), Reader(url, token) as reader:
         version = reader.version(*parse_target(target))
         folder = output or Path(f"{version.run}-{version.average}-step-{version.step}")
@@ -68,8 +95,28 @@ def download(
 
 
 def healthcheck(url: Url = DEFAULT_URL, json: Json = False) -> None:
-    """Exit 0 when the server is ready, 1 when it is not or does not answer. Needs no token."""
-    with exits(code=1), Reader(url) as reader:
+    """Exit with 0 when the server is ready, 1 when it is not or does not answer. Needs no token."""
+    with exits(code=1), Reader(url, token="") as reader:
         ready, checks = reader.ready()
         typer.echo(render.as_json({"ready": ready, "checks": checks}) if json else render.health_text(ready, checks))
         raise typer.Exit(0 if ready else 1)
+
+
+def _scores(reader: Reader, run: str) -> tuple[Score, ...]:
+    """The metrics of a run; where the server cannot read them, a warning."""
+    try:
+        return scores_of(reader.metrics(run))
+    except NotFound:
+        raise
+    except ReaderError as error:
+        typer.echo(f"ema: warning: no metrics are shown: {error}", err=True)
+        return ()
+
+
+def _with_metrics(run: Run, newest: dict[str, Score]) -> dict[str, Any]:
+    shown = dataclasses.asdict(run)
+    for average in shown["averages"]:
+        score = newest.get(average["name"])
+        average["metrics"] = {} if score is None else score.metrics
+        average["metrics_step"] = None if score is None else score.step
+    return shown

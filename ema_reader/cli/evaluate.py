@@ -1,4 +1,4 @@
-"""The commands that evaluate: a worker, a request to one, and statistics recomputed for good. Data goes to stdout."""
+"""The commands that evaluate: `evaluate` is a worker, `validate` asks a worker, `recalibrate` recomputes BatchNorm."""
 
 from __future__ import annotations
 
@@ -13,23 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ema_reader.cli import render
-from ema_reader.cli.options import (
-    Json,
-    Target,
-    Token,
-    Url,
-    check_label,
-    exits,
-    log_to_stderr,
-    named,
-    parse_averages,
-    parse_target,
-)
+from ema_reader.cli.options import Json, Target, Token, Url, check_label, exits, log_to_stderr, parse_averages
 from ema_reader.errors import ReaderError, RecalibrationFailed
 from ema_reader.evaluation.user_function import Evaluate, check_device, import_function
 from ema_reader.evaluation.worker import EvaluationWorker
 from ema_reader.leases import LEASE_S
 from ema_reader.reader import DEFAULT_URL, Reader
+from ema_reader.targets import named, parse_target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,17 +34,17 @@ log = logging.getLogger(__name__)
 def evaluate(
     function: Annotated[str, typer.Argument(metavar="MODULE:FUNCTION", help="Takes a state dict, returns metrics.")],
     run: Annotated[
-        str | None, typer.Option("--run", envvar="EMA_RUN", help="The run; without it all that have a trainer.")
+        str | None, typer.Option("--run", envvar="EMA_RUN", help="The run; default: every run with a trainer.")
     ] = None,
     averages: Annotated[str, typer.Option("--averages", help="Names, separated by commas.")] = "all",
     task: Annotated[str, typer.Option("--task", help="Name under which the metrics are reported.")] = "default",
     worker: Annotated[str | None, typer.Option("--worker", help="Name of this worker; default: the host's.")] = None,
-    poll_s: Annotated[float, typer.Option("--poll-s", min=0.05, max=3600, help="Seconds between two looks.")] = 1.0,
-    every: Annotated[int, typer.Option("--every-versions", min=1, help="Evaluate every so many versions.")] = 1,
+    poll_s: Annotated[float, typer.Option("--poll-s", min=0.05, max=3600, help="Seconds between two requests.")] = 1.0,
+    every: Annotated[int, typer.Option("--every-versions", min=1, help="Evaluate every Nth version.")] = 1,
     lease_s: Annotated[
-        float, typer.Option("--lease-s", min=1, max=900, help="Silent for so long, others take its version over.")
+        float, typer.Option("--lease-s", min=1, max=900, help="After so many silent seconds others take over.")
     ] = LEASE_S,
-    device: Annotated[str, typer.Option("--device", help="Where the weights are loaded to: cpu, cuda:0, ...")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="Where weights are loaded: cpu, cuda:0, ...")] = "cpu",
     recalibrate_bn: Annotated[
         str | None,
         typer.Option(
@@ -63,16 +53,14 @@ def evaluate(
             help="Recompute BatchNorm statistics first; the loader returns (model, batches).",
         ),
     ] = None,
-    until_eof: Annotated[
-        bool, typer.Option("--until-stdin-closes", help="End then, as when the process dies that started this one.")
-    ] = False,
+    until_eof: Annotated[bool, typer.Option("--until-stdin-closes", help="End when the parent process ends.")] = False,
     url: Url = DEFAULT_URL,
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Evaluate each new version of a run, and what others ask to have validated; ends when the run is finished.
+    """Evaluate each new version of a run, and requested validations; ends when the run is finished.
 
-    Exit code 1 when the last version of an average could not be evaluated. Without a run it does not end by itself.
+    Exit code 1 when the last version of an average could not be evaluated. Without --run it does not end by itself.
     """
     log_to_stderr()
     signal.signal(signal.SIGTERM, _terminated)
@@ -103,16 +91,16 @@ def evaluate(
 
 def validate(
     target: Target,
-    task: Annotated[str, typer.Option("--task", help="The task of the worker that is to do it.")] = "default",
+    task: Annotated[str, typer.Option("--task", help="The task of the worker that shall evaluate it.")] = "default",
     again: Annotated[bool, typer.Option("--again", help="Also if it has metrics for the task already.")] = False,
     timeout_s: Annotated[
-        float | None, typer.Option("--timeout-s", min=1, help="Seconds to wait; default: for ever.")
+        float | None, typer.Option("--timeout-s", min=1, help="Seconds to wait; default: no limit.")
     ] = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Have a version evaluated by the server's worker or another one, and print what comes of it.
+    """Have a version evaluated by the server's worker or another one, and print the result.
 
     Exit code 1 when the evaluation failed.
     """
@@ -142,18 +130,19 @@ def recalibrate(
 
 
 def _evaluator(function: str, loader: str | None) -> Evaluate:
-    """The user's function; with a loader, it gets the weights with BatchNorm statistics recomputed."""
+    """The user's function; with a loader, BatchNorm statistics are recomputed before it is called."""
     evaluator = import_function(function)
     if loader is None:
         return evaluator
-    _check_torch()
+    if importlib.util.find_spec("torch") is None:
+        raise ReaderError("recomputing BatchNorm statistics needs torch: install it")
     from ema_reader.evaluation.batchnorm import recalibrating
 
     return recalibrating(evaluator, loader, import_function(loader))
 
 
 def _recomputed(state: dict[str, Tensor], name: str, loader: Loader) -> dict[str, Tensor]:
-    """The statistics; what the user's code raised is shown with its traceback."""
+    """The statistics; an error of the user's code is logged with its traceback."""
     from ema_reader.evaluation.batchnorm import recomputed
 
     try:
@@ -163,18 +152,12 @@ def _recomputed(state: dict[str, Tensor], name: str, loader: Loader) -> dict[str
         raise
 
 
-def _check_torch() -> None:
-    """The commands do without torch until weights are looked at."""
-    if importlib.util.find_spec("torch") is None:
-        raise ReaderError("recomputing BatchNorm statistics needs torch: install it")
-
-
 def _terminated(number: int, frame: object) -> None:
-    """SIGTERM ends a worker by the way that gives back what it has."""
+    """On SIGTERM, exit through the `finally` blocks that give leases back."""
     raise SystemExit(128 + number)
 
 
 def _end_with_stdin() -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    os._exit(EXIT_ORPHANED)  # at once: whatever the main thread is at, nobody is left to tell
+    os._exit(EXIT_ORPHANED)  # at once, whatever the main thread does: the parent is gone

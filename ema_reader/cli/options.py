@@ -1,4 +1,4 @@
-"""What the commands that read have in common: their options, the targets they name, and how they end.
+"""Options, checks of arguments, and exit codes that the commands share.
 
 Exit codes: 0 done, 1 failure, 2 usage, 3 not found, 4 token, 5 server unreachable, 6 verification failed, 130
 interrupted.
@@ -16,56 +16,35 @@ import typer
 
 from ema_proto.averages.specs import parse_average
 from ema_proto.errors import LocalProtocolError
-from ema_proto.names import check_name
 from ema_reader.errors import ReaderError, UsageError
+from ema_reader.targets import named
 
-LABEL_CHARS_MAX = 200  # as the server has it
+LABEL_CHARS_MAX = 200  # the server's limit
 
 Url = Annotated[str, typer.Option("--url", envvar="EMA_URL", help="Address of the server.")]
 Token = Annotated[str | None, typer.Option("--token", envvar="EMA_TOKEN", help="Token of the server, if it has one.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
-Target = Annotated[str, typer.Argument(metavar="RUN/AVERAGE[@REV]", help="REV: 40 hex, step-N or latest.")]
-
-
-def parse_target(text: str) -> tuple[str, str, str]:
-    """Split `RUN/AVERAGE[@REV]`; without REV it is `latest`.
-
-    Raises:
-        UsageError: a part is missing, or can be no name.
-    """
-    name, at, rev = text.partition("@")
-    run, _, average = name.partition("/")
-    if not run or not average or "/" in average or (at and not rev):
-        raise UsageError(f"{text!r} is not RUN/AVERAGE[@REV], for example resnet34/ema-0.999@step-2000")
-    return named("run", run), named("average", average), rev or "latest"
-
-
-def named(kind: str, name: str) -> str:
-    """The name of a run or an average (`kind`), if it can be one.
-
-    Raises:
-        UsageError: it cannot; the text says what a name is.
-    """
-    try:
-        return check_name(kind, name)
-    except LocalProtocolError as error:
-        raise UsageError(str(error)) from None
+Long = Annotated[bool, typer.Option("--long", help="Full ids, exact sizes and times, all columns.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="The run.")]
+Target = Annotated[
+    str, typer.Argument(metavar="RUN/AVERAGE[@REV]", help="REV: an id or its first digits, step-N, or latest.")
+]
 
 
 def parse_averages(text: str) -> tuple[str, ...]:
-    """Names of averages separated by commas; none for `all`.
+    """Names of averages separated by commas; empty for `all`.
 
     Raises:
-        UsageError: there is none, or one that can be no name.
+        UsageError: there is no name, or an invalid one.
     """
     return () if text == "all" else tuple(named("average", name.strip()) for name in text.split(","))
 
 
 def check_rule(spec: str, name: str) -> None:
-    """Whether `spec` is an averaging rule, and `name` can be its name; empty for its own.
+    """Check an averaging rule and the name of its average (empty: the rule's default).
 
     Raises:
-        UsageError: it is none; the text says why.
+        UsageError: one of them is invalid; the text says why.
     """
     try:
         parse_average(spec, name=name)
@@ -74,7 +53,7 @@ def check_rule(spec: str, name: str) -> None:
 
 
 def check_label(option: str, text: str) -> str:
-    """The name of a task or a worker, if it can be one.
+    """The name of a task or a worker, checked.
 
     Raises:
         UsageError: it is empty or too long.
@@ -86,7 +65,7 @@ def check_label(option: str, text: str) -> str:
 
 @contextmanager
 def exits(code: int | None = None) -> Iterator[None]:
-    """Inside a `with` block: one line on stderr and the error's exit code (or `code`) in place of a traceback."""
+    """Inside a `with` block: an error is one line on stderr and the error's exit code (or `code`)."""
     try:
         yield
     except ReaderError as error:
@@ -95,6 +74,6 @@ def exits(code: int | None = None) -> Iterator[None]:
 
 
 def log_to_stderr() -> None:
-    """What a long command does, with times."""
+    """Log what a long command does, with times."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs each poll

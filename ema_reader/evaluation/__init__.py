@@ -1,6 +1,6 @@
-"""The evaluation worker, and the function it calls.
+"""The evaluation worker, and the functions of the user that it calls. Only `batchnorm` imports torch.
 
-- `batchnorm`: batchNorm statistics anew
-- `user_function`: the user's functions
-- `worker`: the evaluation worker
+- `worker`: takes leases of versions, evaluates them and reports the results
+- `user_function`: imports the user's function and checks what it returns
+- `batchnorm`: recomputes BatchNorm statistics under averaged weights
 """

@@ -1,8 +1,8 @@
-"""BatchNorm statistics anew. Comes in: weights, and the user's model and batches; goes out: the buffers that changed.
+"""Recomputes BatchNorm statistics for averaged weights.
 
-Averaged weights make activations that no step of the training had: statistics that were averaged or copied with them
-are not theirs. What is computed is the mean of the batches' statistics, as `torch.optim.swa_utils.update_bn` does, with
-every other layer in evaluation mode, and for more kinds of batches. Nothing here knows the server.
+Averaged weights produce other activations than the weights of any training step, so averaged or copied statistics do
+not fit them. As in `torch.optim.swa_utils.update_bn`, the statistics are means over batches; here every other layer is
+in evaluation mode, and more kinds of batches are accepted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Loader = Callable[[], tuple[nn.Module, Iterable[Any]]]
 
 
 def recalibrating(function: Evaluate, name: str, loader: Loader) -> Evaluate:
-    """An evaluation function that gets the weights with statistics recomputed by `loader`; see `recomputed`."""
+    """An evaluation function that receives the weights with statistics recomputed by `loader`; see `recomputed`."""
 
     def evaluate(state: dict[str, Tensor]) -> Mapping[str, Any]:
         return function({**state, **recomputed(state, name, loader)})
@@ -38,20 +38,20 @@ def recalibrating(function: Evaluate, name: str, loader: Loader) -> Evaluate:
 def recomputed(state: Mapping[str, Tensor], name: str, loader: Loader) -> dict[str, Tensor]:
     """The statistics of every BatchNorm layer under these weights: means over the batches of the mean and the variance.
 
-    Layers in which no batch arrives keep what they have. The model gets the weights, moves to their device, and has its
-    modes and momenta back afterwards; no gradient is computed. The variance is the unbiased one, as torch's is.
+    Layers that no batch reaches keep their statistics. The model gets the weights and moves to their device; its modes
+    and momenta are restored. No gradient is computed. The variance is the unbiased one, as torch's is.
 
     Args:
         state: the weights, as `state_dict` names them, all on one device. Not changed.
-        name: what the loader is called in messages.
+        name: the loader's name in messages.
         loader: returns the model, whose values do not matter, and a finite iterable of batches. See `arguments_of`.
 
     Returns:
-        Name to tensor, with the shape and dtype of `state`: `running_mean`, `running_var` and `num_batches_tracked`
+        Tensors by name, with the shape and dtype of `state`: `running_mean`, `running_var` and `num_batches_tracked`
         (the number of batches) of every layer that was reached.
 
     Raises:
-        RecalibrationFailed: the loader or the model raised, there is no batch, or no such layer. The text names `name`.
+        RecalibrationFailed: loader or model raised, or there is no batch or no such layer; the text has `name`.
     """
     try:
         model, batches = _made_by(loader)
@@ -65,10 +65,10 @@ def recomputed(state: Mapping[str, Tensor], name: str, loader: Loader) -> dict[s
 
 
 def arguments_of(batch: object, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the model is called with for a batch, by position and by name, on `device`.
+    """The arguments of the model for a batch, positional and by name, on `device`.
 
-    Of a tuple or list the first element counts, the others being labels. If that is a tuple or list again, its elements
-    are passed by position; a dict (or other mapping) is passed by name, whole; anything else is the one argument.
+    Of a tuple or list the first element is used; the others are labels. If that is a tuple or list again, its
+    elements are positional arguments; a mapping is passed by name; anything else is the only argument.
 
     Raises:
         RecalibrationFailed: the batch is an empty tuple or list.
@@ -111,14 +111,14 @@ def _recomputed(
             count, called = count + 1, called or ", ".join([*map(_shown, positional), *named])
         reached = [layer for layer in layers if layer.num_batches_tracked]
     if not count:
-        raise RecalibrationFailed("the loader yields no batch: it takes at least one, and more are better")
+        raise RecalibrationFailed("the loader yields no batch: yield at least one; more are better")
     log.info("recomputed %d of %d layers over %d batches; called with (%s)", len(reached), len(layers), count, called)
     return {name: _like(name, tensor, state[name]) for name, tensor in _statistics(model, reached)}
 
 
 @contextmanager
 def _counting(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
-    """Let `layers`, and nothing else in `model`, take the plain mean over the batches that arrive; then as before."""
+    """Let `layers`, and nothing else in `model`, compute the plain mean over batches; restores modes and momenta."""
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
     known = [(getattr(layer, name), getattr(layer, name).clone(), layer) for layer in layers for name in _STATISTICS]
@@ -126,7 +126,7 @@ def _counting(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # cumulative
-        layer.training = True  # without train(): what a layer contains, such as dropout, stays in evaluation mode
+        layer.training = True  # not train(): modules inside the layer, such as dropout, stay in evaluation mode
     try:
         yield
     finally:
@@ -141,7 +141,7 @@ def _counting(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
 
 
 def _statistics(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[tuple[str, Tensor]]:
-    """Names as in the state dict, also the second name of a layer that stands in two places."""
+    """Names as in the state dict, including every name of a layer that is used twice."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         if any(module is layer for layer in layers):
             for name in _STATISTICS:
@@ -150,7 +150,7 @@ def _statistics(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[tuple[st
 
 def _like(name: str, tensor: Tensor, known: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
-        raise RecalibrationFailed(f"{name} is not finite: the batches or the weights make NaN or Inf before that layer")
+        raise RecalibrationFailed(f"{name} is not finite: the batches or the weights make NaN or Inf before this layer")
     return tensor.detach().to(known.dtype, copy=True)
 
 

@@ -1,10 +1,11 @@
-"""The user's functions. Comes in: `module:function`; goes out: a callable, and what it measured as plain floats."""
+"""The user's functions: imports `module:function`, and checks that the result is plain finite floats."""
 
 from __future__ import annotations
 
 import importlib
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,14 @@ from typing import Any
 from ema_reader.errors import UsageError
 
 _SAMPLES = "samples"
+_FRAMES_SHOWN = 3
+_INSTALL = {  # what a training script may need that is imported for evaluation only
+    "ema_server": "pip install 'ema-sidecar[server]'",
+    "trainer_client": "pip install 'ema-sidecar[trainer]'",
+    "sklearn": "pip install scikit-learn",
+    "torch": "install the build made for this machine",
+    "zmq": "pip install 'ema-sidecar[trainer]'",
+}
 
 Evaluate = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -21,7 +30,7 @@ def import_function(target: str) -> Callable[..., Any]:
     """Import `module:function`; modules in the current directory are found too.
 
     Raises:
-        UsageError: it is not written so, the module cannot be imported, or has no such function.
+        UsageError: the target is malformed, the module cannot be imported, or it has no such function.
     """
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
@@ -31,10 +40,8 @@ def import_function(target: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UsageError(f"cannot import {module_name!r} (also not from {here}): {error}") from error
-    except (Exception, SystemExit) as error:  # the user's module may raise anything, a script at its end too
-        raise UsageError(f"module {module_name!r} fails while it is imported: {error!r}") from error
+    except (Exception, SystemExit) as error:  # the user's module may raise anything; a script ends with SystemExit
+        raise UsageError(_import_failure(module_name, here, error)) from error
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
@@ -43,11 +50,36 @@ def import_function(target: str) -> Callable[..., Any]:
     return function
 
 
+def _import_failure(module_name: str, here: str, error: BaseException) -> str:
+    """In one line: the module, the lines that led to the error, the error, and what to install."""
+    first = error  # the original error, where a module raises another one from it
+    while first.__cause__ is not None:
+        first = first.__cause__
+    frames = [frame for frame in traceback.extract_tb(first.__traceback__) if _is_users(frame.filename)]
+    chain = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-_FRAMES_SHOWN:])
+    where = f" (at {'... > ' if len(frames) > _FRAMES_SHOWN else ''}{chain})" if chain else ""
+    text = f"{type(error).__name__}: {error}" if str(error) else repr(error)
+    if first is not error:
+        text += f", caused by {type(first).__name__}: {first}"
+    text = " ".join(text.split())
+    if not isinstance(first, ModuleNotFoundError) or first.name is None:
+        return f"module {module_name!r} fails while it is imported{where}: {text}"
+    missing = first.name.partition(".")[0]
+    if missing == module_name.partition(".")[0]:
+        return f"cannot import {module_name!r}: there is no such module, also not in {here}"
+    advice = _INSTALL.get(missing, f"install what provides {missing!r} for {sys.executable}")
+    return f"cannot import {module_name!r}{where}: {text}; {advice}"
+
+
+def _is_users(filename: str) -> bool:
+    return filename != __file__ and not filename.startswith("<frozen ") and Path(filename).parent.name != "importlib"
+
+
 def check_device(device: str) -> None:
-    """See that torch has a device; `cpu` needs no torch.
+    """Check that torch can use a device; `cpu` is accepted without torch.
 
     Raises:
-        UsageError: it has none of this name, or cannot use it.
+        UsageError: torch has no device of this name, or cannot use it.
     """
     if device == "cpu":
         return
@@ -62,17 +94,17 @@ def check_device(device: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a function found: metrics by name, and how many samples it looked at if it said so."""
+    """Result of a function: metrics by name, and the number of samples if it returned one."""
 
     metrics: dict[str, float]
     samples: int | None = None
 
 
 def measured(result: object) -> Measured:
-    """What the function returned. The name `samples` is no metric: it says how many samples were evaluated.
+    """Check a function's result. The name `samples` is not a metric but the number of samples evaluated.
 
     Raises:
-        ValueError: as `plain_metrics` says, or `samples` is not a whole number from 0 on.
+        ValueError: as `plain_metrics`, or `samples` is not a whole number from 0 on.
     """
     metrics = plain_metrics(result)
     samples = metrics.pop(_SAMPLES, None)
@@ -86,7 +118,7 @@ def measured(result: object) -> Measured:
 
 
 def plain_metrics(result: object) -> dict[str, float]:
-    """What the function returned as names and finite floats; numbers of numpy and torch are taken as well.
+    """A function's result as names and finite floats; numbers of numpy and torch are converted.
 
     Raises:
         ValueError: it is not a mapping of names to finite numbers; the text says what was found.

@@ -1,25 +1,25 @@
-"""The evaluation worker: ask for a version, load, evaluate, report. Comes in: a `Reader` and a function.
+"""The evaluation worker: takes a lease of a version, loads and evaluates it, reports, and repeats.
 
-Which version is due is the server's to say: a validation that someone asked for, else the newest version of an average
-that has no metrics for the task. The worker outlives a function that raises, a server that goes away, and versions that
-are pruned before it gets to them; what it has when it is killed, another worker takes over.
+The server decides which version is due: a requested validation first, else the newest version of an average without
+metrics for the task. The worker survives a function that raises, an unreachable server, and versions pruned before it
+loads them. When it is killed, another worker takes over its version.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from ema_reader.errors import LeaseLost, NotFound, ReaderError, RequestRefused, VerificationFailed
+from ema_reader.errors import LeaseLost, NotFound, ReaderError, RequestRefused, Unreachable, VerificationFailed
 from ema_reader.evaluation.user_function import Evaluate, Measured, measured
 from ema_reader.leases import LEASE_S, Heartbeat, Lease, Wanted
 from ema_reader.reader import Reader
-from ema_reader.retry import retry_while_unreachable
 from ema_reader.values import Run, Version
 
 if TYPE_CHECKING:
@@ -27,13 +27,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FIRST_PAUSE_S = 0.25
+PAUSE_S_MAX = 10.0
 _ERROR_CHARS_MAX = 4000
 _LOAD_ATTEMPTS = 3
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of evaluating one version: metrics, or the error that was reported instead. Times in seconds."""
+    """Result of evaluating one version: metrics, or the error that was reported instead. Times in seconds."""
 
     version: Version
     metrics: dict[str, float]
@@ -46,17 +49,17 @@ class EvaluationWorker:
     """Evaluates versions.
 
     Args:
-        reader: where they come from and where the metrics go.
+        reader: the connection to the server.
         function: takes a state dict, returns metrics by name.
-        run: the run, which need not exist yet; None: all that have had a trainer since the server's start, for as long
-            as nobody ends the worker.
+        run: the run, which need not exist yet; None: every run that has had a trainer since the server's start, without
+            end.
         averages: which averages; empty for all.
         task: name under which metrics are reported.
-        worker: name of this worker, default the host's; what it reports replaces what it reported before.
-        poll_s: pause between two looks.
-        every: take those of each so-manieth generation of a run, and the last ones, besides what someone asked for.
-        lease_s: how long after its last sign of life, in seconds, others may take over what it has.
-        device: where the weights are loaded to, as torch writes it.
+        worker: name of this worker, default the host's; its reports replace its earlier ones.
+        poll_s: seconds between two requests while nothing is due.
+        every: evaluate every Nth generation of a run, and always the last one and requested ones.
+        lease_s: seconds after its last heartbeat at which others may take over its version.
+        device: where weights are loaded, as torch writes it.
     """
 
     def __init__(
@@ -86,11 +89,11 @@ class EvaluationWorker:
         return tuple(outcome for outcome in self._last.values() if outcome.error is not None)
 
     def outcomes(self) -> Iterator[Outcome]:
-        """Evaluate what is due, again and again; ends when the run is finished and its last versions are done.
+        """Evaluate what is due, repeatedly; ends when the run is finished and its last versions are evaluated.
 
         Raises:
             NotFound: the run has no average of a given name.
-            Unauthorized: the server wants another token.
+            Unauthorized: the server requires a token, or another one.
         """
         run = None if self._wanted.run is None else self._wait_for_run(self._wanted.run)
         while True:
@@ -114,7 +117,7 @@ class EvaluationWorker:
                 return retry_while_unreachable(lambda: self._reader.run(run))
             except NotFound:
                 if not waiting:
-                    log.info("run %r is not there yet; waiting for it", run)
+                    log.info("run %r does not exist yet; waiting for it", run)
                 waiting = True
                 time.sleep(self._wanted.poll_s)
 
@@ -133,11 +136,11 @@ class EvaluationWorker:
             outcome = self._report(lease, Outcome(version, found.metrics, error, seconds, found.samples))
             settled = True
         except NotFound:
-            log.info("%s was pruned before it could be evaluated; skipped", version)
+            log.info("%s was deleted before it could be evaluated; skipped", version)
             self._skip.append(version.id)
             return None
         except LeaseLost:
-            log.warning("%s: another worker has taken it over; this result is not kept", version)
+            log.warning("%s: another worker has taken it over; this result is discarded", version)
             settled = True
             return None
         finally:
@@ -155,7 +158,7 @@ class EvaluationWorker:
             return Measured({}), str(failure)
         try:
             return measured(self._function(weights)), None
-        except Exception as failure:  # the user's code: what it raises is the result to report
+        except Exception as failure:  # the user's code: its error is the result to report
             log.exception("evaluating %s failed", version)
             return Measured({}), f"{type(failure).__name__}: {failure}"[:_ERROR_CHARS_MAX]
 
@@ -169,7 +172,7 @@ class EvaluationWorker:
         raise AssertionError("the last attempt returns or raises")
 
     def _report(self, lease: Lease, outcome: Outcome) -> Outcome:
-        """Tell the server; when it refuses the metrics (a name too long), tell it that instead."""
+        """Report the outcome; if the server refuses the metrics (a name too long), report that as the error."""
         try:
             self._send(lease, outcome)
         except LeaseLost:
@@ -184,8 +187,29 @@ class EvaluationWorker:
         retry_while_unreachable(lambda: settle(samples=outcome.samples, seconds=outcome.seconds))
 
     def _give_back(self, lease: Lease) -> None:
-        """Others need not wait until the lease expires; where this fails, they do."""
+        """Return the lease, so that others need not wait until it expires."""
         try:
             self._reader.leases.give_back(lease)
         except ReaderError as error:
             log.info("%s could not be given back: %s", lease.version, error)
+
+
+def retry_while_unreachable(call: Callable[[], _Value], *, sleep: Callable[[float], None] = time.sleep) -> _Value:
+    """The result of `call`, repeated while the server is unreachable, without limit; logs the first failure.
+
+    The pauses double up to `PAUSE_S_MAX` and are jittered, so that many workers do not return at the same moment.
+    """
+    failures = 0
+    while True:
+        try:
+            result = call()
+        except Unreachable as error:
+            if failures == 0:
+                log.warning("%s; waiting for it", error)
+            pause_s = min(PAUSE_S_MAX, FIRST_PAUSE_S * 2.0**failures)
+            failures = min(failures + 1, 10)
+            sleep(pause_s * random.uniform(0.5, 1.0))
+        else:
+            if failures:
+                log.info("the server answers again")
+            return result

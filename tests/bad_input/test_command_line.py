@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ema_cli.app import ROOMS, build, run
+from ema_cli.app import COMMANDS, build, run
 from ema_proto.averages.specs import parse_average
 from ema_reader import Reader, ReaderError
 from support.processes import Process
@@ -30,7 +30,7 @@ def ema(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return run(build())
 
 
-@pytest.mark.parametrize("command", [command for room in ROOMS for command in room.commands])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_option_is_one_line_that_names_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
@@ -332,7 +332,7 @@ def test_a_full_disk_under_stdout_is_one_line(arguments: list[str]) -> None:
         ("--http", "", "'' is not HOST:PORT"),
         ("--http", ":8080", "':8080' is not HOST:PORT"),
         ("--http", "127.0.0.1:-5", "'127.0.0.1:-5' is not HOST:PORT"),
-        ("--data", "/dev/null", "/dev/null is no folder"),
+        ("--data", "/dev/null", "/dev/null is not a folder"),
     ],
 )
 def test_the_doctor_calls_a_setting_that_no_server_takes_a_problem(

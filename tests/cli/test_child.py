@@ -46,7 +46,7 @@ def test_a_process_that_was_killed_is_named_with_the_signal(tmp_path: Path) -> N
 def test_a_process_that_says_nothing_is_given_up(tmp_path: Path) -> None:
     with (
         _child(tmp_path, "import time; time.sleep(60)") as child,
-        pytest.raises(ProcessFailed, match=r"said nothing for 0\.2 s"),
+        pytest.raises(ProcessFailed, match=r"printed nothing for 0\.2 s"),
     ):
         child.first_line(0.2)
 

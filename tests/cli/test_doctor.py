@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from ema_cli import checks, doctor
-from ema_cli.checks import Check, State
+from ema_cli import doctor
+from ema_cli.doctor import Check, State
 from support.command import ema
 
 
@@ -88,17 +88,17 @@ def test_an_address_taken_by_an_ema_server_is_in_order(tmp_path: Path) -> None:
 
 def test_an_address_that_is_none_is_a_problem() -> None:
     for address in ("127.0.0.1", "127.0.0.1:http", "127.0.0.1:70000", "192.0.2.1:0"):
-        assert checks.http_address(address, server_answers=False).state is State.PROBLEM, address
+        assert doctor.http_address(address, server_answers=False).state is State.PROBLEM, address
 
 
 def test_a_folder_that_cannot_be_written_is_a_problem() -> None:
-    found = tuple(checks.disk(Path("/proc")))
+    found = tuple(doctor.disk(Path("/proc")))
 
     assert _found(found, "durable write").state is State.PROBLEM
 
 
 def test_a_folder_that_does_not_exist_yet_is_judged_by_the_one_above_it(tmp_path: Path) -> None:
-    found = tuple(checks.disk(tmp_path / "not" / "yet"))
+    found = tuple(doctor.disk(tmp_path / "not" / "yet"))
 
     assert str(tmp_path) in _found(found, "disk").found
     assert _found(found, "durable write").state is State.OK

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ema_cli import main
-from ema_cli.app import ROOMS
+from ema_cli.app import COMMANDS
+from ema_cli.exits import EXIT_USAGE, missing_advice
 from support.command import ema
 
 _PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
@@ -35,7 +35,7 @@ def _packages(extra: str) -> set[str]:
 
 @pytest.mark.parametrize("package", sorted(_packages("demo") - _SPEED_ONLY - {"torch"}))
 def test_a_missing_package_is_answered_with_an_extra_that_brings_it(package: str) -> None:
-    advice = main.missing_advice(ModuleNotFoundError(name=f"{package}.inner"))
+    advice = missing_advice(ModuleNotFoundError(name=f"{package}.inner"))
 
     assert advice is not None
     extra = re.search(r"ema-sidecar\[(\w+)\]", advice)
@@ -44,14 +44,14 @@ def test_a_missing_package_is_answered_with_an_extra_that_brings_it(package: str
 
 
 def test_a_missing_module_of_ours_is_no_missing_extra() -> None:
-    assert main.missing_advice(ModuleNotFoundError(name="ema_server.gone")) is None
+    assert missing_advice(ModuleNotFoundError(name="ema_server.gone")) is None
 
 
 def test_help_lists_every_command_in_the_order_of_the_flow() -> None:
     shown = ema("--help")
 
     listed = re.findall(r"^\W*(\w+)  ", shown.stdout.partition("Commands")[2], flags=re.MULTILINE)
-    assert [command for room in ROOMS for command in room.commands] == listed
+    assert list(COMMANDS) == listed
     assert shown.returncode == 0
 
 
@@ -74,7 +74,7 @@ def test_without_its_extra_a_command_is_one_line_of_advice(
     assert missing in tried.stderr
     assert says in tried.stderr
     assert tried.stdout == ""
-    assert tried.returncode == main.EXIT_USAGE
+    assert tried.returncode == EXIT_USAGE
 
 
 def test_a_missing_extra_leaves_the_other_commands_usable() -> None:
