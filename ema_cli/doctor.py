@@ -27,7 +27,6 @@ import typer
 
 from ema_cli.exits import EXIT_FAILURE
 from ema_reader import Reader, ReaderError
-from ema_server.compute.headroom import available_bytes
 from ema_server.config import split_host_port
 from ema_server.storage.disk import probe_write
 
@@ -218,7 +217,8 @@ def memory() -> Iterator[Check]:
     """Cores and memory that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Check("cores", State.OK, str(cores))
-    available = available_bytes()
+    server_memory = _imported("ema_server.compute.memory")  # it imports torch
+    available = None if server_memory is None else server_memory.available_bytes()
     if available is None:
         yield Check("memory", State.NOTE, "unknown")
     else:
