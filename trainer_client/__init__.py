@@ -4,6 +4,7 @@ In the order of a snapshot's way, from an optimizer's step to the socket:
 
 - `settings`: the constructor's arguments and the environment, validated
 - `client`: `EmaClient`, which joins a run, takes its snapshots and ends it
+- `ranks`: which process of a distributed training streams
 - `hooks`: calls after every real optimizer step, and before any
 - `optimizers`: the optimizer that really steps, inside wrappers or around another
 - `rounds`: after whose step a snapshot is taken when there are several optimizers

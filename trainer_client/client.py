@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from os import PathLike
 from types import TracebackType
@@ -24,16 +24,19 @@ from ema_proto.averages.step_units import half_life_steps, needed_of
 from ema_proto.sender.events import Answered
 from ema_proto.wire.messages import Resume
 from trainer_client.connection.worker import Worker, seconds_left
-from trainer_client.errors import JoinError, RewindError, SettingsError
+from trainer_client.counters import Counters
+from trainer_client.errors import ConnectError, JoinError, PlanError, RewindError, SettingsError
 from trainer_client.hooks import Attachment, Listener
 from trainer_client.lifecycle import Lifecycle, State, when_forgotten
 from trainer_client.optimizers import steppers_of
-from trainer_client.settings import Settings, check_state, check_step, check_timeout
-from trainer_client.stream import Stream, steps_before
+from trainer_client.ranks import rank_of
+from trainer_client.settings import OnChange, Settings, check_state, check_step, check_timeout
+from trainer_client.stream import Stream, plan_of, steps_before
 
 log = logging.getLogger("ema")
 
 _CLOSE_TIMEOUT_S = 5.0
+_FINISH_TIMEOUT_S = 60.0
 
 
 class EmaClient:
@@ -52,6 +55,10 @@ class EmaClient:
         step: optimizer steps already taken; 0 unless `load_state_dict` says otherwise.
         every: send the steps divisible by this.
         when_behind: with every slot still on its way, `"skip"` the snapshot, or `"wait"` while connected.
+        on_change: when the tensors of the model are no longer those that the run was joined with (an adapter added, the
+            vocabulary resized, another dtype), `"stop"` sending and say so once, as an error in the log and in
+            `stats()`; or `"raise"` PlanError from the step; or `"restart"`: finish the run, which is set aside under a
+            dated name, and begin a new one with the model as it is, which holds up that step.
         resume: if the server knows the run, `"auto"` continues it, or takes it back to where this trainer is, and
             `"never"` sets it aside under a dated name; `"must"` fails if there is nothing to continue.
         token: shared secret; default `EMA_TOKEN`.
@@ -62,6 +69,8 @@ class EmaClient:
         overlap: let snapshots of a model on a CUDA device be copied while training goes on; without it, as with
             `update`, they are copied when the step's hook returns.
         incarnation: a higher one takes the run over from a lower one; default `TORCHELASTIC_RESTART_COUNT`, else 0.
+        rank: only rank 0 streams; the clients of others count steps, and their other methods do nothing and return True
+            or None. Default: torch.distributed's if initialised, else `RANK` where `WORLD_SIZE` is more than 1.
 
     Raises:
         SettingsError: an argument cannot be used.
@@ -89,6 +98,7 @@ class EmaClient:
         step: int | None = None,
         every: int = 1,
         when_behind: Literal["skip", "wait"] = "skip",
+        on_change: Literal["stop", "raise", "restart"] = "stop",
         resume: Resume = "auto",
         token: str | None = None,
         config: Mapping[str, Any] | str | PathLike[str] | None = None,
@@ -97,6 +107,7 @@ class EmaClient:
         wait_timeout_s: float = 30.0,
         overlap: bool = True,
         incarnation: int | None = None,
+        rank: int | None = None,
     ) -> None:
         arguments = locals()  # each is a field of Settings, which validates it
         settings = Settings.of(os.environ, arguments)
@@ -105,6 +116,11 @@ class EmaClient:
         self._steps_known = settings.step
         self._stream: Stream | None = None
         self._attachment = Attachment()
+        self._rank = rank_of(settings.rank, os.environ)
+        if self._rank != 0:
+            log.info("ema: rank %d does not stream: rank 0 does", self._rank)
+            self._life.state = State.INERT
+            return
         self._worker = self._connect(settings)
         # An optimizer's hooks keep the client alive: a script may drop its own reference and go on training.
         self._cancel_forgotten = when_forgotten(self, self._life, partial(self._worker.close, _CLOSE_TIMEOUT_S))
@@ -139,14 +155,14 @@ class EmaClient:
             A handle whose `remove()` stops the snapshots and leaves the run open.
 
         Raises:
-            PlanError: the model holds something that cannot be streamed.
+            PlanError: the model holds something that cannot be streamed, or is not the one of the run that is joined.
             JoinError: the server refuses the run.
             SettingsError: there is no optimizer or its steps cannot be followed, the client is attached already, or a
                 CUDA graph is being captured.
         """
         steppers = steppers_of(optimizer)
         if not self._life.usable():
-            return Attachment()
+            return Attachment(model, steppers, Listener(count=self._count)) if self._rank else Attachment()
         if self._attachment.attached:
             raise SettingsError("the client is attached already: call remove() on the handle that attach() returned")
         stream = self._stream
@@ -155,6 +171,7 @@ class EmaClient:
             if self._lacks_start(stream):
                 self._replace(model, stream.steps)
         overlap = stream.can_overlap(model)  # a model that is moved to a device later is copied when the hook returns
+        stream.stopped = None
         self._attachment = Attachment(
             model,
             steppers,
@@ -177,22 +194,23 @@ class EmaClient:
             step: real optimizer steps taken so far, the last one included; one more than at the last call by default.
 
         Raises:
-            PlanError: the model cannot be streamed, or is not the one that the run was joined with.
+            PlanError: the model cannot be streamed (first call); with `on_change="raise"`, it has changed since then.
             JoinError: the server refuses the run (first call).
             SettingsError: `step` is no step, or at the first call not above the steps already taken; or that call is
                 captured into a CUDA graph.
             ClientClosed: the client was closed or finished.
         """
-        if not self._life.usable():
-            return
         number = None if step is None else check_step("step", step, 0)
+        if not self._life.usable():
+            self._count(1 if number is None else max(0, number - self.steps))
+            return
         stream = self._stream
         if stream is None:
             stream = self._join(model, steps_before(number, self._steps_known))
             if self._lacks_start(stream):
                 log.warning("ema: averages with init=start begin with the first update: no set(model) came before it")
         with self._worker.counters:
-            stream.advance(model, stream.steps + 1 if number is None else number)
+            self._try(model, partial(stream.advance, model, stream.steps + 1 if number is None else number))
 
     def before_weight_write(self) -> None:
         """Say that something other than an optimizer is about to write the weights, on a CUDA device, after `attach`.
@@ -217,14 +235,14 @@ class EmaClient:
             PlanError, JoinError, ClientClosed: as of `update`.
         """
         if not self._life.usable():
-            return False
+            return self._rank != 0
         stream = self._join(model, self.steps) if self._stream is None else self._stream
         return self._replace(model, stream.steps)
 
     def flush(self, timeout_s: float = 60.0, *, durable: bool = False) -> bool:
         """Wait until all that was sent is applied (`durable`: published); False when it is not, or not in time."""
         if not self._life.usable():
-            return False
+            return self._rank != 0
         timeout_s = check_timeout("timeout_s", timeout_s)
         return self._stream is None or self._worker.flush(timeout_s, durable=durable)
 
@@ -237,7 +255,7 @@ class EmaClient:
             behind the run already.
         """
         if not self._life.usable():
-            return False
+            return self._rank != 0
         number, timeout_s = check_step("step", step, 0), check_timeout("timeout_s", timeout_s)
         if self._stream is None or number < self.steps:
             log.warning("ema: no checkpoint at step %d: the run is at step %d", number, self.steps)
@@ -264,6 +282,7 @@ class EmaClient:
             RewindError: nothing is joined yet, there is no such generation, or the server did not answer in time.
         """
         if not self._life.usable():
+            self._steps_known = check_step("step", step, 0) if self._rank else self._steps_known
             return None
         number, timeout_s = check_step("step", step, 0), check_timeout("timeout_s", timeout_s)
         if self._stream is None:
@@ -280,7 +299,7 @@ class EmaClient:
             False when nothing was joined or sent, or not in time. Closed either way.
         """
         if self._life.ended():
-            return self._life.state is State.FINISHED
+            return self._life.state is State.FINISHED or self._rank != 0
         deadline = time.monotonic() + check_timeout("timeout_s", timeout_s)
         finished = False
         if self._stream is not None:
@@ -308,9 +327,9 @@ class EmaClient:
             SettingsError: `state` is not what `state_dict()` returns, or another run is joined already.
             RewindError: see `rewind`.
         """
-        if not self._life.usable():
-            return
         run, step = check_state(state)
+        if not self._life.usable() and not self._rank:
+            return
         if self._settings.run_generated and run != self.run:
             if self._stream is not None:
                 raise SettingsError(f"run {self.run!r} is joined and the state is of {run!r}: load it before attach()")
@@ -322,7 +341,10 @@ class EmaClient:
 
     def stats(self) -> dict[str, Any]:
         """Counts since construction: snapshots offered, committed and skipped by reason, seconds blocked, and so on."""
-        own = {"run": self.run, "client": self._life.state.value, "steps": self.steps}
+        stopped = None if self._stream is None else self._stream.stopped
+        own = {"run": self.run, "client": self._life.state.value, "steps": self.steps, "stopped": stopped}
+        if self._rank:
+            return own | Counters().to_json()
         worker = {} if self._life.forked() else dataclasses.asdict(self._worker.stats())
         return own | self._worker.counters.to_json() | worker
 
@@ -357,6 +379,48 @@ class EmaClient:
                 log.info(text, rule.name, half_life, 0.5 ** (1 / half_life))
         return self._stream
 
+    def _try(self, model: nn.Module, send: Callable[[], bool | None]) -> bool | None:
+        """Send a snapshot of `model`; if it has changed, do as `on_change` says."""
+        stream = self._stream
+        try:
+            return send()
+        except PlanError as error:
+            on_change = self._settings.on_change
+            if stream is None or on_change is OnChange.RAISE:
+                raise
+            if on_change is OnChange.RESTART and self._restart(model, stream.steps, error):
+                return stream.steps > 0
+            if stream.stopped is None:
+                log.error("ema: run %s is no longer streamed, training goes on: %s", self.run, error)
+                stream.stop(str(error))
+            return False
+
+    def _restart(self, model: nn.Module, steps: int, error: PlanError) -> bool:
+        """Finish the run and begin a new one of its name with `model` as of `steps`; False if the run goes on."""
+        try:
+            plan_of(model, self._settings)
+            worker = self._connect(self._settings)
+        except (PlanError, ConnectError) as problem:
+            log.error("ema: run %s cannot begin again: %s", self.run, problem)
+            return False
+        change = str(error).partition(";")[0]
+        log.warning("ema: run %s ends before step %d and a new one of its name begins: %s", self.run, steps, change)
+        self._worker.finish(_FINISH_TIMEOUT_S)
+        worker.counters.add(self._worker.counters)
+        self._worker.close(_CLOSE_TIMEOUT_S)
+        self._cancel_forgotten()
+        self._worker = worker
+        self._cancel_forgotten = when_forgotten(self, self._life, partial(worker.close, _CLOSE_TIMEOUT_S))
+        try:
+            self._stream = Stream.join(worker, model, self._settings, max(steps - 1, 0), "never")
+            if steps > 0:
+                self._stream.advance(model, steps)
+        # The run is over, and training goes on; nothing more can be done for the new one.
+        except Exception as problem:  # noqa: BLE001
+            log.error("ema: run %s is finished, and no new one has begun: %s", self.run, problem)
+            self._end(_CLOSE_TIMEOUT_S, State.INERT)
+        return True
+
     def _lacks_start(self, stream: Stream) -> bool:
         starts = any(isinstance(rule, Ema) and rule.init == "start" for rule in self._settings.averages)
         return starts and stream.joined.continuation == "new"
@@ -366,7 +430,7 @@ class EmaClient:
         if self._stream is None:
             return False
         with self._worker.counters:
-            return self._stream.replace(model, step)
+            return self._try(model, partial(self._stream.replace, model, step)) or False
 
     def _publish(self, stream: Stream, timeout_s: float) -> Answered:
         """Publish a generation to be kept, of everything up to the last step."""
@@ -384,8 +448,10 @@ class EmaClient:
             log.warning("ema: run %s ends without a snapshot: no step was sent", self.run)
             return False
         if answer.step < last_due:
-            text = "ema: run %s ends with step %d: those up to %d were not sent; when_behind='wait' sends every step"
-            log.warning(text, self.run, answer.step, last_due)
+            is_stopped = self._stream is not None and self._stream.stopped is not None
+            why = "since the model has changed" if is_stopped else "when_behind='wait' sends every step"
+            text = "ema: run %s ends with step %d: those up to %d were not sent; %s"
+            log.warning(text, self.run, answer.step, last_due, why)
         return True
 
     def _end(self, timeout_s: float, state: State) -> None:
@@ -398,13 +464,15 @@ class EmaClient:
         self._life.state = state
 
     def _count(self, steps: int) -> None:
-        if self._stream is not None and not self._life.forked():
+        if self._rank:
+            self._steps_known = self.steps + steps
+        elif self._stream is not None and not self._life.forked():
             self._stream.count(self._stream.steps + steps)
 
     def _take(self, model: nn.Module, overlap: bool) -> None:
         if self._stream is not None and not self._life.forked():
             with self._worker.counters:
-                self._stream.take(model, overlap=overlap)
+                self._try(model, partial(self._stream.take, model, overlap=overlap))
 
     def _hold_back_writes(self, optimizer: Optimizer | None = None) -> None:
         if self._stream is not None and not self._life.forked():

@@ -18,6 +18,7 @@ class Skip(StrEnum):
     STOPPED = "stopped"  # the server has refused the run for good
     REPEATED = "repeated"  # its step is not above the last one
     CAPTURING = "capturing"  # the step was recorded into a CUDA graph, not taken
+    CHANGED = "changed"  # the model has changed since the run was joined, see `on_change`
     ERROR = "error"  # something failed on this side
 
 
@@ -42,6 +43,14 @@ class Counters:
         blocked_s = time.perf_counter() - self._entered
         self.blocked_s_total += blocked_s
         self.blocked_s_max = max(self.blocked_s_max, blocked_s)
+
+    def add(self, other: Counters) -> None:
+        """Go on from the totals of `other`."""
+        self.skipped.update(other.skipped)
+        self.torn += other.torn
+        self.failed += other.failed
+        self.blocked_s_total += other.blocked_s_total
+        self.blocked_s_max = max(self.blocked_s_max, other.blocked_s_max)
 
     def to_json(self) -> dict[str, Any]:
         """The totals as plain values."""

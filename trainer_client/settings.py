@@ -45,6 +45,14 @@ class WhenBehind(StrEnum):
     WAIT = "wait"
 
 
+class OnChange(StrEnum):
+    """What to do when the tensors of the model are no longer those that the run was joined with."""
+
+    STOP = "stop"
+    RAISE = "raise"
+    RESTART = "restart"
+
+
 def check_step(name: str, value: SupportsIndex, low: int) -> int:
     """Return `value` as an int in [low, the protocol's highest step).
 
@@ -221,6 +229,7 @@ class Settings:
     step: int | None = field(metadata=_setting(lambda name, step: None if step is None else check_step(name, step, 0)))
     every: int = field(metadata=_setting(partial(check_step, low=1)))
     when_behind: WhenBehind = field(metadata=_setting(partial(_choice, allowed=tuple(WhenBehind))))
+    on_change: OnChange = field(metadata=_setting(partial(_choice, allowed=tuple(OnChange))))
     resume: Resume = field(metadata=_setting(partial(_choice, allowed=get_args(Resume))))
     token: str | None = field(repr=False, metadata=_setting(_token, "EMA_TOKEN"))
     config: str | None = field(repr=False, metadata=_setting(_config))
@@ -229,6 +238,7 @@ class Settings:
     wait_timeout_s: float = field(metadata=_setting(check_timeout))
     overlap: bool = field(metadata=_setting(lambda _, value: bool(value)))
     incarnation: int = field(metadata=_setting(_incarnation, "TORCHELASTIC_RESTART_COUNT"))
+    rank: int | None = field(metadata=_setting(lambda name, rank: None if rank is None else check_step(name, rank, 0)))
     run_generated: bool
 
     @property

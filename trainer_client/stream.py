@@ -56,11 +56,13 @@ class Stream:
     Attributes:
         steps: optimizer steps taken so far.
         joined: as given.
+        stopped: why nothing is sent any longer; None while snapshots are sent.
     """
 
     def __init__(self, worker: Worker, joined: Joined, plan: Plan, settings: Settings, steps: int) -> None:
         self.steps = steps
         self.joined = joined
+        self.stopped: str | None = None
         self._worker = worker
         self._plan = plan
         self._stagers = Stagers(plan.manifest, worker.slots, worker.pins, worker.device_of)
@@ -82,13 +84,12 @@ class Stream:
             JoinError: the server refuses the run, or does not answer.
             SettingsError: a graph is being captured: what joining does would spoil it.
         """
-        plan = Plan.of(model, Selection(settings.include, settings.exclude, settings.trainable_only))
+        plan = plan_of(model, settings)
         devices = {tensor.device for tensor in plan.tensors()}
         if any(device.is_capturing() for device in map(worker.device_of, devices) if device is not None):
             raise SettingsError(
                 "a run cannot be joined while a CUDA graph is captured: call attach() or update() before"
             )
-        _check_matches(plan, settings)
         join = Join(
             run=settings.run,
             first_step=steps + 1,
@@ -162,8 +163,17 @@ class Stream:
     def take(self, model: nn.Module, *, overlap: bool = False) -> None:
         """Send a snapshot of the step counted last, once, if `every` sends it."""
         counted, self._counted = self._counted, False
-        if counted and self.steps % self._every == 0:
+        if counted and self.steps % self._every == 0 and not self._is_stopped():
             self._snapshot(model, self.steps, self._wait_s, overlap=overlap)
+
+    def stop(self, reason: str) -> None:
+        """Send nothing more, and count each snapshot that is due, beginning with the one that failed."""
+        self.stopped = reason
+        self._is_stopped()
+
+    def _is_stopped(self) -> bool:
+        self._counters.skipped[Skip.CHANGED] += self.stopped is not None
+        return self.stopped is not None
 
     def go_back(self, step: int) -> None:
         """The trainer is again where it was after `step` steps."""
@@ -188,7 +198,7 @@ class Stream:
 
     def replace(self, model: nn.Module, step: int) -> bool:
         """Have every average become the weights of `model`, as of `step`; whether they were sent."""
-        if self._is_capturing(step):
+        if self._is_capturing(step) or self._is_stopped():
             return False
         self.steps = max(step, self.steps)
         return self._snapshot(model, step, self._wait_s, "set")
@@ -261,11 +271,18 @@ class Stream:
         self._warned.add(reason)
 
 
-def _check_matches(plan: Plan, settings: Settings) -> None:
+def plan_of(model: nn.Module, settings: Settings) -> Plan:
+    """The plan of what the settings choose of `model`.
+
+    Raises:
+        PlanError: it cannot be streamed, or an average's patterns match nothing of it.
+    """
+    plan = Plan.of(model, Selection(settings.include, settings.exclude, settings.trainable_only))
     try:
         check_matches(settings.averages, [tensor.name for tensor in plan.manifest.tensors])
     except LocalProtocolError as error:
         raise PlanError(str(error)) from None
+    return plan
 
 
 def steps_before(step: int | None, known: int | None) -> int:

@@ -320,3 +320,39 @@ def test_config_and_summary_reach_the_version(server: ServerProcess, run: str) -
         version = reader.version(run, "raw")
         folder = reader.download(version, server.data.parent / "out")
     assert json.loads((folder / "config.json").read_text()) == {"width": 64}
+
+
+@pytest.mark.parametrize("sent", [True, False], ids=["after a step", "before the first step"])
+def test_changed_model_begins_a_new_run_and_the_old_one_is_set_aside(server: ServerProcess, sent: bool) -> None:
+    run, model = f"changed-{sent}", nn.Sequential(nn.Linear(2, 2))
+    with _client(server, run, on_change="restart") as client:
+        client.attach(model, optimizer := SGD(model.parameters(), lr=0.1))
+        if sent:
+            optimizer.step()
+        model.append(nn.Linear(2, 2))
+        for _ in range(2):
+            optimizer.step()
+        last = client.steps
+
+    step, weights = _raw(server, run)
+    assert step == last
+    assert weights.keys() == model.state_dict().keys()
+    if sent:
+        with Reader(server.http) as reader:
+            (old,) = [each.run for each in reader.runs() if each.run.startswith(f"{run}.")]
+            assert reader.version(old, "raw").step == 1
+            assert reader.load(reader.version(old, "raw")).keys() == {"0.weight", "0.bias"}
+
+
+def test_only_rank_0_reaches_the_server(server: ServerProcess, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    clients = []
+    for rank in "210":
+        monkeypatch.setenv("RANK", rank)
+        clients.append(_client(server, run))
+    model = nn.Linear(2, 2)
+    for client in clients:
+        client.update(model, 1)
+
+    assert [client.finish() for client in clients] == [True, True, True]
+    assert _raw(server, run)[0] == 1

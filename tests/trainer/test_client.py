@@ -255,7 +255,7 @@ def test_an_interrupted_copy_gives_its_slot_back(monkeypatch: pytest.MonkeyPatch
 
 def test_a_model_changed_after_joining_is_raised_from_the_step() -> None:
     model, optimizer = _training()
-    client = _client()
+    client = _client(on_change="raise")
     client.attach(model, optimizer)
     slots = len(client.worker.free)
     model.to(torch.float64)

@@ -27,7 +27,7 @@ log = logging.getLogger("ema")
 
 _WHAT_TO_DO: Final = (
     "a run keeps the tensors that it was joined with: join after the change (after a forward pass, if that makes it), "
-    "leave such tensors out with exclude=, or stream to a run of another name"
+    "leave such tensors out with exclude=, or pass on_change='restart' to begin a new run with it"
 )
 
 

@@ -110,6 +110,7 @@ class RemoteModelEma(nn.Module):
                 config=config,
                 connect_timeout_s=connect_timeout_s,
                 wait_timeout_s=wait_timeout_s,
+                rank=0,
             )
         self._resume = resume
         self._pull = Pull(url, token, _run(run) if self._client is None else self._client.run)
@@ -158,7 +159,7 @@ class RemoteModelEma(nn.Module):
         Raises:
             SettingsError: `step` is no step, or was given before and not now, or the other way round.
             JoinError: the server refuses the run (first update).
-            PlanError: the model cannot be streamed, or has changed.
+            PlanError: the model cannot be streamed (first update); one that changes later is no longer averaged.
         """
         number = self._steps + 1 if step is None else check_step("step", step, 1)
         rule = self._constant if step is None else self._by_step
