@@ -14,5 +14,6 @@ Packages, each of which imports only those listed before it:
 - `ingest`: from the socket to whole, finite snapshots
 - `http`: the ASGI application
 
-`server` composes them, `cli` is `ema serve`, `config` holds the settings, `telemetry` the counters.
+`server` composes them, `cli` is `ema serve`, `config` holds the settings, `telemetry` the counters, and `addresses`
+resolves the names that the sockets listen on.
 """

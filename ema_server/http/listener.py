@@ -1,6 +1,6 @@
-"""The HTTP listener: a uvicorn server inside the caller's event loop. Knows an ASGI app and an address, nothing else.
+"""The HTTP listener: a uvicorn server inside the caller's event loop.
 
-Signals belong to the composition root: uvicorn would re-raise them when it is done, and kill the process before the
+The composition root handles signals: uvicorn would raise them again when it is done, and kill the process before the
 averages are written.
 """
 
@@ -15,7 +15,9 @@ from collections.abc import Callable, Generator
 import uvicorn
 from starlette.types import ASGIApp
 
-KEEP_ALIVE_S = 75  # above the usual polling intervals: a client must not meet a connection that is just being closed
+from ema_server.addresses import bind_all, bracketed, numeric_hosts
+
+KEEP_ALIVE_S = 75  # above the usual polling intervals, so that a poll does not meet a connection being closed
 GRACEFUL_S = 8  # below the ten seconds after which containers are killed
 _CUT_OFF_S = 2  # for the responses to notice
 
@@ -31,7 +33,7 @@ class HttpServer:
 
     Args:
         app: the application.
-        host: name or address to listen on.
+        host: an address, or a name: each of its addresses is listened on.
         port: 0 takes a free one.
         graceful_s: how long running responses may take once `stop` is called.
     """
@@ -49,13 +51,13 @@ class HttpServer:
         Raises:
             HttpListenError: the address is in use, or not one of this machine.
         """
-        listener = await asyncio.to_thread(_listen, self._host, self._port)
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        listeners = await asyncio.to_thread(_listen, self._host, self._port)
+        self._serving = asyncio.create_task(self._server.serve(sockets=listeners))
         while not self._server.started and not self._serving.done():
             await asyncio.sleep(0.005)
         if self._serving.done():
             self._serving.result()
-        return _url(listener.family, self._host, listener.getsockname()[1])
+        return f"http://{bracketed(self._host)}:{listeners[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         """Let running responses end, at most `graceful_s`, and close."""
@@ -74,16 +76,16 @@ class _Server(uvicorn.Server):
         yield
 
     def cut_off(self) -> None:
-        """Close every connection. To its response it looks like a client that went away."""
+        """Close every connection; a response sees it as a client that has disconnected."""
         connections = list(self.server_state.connections)
-        log.warning("%d connections were still open; they are cut off", len(connections))
+        log.warning("%d connections are still open; they are closed", len(connections))
         for connection in connections:
             if connection.transport is not None:
                 connection.transport.abort()
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """What makes the event loop: uvloop where it is installed, else None for asyncio's own."""
+    """The factory of the event loop: uvloop's if it is installed, else None for asyncio's own."""
     try:
         import uvloop
     except ImportError:
@@ -94,7 +96,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def _config(app: ASGIApp, graceful_s: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        lifespan="off",  # start and stop have an owner: the composition root
+        lifespan="off",  # the composition root starts and stops the parts
         ws="none",
         log_config=None,
         access_log=False,
@@ -104,24 +106,26 @@ def _config(app: ASGIApp, graceful_s: int) -> uvicorn.Config:
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> list[socket.socket]:
+    """Listen on every address of `host`, at one port."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
+        return bind_all(numeric_hosts(host), port, _bind, socket.socket.close)
     except OSError as error:
-        raise HttpListenError(f"cannot listen on http {host}:{port}: {error.strerror}") from error
+        raise HttpListenError(
+            f"cannot listen on http {bracketed(host)}:{port}: {error.strerror}; choose another --http"
+        ) from error
+
+
+def _bind(host: str, port: int) -> tuple[socket.socket, int]:
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))  # `::` is IPv4 too
         listener.bind(address)
         listener.setblocking(False)
-    except OSError as error:
+    except OSError:
         listener.close()
-        raise HttpListenError(
-            f"cannot listen on http {host}:{port}: {error.strerror}; choose another --http"
-        ) from error
-    return listener
-
-
-def _url(family: socket.AddressFamily, host: str, port: int) -> str:
-    name = f"[{host}]" if family == socket.AF_INET6 and ":" in host else host
-    return f"http://{name}:{port}"
+        raise
+    return listener, listener.getsockname()[1]

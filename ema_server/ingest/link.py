@@ -12,6 +12,7 @@ import socket
 import zmq
 
 from ema_proto.limits import CREDIT_WINDOW_CHUNKS, FRAME_BYTES_MAX
+from ema_server.addresses import bind_all, bracketed, numeric_hosts
 
 _RECEIVE_QUEUE = CREDIT_WINDOW_CHUNKS + 4  # a sanity check only: credit keeps the sender from needing more
 _KEEPALIVE_IDLE_S = 30  # finds half-open connections of hosts that vanished
@@ -31,7 +32,7 @@ class RouterLink:
         self._poller.register(self._wake_reader, zmq.POLLIN)
 
     def bind(self, endpoint: str) -> str:
-        """Listen at `endpoint`; returns it with the port that was taken.
+        """Listen at `endpoint`, on every address of a host name; returns the first as text, with the port.
 
         Raises:
             OSError: the address is in use, or not one of this machine.
@@ -42,12 +43,27 @@ class RouterLink:
         self._router.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         self._router.setsockopt(zmq.TCP_KEEPALIVE, 1)
         self._router.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_IDLE_S)
-        self._router.setsockopt(zmq.IPV6, "[" in endpoint)
+        scheme, _, rest = endpoint.partition("://")
+        try:
+            if scheme != "tcp":
+                return self._bind(endpoint)
+            host, _, port = rest.rpartition(":")
+            endpoints = bind_all(_numeric_hosts(host), int(port), self._bind_tcp, self._router.unbind)
+        except OSError as error:
+            why = str(error.strerror).partition(" (addr=")[0]
+            raise OSError(error.errno, f"cannot listen at {endpoint}: {why}; choose another --zmq") from None
+        return endpoints[0]
+
+    def _bind_tcp(self, host: str, port: int) -> tuple[str, int]:
+        self._router.setsockopt(zmq.IPV6, ":" in host)
+        taken = self._bind(f"tcp://{bracketed(host)}:{port}")
+        return taken, int(taken.rpartition(":")[2])
+
+    def _bind(self, endpoint: str) -> str:
         try:
             self._router.bind(endpoint)
         except zmq.ZMQError as error:
-            why = str(error.strerror).partition(" (addr=")[0]
-            raise OSError(error.errno, f"cannot listen at {endpoint}: {why}; choose another --zmq") from None
+            raise OSError(error.errno, error.strerror) from None
         return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def close(self) -> None:
@@ -110,3 +126,11 @@ class RouterLink:
 
     def _has_more(self) -> bool:
         return bool(self._router.getsockopt(zmq.RCVMORE))
+
+
+def _numeric_hosts(host: str) -> tuple[str, ...]:
+    """The addresses of a host; `*` and names of interfaces are left to ZeroMQ, which knows them."""
+    try:
+        return numeric_hosts(host.strip("[]"))
+    except OSError:
+        return (host,)

@@ -95,9 +95,9 @@ class Served:
         )
 
     @contextmanager
-    def listening(self, port: int = 0, graceful_s: int = 5) -> Iterator[str]:
-        """Serve on a (free) port of the loopback from a thread of its own; yields the URL."""
-        server = HttpServer(create_app(self.services), "127.0.0.1", port, graceful_s=graceful_s)
+    def listening(self, port: int = 0, graceful_s: int = 5, host: str = "127.0.0.1") -> Iterator[str]:
+        """Serve on a (free) port from a thread of its own; yields the URL."""
+        server = HttpServer(create_app(self.services), host, port, graceful_s=graceful_s)
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever)
         thread.start()
