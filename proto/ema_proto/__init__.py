@@ -1,4 +1,16 @@
-"""The contract between trainer, server and readers: sans-IO, standard library only. SPEC.md beside it is normative."""
+"""The wire protocol between trainer and server, sans-IO, with the standard library alone. SPEC.md is normative.
+
+- `averages`: averaging rules as values and as strings
+- `wire`: messages, manifests and their bytes
+- `sender`: the trainer's end as a state machine
+- `receiver`: the server's end as a state machine
+- `limits`: the version and all bounds, with their reasons
+- `errors`: exceptions and reject codes
+- `names`: names of runs and averages, patterns of tensor names
+- `dtypes`: the dtypes on the wire
+- `auth`: proof of a shared token
+- `variables`: misspelt environment variables
+"""
 
 from ema_proto.averages.specs import (
     AverageSpec,

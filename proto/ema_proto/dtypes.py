@@ -1,4 +1,4 @@
-"""Wire dtypes: safetensors' names and item sizes. The only such table; each side maps torch's dtypes at its edge."""
+"""Wire dtypes: safetensors' names and item sizes. Each side maps them to torch's dtypes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Every way the protocol says no.
+"""Exceptions of the protocol, and the reject codes of the wire, which SPEC.md section 12 describes.
 
-Inside the package an invalid input always raises one of these; nothing else escapes. `RejectCode` is the wire's
-vocabulary: SPEC.md lists the same codes, and `tests/proto/test_spec.py` holds the two together.
+Invalid input to this package always raises one of these exceptions.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ class ProtocolError(Exception):
 
 
 class LocalProtocolError(ProtocolError, ValueError):
-    """This side was asked for something that the protocol does not allow (a name, a spec, an order of calls)."""
+    """The caller asked for something that the protocol does not allow (a name, a spec, an order of calls)."""
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent bytes that break the protocol; `code` is what to answer."""
+    """The peer sent bytes that violate the protocol; `code` is the answer."""
 
     def __init__(self, code: RejectCode, text: str) -> None:
         super().__init__(text)
@@ -69,7 +68,7 @@ class Cure(StrEnum):
     """What the sender does about a REJECT."""
 
     RECONNECT = "reconnect"
-    REJOIN = "reconnect, final at the first JOIN"  # whoever asks for a run for the first time has to know
+    REJOIN = "reconnect, final at the first JOIN"  # the caller waits for the result of the first JOIN
     RESEND = "resend"
     FINAL = "final"
 

@@ -1,4 +1,4 @@
-"""Version and bounds of the wire. Every number here stands in SPEC.md with the same reason."""
+"""Version and bounds of the wire. SPEC.md section 13 lists every number with the same reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ VERSION_MINOR = 0  # unknown keys and capabilities are ignored, so minors only a
 HEADER_BYTES = 64  # one cache line, fixed for every major: version and type can always be read
 
 # 4 MiB measured fastest over tcp and ipc: below it calls cost more than copying, above 32 MiB glibc maps and faults
-# every frame anew. The receiver chooses within these bounds and tells the sender in WELCOME.
+# every frame. The receiver chooses within these bounds and tells the sender in WELCOME.
 CHUNK_BYTES_DEFAULT = 4 << 20
 CHUNK_BYTES_MIN = 64 << 10  # smaller frames lose libzmq's zero-copy path
 CHUNK_BYTES_MAX = 16 << 20
@@ -36,8 +36,8 @@ PATTERNS_MAX = 256  # of all averages of a run: each of them is compared with ea
 NAME_CHARS_MAX = 96  # the Hugging Face Hub's limit for one part of a repository id
 
 STEP_MAX = (1 << 53) - 1  # exact in every JSON reader
-QUANTITY_MIN = 1e-9  # lengths, step units and the like: their quotients and products stay far from what no float holds
-QUANTITY_MAX = 1e15  # likewise, and beyond it nothing differs in any run
+QUANTITY_MIN = 1e-9  # lengths and step units: their quotients and products stay well within the range of a float
+QUANTITY_MAX = 1e15  # likewise; larger values make no difference in any run
 
 CREDIT_WINDOW_CHUNKS = 8  # 2 to 4 already saturate loopback; twice that covers scheduling
 SLOTS = 2  # one is averaged while the other fills
@@ -51,6 +51,6 @@ RECONNECT_PAUSE_S = 1.0  # upper bound of the jittered pause between attempts
 HANDSHAKE_S = 5.0  # a HELLO unanswered on a fresh connection; a JOIN may take longer, heartbeats go on meanwhile
 STALL_S = 30.0  # heartbeats answered but no chunk credited and no snapshot committed: longer than a publishing pass
 REQUEST_S = 300.0  # a PUBLISH, REWIND or FINISH unanswered: longer than writing or loading the largest run
-CONNECTIONS_MAX = 10_000  # strangers cost memory; beyond this the longest silent one without a run is forgotten
-RUNS_REMEMBERED_MAX = 10_000  # who streamed a run last, for telling evicted trainers
+CONNECTIONS_MAX = 10_000  # each costs memory; beyond this the longest silent one without a run is forgotten
+RUNS_REMEMBERED_MAX = 10_000  # which session streamed a run last, to evict others that reconnect
 RECENT_STEPS = 8  # applied steps a JOINED names; more than the sender can have in flight

@@ -1,7 +1,6 @@
-"""What the rules' parameters have in common: kinds of values, their text, their checks, and a rule's default name.
+"""The parameters of averaging rules: kinds of values, their text and checks, and a rule's spec and default name.
 
-A rule is a frozen dataclass whose fields carry a `Kind` as metadata. From that follow here, once for all rules, the
-checks, the spec and the reading of one. What a rule means is not known here.
+A rule is a frozen dataclass whose fields carry a `Kind` as metadata.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 class Kind(Protocol):
-    """What values a parameter may have; `what` names it in messages (`"ema gamma"`).
+    """The values that a parameter may have; `what` names the parameter in messages (`"ema gamma"`).
 
     `checked` and `read` raise LocalProtocolError with the value and what is allowed.
     """
 
     def checked(self, what: str, value: object) -> Any:
-        """The value as it is kept."""
+        """The canonical value."""
 
     def read(self, what: str, text: str) -> Any:
         """The value that a text means."""
@@ -146,7 +145,7 @@ def of_kind(kind: Kind, key: str = "") -> Mapping[str, Any]:
 
 
 class Rule(Protocol):
-    """What the functions here need of a rule. `KEYWORD` begins its spec; `LEADING` is the field that needs no key."""
+    """A rule as this module needs it. `KEYWORD` begins its spec; `LEADING` is the field without a key."""
 
     KEYWORD: ClassVar[str]
     LEADING: ClassVar[str]
@@ -159,14 +158,14 @@ class Rule(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Treatment:
-    """What every averaging rule has: which tensors it averages, and how precisely.
+    """The parameters of every averaging rule: which tensors it averages, and how precisely.
 
     Args:
         buffers: `"average"` treats float buffers (statistics of batch norm) like weights, `"copy"` takes their newest
             value.
         include: patterns of the tensors that are averaged, all of them where it is empty; the rest is copied.
-        exclude: patterns of the tensors that are copied even so.
-        accumulator: `"float32"`, or `"float64"`, which decays above 0.99999 need, and which takes twice the memory.
+        exclude: patterns of the tensors that are copied although `include` matches.
+        accumulator: `"float32"`, or `"float64"`, which decays above 0.99999 need and which takes twice the memory.
     """
 
     buffers: Buffers = field(default="average", metadata=of_kind(Word(("average", "copy"))))
@@ -176,7 +175,7 @@ class Treatment:
 
     def __post_init__(self) -> None:
         """Validate the parameters and fill in the default name."""
-        rule = cast(Rule, self)  # with its keyword and its name, which have their own place in each
+        rule = cast(Rule, self)  # a subclass, which has a keyword and a name
         check_fields(rule)
         self.check_together()
         settle_name(rule)
@@ -187,7 +186,7 @@ class Treatment:
         return spec_of(self)
 
     def check_together(self) -> None:
-        """Refuse parameters that do not go with each other; of most rules all do."""
+        """Refuse combinations of parameters; most rules allow all."""
 
 
 def parameters_of(rule: Rule | type[Rule]) -> dict[str, Field[Any]]:
@@ -212,10 +211,10 @@ def check_fields(rule: Rule) -> None:
 
 
 def settle_name(rule: Rule) -> None:
-    """Check the name, or make one of the spec: `swa:start=1000` is `swa-start-1000`.
+    """Check the name, or derive it from the spec: `swa:start=1000` is `swa-start-1000`.
 
     Raises:
-        LocalProtocolError: it is not allowed; or the spec makes none, and the text asks for one.
+        LocalProtocolError: it is not allowed, or none can be derived; the text asks for one.
     """
     object.__setattr__(rule, "name", check_name("average", rule.name) if rule.name else _default_name(spec_of(rule)))
 

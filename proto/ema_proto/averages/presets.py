@@ -1,7 +1,7 @@
-"""What other libraries compute, as one table: each preset is parameters of a rule, put in when a string is read.
+"""Presets: the parameters of a rule that reproduce another library's average.
 
-A preset keeps no trace: the spec and the default name are those of what it stands for. What is given beside it wins.
-docs/guides/averages.md says which call of which library each of them is, and where that differs.
+A preset is expanded when a string is read: the spec and the default name do not mention it. Parameters given beside it
+take precedence. docs/guides/averages.md lists the call of each library, and where results differ.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Preset:
     """Parameters of a rule by their keys, as text.
 
     Args:
-        rule: whose they are, `"ema"`, `"swa"` or `"power"`.
-        parameters: what differs from the rule's defaults, for the library's own.
-        length: the original's own default, where it has one: used if no length is given.
+        rule: the rule's keyword, `"ema"`, `"swa"` or `"power"`.
+        parameters: those that differ from the rule's defaults.
+        length: the library's default length, used if none is given.
     """
 
     rule: str
@@ -54,7 +54,7 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def expanded(rule: str, given: Mapping[str, str]) -> dict[str, str]:
-    """`given` with what its `preset` stands for; as it is where it has none.
+    """`given` with its `preset` replaced by the preset's parameters.
 
     Args:
         rule: keyword of the rule that the parameters are of.

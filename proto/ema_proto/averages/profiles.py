@@ -1,4 +1,4 @@
-"""The width of a power-function average: from its relative standard deviation to its exponent and back. Pure floats.
+"""The width of a power-function average: its relative standard deviation and its exponent.
 
 Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv 2312.02696), equations 123 and
 126: weights in proportion to `t ** gamma` over `[0, T]` have the standard deviation `sigma_rel * T`.

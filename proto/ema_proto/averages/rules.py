@@ -60,11 +60,11 @@ class Ema(Treatment):
 
     The length of its memory is given in one of four ways: `decay`, or a half-life, after which half of the old average
     is left: `d = 0.5 ** (1 / half_life)`. In samples or epochs it means the same at any batch size; then the trainer
-    has to tell `samples_per_step=` or `steps_per_epoch=`.
+    has to give `samples_per_step=` or `steps_per_epoch=`.
 
     At the t-th step of the average's time let `n = t - update_after`. Up to `n = 0` the average is a copy of the
-    weights, with `init="first"` up to `n = 1`. From then on `d` is that of `warmup`, which needs no rule of its own for
-    gaps: the product of the decays of all steps counts.
+    weights, with `init="first"` up to `n = 1`. From then on `d` is that of `warmup`. Over a
+    gap the decays of all its steps are multiplied.
 
     - `"timm"`: `max(min(1 - (1 + (n - 1) / gamma) ** -power, decay), min_decay)`, of timm's ModelEmaV3, diffusers and
       ema-pytorch.
@@ -90,7 +90,7 @@ class Ema(Treatment):
         update_after: the average is a copy of the weights for so many steps.
         init: `"first"`: the first update copies the weights. `"start"`: the average begins with the weights of before
             the first step, as a copy of the model made before training does.
-        buffers, include, exclude, accumulator: see `Treatment`.
+        buffers, include, exclude, accumulator: which tensors are averaged, and how precisely; see `Treatment`.
 
     Raises:
         LocalProtocolError: a parameter is out of range, does not go with another, or the name is not allowed.
@@ -145,14 +145,14 @@ class Ema(Treatment):
 class PowerEma(Treatment):
     """Power-function average of Karras et al. (arXiv 2312.02696): weights in proportion to `t ** gamma`, t the step.
 
-    Its memory grows with the run: it needs no warm-up, and forgets the beginning.
+    Its memory grows with the run, so it needs no warm-up and forgets the beginning.
 
     Args:
         sigma_rel: standard deviation of its weights relative to the run so far, in [1e-6, 1/sqrt(12)); 0.05 and 0.10
             are usual. This or `gamma`.
         name: name of the average; the default is `power-{sigma_rel}` or `power-gamma-{gamma}`.
         gamma: the exponent, in [0, 1e6); 0 is the plain mean.
-        buffers, include, exclude, accumulator: see `Treatment`.
+        buffers, include, exclude, accumulator: which tensors are averaged, and how precisely; see `Treatment`.
 
     Raises:
         LocalProtocolError: a parameter is out of range, both or none are given, or the name is not allowed.
@@ -186,13 +186,13 @@ class PowerEma(Treatment):
 
 @dataclass(frozen=True, slots=True)
 class Uniform(Treatment):
-    """Plain mean of the weights (SWA), of all steps or of some. Before the first of them it follows the weights.
+    """Plain mean of the weights (SWA) over all steps or some. Before the first of these it follows the weights.
 
     Args:
         start: the first step whose weights may count.
-        every: those of steps divisible by it count.
+        every: only steps divisible by it count.
         name: name of the average; the default is `swa`, or made of the parameters, `swa-start-1000`.
-        buffers, include, exclude, accumulator: see `Treatment`.
+        buffers, include, exclude, accumulator: which tensors are averaged, and how precisely; see `Treatment`.
 
     Raises:
         LocalProtocolError: a parameter is out of range or the name is not allowed.
@@ -208,15 +208,15 @@ class Uniform(Treatment):
 
 @dataclass(frozen=True, slots=True)
 class Window(Treatment):
-    """Plain mean of the weights of the last `k` steps that are divisible by `every` (LAWA). It holds `k` snapshots.
+    """Plain mean of the weights of the last `k` steps that are divisible by `every` (LAWA). It stores `k` snapshots.
 
-    Before the first such step it follows the weights, and before the k-th it is the mean of those there are.
+    Before the first such step it follows the weights, and before the k-th it is the mean of those so far.
 
     Args:
         k: how many snapshots, 1 to 256.
-        every: those of steps divisible by it count.
+        every: only steps divisible by it count.
         name: name of the average; the default is made of the parameters, `window-5`.
-        buffers, include, exclude, accumulator: see `Treatment`.
+        buffers, include, exclude, accumulator: which tensors are averaged, and how precisely; see `Treatment`.
 
     Raises:
         LocalProtocolError: a parameter is out of range or the name is not allowed.
@@ -232,19 +232,19 @@ class Window(Treatment):
 
 @dataclass(frozen=True, slots=True)
 class Wsd(Treatment):
-    """What a learning rate that decays over `steps` steps after `start` would give, on a run whose rate is constant.
+    """Imitates, on a run with a constant learning rate, one that decays over `steps` steps after `start`.
 
     The weights of these steps are averaged with the falls of the learning rate as their shares: as if each step's
     update had been scaled by the rate's factor (warmup-stable-merge, arXiv 2507.17634). Before `start` the average
-    follows the weights, and after `start + steps` it stands still.
+    follows the weights, and after `start + steps` it does not change.
 
     Args:
         start: the decay begins after this step.
-        steps: it takes so many, 1 or more.
-        shape: factor of the rate after the share x of them: `"linear"` 1 - x, `"sqrt"` 1 - sqrt(x), `"cosine"`
+        steps: length of the decay, 1 or more.
+        shape: factor of the rate after a fraction x of them: `"linear"` 1 - x, `"sqrt"` 1 - sqrt(x), `"cosine"`
             (1 + cos(pi x)) / 2.
         name: name of the average; the default is made of the parameters, `wsd-start-10000-steps-2000`.
-        buffers, include, exclude, accumulator: see `Treatment`.
+        buffers, include, exclude, accumulator: which tensors are averaged, and how precisely; see `Treatment`.
 
     Raises:
         LocalProtocolError: a parameter is out of range or the name is not allowed.
@@ -284,7 +284,7 @@ AverageSpec: TypeAlias = Ema | PowerEma | Uniform | Window | Wsd | Raw
 
 
 def check_matches(rules: Iterable[AverageSpec], names: Sequence[str], others: Iterable[AverageSpec] = ()) -> None:
-    """Refuse rules with a pattern that means no tensor: it was meant to mean some.
+    """Refuse rules with a pattern that matches no tensor, and too many patterns.
 
     Args:
         rules: the rules.

@@ -1,6 +1,6 @@
 """Averaging rules as strings: `ema:0.9999,warmup=timm` is `Ema(0.9999, warmup="timm")`.
 
-The values are in `exponential` and `averages`; here is the grammar `RULE[:[VALUE][,KEY=VALUE]...]` and lists of rules.
+The grammar is `RULE[:[VALUE][,KEY=VALUE]...]`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How fast a trainer goes, for rules that are given in samples or epochs. Values in, refusals out; no clock."""
+"""What an optimizer step is in samples and epochs, for rules that are given in these units."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ema_proto.limits import QUANTITY_MAX, QUANTITY_MIN
 
 @dataclass(frozen=True, slots=True)
 class StepUnits:
-    """What the trainer told of one optimizer step: the samples in it, and how many of them are an epoch.
+    """The samples in an optimizer step, over all ranks, and the steps in an epoch; None where unknown.
 
     Raises:
         LocalProtocolError: one of them is not a number in [1e-9, 1e15).
@@ -22,7 +22,6 @@ class StepUnits:
     steps_per_epoch: float | None = None
 
     def __post_init__(self) -> None:
-        """Validate."""
         for name in ("samples_per_step", "steps_per_epoch"):
             value = getattr(self, name)
             if value is None:
@@ -42,7 +41,7 @@ UNKNOWN = StepUnits()
 
 
 def needed_of(rule: AverageSpec) -> str | None:
-    """The field of `StepUnits` without which the rule means nothing; None where it needs none."""
+    """The field of `StepUnits` that the rule needs; None if it needs none."""
     if not isinstance(rule, Ema):
         return None
     if rule.half_life_samples is not None:
@@ -51,10 +50,10 @@ def needed_of(rule: AverageSpec) -> str | None:
 
 
 def half_life_steps(rule: Ema, units: StepUnits) -> float:
-    """The half-life that the rule was given, in steps.
+    """The half-life of the rule in steps.
 
     Raises:
-        ValueError: it was given a decay, or in a unit that is not known.
+        ValueError: the rule has no half-life, or one in a unit that is not known.
     """
     if rule.half_life is not None:
         return rule.half_life
@@ -66,7 +65,7 @@ def half_life_steps(rule: Ema, units: StepUnits) -> float:
 
 
 def check_step_units(rules: Iterable[AverageSpec], units: StepUnits) -> None:
-    """Refuse rules whose unit the trainer has not told.
+    """Refuse rules in a unit that is not known.
 
     Raises:
         LocalProtocolError: the text names the rule, what is missing and what to do.

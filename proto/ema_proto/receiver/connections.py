@@ -1,7 +1,7 @@
-"""The connections of a server: who was greeted, what is sent to whom, and who is forgotten. Runs are not known here.
+"""The connections of a server: greets them, sends to them, forgets silent ones.
 
-A peer that breaks the protocol is told so once, then ignored until it says HELLO again: a refusal for each frame that
-was under way would help nobody.
+A peer that violates the protocol gets one REJECT and is ignored until its next HELLO: frames that were in flight at the
+time of the first refusal need no refusals of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Connection:
     session: bytes = NO_SESSION
     nonce: str | None = None
     welcomed: bool = False
-    told: bool = False
+    refused: bool = False
     run: str | None = None
 
 
@@ -58,7 +58,7 @@ class Connections:
         connection = self._by_peer.get(peer)
         if connection is None:
             if len(self._by_peer) >= CONNECTIONS_MAX:
-                self._forget_a_stranger()
+                self._forget_one_without_run()
             connection = self._by_peer[peer] = Connection(peer, now)
         connection.seen_at = now
         self._by_peer.move_to_end(peer)
@@ -83,12 +83,12 @@ class Connections:
             raise RemoteProtocolError(RejectCode.UNKNOWN_CONNECTION, "this connection was not greeted: say HELLO")
 
     def greet(self, connection: Connection, session: bytes, hello: m.Hello) -> None:
-        """Answer a HELLO by WELCOME or CHALLENGE; a doubled one is answered as the first.
+        """Answer a HELLO by WELCOME or CHALLENGE; a repeated one gets the same answer.
 
         Raises:
             RemoteProtocolError: `version`, `unauthorized`, or `bad_message` for a second session on one connection.
         """
-        connection.told = False
+        connection.refused = False
         if session == NO_SESSION or connection.session not in (NO_SESSION, session):
             raise RemoteProtocolError(RejectCode.BAD_MESSAGE, "a connection has one session, and its id is not zero")
         connection.session = session
@@ -105,22 +105,22 @@ class Connections:
             self.send(connection.peer, m.Challenge(connection.nonce))
 
     def refuse(self, connection: Connection, code: RejectCode, text: str) -> None:
-        """The connection has to be greeted anew; told once, counted always."""
+        """The connection has to say HELLO again; sent once, counted each time."""
         connection.welcomed = False
-        if connection.told:
+        if connection.refused:
             self.rejects[code] += 1
         else:
-            connection.told = True
+            connection.refused = True
             self.send(connection.peer, m.Reject(code, text))
 
     def dismiss(self, peer: bytes) -> None:
-        """The session has a newer connection: frames of this one do not count any more."""
+        """The session has a newer connection: ignore frames of this one."""
         connection = self._by_peer.get(peer)
         if connection is not None:
             connection.welcomed, connection.run = False, None
 
     def leave(self, peer: bytes) -> None:
-        """The connection has no run any more."""
+        """The connection no longer has a run."""
         connection = self._by_peer.get(peer)
         if connection is not None:
             connection.run = None
@@ -134,7 +134,7 @@ class Connections:
             self.outbox.append((peer, encode(message, session=connection.session, epoch=self._epoch)))
 
     def _is_proven(self, connection: Connection, token: str, proof: str | None) -> bool:
-        """Whether the token is proved; False where there is nothing to judge yet. A nonce is good for one attempt."""
+        """Whether the token is proved; False without a proof or a challenge. A nonce is good for one attempt."""
         if proof is None or connection.nonce is None:
             return False
         nonce, connection.nonce = connection.nonce, None
@@ -143,7 +143,7 @@ class Connections:
             raise RemoteProtocolError(RejectCode.UNAUTHORIZED, text)
         return True
 
-    def _forget_a_stranger(self) -> None:
-        stranger = next((peer for peer, connection in self._by_peer.items() if connection.run is None), None)
-        if stranger is not None:
-            del self._by_peer[stranger]
+    def _forget_one_without_run(self) -> None:
+        peer = next((peer for peer, connection in self._by_peer.items() if connection.run is None), None)
+        if peer is not None:
+            del self._by_peer[peer]

@@ -1,6 +1,6 @@
-"""What the receiver tells its caller: where a body belongs, and what it asks of the keeper of the runs.
+"""Where a body belongs, and the requests of trainers that the averager has to answer.
 
-`ticket` names one session's claim; an answer with a stale one is ignored.
+`ticket` identifies one session's claim; an answer with a stale ticket is ignored.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class FinishRequested:
 
 @dataclass(frozen=True, slots=True)
 class SessionEnded:
-    """The run has no trainer any more: it said goodbye, or (`lost`) fell silent."""
+    """The run no longer has a trainer: it said goodbye, or (`lost`) fell silent."""
 
     run: str
     ticket: int

@@ -1,7 +1,6 @@
-"""Snapshots of one joined session on one connection: which slot fills, what is held, how much may still come.
+"""Snapshots of one joined session on one connection: slots, credit, and the answers to COMMIT.
 
-Comes in: BEGIN, chunks, COMMIT and the averager's outcomes. Goes out: `replies` for the sender, and whole snapshots.
-A slot is free, filling or held; a step is applied at most once.
+A slot is free, filling, or held until the averager has answered. A step is applied at most once.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class Intake:
         self.credit_limit = self._allowance()
 
     def begin(self, begin: m.Begin) -> None:
-        """A snapshot starts; one still filling is abandoned. A step that cannot count any more gets no slot."""
+        """A snapshot starts; one still filling is abandoned. A step that can no longer count gets no slot."""
         if self._rewinds or not self._can_count(begin):
             return
         self._filling = None
@@ -81,7 +80,7 @@ class Intake:
         self._filling = _Filling(slot, begin, Coverage(self._nbytes, self._chunk_bytes))
 
     def target(self, header: Header) -> int | None:
-        """The slot that a chunk belongs into; None when its payload is to be dropped."""
+        """The slot for a chunk; None when its payload is to be dropped."""
         self._received_chunks += 1
         filling = self._filling
         if filling is None or filling.refused or self._is_other(filling, header.step, header.attempt):
@@ -111,7 +110,7 @@ class Intake:
         """The sender has sent everything; returns the snapshot if it is whole."""
         filling = self._filling
         if filling is None or self._is_other(filling, commit.step, commit.attempt):
-            self._answer_stray(commit)
+            self._answer_unexpected(commit)
             return None
         self._filling = None
         coverage = filling.coverage
@@ -140,21 +139,21 @@ class Intake:
         self._grant()
 
     def quarantined(self, slot: int, text: str) -> None:
-        """The snapshot held in `slot` was not finite and touched nothing."""
+        """The snapshot held in `slot` was not finite and was not applied."""
         self._reject(self._held.pop(slot), RejectCode.NOT_FINITE, text)
         self._grant()
 
-    def rewinding(self) -> None:
-        """The run goes back; until that is done, no step can be judged, and none is taken."""
+    def begin_rewind(self) -> None:
+        """A rewind has begun; until it is answered, no snapshot is accepted."""
         self._rewinds += 1
         self._filling = None
 
-    def not_rewound(self) -> None:
-        """The run stays where it is."""
+    def cancel_rewind(self) -> None:
+        """The rewind failed; the run is unchanged."""
         self._rewinds -= 1
 
     def rewound(self, last_step: int | None, recent: tuple[int, ...]) -> None:
-        """The run is back at `last_step`."""
+        """The run was rewound to `last_step`."""
         self._rewinds -= 1
         self._last_step = last_step
         self.recent = deque(recent, maxlen=RECENT_STEPS)
@@ -171,7 +170,7 @@ class Intake:
     def _is_other(self, filling: _Filling, step: int, attempt: int) -> bool:
         return (filling.begin.step, filling.begin.attempt) != (step, attempt)
 
-    def _answer_stray(self, commit: m.Commit) -> None:
+    def _answer_unexpected(self, commit: m.Commit) -> None:
         if any((held.step, held.attempt) == (commit.step, commit.attempt) for held in self._held.values()):
             return
         if self._rewinds:
@@ -192,13 +191,13 @@ class Intake:
         self.replies.append(m.Reject(code, text, what.step, what.attempt))
 
     def _allowance(self) -> int:
-        """Chunks that may come now: what staging has room for, at most a window."""
+        """Chunks that may be sent now: as many as the slots have room for, at most a window."""
         missing = self._filling.coverage.missing if self._filling else 0
         free = self._slots - len(self._held) - (1 if self._filling else 0)
         return min(CREDIT_WINDOW_CHUNKS, missing + free * count_chunks(self._nbytes, self._chunk_bytes))
 
     def _grant(self) -> None:
-        """Raise the limit when that is worth a message: half a window more, or the sender has nothing left."""
+        """Raise the limit if it grows by half a window, or if the sender has no credit left."""
         allowance = self._allowance()
         limit = self._received_chunks + allowance
         grown = limit - self.credit_limit

@@ -1,11 +1,8 @@
-"""The server's end of the protocol as a machine: headers, bodies and the time go in, messages and events come out.
+"""The server's end of the protocol as a state machine: headers, bodies and the time in, messages and events out.
 
-It knows neither sockets, memory nor averages. For each message the caller passes the header frame and learns where the
-body belongs: into a slot (`Payload`), into a buffer (`Control`), or nowhere (`Discard`). It asks the keeper of the runs
-by `events` and is told the outcome by `accept_join`, `applied` and so on; what is said about a stale ticket is ignored.
-
-A connection is greeted before it may speak; a session owns at most one run; frames count only from its current
-connection.
+For each message the caller passes the header frame and learns where the body belongs: into a slot (`Payload`), into a
+buffer (`Control`), or nowhere (`Discard`). `events` ask the averager for something; it answers by `accept_join`,
+`applied` and so on. Answers with a stale ticket are ignored.
 """
 
 from __future__ import annotations
@@ -59,7 +56,7 @@ class Receiver:
         return self._connections.greeted
 
     def header(self, peer: bytes, frame: bytes, now: float) -> e.Target:
-        """Take the header frame of a message from `peer`; says where its body belongs."""
+        """Take the header frame of a message from `peer`; returns where its body belongs."""
         self._now = now
         connection = self._connections.heard(peer, now)
         self._pending = None
@@ -84,7 +81,7 @@ class Receiver:
         return e.Payload(claim.ticket, slot, header.attempt, header.offset, header.length)
 
     def payload(self, received: memoryview | bytes | None) -> None:
-        """A `Payload` body is in its slot; `received` is that part of the slot, None when its length was another."""
+        """A `Payload` body is in its slot; `received` is that part of the slot, None if the length was wrong."""
         connection, header = self._take_pending()
         claim = self._streaming(connection)
         if claim is not None and claim.intake is not None:
@@ -103,7 +100,7 @@ class Receiver:
                 self._connections.send(connection.peer, m.Reject(error.code, error.text))
 
     def tick(self, now: float) -> None:
-        """Let time pass: probes run out, silent sessions are lost, silent connections forgotten."""
+        """Let time pass: probes expire, silent sessions are lost, silent connections forgotten."""
         self._now = now
         self._runs.tick(now)
         for connection in self._connections.forget_silent(now - self._lost_after_s):
@@ -122,7 +119,7 @@ class Receiver:
         continuation: m.Continuation,
         slots: int = SLOTS,
     ) -> bool:
-        """The run is ready and has `slots` slots. False when the session that asked is gone."""
+        """The run is ready and has `slots` slots; False when the session that asked has ended."""
         claim = self._runs.by_ticket(run, ticket)
         if claim is None or claim.state is not ClaimState.JOINING:
             return False
@@ -154,7 +151,7 @@ class Receiver:
             self._flush(claim)
 
     def quarantined(self, run: str, ticket: int, slot: int, text: str) -> None:
-        """The snapshot in `slot` was not finite and touched nothing; the slot is free."""
+        """The snapshot in `slot` was not finite and was not applied; the slot is free."""
         claim = self._runs.by_ticket(run, ticket)
         if claim is not None and claim.intake is not None:
             claim.intake.quarantined(slot, text)
@@ -189,7 +186,7 @@ class Receiver:
         if error is None:
             claim.intake.rewound(step, recent)
         else:
-            claim.intake.not_rewound()
+            claim.intake.cancel_rewind()
         self._connections.send(claim.peer, m.Rewound(request, step, error))
         self._flush(claim)
 
@@ -243,7 +240,7 @@ class Receiver:
             case m.Publish():
                 self.events.append(e.PublishRequested(claim.run, claim.ticket, message.request, message.pin))
             case m.Rewind():
-                intake.rewinding()
+                intake.begin_rewind()
                 self.events.append(e.RewindRequested(claim.run, claim.ticket, message.request, message.step))
             case m.Finish():
                 claim.state = ClaimState.FINISHING

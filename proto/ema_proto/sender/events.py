@@ -1,7 +1,4 @@
-"""What the sender tells its caller: where it is, and what has happened.
-
-A failed or closed session gives everything back that was offered to it.
-"""
+"""The states and events of the sender. A failed or closed session returns every slot that was offered to it."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from ema_proto.wire import messages as m
 
 
 class SenderState(Enum):
-    """Where the sender is; see the diagram in `sender`."""
+    """The state of a sender; see the diagram in `machine`."""
 
     DISCONNECTED = "disconnected"
     GREETING = "greeting"
@@ -39,7 +36,7 @@ class JoinAccepted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A final refusal of the connection or the run; nothing will be sent any more."""
+    """A final refusal of the connection or the run; nothing more will be sent."""
 
     code: RejectCode
     text: str
@@ -55,7 +52,7 @@ class ConnectionLost:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotDone:
-    """The slot is the caller's again. `code` and `text` say why a snapshot was not applied; both None when it was."""
+    """The slot belongs to the caller again. `code` and `text` say why the snapshot was not applied, else None."""
 
     slot: int
     step: int

@@ -1,9 +1,9 @@
-"""The trainer's end of the protocol as a machine: commands, frames and the time go in, frames and events come out.
+"""The trainer's end of the protocol as a state machine: commands, frames and the time in, frames and events out.
 
-It knows neither sockets nor tensors. A snapshot is a number of bytes in a numbered slot of the caller's; the caller
-writes what `next_frame` returns, one message at a time, and reads `events`. Snapshots and requests keep their order: a
-PUBLISH offered after step N asks for a generation that holds step N. What is unanswered when a connection is lost is
-sent again on the next one, unless JOINED says that it was applied.
+A snapshot is a number of bytes in a numbered slot of the caller's. The caller writes what `next_frame` returns, one
+message at a time, and reads `events`. Snapshots and requests keep their order: a PUBLISH offered after step N asks for
+a generation that holds step N. What is unanswered when a connection is lost is sent again on the next one, unless
+JOINED reports it as applied.
 
     disconnected --opened--> greeting --WELCOME--> greeted --join--> joining --JOINED--> streaming
     any --lost--> disconnected        any --final REJECT--> failed        any --bye, FINISHED--> closed
@@ -55,16 +55,16 @@ class Sender:
         self._timeouts = Timeouts()
 
     def opened(self, now: float) -> None:
-        """A fresh transport is there: greet the server on it."""
+        """A fresh transport was opened: send HELLO on it."""
         if self.state is not SenderState.DISCONNECTED:
             raise LocalProtocolError(f"a transport was opened while {self.state.value}")
         self.state = SenderState.GREETING
         self._epoch = 0
-        self._say(m.Hello())
+        self._send(m.Hello())
         self._timeouts.restart(now)
 
     def lost(self, now: float, reason: str) -> None:
-        """The transport failed, as the caller saw."""
+        """The transport failed."""
         if self.state not in _NOT_CONNECTED:
             self.state = SenderState.DISCONNECTED
             self._control.clear()
@@ -72,7 +72,7 @@ class Sender:
             self.events.append(e.ConnectionLost(reason, now + RECONNECT_PAUSE_S * self._jitter()))
 
     def join(self, join: m.Join) -> None:
-        """Ask for the run, now or as soon as the server has greeted us. Remembered for reconnections."""
+        """Ask for the run, now or as soon as the server has greeted us. Repeated at reconnections."""
         if self._join is not None:
             raise LocalProtocolError(f"this session has joined run {self._join.run!r} already")
         self._join = join
@@ -82,7 +82,7 @@ class Sender:
             self._send_join(join, self._welcome)
 
     def offer(self, slot: int, step: int, now: float, mode: m.Mode = "update") -> None:
-        """Send the snapshot of `step` that lies in `slot`; the slot is the machine's until SnapshotDone.
+        """Send the snapshot of `step` in `slot`; the slot belongs to the machine until SnapshotDone.
 
         Raises:
             LocalProtocolError: the step is not after the last one offered.
@@ -92,7 +92,7 @@ class Sender:
         if not self._stream.awaiting:
             self._timeouts.progressed(now)
         self._stream.add_snapshot(slot, step, mode)
-        self._drop_if_over()
+        self._return_if_ended()
 
     def request_publish(self, *, pin: bool) -> int:
         """Ask for a generation of everything offered so far; Answered carries the returned number."""
@@ -107,14 +107,14 @@ class Sender:
         return self._request(m.Finish)
 
     def bye(self) -> None:
-        """Say goodbye: nothing is accepted any more; BYE is the last frame."""
+        """Close the session: nothing more is accepted; BYE is the last frame."""
         if self.state in (SenderState.JOINING, SenderState.STREAMING):
-            self._say(m.Bye())
+            self._send(m.Bye())
         self.state = SenderState.CLOSED
-        self._drop_if_over()
+        self._return_if_ended()
 
     def receive(self, frames: Sequence[bytes], now: float) -> None:
-        """Take one message from the server. Anything that is no such message ends the connection."""
+        """Take one message from the server. Anything else ends the connection."""
         if self.state in _NOT_CONNECTED:
             return
         try:
@@ -140,7 +140,7 @@ class Sender:
         if reason is not None:
             self.lost(now, reason)
         elif not greeting and self._timeouts.beat_is_due(now):
-            self._say(m.Heartbeat(reply=True))
+            self._send(m.Heartbeat(reply=True))
 
     def next_frame(self) -> Outgoing | None:
         """The next message to write, None when there is nothing to write now. It counts as written once returned."""
@@ -148,7 +148,7 @@ class Sender:
             return Outgoing(*self._control.popleft())
         return self._stream.next_frame(self._session, self._epoch) if self._is_streaming else None
 
-    def _say(self, message: m.Message) -> None:
+    def _send(self, message: m.Message) -> None:
         self._control.append(encode(message, session=self._session, epoch=self._epoch))
 
     @property
@@ -161,9 +161,9 @@ class Sender:
                 self._take_reject(message, now)
             case m.Heartbeat():
                 if message.reply:
-                    self._say(m.Heartbeat())
+                    self._send(m.Heartbeat())
             case m.Challenge() if self.state is SenderState.GREETING:
-                self._say(_answer_challenge(message, token=self._token, session=self._session))
+                self._send(_answer_challenge(message, token=self._token, session=self._session))
             case m.Welcome() if self.state is SenderState.GREETING:
                 self._take_welcome(message, now)
             case m.Joined() if self.state is SenderState.JOINING:
@@ -175,7 +175,7 @@ class Sender:
                 name = type(message).__name__.upper()
                 raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"{name} is not for a trainer")
             case _:
-                pass  # the copy of an answer that was taken, or the answer to what was given up
+                pass  # a repeated answer, or an answer to something given up
 
     def _take_of_run(self, message: m.Credit | m.Committed | m.Published | m.Rewound | m.Finished, now: float) -> None:
         match message:
@@ -192,7 +192,7 @@ class Sender:
             case m.Finished():
                 if self._answer(message.request, message.step, message.error) and message.error is None:
                     self.state = SenderState.CLOSED
-                    self._drop_if_over()
+                    self._return_if_ended()
 
     def _take_welcome(self, welcome: m.Welcome, now: float) -> None:
         _check_welcome(welcome)
@@ -210,7 +210,7 @@ class Sender:
             join = replace(join, reconnect=True, first_step=self._stream.next_step(join.first_step))
         try:
             _check_join(join, welcome)
-            self._say(join)
+            self._send(join)
             self.state = SenderState.JOINING
         except RemoteProtocolError as error:
             self._fail(error.code, error.text)
@@ -236,7 +236,7 @@ class Sender:
         self._stream.remove(snapshot)
         self._done(snapshot)
         if not in_order:
-            # Snapshots are applied in order: the answer to an earlier one was lost, and JOINED will give it again.
+            # Snapshots are applied in order: the answer to an earlier one was lost, and JOINED repeats it.
             self.lost(now, f"step {committed.step} was answered before an earlier one")
 
     def _take_reject(self, reject: m.Reject, now: float) -> None:
@@ -265,7 +265,7 @@ class Sender:
 
     def _request(self, build: Callable[[int], m.Publish | m.Rewind | m.Finish]) -> int:
         number = self._stream.add_request(build)
-        self._drop_if_over()
+        self._return_if_ended()
         return number
 
     def _answer(self, number: int | None, step: int | None, error: str | None) -> bool:
@@ -283,10 +283,10 @@ class Sender:
         self.state = SenderState.FAILED
         self._control.clear()
         self.events.append(e.Refused(code, text))
-        self._drop_if_over()
+        self._return_if_ended()
 
-    def _drop_if_over(self) -> None:
-        """Nothing offered to a failed or closed session will be sent: give it back at once."""
+    def _return_if_ended(self) -> None:
+        """Return what was offered to a failed or closed session: it will not be sent."""
         if self.state not in (SenderState.FAILED, SenderState.CLOSED):
             return
         text = f"the session is {self.state.value}"
@@ -299,10 +299,10 @@ class Sender:
 
 
 def _answer_challenge(challenge: m.Challenge, *, token: str | None, session: bytes) -> m.Hello:
-    """The HELLO that proves our token.
+    """The HELLO that proves the token.
 
     Raises:
-        RemoteProtocolError: `unauthorized`; we have none.
+        RemoteProtocolError: `unauthorized`; there is none.
     """
     if token is None:
         raise RemoteProtocolError(RejectCode.UNAUTHORIZED, "the server asks for a token: set EMA_TOKEN to the server's")
@@ -321,10 +321,10 @@ def _check_welcome(welcome: m.Welcome) -> None:
 
 
 def _check_join(join: m.Join, welcome: m.Welcome) -> None:
-    """Refuse to ask for what the server cannot do.
+    """Refuse a JOIN that the server cannot serve.
 
     Raises:
-        RemoteProtocolError: `version`; it knows no checksums and the trainer wants them.
+        RemoteProtocolError: `version`; the server knows no checksums and the trainer asks for them.
     """
     if join.checksum and "crc32" not in welcome.capabilities:
         text = "the server cannot check CRC-32: upgrade it, or turn the checksum off"

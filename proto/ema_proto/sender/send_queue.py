@@ -1,4 +1,4 @@
-"""What the sender still owes the server, in order: snapshots, cut into chunks as credit allows, and requests."""
+"""Unanswered snapshots and requests in order; snapshots are cut into chunks as credit allows."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class StreamQueue:
 
     @property
     def awaiting(self) -> bool:
-        """Whether a snapshot is unanswered that no REWIND or FINISH holds up."""
+        """Whether a snapshot is unanswered that does not wait behind a REWIND or FINISH."""
         for item in self._items:
             if isinstance(item, Snapshot):
                 return True
@@ -130,7 +130,7 @@ class StreamQueue:
         """The next message that order and credit allow.
 
         A request waits until every snapshot before it is answered: one that had to be sent again would otherwise come
-        after a generation that should hold it, or after a REWIND that undid it.
+        after the generation that should hold it, or after the REWIND that undid it.
         """
         unanswered = False
         for item in self._items:
@@ -191,25 +191,25 @@ class StreamQueue:
         return None
 
     def undo(self, refused: Request) -> list[Snapshot]:
-        """A refused REWIND leaves the run where it was: remove and return, `dropped`, what started again below that."""
+        """Remove and return, `dropped`, the snapshots that a refused REWIND would have made possible."""
         if not isinstance(refused.message, m.Rewind):
             return []
-        passed: list[Snapshot] = []
+        stale: list[Snapshot] = []
         for item in self._items:
             if isinstance(item, Snapshot) and item.step <= refused.last_step:
                 item.dropped = RejectCode.STEP_PASSED
-                passed.append(item)
+                stale.append(item)
             elif isinstance(item, Request) and isinstance(item.message, m.Rewind):
                 item.last_step = max(item.last_step, refused.last_step)
                 break
         else:
             self._last_step = max(self._last_step, refused.last_step)
-        for snapshot in passed:
+        for snapshot in stale:
             self.remove(snapshot)
-        return passed
+        return stale
 
     def resend_from(self, snapshot: Snapshot) -> bool:
-        """Start this snapshot and all after it anew; False when a later one may have been applied already."""
+        """Send this snapshot and all after it again; False when a later one may have been applied already."""
         index = self._items.index(snapshot)
         later = [item for item in list(self._items)[index + 1 :] if isinstance(item, Snapshot)]
         if any(item.phase is Phase.AWAITING for item in later):
@@ -228,7 +228,7 @@ class StreamQueue:
         self.credit_limit = self._chunks_sent = 0
 
     def settle(self, joined: m.Joined) -> list[Snapshot]:
-        """Take the credit of a JOINED; remove and return what it answers, `dropped` where it was passed."""
+        """Take the credit of a JOINED; remove and return the snapshots it answers, `dropped` if not applied."""
         self.credit_limit, self._chunks_sent = joined.credit, 0
         last = joined.last_step
         if last is None or joined.continuation == "new":

@@ -1,4 +1,4 @@
-"""How long the sender waits for what, and when it says that it is alive. Times in, a reason to give up out."""
+"""When the sender gives a connection up, and when it sends a heartbeat."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Timeouts:
         self._request = None
 
     def heard(self, now: float) -> None:
-        """Anything came from the server."""
+        """A message from the server arrived."""
         self._heard_at = now
 
     def progressed(self, now: float) -> None:
-        """What we wait for has moved, or we have only begun to wait."""
+        """An awaited answer came closer, or waiting has just begun."""
         self._progress_at = now
 
     def overdue(self, now: float, *, greeting: bool, awaiting: bool, request: int | None) -> str | None:
-        """Why to give the connection up, None while there is none.
+        """The reason to give the connection up, or None.
 
         Args:
             now: the time.

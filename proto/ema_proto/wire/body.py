@@ -144,7 +144,7 @@ QUANTITY: Final = Kind(
     lambda value: float(where(lambda v: type(v) in (int, float) and QUANTITY_MIN <= v < QUANTITY_MAX).read(value)),
     float,
 )
-# What a server says to people: cut to its bound, and without the surrogates of undecodable paths.
+# A text for people, cut to its bound; surrogates, as in undecodable paths, are replaced.
 MESSAGE_TEXT: Final = Kind(
     text(TEXT_CHARS_MAX).read, lambda value: value[:TEXT_CHARS_MAX].encode(errors="replace").decode()
 )

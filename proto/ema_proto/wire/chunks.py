@@ -1,4 +1,4 @@
-"""Cutting a flat buffer into chunks, and knowing which of them have arrived."""
+"""Cutting a flat buffer into chunks, and recording which have arrived."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cut(nbytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 class Coverage:
-    """Which chunks of one snapshot are there. One byte per chunk; order of arrival does not matter."""
+    """Which chunks of one snapshot have arrived, in any order; one byte per chunk."""
 
     def __init__(self, nbytes: int, chunk_bytes: int) -> None:
         self._nbytes = nbytes
@@ -33,7 +33,7 @@ class Coverage:
         return len(self._seen)
 
     def holds(self, offset: int, length: int) -> bool:
-        """Whether this chunk is there already.
+        """Whether this chunk has arrived.
 
         Raises:
             RemoteProtocolError: `bad_chunk`; the range is no chunk of this snapshot.
@@ -47,13 +47,13 @@ class Coverage:
         return bool(self._seen[index])
 
     def add(self, offset: int) -> None:
-        """Record the chunk at `offset`, checked by `holds` before."""
+        """Record the chunk at `offset`; call `holds` first, which checks it."""
         index = offset // self._chunk_bytes
         if not self._seen[index]:
             self._seen[index] = 1
             self.missing -= 1
 
     def first_missing(self) -> int | None:
-        """Offset of the first chunk that is not there."""
+        """Offset of the first missing chunk."""
         index = self._seen.find(0)
         return None if index < 0 else index * self._chunk_bytes

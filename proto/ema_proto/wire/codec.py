@@ -1,7 +1,7 @@
 """Messages to frames and back. A message is two frames: a fixed 64-byte header and a body (JSON, or a chunk's payload).
 
 Header, little-endian: magic 4s, major u8, minor u8, type u8, flags u8, session 16s, epoch u64, step u64, attempt u32,
-body length u32, offset u64, crc32 u32, reserved u32 (zero). Payloads are never touched here.
+body length u32, offset u64, crc32 u32, reserved u32 (zero). Payloads are never read here.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def encode_header(header: Header) -> bytes:
 
 
 def decode_header(frame: bytes) -> Header:
-    """Read a header frame. Only HELLO and REJECT may carry a foreign major: by them both sides say which they speak.
+    """Read a header frame. Only HELLO and REJECT may carry a foreign major: they negotiate the version.
 
     Raises:
-        RemoteProtocolError: `bad_frame` for anything that is no header, `version` for another major.
+        RemoteProtocolError: `bad_frame` for anything that is not a header, `version` for another major.
     """
     if len(frame) != HEADER_BYTES:
         raise RemoteProtocolError(RejectCode.BAD_FRAME, f"the header frame has {len(frame)} bytes, not {HEADER_BYTES}")

@@ -1,7 +1,6 @@
-"""What a snapshot looks like: ordered tensor specs in one flat buffer.
+"""The tensors of a snapshot and their layout in one flat buffer.
 
-Comes in: tensor names, dtypes, shapes, roles, aliases. Goes out: a validated `Manifest` with byte offsets, its digest,
-and its JSON. Tensors are packed without padding, ordered by item size (large first), then dtype, then the order of the
+Tensors are packed without padding, ordered by item size (large first), then dtype, then the order of the
 state dict: every element is aligned to its own size, and all floats of one dtype lie together.
 """
 
@@ -91,8 +90,7 @@ class Manifest:
     def digest(self) -> str:
         """64 hex digits that identify names, dtypes, shapes and layout.
 
-        Roles are left out: freezing a parameter does not make it another snapshot, and a run keeps the roles it
-        started with.
+        Roles are left out: freezing a parameter does not change the layout, and a run keeps the roles it started with.
         """
         lines = [[t.name, t.dtype, list(t.shape), t.offset, list(t.aliases)] for t in self.tensors]
         return hashlib.sha256(json.dumps(lines, separators=(",", ":")).encode()).hexdigest()
@@ -112,7 +110,7 @@ class Manifest:
         ]
 
     def first_difference(self, other: Manifest) -> str | None:
-        """Say in words where `other` first differs from this manifest; None when both describe the same layout."""
+        """Describe the first difference of `other` from this manifest; None when both have the same layout."""
         mine = {t.name: t for t in self.tensors}
         theirs = {t.name: t for t in other.tensors}
         for t in other.tensors:
@@ -152,7 +150,7 @@ def layout(tensors: Iterable[TensorSpec]) -> Manifest:
 
 
 def from_json(value: object) -> Manifest:
-    """Read a manifest from decoded JSON, trusting nothing.
+    """Read a manifest from untrusted decoded JSON.
 
     Raises:
         RemoteProtocolError: `manifest_invalid`, with the tensor and the value that is wrong.
@@ -163,7 +161,7 @@ def from_json(value: object) -> Manifest:
 
 
 def _names(names: tuple[str, ...]) -> str:
-    """A few of the names, for people."""
+    """The first three of the names, for an error text."""
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(repr(name) for name in names[:3]) + rest if names else "nothing"
 

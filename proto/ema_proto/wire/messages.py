@@ -1,6 +1,6 @@
 """All messages, used as `m.Join`, `m.Joined` and so on. Each is a frozen value; its body has its fields in their order.
 
-When which message is allowed, and what it means, is said in SPEC.md. `codec` turns messages into frames and back.
+SPEC.md says when each message is allowed and what it means. `codec` turns messages into frames and back.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Begin(WithBody):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """`length` bytes of the snapshot from flat byte `offset`; the payload is the second frame. All of it is header."""
+    """`length` bytes of the snapshot from flat byte `offset`; the payload is the second frame."""
 
     type: ClassVar[int] = 4
     step: int

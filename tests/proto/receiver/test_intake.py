@@ -173,7 +173,7 @@ def test_a_step_that_was_applied_is_acknowledged_again_and_one_that_was_passed_i
 def test_between_rewind_and_its_answer_no_step_is_judged() -> None:
     """Step 9 was applied before the rewind; a new step 9 must not be taken for it."""
     intake = new_intake(last_step=10, recent=(9, 10))
-    intake.rewinding()
+    intake.begin_rewind()
     assert send(intake, 9, 1) is None
     assert codes(intake) == [RejectCode.OUT_OF_ORDER]
     intake.rewound(8, (8,))
@@ -183,8 +183,8 @@ def test_between_rewind_and_its_answer_no_step_is_judged() -> None:
 
 def test_after_a_rewind_that_failed_the_steps_are_what_they_were() -> None:
     intake = new_intake(last_step=10, recent=(9, 10))
-    intake.rewinding()
-    intake.not_rewound()
+    intake.begin_rewind()
+    intake.cancel_rewind()
     assert send(intake, 9, 1) is None
 
     assert m.Committed(9, 1) in intake.replies
@@ -199,7 +199,7 @@ def room(intake: Intake, chunks: int, filled: int | None, held: int) -> int:
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32), chunks=st.sampled_from([1, 2, 3, 8, 9, 40]))
 def test_credit_never_promises_more_than_staging_has_room_for_and_never_dries_up(seed: int, chunks: int) -> None:
-    """An honest sender against a keeper that answers whenever it likes."""
+    """A correct sender against an averager that answers at any time."""
     rng = random.Random(seed)
     intake = new_intake(chunks)
     sent, limit, step, filled = 0, intake.credit_limit, 0, None

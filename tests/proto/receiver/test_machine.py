@@ -84,7 +84,7 @@ def test_a_flood_of_frames_from_a_stranger_is_answered_once_and_counted() -> Non
     assert receiver.rejects[RejectCode.UNKNOWN_CONNECTION] == 100
 
 
-def test_a_second_join_on_a_connection_is_refused_and_the_keeper_hears_of_one() -> None:
+def test_a_second_join_on_a_connection_is_refused_without_an_event() -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     peer.say(m.Hello())
@@ -136,7 +136,7 @@ def test_joined_names_at_most_the_newest_steps_that_the_wire_allows() -> None:
     assert joined.recent == tuple(range(93, 101))
 
 
-def test_a_keepers_endless_text_is_cut_so_that_the_trainer_can_read_it() -> None:
+def test_a_long_text_of_the_server_is_cut_to_the_limit() -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     peer.say(m.Hello())

@@ -57,7 +57,7 @@ def test_a_refused_join_of_a_run_that_nobody_streamed_ends_nothing() -> None:
 
 
 @pytest.mark.parametrize("leaves", [True, False])
-def test_a_trainer_that_goes_while_the_keeper_still_loads_its_run_ends_it(leaves: bool) -> None:
+def test_a_trainer_that_leaves_while_the_averager_loads_its_run_ends_the_session(leaves: bool) -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     peer.say(m.Hello())
@@ -153,7 +153,7 @@ def test_an_evicted_session_that_reconnects_is_told_so() -> None:
     assert zombie.codes(zombie.say(replace(JOIN, reconnect=True))) == [RejectCode.EVICTED]
 
 
-def test_answers_of_the_keeper_to_a_session_that_is_gone_are_ignored() -> None:
+def test_answers_to_a_session_that_has_ended_are_ignored() -> None:
     receiver = new_receiver()
     peer = joined_peer(receiver)
     peer.say(m.Begin(1, 1))
