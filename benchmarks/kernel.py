@@ -19,8 +19,7 @@ from ema_server.compute.arithmetic import Arithmetic, ByTorch, KernelUnavailable
 from ema_server.compute.kernel import Target
 from ema_server.compute.memory import allocate
 from ema_server.compute.pool import WorkerPool
-from ema_server.ingest.finite import FiniteCheck
-from ema_server.ingest.slots import Slot
+from ema_server.ingest.finite import FiniteCheck, Slot
 from ema_server.tensors.layout import Form, segments
 
 _ELEMENTS = 86_567_656  # a ViT-B/16

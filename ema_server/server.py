@@ -21,7 +21,7 @@ from ema_server.averager.averager import Averager
 from ema_server.compute.cuda import open_device
 from ema_server.compute.device import Device
 from ema_server.config import ServerConfig
-from ema_server.derived.queue import Deriving
+from ema_server.derived.queue import DerivationQueue
 from ema_server.derived.store import DerivedStore
 from ema_server.evaluation.metric_store import MetricStore
 from ema_server.evaluation.scheduler import Validations
@@ -124,7 +124,7 @@ def build(
         undo.callback(metrics.close)
         catalog, statuses, telemetry, stopping = Catalog(clock), StatusStore(), Telemetry(), threading.Event()
         ring = Ring(data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
-        deriving = Deriving(DerivedStore(data_dir, catalog), ring, stopping)
+        deriving = DerivationQueue(DerivedStore(data_dir, catalog), ring, stopping)
         undo.callback(deriving.stop)
         publisher = Publisher(
             data_dir, catalog, keep_generations=config.keep_generations, telemetry=telemetry, ring=ring

@@ -1,9 +1,9 @@
-"""Versions computed from stored versions.
+"""Derived versions: computed from stored versions after their publication.
 
-- `combine`: the weighted sum of stored model files, piece by piece
-- `plan`: from a ring's snapshots to the plan for one more power average
-- `queue`: makes derived versions, one at a time, in a thread of its own
+- `queue`: the thread that makes derived versions, one at a time
+- `plan`: which stored power averages, with which shares, make another one
+- `solve`: least squares between the profiles of power averages
+- `combine`: the weighted sum of stored model files
 - `recalibration`: a version with other buffers
-- `solve`: which shares of stored power-function averages add up to another one
-- `store`: versions made of other versions after them
+- `store`: derived versions on disk
 """

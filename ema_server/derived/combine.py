@@ -1,11 +1,11 @@
-"""The weighted sum of stored model files, piece by piece. Comes in: a plan. Goes out: the bytes of the new model file.
+"""The weighted sum of stored model files, piece by piece.
 
-Sums are in float64 and rounded once, to float32: beside the rounding of the stored weights, which the plan tells, the
-error is half a unit in the last place. What the averages copy is taken from the newest part. Every byte that is read
-is checked against the sha256 of its file before the last piece is out.
+Sums are in float64 and rounded once, to float32: besides the rounding of the stored weights, which the plan reports,
+the error is half a unit in the last place. Copied tensors come from the newest part. All bytes read are verified
+against the sha256 of their file before the last piece is returned.
 
-Shares of both signs can leave a variance of batch norm below zero, where it is none, and the network useless. A mean of
-variances is not below the least of them; so the sum is not let below the least that is stored.
+Shares of both signs can make a variance of batch norm negative, and the network useless. A mean of variances is not
+below the smallest of them, so the sum is clamped to the smallest stored value.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from ema_server.storage.records import BrokenGeneration
 from ema_server.tensors.dtypes import TORCH_DTYPES
 from ema_server.tensors.safetensors_file import BadModelFile, Stored, describe, read_header
 
-_CHUNK_ELEMENTS = 1 << 17  # 1 MiB of sums stays in a core's cache, whatever the size of the model
-_FLOATS = ("F32", "BF16")  # as a ring stores averaged tensors
-_VARIANCE = "running_var"  # torch's name for it, in every class of batch norm
+_CHUNK_ELEMENTS = 1 << 17  # 1 MiB of sums stays in a core's cache
+_FLOATS = ("F32", "BF16")  # the dtypes of averaged tensors in a ring
+_VARIANCE = "running_var"  # torch's name, in every class of batch norm
 
 
 class _Kind(Enum):
-    """How a tensor is made."""
+    """How a tensor is computed."""
 
     COPIED = "taken from the newest part"
     SUMMED = "the sum"
-    VARIANCE = "the sum, not below the least stored"
+    VARIANCE = "the sum, not below the smallest stored value"
 
 
 @dataclass(frozen=True, slots=True)
 class _Region:
-    """Tensors side by side that are treated alike: those from number `first` on, `units` elements or bytes together."""
+    """Adjacent tensors that are computed alike, from number `first` on: `units` bytes if copied, else elements."""
 
     first: int
     units: int
@@ -49,7 +49,7 @@ class _Region:
 
 
 class _Source:
-    """One stored file, read from front to back."""
+    """One stored file, read sequentially."""
 
     def __init__(self, part: Part, share: float) -> None:
         self.path: Path = part.snapshot.folder / part.member.file.name
@@ -61,9 +61,8 @@ class _Source:
         self.read(self.stored[0].offset if self.stored else part.member.file.size)
 
     def read(self, nbytes: int) -> bytearray:
-        """The next bytes."""
         piece = bytearray(nbytes)
-        with self.path.open("rb") as file:  # not kept open: there may be more parts than files may be open
+        with self.path.open("rb") as file:  # not kept open: there may be more parts than the limit of open files
             file.seek(self._position)
             file.readinto(piece)
         self._digest.update(piece)
@@ -71,28 +70,27 @@ class _Source:
         return piece
 
     def units(self, region: _Region, count: int) -> torch.Tensor:
-        """The next `count` elements of a region that is averaged."""
+        """The next `count` elements, of a region that is not copied."""
         dtype = self.stored[region.first].dtype
         return torch.frombuffer(self.read(count * ITEM_BYTES[dtype]), dtype=TORCH_DTYPES[dtype])
 
     def check(self) -> None:
-        """Compare what was read with what was written."""
         found = self._digest.hexdigest()
         if found != self._sha256:
             raise BrokenGeneration(f"{self.path} has sha256 {found} instead of {self._sha256}")
 
 
 def combined(plan: Plan) -> Iterator[Piece]:
-    """The model file that the plan leads to, from its first byte to its last.
+    """The bytes of the model file that the plan describes.
 
     Raises:
-        BrokenGeneration: a file is not what was written.
+        BrokenGeneration: a file has another sha256 than recorded.
         BadModelFile: the files do not hold the same tensors.
-        OSError: the disk fails, or the ring was cut meanwhile.
+        OSError: the disk fails, or a snapshot was dropped from the ring meanwhile.
     """
     newest, *others = sources = _sources(plan)
     if any([one.name for one in other.stored] != [one.name for one in newest.stored] for other in others):
-        raise BadModelFile(f"the files that are to be added up hold other tensors than {newest.path}")
+        raise BadModelFile(f"the files to be added up hold other tensors than {newest.path}")
     header, _ = describe((one.name, "F32" if one.dtype == "BF16" else one.dtype, one.shape) for one in newest.stored)
     yield header
     for region in _regions(newest.stored, plan.newest.member.copied):
@@ -104,7 +102,7 @@ def combined(plan: Plan) -> Iterator[Piece]:
 
 
 def _sources(plan: Plan) -> list[_Source]:
-    """The newest part first, whatever its share is."""
+    """The newest part first, even if its share is 0."""
     shares = {_key(part): part.share for part in plan.parts}
     newest = _Source(plan.newest, shares.get(_key(plan.newest), 0.0))
     return [newest, *(_Source(part, part.share) for part in plan.parts if _key(part) != _key(plan.newest))]
@@ -128,19 +126,19 @@ def _regions(stored: Sequence[Stored], copied: frozenset[str]) -> Iterator[_Regi
 
 
 def _sum(sources: Sequence[_Source], region: _Region, count: int) -> memoryview:
-    total, least = torch.zeros(count, dtype=torch.float64), None
+    total, smallest = torch.zeros(count, dtype=torch.float64), None
     for source in sources:
         values = source.units(region, count).double()  # mixed dtypes take three times as long
         total.add_(values, alpha=source.share)
         if region.kind is _Kind.VARIANCE:
-            least = values if least is None else torch.minimum(least, values)
-    if least is not None:
-        total = torch.maximum(total, least)
+            smallest = values if smallest is None else torch.minimum(smallest, values)
+    if smallest is not None:
+        total = torch.maximum(total, smallest)
     rounded = bytearray(count * ITEM_BYTES["F32"])
     torch.frombuffer(rounded, dtype=torch.float32).copy_(total)
     return memoryview(rounded)
 
 
 def _copy(sources: Sequence[_Source], nbytes: int) -> bytearray:
-    pieces = [source.read(nbytes) for source in sources]  # all of them: their files are checked whole
+    pieces = [source.read(nbytes) for source in sources]  # of all sources: whole files are verified
     return pieces[0]

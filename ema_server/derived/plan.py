@@ -1,8 +1,7 @@
-"""From a ring's snapshots to the plan for one more power average. Pure: values in, a plan or the reason why not out.
+"""Which stored power averages of a ring, with which shares, make another power average.
 
-The averages of a plan count their time from the same origin, were last replaced at the same step and copy the same
-tensors: others hold other weights, however alike their profiles are. The arithmetic is in `posthoc`, the bytes are in
-`combining`.
+The averages of a plan have the same origin, were last replaced at the same step and copy the same tensors. Others hold
+different weights, even if their profiles are alike. `solve` has the arithmetic, `combine` reads the files.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ from ema_server.config import RingDtype
 from ema_server.derived.solve import Blend, Profile, solve
 from ema_server.publishing.ring_snapshot import RingMember, RingSnapshot
 
-ERROR_MAX = 0.1  # of a profile: the result would be another average than the one that was asked for
-ERROR_TRUSTED = 0.015  # with 0.05 and 0.10 and 32 snapshots, sigma_rel from 0.03 to 0.22 is below it
+ERROR_MAX = 0.1  # of a profile; beyond it the result would be a different average
+ERROR_TRUSTED = 0.015  # met by sigma_rel from 0.03 to 0.22, from 32 snapshots of 0.05 and 0.10
 ROUNDING_TRUSTED = 0.015
-PROFILES_MAX = 8  # of more averages the closest are used: others add nothing
+PROFILES_MAX = 8  # the averages with the closest exponents; others add nothing
 
 _ROUNDOFF: dict[RingDtype, float] = {"float32": 2.0**-24, "bfloat16": 2.0**-9}
 
 
 class CannotSynthesize(Exception):
-    """The ring does not suffice for what was asked; the text says why and what to do."""
+    """The ring cannot provide the average; the text says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One stored average and its share in the sum; 0: only its copied tensors are wanted."""
+    """One stored average and its share in the sum; with share 0 only its copied tensors are used."""
 
     snapshot: RingSnapshot
     member: RingMember
@@ -38,17 +37,17 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to make an average.
+    """How to compute an average.
 
     Args:
-        step: the step that it is for.
-        origin: the steps already taken when it would have begun.
+        step: the step of the average.
+        origin: the number of steps already taken when the average would have begun.
         newest: the part that copied tensors are taken from.
         parts: what is added up, by step.
         error: estimated relative L2 error of the profile.
-        amplification: sum of the shares' absolute values.
-        rounding: bound of the stored weights' rounding in the result, relative to the largest of them.
-        warning: what makes the result doubtful, None if nothing does.
+        amplification: sum of the absolute values of the shares.
+        rounding: bound on the rounding error of the stored weights in the result, relative to the largest weight.
+        warning: why the result is doubtful, or None.
     """
 
     step: int
@@ -72,23 +71,22 @@ class _Stored:
 
     @property
     def history(self) -> tuple[int, int, frozenset[str]]:
-        """What averages that may be added up have in common."""
+        """Equal for averages that may be added up."""
         return self.member.origin, self.member.began, self.member.copied
 
 
 def make_plan(snapshots: Sequence[RingSnapshot], gamma: float, step: int) -> Plan:
-    """How to make the power average with exponent `gamma` as of `step` of what a ring holds.
+    """How to compute the power average with exponent `gamma` at `step` from a ring.
 
-    Where averages began at several steps, those that began first are taken, unless they cannot do it.
+    If averages began at several steps, those that began first are preferred.
 
     Args:
-        snapshots: those of one run.
+        snapshots: the ring of one run.
         gamma: the exponent.
-        step: of one of the snapshots: what happened after the last one weighs most, and is in none. Later ones are not
-            used.
+        step: the step of one of the snapshots, since the newest weights count most. Later snapshots are not used.
 
     Raises:
-        CannotSynthesize: it cannot be made, or would not be that average.
+        CannotSynthesize: it is not possible, or the error would be above `ERROR_MAX`.
     """
     earlier = [snapshot for snapshot in snapshots if snapshot.step <= step]
     stored = [_Stored(snapshot, member) for snapshot in earlier for member in snapshot.members]
@@ -105,11 +103,11 @@ def make_plan(snapshots: Sequence[RingSnapshot], gamma: float, step: int) -> Pla
     if good is not None:
         return good
     if plans:
-        raise CannotSynthesize(_useless(min(plans, key=lambda plan: plan.error), snapshots))
+        raise CannotSynthesize(_too_inexact(min(plans, key=lambda plan: plan.error), snapshots))
     names = sorted({one.member.average for one in last})
     raise CannotSynthesize(
-        f"it takes two power averages of different width, and at step {step} the ring has {', '.join(names)}: begin "
-        "the run with power:sigma_rel=0.05 and power:sigma_rel=0.1, for example, or add one now for what comes"
+        f"two power averages of different widths are needed, and at step {step} the ring has {', '.join(names)}: begin "
+        "the run with power:sigma_rel=0.05 and power:sigma_rel=0.1, for example, or add one now for later steps"
     )
 
 
@@ -132,33 +130,33 @@ def _plan(usable: Sequence[_Stored], gamma: float, step: int) -> Plan:
 
 
 def _closest(usable: Sequence[_Stored], gamma: float) -> list[_Stored]:
-    """Those of the averages whose exponents are closest to `gamma`, by ratio."""
+    """The averages whose exponents are closest to `gamma`, by ratio."""
     gammas = sorted({one.member.gamma for one in usable}, key=lambda each: abs(math.log((each + 1) / (gamma + 1))))
     return [one for one in usable if one.member.gamma in gammas[:PROFILES_MAX]]
 
 
 def _warning(blend: Blend, rounding: float) -> str | None:
-    said = []
+    warnings = []
     if blend.error > ERROR_TRUSTED:
-        said.append(
+        warnings.append(
             f"the profile is off by an estimated {blend.error:.1%}: the width is far from those of the run's averages, "
             "or the ring has too few snapshots"
         )
     if rounding > ROUNDING_TRUSTED:
-        said.append(
-            f"the stored weights' rounding is amplified {blend.amplification:.1f} times, to {rounding:.1%} of the "
-            "largest of them at worst: keep them in float32 (--ring-dtype)"
+        warnings.append(
+            f"the rounding of the stored weights is amplified {blend.amplification:.1f} times, to at most "
+            f"{rounding:.1%} of the largest weight: store them in float32 (--ring-dtype)"
         )
-    return "; ".join(said) or None
+    return "; ".join(warnings) or None
 
 
-def _useless(plan: Plan, snapshots: Sequence[RingSnapshot]) -> str:
+def _too_inexact(plan: Plan, snapshots: Sequence[RingSnapshot]) -> str:
     used = sorted({part.member.average for part in plan.parts})
     steps = [snapshot.step for snapshot in snapshots if snapshot.step <= plan.step]
     return (
-        f"what can be made of {', '.join(used)} in {len(steps)} snapshots is off by an estimated {plan.error:.0%}: ask "
-        "for a width closer to theirs, or for a step that has more snapshots before it; --ring-every-steps and "
-        "--ring-size say how many there are"
+        f"the profile made from {', '.join(used)} in {len(steps)} snapshots would be off by an estimated "
+        f"{plan.error:.0%}: ask for a width closer to theirs, or for a step with more snapshots before it; "
+        "--ring-every-steps and --ring-size set how many are stored"
     )
 
 

@@ -1,7 +1,4 @@
-"""Makes derived versions, one at a time, in a thread of its own. Comes in: what to make. Goes out: versions.
-
-Nothing of it runs on the averager's or the publisher's thread, or on the event loop: averaging and publishing go on.
-"""
+"""The thread that makes derived versions, one at a time, while averaging and publishing go on."""
 
 from __future__ import annotations
 
@@ -23,50 +20,50 @@ from ema_server.publishing.ring import Ring
 from ema_server.storage.catalog import Version
 
 SYNTHESIZED = "synthesized"
-QUEUE_MAX = 32  # each waits with what it was asked for in memory, and whoever asked waits too
+QUEUE_MAX = 32  # each request waits with its body in memory
 
 Result = TypeVar("Result")
 
 
 class NameTaken(Exception):
-    """Versions of another kind have the name; the text says which."""
+    """The name belongs to other versions; the text says which."""
 
 
 class Busy(Exception):
-    """As many versions are being made, or wait for it, as may; the text says how many."""
+    """The queue is full."""
 
 
 class Stopped(Exception):
-    """The server was asked to stop before the version was made."""
+    """The server began to stop before the version was made."""
 
 
 @dataclass(frozen=True, slots=True)
 class Synthesized:
-    """A version that was made of a ring, or was there already; `facts` are what its `version.json` says of it."""
+    """A version made from a ring, now or earlier; `facts` is `derived` of its `version.json`."""
 
     version: Version
     facts: dict[str, Any]
     is_new: bool
 
 
-class Deriving:
+class DerivationQueue:
     """One thread for derived versions.
 
     Args:
         store: where they are kept.
-        ring: what power averages are made of.
-        stopping: set when the server has begun to stop: what is in the making is given up.
+        ring: the stored power averages.
+        stopping: set when the server begins to stop; unfinished versions are abandoned.
     """
 
     def __init__(self, store: DerivedStore, ring: Ring, stopping: threading.Event) -> None:
         self.store = store
         self.ring = ring
         self._stopping = stopping
-        self._room = threading.BoundedSemaphore(QUEUE_MAX)
+        self._free = threading.BoundedSemaphore(QUEUE_MAX)
         self._pool = ThreadPoolExecutor(1, "deriving", initializer=torch.set_num_threads, initargs=(1,))
 
     def restore(self) -> None:
-        """Find what is on the disk.
+        """List what is on disk.
 
         Raises:
             OSError: the data folder cannot be read.
@@ -75,53 +72,53 @@ class Deriving:
         self.store.restore()
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns, called in the thread when it is its turn.
+        """Run `work` in the thread and return its result.
 
         Raises:
-            Busy: too much is waiting already.
-            RuntimeError: the thread has ended. Whatever `work` raises goes through.
+            Busy: the queue is full.
+            RuntimeError: the thread has ended. Exceptions of `work` propagate.
         """
-        if not self._room.acquire(blocking=False):
-            raise Busy(f"{QUEUE_MAX} versions are being made or wait for it, the most that may: try again in a while")
+        if not self._free.acquire(blocking=False):
+            raise Busy(f"{QUEUE_MAX} versions are being made or waiting, the maximum: try again later")
         try:
             future = self._pool.submit(work)
         except RuntimeError:
-            self._room.release()
+            self._free.release()
             raise
-        future.add_done_callback(lambda _: self._room.release())
+        future.add_done_callback(lambda _: self._free.release())
         return await asyncio.wrap_future(future)
 
     def stop(self) -> None:
-        """Give up what is in the making, and end the thread."""
+        """Abandon unfinished versions and end the thread."""
         self._stopping.set()
         self._pool.shutdown(cancel_futures=True)
 
     def pieces(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """The same pieces, until the server is asked to stop.
+        """The same pieces, until the server begins to stop.
 
         Raises:
-            Stopped: it was.
+            Stopped: it has begun to stop.
         """
         for piece in pieces:
             if self._stopping.is_set():
-                raise Stopped("the server has been asked to stop")
+                raise Stopped("the server is stopping")
             yield piece
 
     def synthesize(self, run: str, rule: PowerEma, step: int | None) -> Synthesized:
-        """Make a power average of a ring's snapshots; what was made before for the same step is not made again.
+        """Make a power average from a ring's snapshots, or return the version made earlier for the same step.
 
         Args:
-            run: its name.
+            run: the run.
             rule: the average to make, with the name to list it under.
-            step: of the trainer; None is that of the newest snapshot.
+            step: the step; None for that of the newest snapshot.
 
         Raises:
-            CannotSynthesize: the ring does not suffice; the text says what to do.
-            NameTaken: the name belongs to versions that answer another request.
-            BrokenGeneration, BadModelFile: what is stored is not what was written.
-            OSError: the disk refuses.
+            CannotSynthesize: the ring cannot provide it; the text says what to do.
+            NameTaken: the name belongs to other versions.
+            BrokenGeneration, BadModelFile: a stored file is damaged.
+            OSError: the disk fails.
             VersionGone: the run was set aside meanwhile.
-            Stopped: the server was asked to stop.
+            Stopped: the server began to stop.
         """
         with self.ring.reading(run):
             snapshots = self.ring.snapshots(run)
@@ -137,20 +134,20 @@ class Deriving:
             return Synthesized(version, self.store.provenance(version), is_new=True)
 
     def _known(self, run: str, rule: PowerEma, step: int) -> Version | None:
-        """A version that answers the same request, unless the run has gone back before its step since."""
+        """The version made earlier for the same request, unless the run was rewound to before its step since."""
         versions = self.store.catalog.versions(run, rule.name)
         for version in versions:
             asked = self.store.provenance(version).get("asked") if version.derived == SYNTHESIZED else None
             if asked != rule.spec:
                 other = asked or version.spec
-                raise NameTaken(f"{rule.name!r} of run {run!r} is {other} already, not {rule.spec}: use another name")
+                raise NameTaken(f"{rule.name!r} of run {run!r} is already {other}, not {rule.spec}: use another name")
         return next((one for one in versions if one.step == step and not self.store.is_superseded(one)), None)
 
 
 _NO_RING = (
-    "there are no stored power averages to make it of: begin the run with at least two, for example "
-    "averages=['power:sigma_rel=0.05', 'power:sigma_rel=0.1'], and let it publish (--ring-every-steps says how often "
-    "some are stored, --ring-size how many)"
+    "no power averages are stored to make it from: begin the run with at least two, for example "
+    "averages=['power:sigma_rel=0.05', 'power:sigma_rel=0.1'], and let it publish (--ring-every-steps sets how often "
+    "they are stored, --ring-size how many)"
 )
 
 
@@ -184,7 +181,7 @@ def _derivation(run: str, rule: PowerEma, plan: Plan) -> Derivation:
 
 
 def _treated(rule: PowerEma, stored: str) -> PowerEma:
-    """The rule with the treatment of tensors that the stored averages have: the sum inherits it."""
+    """The rule with the `buffers`, `include` and `exclude` of the stored averages."""
     kept = parse_average(stored)
     if isinstance(kept, Raw):
         return rule

@@ -1,7 +1,6 @@
-"""A version with other buffers: the same weights, with statistics that somebody recomputed for them.
+"""A version with other buffers: the same weights, with statistics that a client computed for them.
 
-Comes in: a version and an upload, a safetensors file of the buffers that changed. Goes out: a derived version, of the
-average `{average}-bn`. How the buffers were computed is not known here; that they fit, and are finite, is checked.
+It is a derived version of the average `{average}-bn`. Uploaded buffers must fit the version and be finite.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec
-from ema_server.derived.queue import Deriving
+from ema_server.derived.queue import DerivationQueue
 from ema_server.derived.store import Derivation
 from ema_server.storage.catalog import Catalog, Version, VersionGone
 from ema_server.storage.disk import sha256
@@ -32,30 +31,30 @@ BUFFERS_BYTES_MAX = 16 << 20  # a ResNet-152 has 1.2 MB of statistics
 
 
 class BadBuffers(ValueError):
-    """What was uploaded cannot take the place of a version's buffers; the text says which tensor and why."""
+    """The upload cannot replace the buffers of the version; the text says which tensor and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recalibrated:
-    """A version with other buffers, made now or there already."""
+    """A version with other buffers, made now or earlier."""
 
     version: Version
     is_new: bool
 
 
-def recalibrate(deriving: Deriving, base: Version, data: bytes) -> Recalibrated:
-    """Write the version that `base` is with the buffers in `data`. The same upload again gives the same version.
+def recalibrate(deriving: DerivationQueue, base: Version, data: bytes) -> Recalibrated:
+    """Write `base` with the buffers in `data` as a new version. The same upload again gives the same version.
 
     Args:
-        deriving: where it is kept; this is called in its thread.
-        base: the version; kept from being deleted meanwhile.
+        deriving: the queue, whose thread calls this.
+        base: the version, which is not deleted meanwhile.
         data: a safetensors file.
 
     Raises:
         BadBuffers: `data` does not fit.
-        BrokenGeneration, BadModelFile: what is stored is not what was written.
-        OSError: the disk refuses.
-        VersionGone: the base has been deleted, or the run was set aside.
+        BrokenGeneration, BadModelFile: a stored file is damaged.
+        OSError: the disk fails.
+        VersionGone: the base was deleted, or the run was set aside.
     """
     catalog = deriving.store.catalog
     with catalog.hold(base):
@@ -73,7 +72,7 @@ def recalibrate(deriving: Deriving, base: Version, data: bytes) -> Recalibrated:
 
 
 def checked(data: bytes, stored: tuple[Stored, ...], manifest: Manifest) -> dict[str, bytes]:
-    """The bytes of the uploaded buffers, by every name that each one has in the version's file.
+    """The bytes of the uploaded buffers, under every name that each one has in the version's file.
 
     Args:
         data: a safetensors file.
@@ -81,8 +80,8 @@ def checked(data: bytes, stored: tuple[Stored, ...], manifest: Manifest) -> dict
         manifest: the run's.
 
     Raises:
-        BadBuffers: it is no such file, is empty, or a tensor in it is no buffer, has another dtype or shape, or is not
-            finite.
+        BadBuffers: `data` is not a safetensors file or is empty, or a tensor in it is not a buffer, has another dtype
+            or shape, or is not finite.
     """
     try:
         uploaded = load(data)
@@ -124,17 +123,17 @@ def _by_name(manifest: Manifest) -> dict[str, TensorSpec]:
 
 
 def _verify(base: Version, path: Path) -> None:
-    """What is copied gets a digest of its own: damage must not be taken along under it."""
+    """The copy gets a digest of its own, so damage must be found here."""
     known = base.file(MODEL_FILE)
     if known is None or known.sha256 != sha256(path):
-        raise BrokenGeneration(f"{MODEL_FILE} of version {base.id} is not what was written")
+        raise BrokenGeneration(f"{MODEL_FILE} of version {base.id} is damaged: its sha256 is another one")
 
 
 def _manifest(catalog: Catalog, base: Version) -> Manifest:
-    """The run's manifest: a run has one, so that of any generation is it."""
+    """The run's manifest, which is the same in every generation."""
     newest = next(iter(catalog.generations(base.run)), None)
     if newest is None:
-        raise VersionGone(f"run {base.run} has no generation any more: ask again")
+        raise VersionGone(f"run {base.run} no longer has a generation: ask again")
     return read_manifest(newest.folder, read_record(newest.folder))
 
 

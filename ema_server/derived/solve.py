@@ -1,9 +1,7 @@
-"""Which shares of stored power-function averages add up to another one. Pure arithmetic in float64.
+"""Which shares of stored power averages add up to another one: least squares in float64.
 
-Comes in: profiles, each a time and an exponent. Goes out: a share for each, and how good the sum is. It has never seen
-a weight, a file or a step. Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models"
-(arXiv 2312.02696), algorithm 3: least squares between profiles, which are densities over time. The shares are made to
-sum to 1, or the weights would shrink.
+Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv 2312.02696), algorithm
+3. Profiles are densities over time. The shares are scaled to sum to 1, or the weights would shrink.
 """
 
 from __future__ import annotations
@@ -14,16 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
-_CELLS = 8192  # in which profiles are compared: one is a ten-thousandth of the run
-_FOLDING_CELLS = 64  # where a profile grows faster than these can show: as many each time that it grows e-fold
-_FOLDINGS = 20  # before its end; the square of what lies further back is nothing in float64
-_RCOND = 1e-13  # below it lies what float64 cannot tell apart, such as a profile given twice
-_NEGLIGIBLE = 1e-10  # a part of the sum, relative to what was wanted, that is not worth reading a file for
+_CELLS = 8192  # equal cells of time in which profiles are compared
+_FOLDING_CELLS = 64  # for narrower profiles: cells for each e-fold growth
+_FOLDINGS = 20  # e-foldings before its end; the square of the rest is below the resolution of float64
+_RCOND = 1e-13  # below it are profiles that float64 cannot distinguish, such as one given twice
+_NEGLIGIBLE = 1e-10  # parts of the sum, relative to the largest, that are left out
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The average at `time` whose weights are in proportion to `t ** gamma` for t in (0, time].
+    """The average at `time` whose weights are proportional to `t ** gamma` for t in (0, time].
 
     Args:
         time: steps since the average began, above 0.
@@ -39,9 +37,9 @@ class Blend:
     """How to add up stored averages.
 
     Args:
-        shares: of each, in the order in which they were given; their sum is 1. 0 for those that are not needed.
-        error: relative L2 distance between the profile that results and the one that was wanted.
-        amplification: sum of the shares' absolute values: so many times is the rounding of stored weights enlarged.
+        shares: of each stored average, in the given order; their sum is 1, and 0 means that it is not needed.
+        error: relative L2 distance between the resulting and the wanted profile.
+        amplification: sum of the absolute values of the shares, by which the rounding of stored weights is amplified.
     """
 
     shares: tuple[float, ...]
@@ -54,18 +52,18 @@ def solve(stored: Sequence[Profile], wanted: Profile) -> Blend:
 
     Args:
         stored: at least one; none later than `wanted`.
-        wanted: the profile to come to.
+        wanted: the target.
 
     Raises:
-        ValueError: there is none, or one is later, or a time is not above 0.
+        ValueError: nothing is stored, a stored profile is later than `wanted`, or a time is not above 0.
     """
     if not stored or any(not 0 < profile.time <= wanted.time for profile in stored):
-        raise ValueError(f"{len(stored)} stored profiles, which must be at times above 0 up to {wanted.time}")
+        raise ValueError(f"need stored profiles at times in (0, {wanted.time}], got {stored}")
     if wanted in stored:
         only = stored.index(wanted)
         return Blend(tuple(float(number == only) for number in range(len(stored))), 0.0, 1.0)
     times, gammas = _columns(stored)
-    # Scaled to norm 1: early profiles are high and narrow, late ones low and wide.
+    # Scaled to norm 1, since early profiles are high and narrow, late ones low and wide.
     norms = _products(times, gammas, times, gammas).sqrt()
     matrix = _products(times[:, None], gammas[:, None], times, gammas) / (norms[:, None] * norms)
     target = _products(times, gammas, *_columns([wanted])) / norms
@@ -92,7 +90,7 @@ def _products(time_a: torch.Tensor, gamma_a: torch.Tensor, time_b: torch.Tensor,
 def _distance(stored: Sequence[Profile], shares: Sequence[float], wanted: Profile) -> float:
     """Relative L2 distance of the sum from the wanted profile, from their exact weights in many cells of time.
 
-    The closed forms would give it too, but as a difference of numbers so close that seven digits are lost.
+    From the closed forms it would be a difference of numbers so close that seven digits are lost.
     """
     used = [(profile, share) for profile, share in zip(stored, shares, strict=True) if share]
     edges = _edges([profile for profile, _ in used], wanted)
@@ -106,13 +104,13 @@ def _distance(stored: Sequence[Profile], shares: Sequence[float], wanted: Profil
 
 
 def _edges(stored: Sequence[Profile], wanted: Profile) -> torch.Tensor:
-    """Cells that are alike, and where a profile is too narrow for them, others in proportion to its width."""
-    alike = torch.linspace(0.0, wanted.time, _CELLS + 1, dtype=torch.float64)
+    """Equal cells, and for profiles that are too narrow for them, cells in proportion to their width."""
+    equal = torch.linspace(0.0, wanted.time, _CELLS + 1, dtype=torch.float64)
     times, gammas = _columns([*stored, wanted])
     is_narrow = times / (gammas + 1) < _FOLDING_CELLS * wanted.time / _CELLS
     depths = torch.arange(_FOLDING_CELLS * _FOLDINGS, dtype=torch.float64) / _FOLDING_CELLS
     narrow = times[is_narrow, None] * torch.exp(-depths / (gammas[is_narrow, None] + 1))
-    edges: torch.Tensor = torch.cat([alike, times, narrow.flatten()]).unique()
+    edges: torch.Tensor = torch.cat([equal, times, narrow.flatten()]).unique()
     return edges
 
 

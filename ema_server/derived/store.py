@@ -1,12 +1,8 @@
-"""Versions made of other versions after them: written once, durably, beside the generations, and kept until deleted.
-
-Comes in: what the version is, and the bytes of its model file, piece by piece. Goes out: a `Version` in the catalog,
-like any other to readers. How the weights were made is the caller's; here it is only recorded, in `version.json`.
+"""Derived versions on disk: written once, durably, and kept until they are deleted.
 
     runs/{run}/derived/{seq}-{step}/    model.safetensors  config.json  version.json
 
-What a crash leaves is swept at the next start. Retention does not touch them, and a run that is set aside takes them
-along.
+Unfinished ones are deleted at the next start. Retention does not touch them. A run that is set aside takes them along.
 """
 
 from __future__ import annotations
@@ -42,14 +38,14 @@ class Derivation:
     """What a derived version is.
 
     Args:
-        run: whose it is.
-        average: the name under which it is listed; none that the run has an average of.
-        spec: the rule that it stands for.
-        step: the step that its weights are of.
-        updates: snapshots in what it was made of, as in a version.
-        gap_steps: steps missing there, as in a version.
+        run: the run.
+        average: the name under which it is listed, which no average of the run has.
+        spec: its rule.
+        step: the step of its weights.
+        updates: as in the version that it was made from.
+        gap_steps: likewise.
         kind: one word for how it was made.
-        provenance: what it was made of, as JSON values; with the kind it stands in `version.json` under `derived`.
+        provenance: what it was made from, as JSON values; `derived` of `version.json`, with the kind.
     """
 
     run: str
@@ -66,8 +62,8 @@ class DerivedStore:
     """The derived versions of every run. Safe from any thread.
 
     Args:
-        data_dir: where they lie.
-        catalog: where they are shown.
+        data_dir: where they are kept.
+        catalog: where they are listed.
         wall: seconds since the epoch, for `created`.
     """
 
@@ -78,7 +74,7 @@ class DerivedStore:
         self._naming = threading.Lock()
 
     def restore(self) -> None:
-        """Show what is on the disk; what is not whole there is set aside.
+        """List what is on disk. Versions that are not whole are renamed to `.bad-...`.
 
         Raises:
             OSError: the data folder cannot be read.
@@ -90,16 +86,16 @@ class DerivedStore:
                     self._restore(run, path)
 
     def write(self, what: Derivation, pieces: Iterable[Piece], config: bytes | None) -> Version:
-        """Write a version and show it. The same content as that of a version that is there gives that version.
+        """Write and list a version. If a version with the same content exists, return that instead.
 
         Args:
-            what: what it is.
-            pieces: its model file from the first byte to the last, header included.
-            config: the content of its `config.json`, None without.
+            what: the version.
+            pieces: the bytes of its model file.
+            config: the content of its `config.json`, or None.
 
         Raises:
-            LocalProtocolError: the average's name is not allowed.
-            OSError: the disk refuses; nothing is left of it. Whatever `pieces` raises goes through likewise.
+            LocalProtocolError: the name of the average is not allowed.
+            OSError: the disk fails; nothing is left. Exceptions of `pieces` propagate likewise.
             VersionGone: the run was set aside meanwhile.
         """
         check_name("average", what.average)
@@ -115,22 +111,22 @@ class DerivedStore:
                 raise
             raise VersionGone(f"run {what.run} was set aside while {what.average} was made: ask again") from None
         finally:
-            shutil.rmtree(folder, ignore_errors=True)  # renamed, where all went well
+            shutil.rmtree(folder, ignore_errors=True)  # renamed if all went well
 
     def provenance(self, version: Version) -> dict[str, Any]:
-        """What a derived version was made of, `kind` included.
+        """What a derived version was made from, with `kind`.
 
         Raises:
-            BrokenGeneration: its `version.json` cannot be read.
-            OSError: the disk fails, or the version has been deleted.
+            BrokenGeneration: its `version.json` is invalid.
+            OSError: the disk fails, or the version was deleted.
         """
         found = read_json((version.folder / VERSION_FILE).read_bytes()).get("derived")
         if not isinstance(found, dict):
-            raise BrokenGeneration(f"{version.folder / VERSION_FILE} does not say what it was made of")
+            raise BrokenGeneration(f"{version.folder / VERSION_FILE} does not say what it was made from")
         return found
 
     def supersede(self, run: str, step: int) -> None:
-        """The run goes on from `step` on another way: what was made for later steps is of a history left behind."""
+        """The run was rewound to `step`: mark versions of later steps, which belong to the discarded history."""
         for version in self.catalog.derived(run):
             if version.step > step:
                 try:
@@ -140,14 +136,14 @@ class DerivedStore:
                     logger.warning("%s could not be marked as superseded: %s", version.folder, error)
 
     def is_superseded(self, version: Version) -> bool:
-        """Whether the run has gone back before the version's step since it was made."""
+        """Whether the run was rewound to before the version's step since it was made."""
         return (version.folder / _SUPERSEDED).exists()
 
     def delete(self, version: Version) -> bool:
-        """Delete a derived version; False while a reader holds it, or has a moment ago.
+        """Delete a derived version; False while a reader holds it, and for a minute after.
 
         Raises:
-            OSError: the disk refuses.
+            OSError: the disk fails.
         """
         if not self.catalog.remove_derived(version):
             return False
@@ -166,7 +162,7 @@ class DerivedStore:
             sync_folders([folder.parent])
 
     def _fill(self, folder: Path, what: Derivation, pieces: Iterable[Piece], config: bytes | None) -> Version:
-        """Write the files into a temporary folder; the version as it would be there."""
+        """Write the files into a temporary folder, and return the version as it is there."""
         folder.chmod(0o755)
         with (folder / MODEL_FILE).open("xb") as file:
             for piece in pieces:
@@ -195,7 +191,7 @@ def open_derived(run: str, folder: Path) -> Version:
     """Read a derived version and check that it is whole.
 
     Args:
-        run: the run under whose name it is listed (a run that was set aside has another name inside).
+        run: the run that it is listed under; `version.json` has another name if the run was set aside.
         folder: the version's folder.
 
     Raises:
@@ -206,7 +202,7 @@ def open_derived(run: str, folder: Path) -> Version:
         raise BrokenGeneration(f"{VERSION_FILE} is missing")
     version = version_of(run, folder, seq_in(folder.name) or 0, path.read_bytes(), entry_of(VERSION_FILE, path))
     if version.derived is None or folder.name != folder_name(version.seq, version.step):
-        raise BrokenGeneration(f"{VERSION_FILE} is not that of a derived version of step {version.step}")
+        raise BrokenGeneration(f"{VERSION_FILE} does not describe a derived version of step {version.step}")
     for file in version.files:
         found = folder / file.name
         if not found.is_file() or found.stat().st_size != file.size:

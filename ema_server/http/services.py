@@ -13,7 +13,7 @@ from fastapi import Depends, Request
 
 from ema_server.averager.jobs import Job
 from ema_server.compute.device import Device
-from ema_server.derived.queue import Deriving
+from ema_server.derived.queue import DerivationQueue
 from ema_server.evaluation.metric_store import MetricStore
 from ema_server.evaluation.scheduler import Validations
 from ema_server.evaluation.worker import Evaluator
@@ -51,7 +51,7 @@ class Services:
     telemetry: Telemetry
     metrics: MetricStore
     validations: Validations
-    deriving: Deriving
+    deriving: DerivationQueue
     submit: Callable[[Job], None]
     data: Path
     token: str | None = field(repr=False)

@@ -1,7 +1,6 @@
 """From the socket to whole, finite snapshots.
 
-- `finite`: finds NaN and Inf in the averaged tensors of a snapshot, chunk by chunk, while each c
-- `ingest`: the ingest thread
+- `ingest`: the ingest thread: frames in, jobs for the averager out
 - `link`: the ROUTER socket
-- `slots`: host memory that snapshots arrive in
+- `finite`: NaN and Inf in a snapshot, and the slots that snapshots arrive in
 """

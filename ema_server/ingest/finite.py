@@ -1,7 +1,4 @@
-"""Finds NaN and Inf in the averaged tensors of a snapshot, chunk by chunk, while each chunk is in cache.
-
-Comes in: a range of bytes of a slot. Goes out: names of tensors. It changes nothing and remembers nothing.
-"""
+"""Finds NaN and Inf in the tensors of a snapshot that can be averaged, chunk by chunk, while each chunk is in cache."""
 
 from __future__ import annotations
 
@@ -14,13 +11,14 @@ import torch
 
 from ema_proto.dtypes import ITEM_BYTES
 from ema_proto.wire.manifest import Manifest, TensorSpec
+from ema_server.compute.memory import allocate
 from ema_server.tensors.dtypes import view
 from ema_server.tensors.selection import can_be_averaged
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Averaged float tensors of one dtype, side by side in the snapshot."""
+    """Tensors of one dtype that can be averaged, contiguous in the snapshot."""
 
     dtype: str
     begin: int
@@ -28,12 +26,38 @@ class _Run:
     tensors: tuple[TensorSpec, ...]
 
 
+class Slot:
+    """Host memory of one snapshot's length, and the tensors that arrived in it with NaN or Inf.
+
+    Pages are mapped as the first snapshot arrives: touching them all when a run joins would delay other runs'
+    snapshots.
+
+    Raises:
+        MemoryError: the system has not enough memory.
+    """
+
+    __slots__ = ("_attempt", "not_finite", "tensor", "view")
+
+    def __init__(self, nbytes: int) -> None:
+        memory = allocate(nbytes)
+        self.tensor, self.view = memory.data, memory.view  # the same bytes: uint8, 1-D
+        self.not_finite: set[str] = set()
+        self._attempt = 0
+
+    def note(self, attempt: int, not_finite: tuple[str, ...]) -> None:
+        """Record which tensors of a chunk of this attempt have NaN or Inf. Another attempt starts empty."""
+        if attempt != self._attempt:
+            self._attempt = attempt
+            self.not_finite.clear()
+        self.not_finite.update(not_finite)
+
+
 class FiniteCheck:
-    """The finite check of one manifest. Immutable, so several threads may share it.
+    """The check for one manifest. Immutable.
 
     Args:
         manifest: the run's manifest.
-        exempt: names of tensors that are copied instead of averaged, and not checked.
+        exempt: names of tensors that are not averaged in this run, and not checked.
     """
 
     def __init__(self, manifest: Manifest, exempt: frozenset[str] = frozenset()) -> None:
@@ -48,12 +72,12 @@ class FiniteCheck:
         return self if exempt == self._exempt else FiniteCheck(self._manifest, exempt)
 
     def check(self, offset: int, length: int, slot: torch.Tensor) -> tuple[str, ...]:
-        """Names of the averaged tensors with a value that is not finite in bytes `offset` to `offset + length`.
+        """Names of the checked tensors with NaN or Inf in bytes `offset` to `offset + length`.
 
         Args:
             offset: first byte, a multiple of 8.
             length: bytes, a multiple of 8 unless the range ends with the snapshot.
-            slot: uint8, 1-D, the whole snapshot's slot.
+            slot: the whole snapshot, uint8, 1-D.
         """
         end = offset + length
         found: list[str] = []
@@ -62,11 +86,11 @@ class FiniteCheck:
                 break
             first, last = max(offset, run.begin), min(end, run.end)
             if first < last and not _is_finite(_elements(slot, run.dtype, first, last)):
-                found.extend(_unclean(run, first, last, slot))
+                found.extend(_not_finite(run, first, last, slot))
         return tuple(found)
 
 
-def _unclean(run: _Run, first: int, last: int, slot: torch.Tensor) -> Iterator[str]:
+def _not_finite(run: _Run, first: int, last: int, slot: torch.Tensor) -> Iterator[str]:
     for tensor in run.tensors:
         begin, end = max(first, tensor.offset), min(last, tensor.end)
         if begin < end and not _is_finite(_elements(slot, run.dtype, begin, end)):
@@ -74,8 +98,8 @@ def _unclean(run: _Run, first: int, last: int, slot: torch.Tensor) -> Iterator[s
 
 
 def _is_finite(values: torch.Tensor) -> bool:
-    # A NaN or Inf always makes the sum one, and summing reads at the speed of memory (half floats are summed in
-    # float32). Finite values may overflow it too: then the extremes decide, exactly, at half the speed.
+    # NaN or Inf always makes the sum NaN or Inf, and summing runs at the speed of memory (half floats are summed in
+    # float32). The sum of finite values may overflow too: then the extremes decide, at half the speed.
     if math.isfinite(values.sum().item()):
         return True
     lowest, highest = torch.aminmax(values)

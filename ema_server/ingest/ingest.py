@@ -1,7 +1,7 @@
 """The ingest thread: it owns the socket, the receiver machine and the slots.
 
-Comes in: frames. Goes out: jobs for the averager, whose answers come back through an inbox. Each chunk is received
-straight into its slot and checked for NaN and Inf while it is in cache. What an average is, is not known here.
+Frames become jobs for the averager, whose answers come back through an inbox. Each chunk is received straight into its
+slot and checked for NaN and Inf while it is in cache.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from ema_proto.receiver import machine
 from ema_server.averager import jobs
 from ema_server.averager.averager import Averager
 from ema_server.config import ServerConfig
-from ema_server.ingest.finite import FiniteCheck
+from ema_server.ingest.finite import FiniteCheck, Slot
 from ema_server.ingest.link import RouterLink
-from ema_server.ingest.slots import Slot
 from ema_server.telemetry import Telemetry
 
 logger = logging.getLogger("ema")
@@ -36,12 +35,12 @@ _Event = TypeVar("_Event")
 _Answer = TypeVar("_Answer")
 
 _TICK_S = 0.25
-_BURST = 64  # messages taken before the averager's answers are looked at
+_BURST = 64  # messages between two looks at the averager's answers
 
 
 @dataclass(slots=True, eq=False)
 class _Staging:
-    """What one session's snapshots arrive in. The slots live until the averager has answered the last of them."""
+    """The slots and the check of one session. They live until the averager has answered its last snapshot."""
 
     run: str
     slots: tuple[Slot, ...]
@@ -49,12 +48,12 @@ class _Staging:
 
 
 class Ingest:
-    """Receives all runs' snapshots.
+    """Receives the snapshots of all runs.
 
     Args:
-        config: where to listen, the token, and the protocol's settings.
-        averager: who keeps the runs.
-        telemetry: where to count.
+        config: the address, the token, and the protocol's settings.
+        averager: takes the jobs.
+        telemetry: the counters.
     """
 
     def __init__(self, config: ServerConfig, averager: Averager, telemetry: Telemetry) -> None:
@@ -71,26 +70,25 @@ class Ingest:
         )
         self._staging: dict[int, _Staging] = {}  # by ticket
         self._inbox: deque[Callable[[], None]] = deque()
-        self._greeted = 0  # of the receiver's count, what telemetry has been told
+        self._greeted = 0  # how much of the receiver's count is in the telemetry
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="ingest", daemon=True)
 
     def start(self) -> str:
-        """Listen and start receiving; returns the endpoint with the port that was taken.
+        """Listen and start receiving; returns the endpoint with the actual port.
 
         Raises:
-            OSError: the address cannot be had.
+            OSError: the address is in use, or not one of this machine.
         """
         endpoint = self._link.bind(self._config.zmq)
         self._thread.start()
         return endpoint
 
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
         return self._thread.is_alive()
 
     def stop(self, timeout_s: float) -> None:
-        """Stop receiving. A snapshot that is not whole leaves no trace."""
+        """Stop receiving. Incomplete snapshots are discarded."""
         self._stopping = True
         self._link.wake()
         if self._thread.is_alive():
@@ -107,8 +105,8 @@ class Ingest:
         self._link.wake()
 
     def _run(self) -> None:
-        # A chunk in cache is summed as fast by one thread as by two (53 and 51 us for 4 MiB), and torch's threads wait
-        # for each other where the cores are busy. The setting is this thread's own.
+        # One thread sums a chunk in cache as fast as two (53 and 51 us for 4 MiB), and torch's threads wait for each
+        # other if the cores are busy. The setting applies to this thread only.
         torch.set_num_threads(1)
         try:
             while not self._stopping:
@@ -156,7 +154,7 @@ class Ingest:
         self._telemetry.ingest_bytes.inc(target.length)
 
     def _forward(self) -> None:
-        """Write what the machine wants to say, and pass on what it asks."""
+        """Send the machine's replies and handle its events."""
         while self._receiver.outbox:
             peer, frames = self._receiver.outbox.popleft()
             self._link.send(peer, frames)
@@ -184,7 +182,7 @@ class Ingest:
             case e.FinishRequested():
                 self._averager.submit(jobs.Finish(event.run, self._reply(self._take_finished, event)))
             case e.SessionEnded(run, ticket, lost):
-                logger.info("run %s: the trainer %s", run, "is lost" if lost else "said goodbye")
+                logger.info("run %s: the trainer %s", run, "is lost" if lost else "has left")
                 self._staging.pop(ticket, None)
                 self._averager.submit(jobs.Leave(run, lost))
 
@@ -201,7 +199,7 @@ class Ingest:
         try:
             slots = tuple(Slot(nbytes) for _ in range(SLOTS))
         except MemoryError as error:
-            text = f"{SLOTS} slots of {nbytes} bytes cannot be had on the server: {error}"
+            text = f"the server cannot allocate {SLOTS} slots of {nbytes} bytes: {error}"
             self._receiver.refuse_join(event.run, event.ticket, RejectCode.OUT_OF_MEMORY, text)
             self._averager.submit(jobs.Leave(event.run, lost=False))
             return
@@ -224,7 +222,7 @@ class Ingest:
         self._gauge()
 
     def _drop_staging(self, run: str) -> None:
-        """Earlier sessions of the run are over: only one streams."""
+        """Earlier sessions of the run are over, since only one streams."""
         for ticket in [ticket for ticket, staging in self._staging.items() if staging.run == run]:
             del self._staging[ticket]
 

@@ -1,8 +1,4 @@
-"""The ROUTER socket: the only file of the server that knows ZeroMQ. One thread may use it.
-
-Comes in: an endpoint to listen at, replies to write. Goes out: the frames of one message after the other, payloads
-received straight into the memory that the caller names.
-"""
+"""The ROUTER socket, the only file of the server that imports ZeroMQ. Only one thread may use it."""
 
 from __future__ import annotations
 
@@ -14,8 +10,8 @@ import zmq
 from ema_proto.limits import CREDIT_WINDOW_CHUNKS, FRAME_BYTES_MAX
 from ema_server.addresses import bind_all, bracketed, numeric_hosts
 
-_RECEIVE_QUEUE = CREDIT_WINDOW_CHUNKS + 4  # a sanity check only: credit keeps the sender from needing more
-_KEEPALIVE_IDLE_S = 30  # finds half-open connections of hosts that vanished
+_RECEIVE_QUEUE = CREDIT_WINDOW_CHUNKS + 4  # only a safeguard: the credit limits the sender
+_KEEPALIVE_IDLE_S = 30  # detects half-open connections of hosts that disappeared
 
 
 class RouterLink:
@@ -32,13 +28,13 @@ class RouterLink:
         self._poller.register(self._wake_reader, zmq.POLLIN)
 
     def bind(self, endpoint: str) -> str:
-        """Listen at `endpoint`, on every address of a host name; returns the first as text, with the port.
+        """Listen at `endpoint`, on every address of a host name; returns the first of them with the actual port.
 
         Raises:
             OSError: the address is in use, or not one of this machine.
         """
         self._router.setsockopt(zmq.LINGER, 0)
-        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply to nobody is an error here, not a silent loss
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a reply to an unknown peer is an error, not a silent loss
         self._router.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
         self._router.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         self._router.setsockopt(zmq.TCP_KEEPALIVE, 1)
@@ -67,7 +63,6 @@ class RouterLink:
         return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def close(self) -> None:
-        """Stop listening."""
         self._router.close(linger=0)
         self._context.term()
         self._wake_reader.close()
@@ -81,12 +76,12 @@ class RouterLink:
 
     def wake(self) -> None:
         """End a `wait`, now or the next one. Any thread may call it."""
-        # A full pipe means that a wake is pending already; a closed one that nobody waits any more.
+        # If the pipe is full, a wake is pending; if it is closed, no thread waits.
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_writer.send(b"\0")
 
     def next_header(self) -> tuple[bytes, bytes] | None:
-        """Peer and header frame of the next message, None when none has arrived. Its body must be taken or dropped."""
+        """Peer and header frame of the next message, or None. Read or drop its body before the next call."""
         try:
             peer = self._router.recv(flags=zmq.NOBLOCK)
         except zmq.Again:
@@ -94,25 +89,25 @@ class RouterLink:
         if not self._has_more():
             return peer, b""
         frame = self._router.recv(copy=False)
-        # A header has 64 bytes; what is larger is none, and is not worth copying.
+        # A header has 64 bytes; anything larger is invalid and not worth copying.
         return peer, frame.bytes if len(frame) <= 1024 else b""
 
     def read_into(self, view: memoryview) -> bool:
-        """Receive the body into `view`; False when it is not exactly that long, or not the last frame."""
+        """Receive the body into `view`; False if its length differs, or it is not the last frame."""
         if not self._has_more():
             return False
-        received = self._router.recv_into(view)  # reports the frame's full size even where it did not fit
+        received = self._router.recv_into(view)  # returns the frame's full size even if it did not fit
         return not self.drop() and received == len(view)
 
     def read(self, length: int) -> bytes:
-        """Receive the body; empty when it is not exactly `length` bytes, or not the last frame."""
+        """Receive the body; empty if its length is not `length`, or it is not the last frame."""
         if not self._has_more():
             return b""
         frame = self._router.recv(copy=False)
         return frame.bytes if not self.drop() and len(frame) == length else b""
 
     def drop(self) -> bool:
-        """Drop the rest of the message; whether there was any."""
+        """Drop the rest of the message; returns whether there was any."""
         dropped = False
         while self._has_more():
             self._router.recv(copy=False)
@@ -120,7 +115,7 @@ class RouterLink:
         return dropped
 
     def send(self, peer: bytes, frames: tuple[bytes, bytes]) -> None:
-        """Write a reply. One to a peer that is gone, or that has stopped reading, is dropped: it will ask again."""
+        """Send a reply. It is dropped if the peer is gone or does not read: a peer asks again."""
         with contextlib.suppress(zmq.Again, zmq.ZMQError):
             self._router.send_multipart((peer, *frames), flags=zmq.NOBLOCK)
 

@@ -74,12 +74,12 @@ def test_within_the_trustworthy_range_it_does_not(sigma: float) -> None:
 @pytest.mark.parametrize(
     ("ring", "sigma", "text"),
     [
-        (_FULL, 0.28, "what can be made of power-0.05, power-0.1 in 32 snapshots is off by an estimated 13%"),
-        (_FULL[:2], 0.15, r"is off by an estimated 22%: ask for a width closer to theirs, or for a step"),
+        (_FULL, 0.28, "from power-0.05, power-0.1 in 32 snapshots would be off by an estimated 13%"),
+        (_FULL[:2], 0.15, r"be off by an estimated 22%: ask for a width closer to theirs, or for a step"),
         (
             _ring([8192], [0.05]),
             0.12,
-            "two power averages of different width, and at step 8192 the ring has power-0.05",
+            "two power averages of different widths are needed, and at step 8192 the ring has power-0.05",
         ),
         (_ring([100]), 0.12, "no snapshot of step 8192: the nearest is of step 100, it has 1 from 100 to 100"),
         (_ring([100, 8000, 9000]), 0.12, "the nearest is of step 8000 and of step 9000, it has 3 from 100 to 9000"),
@@ -97,7 +97,7 @@ def test_amplified_bfloat16_is_warned_of() -> None:
 
     assert plan.error < ERROR_TRUSTED
     assert plan.warning is not None
-    assert "rounding is amplified 10.5 times, to 2.1%" in plan.warning
+    assert "rounding of the stored weights is amplified 10.5 times, to at most 2.1%" in plan.warning
     assert plan.rounding == pytest.approx(plan.amplification * 2**-9)
 
 

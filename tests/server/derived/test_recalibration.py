@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from ema_proto.wire.manifest import Manifest, Role
-from ema_server.derived.queue import Deriving
+from ema_server.derived.queue import DerivationQueue
 from ema_server.derived.recalibration import BadBuffers, checked, recalibrate
 from ema_server.derived.store import DerivedStore
 from ema_server.storage.catalog import Version, VersionGone
@@ -99,8 +99,8 @@ def _published(core: ServerCore) -> dict[str, Version]:
     return dict(versions_by_average(core.publish("r")))
 
 
-def _deriving(core: ServerCore) -> Deriving:
-    return Deriving(DerivedStore(core.data_dir, core.catalog), core.ring, Event())
+def _deriving(core: ServerCore) -> DerivationQueue:
+    return DerivationQueue(DerivedStore(core.data_dir, core.catalog), core.ring, Event())
 
 
 @pytest.mark.parametrize("average", ["raw", "ema-0.9"])
@@ -135,7 +135,7 @@ def test_a_damaged_version_is_not_copied_under_a_digest_of_its_own(tmp_path: Pat
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data)
-        with pytest.raises(BrokenGeneration, match="not what was written"):
+        with pytest.raises(BrokenGeneration, match="is damaged"):
             recalibrate(_deriving(core), base, save(_NEW))
         assert core.catalog.derived("r") == ()
 

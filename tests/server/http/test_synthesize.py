@@ -138,7 +138,7 @@ def test_two_rules_do_not_share_a_name(client: TestClient) -> None:
     refused = _ask(client, sigma_rel=0.07, name="shared")
 
     assert (refused.status_code, refused.json()["code"]) == (409, "name_taken")
-    assert "is power:sigma_rel=0.08 already, not power:sigma_rel=0.07" in refused.json()["detail"]
+    assert "is already power:sigma_rel=0.08, not power:sigma_rel=0.07" in refused.json()["detail"]
 
 
 def test_a_run_and_what_is_made_of_it_do_not_share_a_name_whatever_its_case(

@@ -122,7 +122,7 @@ def test_only_so_many_versions_wait_to_be_made(client: TestClient, served: Serve
             assert all(entered.acquire(timeout=WAIT_S) for _ in range(QUEUE_MAX))
             answer = client.post(address, content=save(weights("ema-0.9", 100, 8)))
             assert (answer.status_code, answer.json()["code"]) == (503, "busy")
-            assert f"{QUEUE_MAX} versions are being made or wait for it" in answer.json()["detail"]
+            assert f"{QUEUE_MAX} versions are being made or waiting" in answer.json()["detail"]
             assert int(answer.headers["Retry-After"]) >= 1
             with pytest.raises(Busy):
                 asyncio.run(served.deriving.run(go_on.is_set))
