@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from os import PathLike
@@ -38,6 +39,8 @@ log = logging.getLogger("ema")
 _CLOSE_TIMEOUT_S = 5.0
 _FINISH_TIMEOUT_S = 60.0
 
+_streaming: weakref.WeakSet[EmaClient] = weakref.WeakSet()  # clients of this process that have joined a run
+
 
 class EmaClient:
     """Streams a model's weights to an EMA server while it trains.
@@ -59,8 +62,9 @@ class EmaClient:
             vocabulary resized, another dtype), `"stop"` sending and say so once, as an error in the log and in
             `stats()`; or `"raise"` PlanError from the step; or `"restart"`: finish the run, which is set aside under a
             dated name, and begin a new one with the model as it is, which holds up that step.
-        resume: if the server knows the run, `"auto"` continues it, or takes it back to where this trainer is, and
-            `"never"` sets it aside under a dated name; `"must"` fails if there is nothing to continue.
+        resume: if the server knows the run, `"never"` sets it aside under a dated name and begins a new one; `"auto"`
+            does so too for a trainer at step 0 that gave neither `step` nor `load_state_dict`, and else continues the
+            run, or takes it back to where this trainer is; `"must"` fails if there is nothing to continue.
         token: shared secret; default `EMA_TOKEN`.
         config: a dict, or the path of a JSON file, that becomes the versions' `config.json`.
         checksum: send a CRC-32 with every chunk.
@@ -76,7 +80,8 @@ class EmaClient:
         SettingsError: an argument cannot be used.
         ConnectError: the server cannot be reached, speaks another version, or refuses the token.
 
-    One thread trains and calls these methods. In a forked child (a data loader's worker) they do nothing.
+    One thread trains and calls these methods. In a forked child (a data loader's worker) they do nothing. A new client
+    takes its run over from an older one of the same process, which then does nothing either.
 
     Example:
         with EmaClient("tcp://127.0.0.1:5555", run="resnet34", averages=["ema:0.9999", "raw"]) as ema:
@@ -367,11 +372,20 @@ class EmaClient:
 
     def _join(self, model: nn.Module, steps: int) -> Stream:
         """Join the run of `model` after `steps` steps; a refusal closes the client, which joins only once."""
+        for other in tuple(_streaming):
+            other._hand_over_to(self)
+        # A script that runs again from its start, and has not asked to resume, begins a new run.
+        begins = self._settings.resume == "auto" and self._steps_known is None and steps == 0
+        resume: Resume = "never" if begins else self._settings.resume
         try:
-            self._stream = Stream.join(self._worker, model, self._settings, steps, self._settings.resume)
+            self._stream = Stream.join(self._worker, model, self._settings, steps, resume)
         except JoinError:
             self._end(_CLOSE_TIMEOUT_S, State.CLOSED)
             raise
+        _streaming.add(self)
+        if self._stream.joined.set_aside is not None:
+            text = "ema: run %s begins; the earlier run of this name is kept as %s (to resume a run, pass step= or %s)"
+            log.warning(text, self.run, self._stream.joined.set_aside, "call load_state_dict()")
         for rule in self._settings.averages:
             if isinstance(rule, Ema) and needed_of(rule) is not None:
                 half_life = half_life_steps(rule, self._settings.step_units)
@@ -462,6 +476,15 @@ class EmaClient:
         self._steps_known, self._stream = self.steps, None
         self._cancel_forgotten()
         self._life.state = state
+
+    def _hand_over_to(self, newer: EmaClient) -> None:
+        """A newer client of this process asks for a run: if it is this one's, this one ends."""
+        ours, theirs = self._settings, newer._settings
+        if not self._life.ended() and (ours.endpoint, ours.run) == (theirs.endpoint, theirs.run):
+            log.warning(
+                "ema: a newer client of this process takes over run %s; the older one does nothing more", ours.run
+            )
+            self._end(_CLOSE_TIMEOUT_S, State.INERT)
 
     def _count(self, steps: int) -> None:
         if self._rank:

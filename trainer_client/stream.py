@@ -7,6 +7,8 @@ raises only for a programmer's error.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,8 @@ from trainer_client.settings import Settings, WhenBehind
 from trainer_client.staging.stagers import Stagers
 
 log = logging.getLogger("ema")
+
+_HOST_CHARS_MAX = 255  # of the wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,8 @@ class Stream:
             config=settings.config,
             samples_per_step=settings.samples_per_step,
             steps_per_epoch=settings.steps_per_epoch,
+            host=socket.gethostname()[:_HOST_CHARS_MAX],
+            pid=os.getpid(),
         )
         # Slots made in inference mode could not be written outside it.
         with torch.inference_mode(False):

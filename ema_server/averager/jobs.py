@@ -32,7 +32,8 @@ class Joined:
     """The session may stream. Steps are None before the first snapshot or generation.
 
     `manifest` is the run's own (its roles win over those of a later session), `exempt` the tensors that need no finite
-    check, `recent` the newest applied steps, increasing, at most `limits.RECENT_STEPS` of them.
+    check, `recent` the newest applied steps, increasing, at most `limits.RECENT_STEPS` of them, `set_aside` the name
+    that an earlier run of this name has now.
     """
 
     last_step: int | None
@@ -41,6 +42,7 @@ class Joined:
     manifest: Manifest
     exempt: frozenset[str]
     recent: tuple[int, ...]
+    set_aside: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

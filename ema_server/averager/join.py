@@ -62,13 +62,13 @@ def _known_by(run: RunRecord, manifest: Manifest, steps: tuple[int, ...]) -> Kno
     return Known(run.step, manifest, averages, steps, removed)
 
 
-def _start(runs: ActiveRuns, job: Join) -> None:
+def _start(runs: ActiveRuns, job: Join, set_aside: str | None = None) -> None:
     runs.resources.data_dir.create_run(job.run)
     empty = runs.get(job.run)
     if empty is not None:
         runs.forget(empty)  # it never had a snapshot: its memory goes first
     del empty
-    _admit(runs.create(new_run(job.join, runs.resources.now(), runs.resources.device)), job, "new")
+    _admit(runs.create(new_run(job.join, runs.resources.now(), runs.resources.device)), job, "new", set_aside)
 
 
 def _continue(runs: ActiveRuns, job: Join) -> None:
@@ -146,10 +146,10 @@ def _set_aside(runs: ActiveRuns, job: Join) -> None:
     runs.show_from_disk(new_name)
     resources.publisher.offer(new_name)
     del active  # its memory goes first
-    _start(runs, job)
+    _start(runs, job, new_name)
 
 
-def _admit(active: ActiveRun, job: Join, continuation: Continuation) -> None:
+def _admit(active: ActiveRun, job: Join, continuation: Continuation, set_aside: str | None = None) -> None:
     run = active.run
     active.state, active.departed = RunState.ACTIVE, False
     active.session += 1
@@ -160,4 +160,4 @@ def _admit(active: ActiveRun, job: Join, continuation: Continuation) -> None:
     run.config = job.join.config if job.join.config is not None else run.config
     active.show()
     published_step = active.generation.step if active.generation is not None else None
-    job.reply(Joined(run.last_step, published_step, continuation, run.manifest, run.exempt, run.recent))
+    job.reply(Joined(run.last_step, published_step, continuation, run.manifest, run.exempt, run.recent, set_aside))

@@ -211,6 +211,7 @@ class Ingest:
             recent=outcome.recent,
             continuation=outcome.continuation,
             slots=SLOTS,
+            set_aside=outcome.set_aside,
         )
         if accepted:
             self._drop_staging(event.run)
@@ -219,6 +220,8 @@ class Ingest:
             )
             where = "" if outcome.last_step is None else f" at step {outcome.last_step}"
             logger.info("run %s: %s%s", event.run, outcome.continuation, where)
+            if outcome.set_aside is not None:
+                logger.info("run %s: the earlier run of this name is now %s", event.run, outcome.set_aside)
         self._gauge()
 
     def _drop_staging(self, run: str) -> None:

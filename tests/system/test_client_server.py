@@ -137,24 +137,14 @@ def test_a_wrong_token_fails_at_construction(
             EmaClient(server.zmq, "r", token=token)
 
 
-def test_a_rerun_without_its_step_is_refused_with_the_ways_out(server: ServerProcess, run: str) -> None:
+def test_a_resumption_before_the_first_generation_is_refused_with_the_ways_out(server: ServerProcess, run: str) -> None:
     with _client(server, run) as client:
         client.update(nn.Linear(2, 2), 5)
 
-    again = _client(server, run)
+    again = _client(server, run, step=0)
     with pytest.raises(JoinError, match="never") as caught:
         again.update(nn.Linear(2, 2))
     assert caught.value.code is RejectCode.NO_GENERATION
-
-
-def test_a_second_live_trainer_of_a_run_is_refused(server: ServerProcess, run: str) -> None:
-    with _client(server, run) as client:
-        client.update(nn.Linear(2, 2))
-        second = _client(server, run, connect_timeout_s=20.0)
-
-        with pytest.raises(JoinError) as caught:
-            second.update(nn.Linear(2, 2), 2)
-    assert caught.value.code is RejectCode.RUN_IN_USE
 
 
 def test_another_model_under_the_same_name_is_refused_naming_the_tensor(server: ServerProcess, run: str) -> None:

@@ -118,6 +118,7 @@ class Receiver:
         recent: tuple[int, ...],
         continuation: m.Continuation,
         slots: int = SLOTS,
+        set_aside: str | None = None,
     ) -> bool:
         """The run is ready and has `slots` slots; False when the session that asked has ended."""
         claim = self._runs.by_ticket(run, ticket)
@@ -133,7 +134,7 @@ class Receiver:
         )
         self._runs.stream(claim, intake)
         newest = tuple(intake.recent)
-        joined = m.Joined(last_step, published_step, newest, continuation, intake.credit_limit)
+        joined = m.Joined(last_step, published_step, newest, continuation, intake.credit_limit, set_aside=set_aside)
         self._connections.send(claim.peer, joined)
         return True
 
@@ -209,7 +210,7 @@ class Receiver:
                 if message.reply:
                     self._connections.send(connection.peer, m.Heartbeat())
                 else:
-                    self._runs.alive(connection)
+                    self._runs.alive(connection, self._now)
             case m.Join():
                 self._runs.ask(connection, message, self._now)
             case m.Bye():

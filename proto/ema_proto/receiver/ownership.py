@@ -16,6 +16,7 @@ from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connection, Connections
 from ema_proto.receiver.intake import Intake
 from ema_proto.wire import messages as m
+from ema_proto.wire.body import shown
 
 
 class ClaimState(Enum):
@@ -32,13 +33,14 @@ class Claim:
     """A session and the run that it owns or asks for; `intake` once it streams.
 
     `replaced` is the ticket of the session that streamed before this one took the run over. The end of that session is
-    reported only if this claim never streams itself.
+    reported only if this claim never streams itself. `since` is when the session first asked for the run.
     """
 
     ticket: int
     session: bytes
     peer: bytes
     join: m.Join
+    since: float
     state: ClaimState = ClaimState.JOINING
     probe_until: float = 0.0
     replaced: int | None = None
@@ -93,11 +95,11 @@ class Ownership:
             raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"this connection has joined run {connection.run!r}")
         check_join(join)
         self._tickets += 1
-        claim = Claim(self._tickets, connection.session, connection.peer, join)
+        claim = Claim(self._tickets, connection.session, connection.peer, join, self._since(connection, join, now))
         owner = self._owner_to_probe(claim)
         connection.run = join.run
         if owner is None:
-            self._take_over(claim)
+            self._take_over(claim, now)
             return
         before = self._rivals.get(join.run)
         if before is not None:
@@ -108,16 +110,16 @@ class Ownership:
         self._rivals[join.run] = claim
         self._connections.send(owner.peer, m.Heartbeat(reply=True))
 
-    def alive(self, connection: Connection) -> None:
+    def alive(self, connection: Connection, now: float) -> None:
         """The answer to a probe arrived: if it is the owner's, a waiting rival is refused."""
         owner = self.owner(connection.run)
         if owner is not None and owner.peer == connection.peer:
-            self._refuse_rival(owner)
+            self._refuse_rival(owner, now)
 
     def tick(self, now: float) -> None:
         """Let time pass: an owner that did not answer a probe in time loses the run."""
         for rival in [rival for rival in self._rivals.values() if now >= rival.probe_until]:
-            self._take_over(rival)
+            self._take_over(rival, now)
 
     def stream(self, claim: Claim, intake: Intake) -> None:
         """The session streams from now on; an older one that reconnects is evicted."""
@@ -171,7 +173,11 @@ class Ownership:
             raise RemoteProtocolError(RejectCode.RUN_IN_USE, text)
         return owner
 
-    def _take_over(self, claim: Claim) -> None:
+    def _since(self, connection: Connection, join: m.Join, now: float) -> float:
+        owner = self.owner(join.run)
+        return owner.since if owner is not None and owner.session == connection.session else now
+
+    def _take_over(self, claim: Claim, now: float) -> None:
         owner = self._owners.get(claim.run)
         if owner is not None:
             claim.replaced = owner.ticket if owner.intake is not None else owner.replaced
@@ -182,14 +188,16 @@ class Ownership:
             self.end(owner, RejectCode.EVICTED, f"another trainer took run {owner.run!r} over")
         elif owner is not None:
             self._connections.dismiss(owner.peer)
-        self._refuse_rival(claim)
+        self._refuse_rival(claim, now)
         self._events.append(e.JoinRequested(claim.run, claim.ticket, claim.join))
 
-    def _refuse_rival(self, owner: Claim) -> None:
+    def _refuse_rival(self, owner: Claim, now: float) -> None:
         """The run's owner has proved that it is alive: another session need not wait for it."""
         rival = self._rivals.get(owner.run)
         if rival is not None:
-            text = f"run {owner.run!r} has a live trainer: stop that one, or choose another run name"
+            text = (
+                f"run {owner.run!r} has a live trainer{_where(owner, now)}: stop that one, or choose another run name"
+            )
             self.end(rival, RejectCode.RUN_IN_USE, text)
 
     def _report_end(self, claim: Claim, *, lost: bool) -> None:
@@ -221,3 +229,12 @@ def check_join(join: m.Join) -> None:
         check_matches(averages, [tensor.name for tensor in join.manifest.tensors])
     except LocalProtocolError as error:
         raise RemoteProtocolError(RejectCode.BAD_AVERAGE, str(error)) from None
+
+
+def _where(owner: Claim, now: float) -> str:
+    """Process, host and age of a trainer; empty if its JOIN does not say where it runs."""
+    if owner.join.host is None or owner.join.pid is None:
+        return ""
+    age_s = max(0.0, now - owner.since)
+    age = f"{age_s / 3600:.1f} h" if age_s >= 3600 else f"{age_s:.0f} s"
+    return f" (process {owner.join.pid} on host {shown(owner.join.host)}, joined {age} ago)"

@@ -76,11 +76,13 @@ class Kind:
         read: a decoded JSON value (None if missing) to the field's value; raises ValueError where it is not allowed.
         write: the field's value to a JSON value.
         key: the key in the body, if it differs from the field's name.
+        omit_none: leave the key out of the body where the field is None.
     """
 
     read: Callable[[Any], Any]
     write: Callable[[Any], Any] = _unchanged
     key: str = ""
+    omit_none: bool = False
 
 
 HEADER: Final = "header"
@@ -108,11 +110,12 @@ def text(chars_max: int) -> Kind:
     return where(lambda value: isinstance(value, str) and len(value) <= chars_max)
 
 
-def optional(kind: Kind) -> Kind:
+def optional(kind: Kind, *, omit_none: bool = False) -> Kind:
     """A value of `kind`, or None for null or missing."""
     return Kind(
         lambda value: None if value is None else kind.read(value),
         lambda value: None if value is None else kind.write(value),
+        omit_none=omit_none,
     )
 
 
@@ -159,7 +162,9 @@ class WithBody:
     def body(self) -> dict[str, Any]:
         """The message's JSON body."""
         return {
-            kind.key or name: kind.write(getattr(self, name)) for name, kind in _layout_of(self.__class__).body.items()
+            kind.key or name: kind.write(getattr(self, name))
+            for name, kind in _layout_of(self.__class__).body.items()
+            if not (kind.omit_none and getattr(self, name) is None)
         }
 
     def header(self) -> dict[str, int]:

@@ -21,6 +21,7 @@ from ema_proto.limits import (
     CHUNK_BYTES_MIN,
     CONFIG_BYTES_MAX,
     MAJORS_MAX,
+    NAME_CHARS_MAX,
     NONCE_CHARS_MAX,
     PROOF_CHARS_MAX,
     RECENT_STEPS,
@@ -51,6 +52,7 @@ Continuation: TypeAlias = Literal["new", "continued", "rewound"]
 
 _RUN_CHARS_MAX = 1024  # far over a name's limit, so that a name that is too long is refused as a name
 _LANE_CHARS_MAX = 16
+_HOST_CHARS_MAX = 255
 _U8 = (1 << 8) - 1
 _U32 = (1 << 32) - 1
 _U63 = (1 << 63) - 1
@@ -116,7 +118,8 @@ class Join(WithBody):
     `first_step` is the steps already taken + 1 in a session's first JOIN (`reconnect` false) and the next step to be
     sent in its later ones. `config` is the text of the versions' `config.json`. `samples_per_step` and
     `steps_per_epoch` apply until a later JOIN gives others. `rank` and `world` are reserved for sharded trainers.
-    The receiver checks the run's name, which has a reject code of its own.
+    The receiver checks the run's name, which has a reject code of its own. `host` and `pid` say where the trainer runs,
+    for the refusal of another one that asks for the run.
     """
 
     type: ClassVar[int] = 2
@@ -134,6 +137,8 @@ class Join(WithBody):
     world: Annotated[int, integer(1, _U32)] = 1
     averages: Annotated[tuple[AverageSpec, ...], list_of(_AVERAGE, AVERAGES_MAX)]
     manifest: Annotated[Manifest, _MANIFEST]
+    host: Annotated[str | None, optional(text(_HOST_CHARS_MAX), omit_none=True)] = None
+    pid: Annotated[int | None, optional(integer(0, _U32), omit_none=True)] = None
 
     @property
     def step_units(self) -> StepUnits:
@@ -243,7 +248,7 @@ class Joined(WithBody):
     """The session owns the run. Steps are those last applied and last durable, None when there is none.
 
     `recent` names the newest applied steps: a sender whose COMMITTED was lost finds its snapshot there, or learns that
-    it was not applied.
+    it was not applied. `set_aside` is the name under which an earlier run of this name is kept from now on.
     """
 
     type: ClassVar[int] = 66
@@ -253,6 +258,7 @@ class Joined(WithBody):
     continuation: Annotated[Continuation, choice("new", "continued", "rewound")]
     credit: Annotated[int, integer(0, _U64)]
     lane: Annotated[str, text(_LANE_CHARS_MAX)] = "zmq"
+    set_aside: Annotated[str | None, optional(text(NAME_CHARS_MAX), omit_none=True)] = None
 
 
 @dataclass(frozen=True, slots=True)

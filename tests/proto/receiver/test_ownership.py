@@ -22,7 +22,7 @@ def test_who_streamed_a_run_last_is_remembered_for_a_bounded_number_of_runs(monk
     monkeypatch.setattr("ema_proto.receiver.ownership.RUNS_REMEMBERED_MAX", 5)
     ownership = Ownership(Connections(epoch=1, token=None, nonce=str, chunk_bytes=CHUNK_BYTES_MIN), deque())
     for number in range(20):
-        claim = Claim(number, SESSION, b"peer", replace(JOIN, run=f"run{number}"))
+        claim = Claim(number, SESSION, b"peer", replace(JOIN, run=f"run{number}"), 0.0)
         ownership.stream(claim, None)  # type: ignore[arg-type]
 
     assert len(ownership._streamed_by) == 5
