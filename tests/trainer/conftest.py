@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from support.device_training import opened
+from trainer_client.client import _streaming
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +27,5 @@ def _ended() -> Iterator[None]:
         device.idle()
         client.close(10.0)
     opened.clear()
+    for client in tuple(_streaming):  # a new client of the same run would end it, and say so
+        client.close(0.0)
