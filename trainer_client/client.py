@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 
 from ema_proto.averages.rules import Ema
 from ema_proto.averages.specs import AverageSpec
-from ema_proto.averages.step_units import half_life_steps, needed_of
 from ema_proto.sender.events import Answered
 from ema_proto.wire.messages import Resume
 from trainer_client.connection.worker import Worker, seconds_left
@@ -386,11 +385,6 @@ class EmaClient:
         if self._stream.joined.set_aside is not None:
             text = "ema: run %s begins; the earlier run of this name is kept as %s (to resume a run, pass step= or %s)"
             log.warning(text, self.run, self._stream.joined.set_aside, "call load_state_dict()")
-        for rule in self._settings.averages:
-            if isinstance(rule, Ema) and needed_of(rule) is not None:
-                half_life = half_life_steps(rule, self._settings.step_units)
-                text = "ema: average %s has a half-life of %g steps, a decay of %.10g at each"
-                log.info(text, rule.name, half_life, 0.5 ** (1 / half_life))
         return self._stream
 
     def _try(self, model: nn.Module, send: Callable[[], bool | None]) -> bool | None:
@@ -481,9 +475,7 @@ class EmaClient:
         """A newer client of this process asks for a run: if it is this one's, this one ends."""
         ours, theirs = self._settings, newer._settings
         if not self._life.ended() and (ours.endpoint, ours.run) == (theirs.endpoint, theirs.run):
-            log.warning(
-                "ema: a newer client of this process takes over run %s; the older one does nothing more", ours.run
-            )
+            log.warning("ema: a newer client of this process takes over run %s; the older one stops", ours.run)
             self._end(_CLOSE_TIMEOUT_S, State.INERT)
 
     def _count(self, steps: int) -> None:

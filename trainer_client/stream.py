@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ema_proto.averages.exponential import Ema
 from ema_proto.averages.rules import check_matches
+from ema_proto.averages.step_units import half_life_steps, needed_of
 from ema_proto.errors import LocalProtocolError
 from ema_proto.sender.machine import SenderState
 from ema_proto.wire.messages import Join, Joined, Mode, Resume
@@ -112,6 +114,7 @@ class Stream:
         # Slots made in inference mode could not be written outside it.
         with torch.inference_mode(False):
             joined = worker.join(join, settings.connect_timeout_s)
+        _log_half_lives(settings)
         return cls(worker, joined, plan, settings, steps)
 
     @property
@@ -289,6 +292,14 @@ def plan_of(model: nn.Module, settings: Settings) -> Plan:
     except LocalProtocolError as error:
         raise PlanError(str(error)) from None
     return plan
+
+
+def _log_half_lives(settings: Settings) -> None:
+    for rule in settings.averages:
+        if isinstance(rule, Ema) and needed_of(rule) is not None:
+            half_life = half_life_steps(rule, settings.step_units)
+            text = "ema: average %s has a half-life of %g steps, a decay of %.10g at each"
+            log.info(text, rule.name, half_life, 0.5 ** (1 / half_life))
 
 
 def steps_before(step: int | None, known: int | None) -> int:
