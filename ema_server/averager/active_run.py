@@ -213,7 +213,7 @@ class ActiveRun:
 
     def on_published(self, result: PublishResult) -> None:
         """Take the publisher's result, answer who waits for it, and begin the next generation if one is requested."""
-        pending, self.pending, self.phase = self.pending, None, Phase.IDLE
+        self.phase, pending = Phase.IDLE, self.pending
         if pending is None:
             return
         outcome: Outcome
@@ -230,6 +230,7 @@ class ActiveRun:
             outcome = Durable(step, versions, new=pending.adds_versions)
             self.show()
             self.resources.announce(self.name, step)
+        self.pending = None
         _answer(pending.requests, outcome)
         if self.requests and self.is_idle and self.run.last_step is not None:
             self._begin(self.run.last_step)
@@ -247,10 +248,12 @@ class ActiveRun:
         """
         self.failure, self.departed = text, True
         waiting, self.requests = self.requests, []
-        if self.pending is not None and self.draft is not None:
-            waiting = [*self.pending.requests, *waiting]
+        if self.draft is not None:
             self.draft.discard()
-            self.phase, self.pending = Phase.IDLE, None
+            self.phase = Phase.IDLE
+        if self.pending is not None and self.is_idle:
+            waiting = [*self.pending.requests, *waiting]
+            self.pending = None
         _answer(waiting, Failed(text))
         rewind, self.rewind = self.rewind, None
         if rewind is not None:
@@ -304,7 +307,7 @@ class ActiveRun:
         )
 
     def _begin(self, step: int) -> None:
-        requests, self.requests = self.requests, []
+        requests = self.requests
         reasons = {request.reason for request in requests}
         pinned, finished = "checkpoint" in reasons, "finish" in reasons
         newest = self.generation
@@ -313,10 +316,11 @@ class ActiveRun:
         elif self.is_changed or (pinned and not newest.pinned) or (finished and not newest.finished):
             info = self._info(requests[0].reason, pinned=pinned, finished=finished)
             order = LinkOrder(self.name, info, newest, self.run.record(step), verified=True)
-            self.pending = PendingGeneration(order, self.run.mark, False, requests)
+            self.pending, self.requests = PendingGeneration(order, self.run.mark, False, requests), []
             self.phase = Phase.COMMITTING
             self.resources.publisher.submit(order)
         else:
+            self.requests = []
             _answer(requests, Durable(newest.step, newest.versions, new=False))
 
     def _open_draft(self, step: int, info: GenerationInfo, requests: list[PublishRequest]) -> None:
@@ -333,7 +337,8 @@ class ActiveRun:
         )
         content = Content(run.record(step), run.manifest, run.config)
         order = CommitOrder(run.name, info, GenerationWriter(folder, tuple(averages)), content)
-        self.pending, self.phase = PendingGeneration(order, run.mark, True, requests), Phase.DRAFTING
+        self.pending, self.requests = PendingGeneration(order, run.mark, True, requests), []
+        self.phase = Phase.DRAFTING
         self.begun_at, self.begun_step = self.resources.clock(), step
         if not self.resources.queue.snapshot_is_next(run.name):
             self.write_draft()

@@ -395,3 +395,14 @@ def test_bfloat16_weights_that_creep_are_followed(core: ServerCore) -> None:
 
     loaded = core.load(versions_by_average(core.publish("r"))["ema-0.999"])
     torch.testing.assert_close(loaded["w"], torch.full((4,), 1.25 - 0.25 * 0.999**200), rtol=0, atol=1e-5)
+
+
+def test_a_first_snapshot_below_the_origin_is_quarantined(core: ServerCore) -> None:
+    joined(core.join("r", _MANIFEST, ["ema:0.9"], first_step=5))
+    for step, mode in ((3, "set"), (3, "update"), (4, "update")):
+        answer = core.apply("r", step, _weights(step), mode)  # type: ignore[arg-type]
+        assert isinstance(answer, Quarantined)
+        assert f"step {step} is not above step 4" in answer.text
+
+    assert core.apply("r", 4, _weights(4), "set") == Applied(4, frozenset()), "weights before the first step"
+    assert core.apply("r", 5, _weights(5)) == Applied(5, frozenset())

@@ -105,3 +105,19 @@ def test_an_average_added_later_needs_known_step_units_and_patterns_that_match(t
         assert isinstance(refused, Unchanged)
         assert "'v'" in refused.text
         assert core.add("r", _SAMPLES) == Changed("samples")
+
+
+def test_a_rewind_of_a_run_on_disk_keeps_the_units_that_an_added_average_needs(tmp_path: Path) -> None:
+    with running_core(tmp_path) as core:
+        joined(core.join("r", _MANIFEST, ["raw"]))
+        _stream(core, 1)
+        core.publish("r")
+        joined(core.join("r", _MANIFEST, ["raw"], first_step=2, step_units=StepUnits(samples_per_step=32)))
+        _stream(core, 2)
+        assert core.add("r", _SAMPLES) == Changed("samples")
+    with running_core(tmp_path) as core:
+        assert joined(core.join("r", _MANIFEST, ["raw"], first_step=2)).continuation == "rewound"
+        core.apply("r", 2, {"w": torch.zeros(3)})
+        _stream(core, 12)
+
+        assert _kept(core)["samples"] == pytest.approx(0.5, abs=1e-6)
