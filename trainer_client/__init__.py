@@ -9,6 +9,7 @@ In the order of a snapshot's way, from an optimizer's step to the socket:
 - `optimizers`: the optimizer that really steps, inside wrappers or around another
 - `rounds`: after whose step a snapshot is taken when there are several optimizers
 - `stream`: the steps of a joined run: when a snapshot is taken, and why not
+- `watch`: notices weights that are written while no step is counted
 - `model`: which tensors a snapshot holds
 - `staging`: copies tensors into slots, on the CPU or from a device while training goes on
 - `connection`: the thread that sends snapshots, and its socket

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from trainer_client.optimizers import Stepper, is_within_step_of, shapes_of, trains, untraced
+from trainer_client.optimizers import Stepper, is_within_step_of, parameters_of, shapes_of, trains, untraced
 from trainer_client.rounds import PATIENCE, Rounds
 
 log = logging.getLogger("ema")
@@ -85,6 +85,9 @@ class Attachment:
             ]
             for stepper in steppers:
                 self._add(stepper)
+            if model is not None and not any(trains(each, model) for each in self._members):
+                text = "ema: %s holds no parameter of the model, which is right only if it steps copies of them"
+                log.warning(text, " and ".join(stepper.name for stepper in steppers))
 
     @property
     def attached(self) -> bool:
@@ -174,7 +177,7 @@ class Attachment:
                 return
             stepper = Stepper(optimizer)
         except Exception as error:  # noqa: BLE001  an optimizer of an unknown kind is no reason to end a training
-            self._known[optimizer] = (len(optimizer.param_groups), _Kind.OTHER)
+            self._known[optimizer] = (_groups(optimizer), _Kind.OTHER)
             log.warning("ema: the steps of %s cannot be followed: %r", type(optimizer).__name__, error)
             return
         log.error(
@@ -185,19 +188,22 @@ class Attachment:
         self._after(self._add(stepper))
 
     def _kind_of(self, optimizer: Optimizer) -> _Kind:
-        groups = len(optimizer.param_groups)
+        groups = _groups(optimizer)
         seen, kind = self._known.get(optimizer, (0, _Kind.OTHER))
         if seen != groups:
-            held = [each for group in optimizer.param_groups for each in group["params"]]
             if is_within_step_of(self._members):
                 kind = _Kind.OTHER  # its step is part of another's
             elif trains(optimizer, self._model):
                 kind = _Kind.OURS
             else:
-                is_copy = shapes_of(held) == shapes_of(self._model.parameters())
+                is_copy = shapes_of(parameters_of(optimizer)) == shapes_of(self._model.parameters())
                 kind = _Kind.COPY if is_copy else _Kind.OTHER
             self._known[optimizer] = (groups, kind)
         return kind
+
+
+def _groups(optimizer: Optimizer) -> int:
+    return len(getattr(optimizer, "param_groups", ()))
 
 
 def _hook_all(register: Callable[[Any], RemovableHandle], method: Callable[[Optimizer], None]) -> RemovableHandle:

@@ -138,8 +138,12 @@ def trains(optimizer: Optimizer, model: nn.Module) -> bool:
     """Whether `optimizer` holds a parameter of `model`, or one that shares memory with it (a flattened one)."""
     parameters = list(model.parameters())
     ids, memory = {id(each) for each in parameters}, {storage_address(each) for each in parameters} - {None}
-    held = [each for group in optimizer.param_groups for each in group["params"]]
-    return any(id(each) in ids or storage_address(each) in memory for each in held)
+    return any(id(each) in ids or storage_address(each) in memory for each in parameters_of(optimizer))
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters that `optimizer` holds; none if it has no groups of them."""
+    return [each for group in getattr(optimizer, "param_groups", ()) for each in group["params"]]
 
 
 def shapes_of(parameters: Iterable[Tensor]) -> list[tuple[int, ...]]:

@@ -20,6 +20,7 @@ from ema_proto.averages.specs import Ema
 from ema_proto.averages.step_units import half_life_steps, needed_of
 from ema_proto.errors import LocalProtocolError
 from ema_proto.sender.machine import SenderState
+from ema_proto.wire.manifest import Role
 from ema_proto.wire.messages import Join, Joined, Mode, Resume
 from trainer_client.connection.worker import Worker
 from trainer_client.counters import Skip
@@ -29,6 +30,7 @@ from trainer_client.model.selection import Selection
 from trainer_client.model.sources import version_of
 from trainer_client.settings import Settings, WhenBehind
 from trainer_client.staging.stagers import Stagers
+from trainer_client.watch import Watch
 
 log = logging.getLogger("ema")
 
@@ -77,6 +79,10 @@ class Stream:
         self._wait_s = settings.wait_timeout_s if settings.when_behind is WhenBehind.WAIT else 0.0
         self._counters = worker.counters
         self._warned: set[Skip] = set()
+        roles = [spec.role for spec in plan.manifest.tensors]
+        trained = [each for each, role in zip(plan.tensors(), roles, strict=True) if role is Role.PARAM]
+        self._watch = Watch(trained, steps)
+        worker.watch(self._watch.look)
         self._counted = False  # a step whose snapshot is still to be taken
         self._missed: _Missed | None = None
         self._stagers.prepare(plan.tensors())  # memory is locked now and not at the first step
@@ -168,6 +174,7 @@ class Stream:
             self._skip(Skip.REPEATED, f"step {step} is not above {self.steps}; after going back call rewind()")
             return
         self.steps, self._counted = step, True
+        self._watch.steps = step
 
     def take(self, model: nn.Module, *, overlap: bool = False) -> None:
         """Send a snapshot of the step counted last, once, if `every` sends it."""

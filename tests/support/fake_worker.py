@@ -57,6 +57,9 @@ class FakeWorker(Worker):
         self.state = "streaming"
         return Joined(last_step=None, published_step=None, recent=(), continuation="new", credit=8)
 
+    def watch(self, look: Callable[[float], None]) -> None:
+        self.look = look
+
     def acquire(self, wait_s: float, *, reconnecting: bool = False) -> Slot | None:
         self.waits.append(wait_s)
         return self.free.pop() if self.free and self.state == "streaming" else None

@@ -23,7 +23,7 @@ def _parameter() -> nn.Parameter:
 
 
 def _attached(optimizer: Optimizer, take: Callable[[], None]) -> Attachment:
-    return Attachment(nn.Module(), steppers_of(optimizer), Listener(take=take))
+    return Attachment(None, steppers_of(optimizer), Listener(take=take))
 
 
 class _Derived(Adam):
@@ -53,7 +53,7 @@ class _Listener:
     def attach(self, optimizer: Optimizer) -> None:
         """Makes a reference cycle, as a session and its attachment are: only the collector frees it."""
         listener = Listener(before_write=self.before, when_removed=self.nothing)
-        self.attachment = Attachment(nn.Module(), steppers_of(optimizer), listener)
+        self.attachment = Attachment(None, steppers_of(optimizer), listener)
 
     def nothing(self) -> None:
         """When removed."""

@@ -19,7 +19,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 from support.fake_worker import OfflineClient
-from trainer_client import PlanError, SettingsError
+from trainer_client import SettingsError
 
 
 class Forwarding(Optimizer):
@@ -437,11 +437,59 @@ def test_removing_the_attachment_sends_what_was_waiting() -> None:
     assert _is_last(client, gan)
 
 
-def test_changed_model_does_not_disturb_the_search_for_optimizers() -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
+def test_vocabulary_resized_with_a_new_optimizer_is_said_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
     optimizer = SGD(model.parameters(), lr=0.1)
     client = _client()
     client.attach(model, optimizer)
-    model.append(nn.Linear(2, 2))
-    with pytest.raises(PlanError):
+    optimizer.step()
+    model[0] = nn.Embedding(6, 2)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
         optimizer.step()
+
+    assert client.steps == 4
+    assert client.stats()["skipped"]["changed"] == 3
+    assert len(_errors(caplog)) == 3, "a new optimizer, which counts from now on, and another model"
+
+
+class Groupless(Optimizer):
+    """Keeps its parameters elsewhere."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        with torch.no_grad():
+            self.parameter.sub_(1.0)
+
+
+def test_optimizer_without_groups_is_followed() -> None:
+    model = _model()
+    optimizer = Groupless(model.weight)
+    client = _client()
+    client.attach(model, optimizer)
+    optimizer.step()
+
+    assert client.worker.steps == [1]
+    assert _is_last(client, model)
+
+
+def test_weights_written_by_hand_after_attach_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = _model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    client = _client()
+    client.attach(model, optimizer)
+    optimizer.step()
+    for second in range(1, 30):
+        with torch.no_grad():
+            model.weight.sub_(0.1)
+        client.worker.look(float(second))
+
+    assert ["no step has been counted since step 1" in text for text in _errors(caplog)] == [True]
+
+
+def test_optimizer_of_another_model_is_said_at_attach(caplog: pytest.LogCaptureFixture) -> None:
+    _client().attach(_model(), SGD(_model().parameters(), lr=0.1))
+
+    assert ["holds no parameter of the model" in record.message for record in caplog.records] == [True]

@@ -59,6 +59,7 @@ class Driver:
         self._outgoing: Outgoing | None = None
         self._retry_at = 0.0
         self._not_finite = 0  # snapshots refused for NaN or Inf since the last applied one
+        self.when_turning: Callable[[float], None] = lambda now: None  # called several times a second
         self._thread = threading.Thread(target=self._run, name="ema-driver", daemon=True)
 
     def start(self) -> None:
@@ -115,6 +116,7 @@ class Driver:
         if self._sender.state is SenderState.DISCONNECTED and now >= self._retry_at:
             self._open(now)
         self._sender.tick(now)
+        self.when_turning(now)
         self._write()
         self._settle()
         received = self._link.wait(self._pause_s(now), writable=self._outgoing is not None)

@@ -120,6 +120,10 @@ class Worker:
                 raise JoinError(f"run {join.run!r}: the server at {self._endpoint} has not answered")
             return shared.joined
 
+    def watch(self, look: Callable[[float], None]) -> None:
+        """Have `look(now)` called several times a second by the connection's thread, which must not be held up."""
+        self._driver.when_turning = look
+
     def acquire(self, wait_s: float, *, reconnecting: bool = False) -> Slot | None:
         """A slot to fill, to be passed to `offer` or `give_back`; None when there is none or the connection is down.
 
