@@ -272,7 +272,20 @@ def _is_this_machine(host: str) -> bool:
         address = ipaddress.ip_address(host)
     except ValueError:
         return False
-    return address.is_loopback or address.is_unspecified
+    return address.is_loopback or address.is_unspecified or _is_own(host)
+
+
+def _is_own(host: str) -> bool:
+    """Whether a numeric address is one of this machine: packets to such an address come from it. Sends nothing."""
+    try:
+        found = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+        family, kind, _, _, address = found[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            own: str = probe.getsockname()[0]
+    except OSError:
+        return False
+    return own == address[0]
 
 
 def _variables_of(*names: str) -> list[str]:

@@ -188,7 +188,7 @@ async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> boo
         endpoint = ingest.start()
         stack.push_async_callback(asyncio.to_thread, ingest.stop, INGEST_STOP_S)
         if services.evaluator is not None:
-            services.evaluator.start(http_url)
+            services.evaluator.start(http.own_url)
             stack.push_async_callback(services.evaluator.stop)
         announced.append(Ready(endpoint, http_url, str(config.data.absolute()), services.device.name, os.getpid()))
         announce(announced[0])

@@ -46,8 +46,8 @@ class Evaluator:
         self._state = "the server's evaluator is starting"
 
     def start(self, url: str) -> None:
-        """Start the process, and keep one running until `stop`; `url` is the server's own HTTP address."""
-        self._supervising = asyncio.create_task(self._supervise(_from_here(url)))
+        """Start the process, and keep one running until `stop`; `url` is where this machine reaches the server."""
+        self._supervising = asyncio.create_task(self._supervise(url))
 
     async def stop(self) -> None:
         """End the process: SIGTERM, by which it gives its version back, and SIGKILL if that does not help."""
@@ -113,8 +113,3 @@ class Evaluator:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("EMA_")}
         token = {} if self._config.token is None else {"EMA_TOKEN": self._config.token}
         return {**kept, "EMA_URL": url, **token}
-
-
-def _from_here(url: str) -> str:
-    """The address by which this machine reaches a server that listens on all of its addresses."""
-    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

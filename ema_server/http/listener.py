@@ -19,6 +19,7 @@ from ema_server.addresses import bind_all, bracketed, numeric_hosts
 
 KEEP_ALIVE_S = 75  # above the usual polling intervals, so that a poll does not meet a connection being closed
 GRACEFUL_S = 8  # below the ten seconds after which containers are killed
+_LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _CUT_OFF_S = 2  # for the responses to notice
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class HttpServer:
         self._graceful_s = graceful_s
         self._server = _Server(_config(app, graceful_s))
         self._serving: asyncio.Task[None] | None = None
+        self.own_url = ""  # where this machine reaches it, once it is started: a numeric address, and no wildcard
 
     async def start(self) -> str:
         """Listen, and return the URL.
@@ -57,7 +59,10 @@ class HttpServer:
             await asyncio.sleep(0.005)
         if self._serving.done():
             self._serving.result()
-        return f"http://{bracketed(self._host)}:{listeners[0].getsockname()[1]}"
+        numeric = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+        address, port = socket.getnameinfo(listeners[0].getsockname(), numeric)
+        self.own_url = f"http://{bracketed(_LOOPBACK_OF.get(address, address))}:{port}"
+        return f"http://{bracketed(self._host)}:{port}"
 
     async def stop(self) -> None:
         """Let running responses end, at most `graceful_s`, and close."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,16 @@ def plain(tmp_path: Path) -> Iterator[ServerProcess]:
 
 def evaluating(data: Path, function: str) -> ServerProcess:
     return ServerProcess(data, "--evaluate", f"support.evaluations:{function}")
+
+
+def own_address() -> str:
+    """An address of this machine other than the loopback, if it has one; what is asked for is sent nowhere."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("203.0.113.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
 
 
 def train(server: ServerProcess, *steps: int) -> dict[str, str]:
@@ -89,6 +100,20 @@ def workers(server: ServerProcess) -> list[str | None]:
     """Who has reported."""
     with Reader(server.http) as reader:
         return [row.worker for row in reader.metrics("toy")]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", own_address()])
+def test_the_servers_evaluator_uses_no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    proxies = {"HTTP_PROXY": "http://127.0.0.1:9", "ALL_PROXY": "socks5://127.0.0.1:9", "NO_PROXY": ""}
+    with monkeypatch.context() as environment:
+        for name, value in proxies.items():
+            environment.setenv(name, value)
+            environment.setenv(name.lower(), value)
+        options = ("--insecure", "--evaluate", "support.evaluations:bias")
+        server = ServerProcess(tmp_path / "data", *options, http=f"{host}:0")
+    with server:
+        train(server, 1)
+        eventually(lambda: set(workers(server)) == {"server"}, "the versions are evaluated", WAIT_S)
 
 
 def test_an_evaluator_killed_at_work_is_started_again_and_takes_over_and_the_averages_are_the_same_to_the_bit(
