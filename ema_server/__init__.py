@@ -2,10 +2,10 @@
 
 Packages, each of which imports only those listed before it:
 
-- `rules`: the maths of averaging
+- `rules`: the mathematics of averaging
 - `tensors`: which byte is where, in memory and in a file
 - `compute`: where averages are kept, and the arithmetic on them
-- `storage`: what lies on disk, and how it is read
+- `storage`: what is on disk, and how it is read
 - `runs`: one run in memory
 - `publishing`: from memory to a durable generation, retention, the ring
 - `averager`: the one thread that writes averages

@@ -22,7 +22,7 @@ from ema_proto.names import check_name
 from ema_server.storage.catalog import Catalog, FileEntry, Version, VersionGone
 from ema_server.storage.datadir import TEMPORARY, DataDir, delete_whole, next_seq_in
 from ema_server.storage.disk import sync_folders, write_durably
-from ema_server.storage.generation import entry_of, folder_name, is_folder_name, seq_in, version_of
+from ema_server.storage.generation import check_sizes, entry_of, folder_name, is_folder_name, seq_in, version_of
 from ema_server.storage.records import CONFIG_FILE, VERSION_FILE, BrokenGeneration, identified, read_json, rfc3339
 from ema_server.tensors.file_plan import MODEL_FILE
 
@@ -203,10 +203,7 @@ def open_derived(run: str, folder: Path) -> Version:
     version = version_of(run, folder, seq_in(folder.name) or 0, path.read_bytes(), entry_of(VERSION_FILE, path))
     if version.derived is None or folder.name != folder_name(version.seq, version.step):
         raise BrokenGeneration(f"{VERSION_FILE} does not describe a derived version of step {version.step}")
-    for file in version.files:
-        found = folder / file.name
-        if not found.is_file() or found.stat().st_size != file.size:
-            raise BrokenGeneration(f"{file.name} is missing, or does not have its {file.size} bytes")
+    check_sizes(folder, version.files)
     return version
 
 

@@ -7,6 +7,7 @@ checks the content, before the averages are resumed from it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +83,24 @@ def open_generation(run: str, folder: Path) -> Generation:
         BrokenGeneration: it is not whole.
     """
     record = read_record(folder)
-    for path, entry in record.files.items():
-        file = folder / path
-        if not file.is_file():
-            raise BrokenGeneration(f"{path} is missing")
-        if file.stat().st_size != entry.size:
-            raise BrokenGeneration(f"{path} has {file.stat().st_size} bytes instead of {entry.size}")
+    check_sizes(folder, record.files.values())
     names = [average.name for average in record.run.averages if average.has_content]
     versions = tuple(_version(run, folder, record, name) for name in names)
     return Generation(run, record.info.seq, record.run.step, record.info.pinned, record.info.finished, folder, versions)
+
+
+def check_sizes(folder: Path, files: Iterable[FileEntry]) -> None:
+    """Check that the files are in `folder` with their sizes.
+
+    Raises:
+        BrokenGeneration: a file is missing or has another size.
+    """
+    for entry in files:
+        file = folder / entry.name
+        if not file.is_file():
+            raise BrokenGeneration(f"{entry.name} is missing")
+        if file.stat().st_size != entry.size:
+            raise BrokenGeneration(f"{entry.name} has {file.stat().st_size} bytes instead of {entry.size}")
 
 
 def entry_of(name: str, path: Path) -> FileEntry:

@@ -1,4 +1,4 @@
-"""Which kernel a server computes with: the best there is, or the one that it was told to take, which it says."""
+"""Which kernel a server uses for each setting, and what it logs."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
 
 
-def test_the_compiled_kernel_is_taken_where_it_can_be_had() -> None:
+def test_auto_uses_the_compiled_kernel_if_available() -> None:
     pytest.importorskip("numba", reason=WITHOUT_NUMBA)
 
     assert [choose(setting, _CPU).name for setting in get_args(Kernel)] == ["compiled", "torch", "compiled"]
 
 
 @pytest.mark.usefixtures("without_numba")
-def test_without_numba_torch_is_taken_and_it_is_said_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_numba_auto_uses_torch_and_logs_why(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         chosen = choose("auto", _CPU)
 
@@ -55,7 +55,7 @@ def test_without_numba_the_compiled_kernel_is_refused_with_what_to_do() -> None:
         choose("compiled", _CPU)
 
 
-def test_a_numba_that_computes_nonsense_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_numba_with_wrong_results_counts_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = pytest.importorskip("ema_server.compute.compiled", reason=WITHOUT_NUMBA)
     monkeypatch.setattr(compiled, "_lerp_same", lambda *_: None)
 
@@ -73,7 +73,7 @@ def test_averages_on_another_device_are_computed_by_torch() -> None:
 
 
 @pytest.mark.process
-def test_a_server_without_numba_ends_with_one_line_when_it_is_told_to_use_it(tmp_path: Path) -> None:
+def test_a_server_without_numba_ends_with_one_line_if_the_compiled_kernel_is_set(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text("raise ImportError('no numba here')\n")
     command = [sys.executable, "-m", "ema_cli", "serve", "--data", str(tmp_path / "data"), "--kernel", "compiled"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

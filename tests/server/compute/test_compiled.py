@@ -1,4 +1,4 @@
-"""The compiled loops give torch's bits, for every dtype, length, weight and number of averages."""
+"""The compiled loops give the bits of torch, for every dtype, length, weight and number of averages."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_loops_are_within_two_roundings_of_float64(wire: torch.dtype, held: 
 
 
 @pytest.mark.parametrize("held", [torch.float32, torch.float64])
-def test_every_value_that_bfloat16_has_is_widened_rightly(held: torch.dtype) -> None:
+def test_every_bfloat16_value_is_widened_exactly(held: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     source = every[every.isfinite()]
     average = torch.zeros(len(source), dtype=held)
@@ -112,7 +112,7 @@ def test_a_constant_is_a_fixed_point_bit_for_bit(wire: torch.dtype, held: torch.
     assert _equal(averages, expected)
 
 
-def test_averages_of_both_dtypes_share_a_call() -> None:
+def test_one_call_takes_averages_of_both_dtypes() -> None:
     source = _values(6, 300, torch.float32)
     averages = [(_values(k, 300, torch.float64 if k % 2 else torch.float32), 0.01 * k) for k in range(7)]
     expected = _by_torch(source, averages)
@@ -132,7 +132,7 @@ def test_small_weights_do_not_go_to_torch(
     loops.lerp(_elements(_values(7, 100, wire)), [(_values(8, 100, held), weight) for weight in _SMALL])
 
 
-def test_threads_that_come_first_at_once_compute_rightly() -> None:
+def test_threads_that_compile_at_the_same_time_compute_correctly() -> None:
     loops, source = compiled.ByLoops(), _values(7, 999, torch.bfloat16)
     averages = [[(_values(k + j, 999, torch.float64), 0.1) for j in range(3)] for k in range(8)]
     expected = [_by_torch(source, pairs) for pairs in averages]
@@ -142,7 +142,7 @@ def test_threads_that_come_first_at_once_compute_rightly() -> None:
     assert all(_equal(pairs, other) for pairs, other in zip(averages, expected, strict=True))
 
 
-def test_the_loops_leave_the_lock_to_other_threads() -> None:
+def test_the_loops_release_the_interpreter_lock() -> None:
     """Nobody is made to hand Python's lock over here, so another thread moves on during a loop only if it lets go."""
     source, average, weight = torch.zeros(1 << 20).numpy(), torch.zeros(1 << 20).numpy(), np.float32(0.1)
     turns, seen, over = [0], [0], threading.Event()
@@ -170,7 +170,7 @@ def test_the_loops_leave_the_lock_to_other_threads() -> None:
     assert seen[0] > 0
 
 
-def test_loops_that_compute_nonsense_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loops_with_wrong_results_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_lerp_same", lambda *_: None)
 
     with pytest.raises(RuntimeError, match=r"computes \[0.0, 0.0, 0.0\] where \[0.25, 0.5, 1.0\] is right"):

@@ -173,7 +173,7 @@ def test_many_small_tensors_are_moved_in_few_batches() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_what_a_crew_takes_of_a_device_does_not_depend_on_the_model(workers: int) -> None:
+def test_the_device_memory_of_a_pool_does_not_depend_on_the_model(workers: int) -> None:
     taken = []
     for count in (10, 5000):
         manifest, tensors = _tiny(count)
@@ -213,7 +213,7 @@ def test_a_pass_that_fails_leaves_the_stages_usable() -> None:
     assert torch.equal(taken, snapshot)
 
 
-def test_memory_is_shown_and_filled_in_order_and_an_error_comes_through(device: Device) -> None:
+def test_memory_is_shown_and_filled_in_order_and_errors_propagate(device: Device) -> None:
     memory = device.allocate(1000)
     content = bytes(index % 251 for index in range(1000))
     begun: list[int] = []
@@ -236,7 +236,7 @@ def test_memory_is_shown_and_filled_in_order_and_an_error_comes_through(device: 
     assert bytes(shown) == bytes(8) + content[8:997] + bytes(3)
 
 
-def test_what_does_not_fit_into_the_device_is_refused_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_a_run_that_does_not_fit_into_the_device_is_refused_and_others_continue(tmp_path: Path) -> None:
     backend = InlineBackend()
     with running_core(
         tmp_path, device=Accelerator("cuda:1", backend, block_elements=16, bounce_bytes=64), kernel="torch"
@@ -253,7 +253,7 @@ def test_what_does_not_fit_into_the_device_is_refused_and_the_rest_goes_on(tmp_p
         joined(core.join("other", _MANIFEST, _AVERAGES))
 
 
-def test_a_runs_memory_is_given_back_to_the_system_when_it_leaves(tmp_path: Path) -> None:
+def test_the_memory_of_a_run_that_left_is_returned_to_the_system(tmp_path: Path) -> None:
     backend = InlineBackend()
     with running_core(tmp_path, device=Accelerator("test:0", backend, block_elements=16)) as core:
         joined(core.join("r", _MANIFEST, _AVERAGES))
@@ -296,7 +296,7 @@ def test_a_device_without_room_to_compute_with_is_named_when_the_server_starts(t
         pass
 
 
-def test_a_gpu_that_the_averages_are_not_on_gets_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_averages_gets_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = CudaRuntime()
     monkeypatch.setattr(torch, "cuda", runtime)
     stream: Any = SimpleNamespace(device=GPU)
@@ -350,7 +350,7 @@ def test_a_whole_models_pass_on_a_gpu_equals_the_hosts(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_what_does_not_fit_into_a_gpu_is_refused_and_what_is_freed_is_had_again() -> None:
+def test_too_large_an_allocation_on_a_gpu_is_refused_and_freed_memory_is_reused() -> None:
     device = open_device("cuda")
     with pytest.raises(MemoryError, match=r"cannot allocate \d+ bytes on cuda:0: only \d+ are available"):
         device.allocate(1 << 50)

@@ -1,4 +1,4 @@
-"""One pass gives what a float64 loop gives, for every dtype and block size, and the sink sees what was there before."""
+"""A pass equals a float64 loop, for every dtype and block size; the sink sees the content before the pass."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_pass_equals_a_float64_loop(pool: WorkerPool, form: Form, weight: floa
 
 
 @pytest.mark.parametrize("form", list(Form))
-def test_without_a_weight_a_pass_copies_exactly(pool: WorkerPool, form: Form) -> None:
+def test_a_pass_without_weight_copies_exactly(pool: WorkerPool, form: Form) -> None:
     target = _filled(pool, form, None, 3)
     held = _held(_MANIFEST, form, target.data)
     for name, value in _tensors(3).items():
@@ -114,7 +114,7 @@ def test_without_a_weight_a_pass_copies_exactly(pool: WorkerPool, form: Form) ->
         assert torch.equal(target.data, encode(_MANIFEST, _tensors(3)))
 
 
-def test_several_averages_in_one_pass_are_what_each_is_alone(pool: WorkerPool) -> None:
+def test_averages_in_one_pass_equal_averages_in_separate_passes(pool: WorkerPool) -> None:
     plan = [(Form.WIDE, 0.1), (Form.WIRE, None), (Form.EXACT, 0.9), (Form.WIDE, None), (Form.EXACT, None)]
     together = [_filled(pool, form, weight, 5) for form, weight in plan]
     alone = [_filled(pool, form, weight, 5) for form, weight in plan]
@@ -126,7 +126,7 @@ def test_several_averages_in_one_pass_are_what_each_is_alone(pool: WorkerPool) -
     assert all(torch.equal(one.data, other.data) for one, other in zip(together, alone, strict=True))
 
 
-def test_a_windows_mean_is_that_of_its_snapshots_and_disturbs_no_other_average(pool: WorkerPool) -> None:
+def test_the_mean_of_a_window_is_that_of_its_snapshots_and_changes_no_other_average(pool: WorkerPool) -> None:
     """The newest snapshot comes in by the same pass, and half floats are widened for the window and for the others."""
     snapshots = [_filled(pool, Form.WIRE, 0.0, seed) for seed in (1, 2, 3)]
     snapshots[0] = Target(snapshots[0].data, Form.WIRE, None)  # the oldest gives its place to the newest, seed 6
@@ -166,7 +166,7 @@ def test_a_constant_is_a_fixed_point_bit_for_bit(pool: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize("form", list(Form))
-def test_a_weight_of_zero_leaves_every_byte(pool: WorkerPool, form: Form) -> None:
+def test_a_weight_of_zero_changes_no_byte(pool: WorkerPool, form: Form) -> None:
     target = _filled(pool, form, 0.0, 7)
     before = target.data.clone()
     pool.update(all_segments(_MANIFEST), encode(_MANIFEST, _tensors(8)), [target], None)
@@ -174,7 +174,7 @@ def test_a_weight_of_zero_leaves_every_byte(pool: WorkerPool, form: Form) -> Non
     assert torch.equal(target.data, before)
 
 
-def test_what_an_average_does_not_average_it_copies(pool: WorkerPool) -> None:
+def test_blocks_outside_the_mask_are_copied(pool: WorkerPool) -> None:
     """Three averages in one pass, each with its own bit: the one with number 1 averages all but `brain`."""
     targets = [_filled(pool, form, 0.25, 1) for form in (Form.WIDE, Form.WIDE, Form.EXACT)]
     targets = [Target(target.data, target.form, 0.25, number) for number, target in enumerate(targets)]
@@ -209,7 +209,7 @@ def test_the_sink_sees_every_byte_once_and_before_it_changes(pool: WorkerPool) -
             assert [begin for begin, _ in ranges] == [0, *(end for _, end in ranges[:-1])]
 
 
-def test_every_kernel_leaves_the_same_bytes() -> None:
+def test_all_kernels_give_the_same_bytes() -> None:
     """So a run may go on with another one after a restart. The weights are those of a run's beginning and later."""
     plan = [(Form.WIDE, 1.0), (Form.EXACT, 0.5), (Form.WIDE, 0.3), (Form.WIRE, None), (Form.WIDE, 0.01)]
     left = []
@@ -228,7 +228,7 @@ def test_every_kernel_leaves_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.process
-def test_passes_take_no_memory_of_a_models_size(name: str) -> None:
+def test_passes_allocate_no_memory_of_the_models_size(name: str) -> None:
     """128 MiB of bfloat16 into four averages, one in float64: after the first pass the process does not grow."""
     script = """
         import resource, sys, torch

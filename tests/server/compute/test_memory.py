@@ -1,4 +1,4 @@
-"""What may still be taken is the least of what the machine and the container have left."""
+"""Host memory, and how much the machine and the container have left."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ def _container(folder: Path, limit: str, current: int, inactive: int) -> Path:
         (str(60 * _GIB), 5 * _GIB, 0, 8 * _GIB),
     ],
 )
-def test_the_tighter_limit_counts(tmp_path: Path, limit: str, current: int, inactive: int, expected: int) -> None:
+def test_available_memory_is_the_smaller_limit(
+    tmp_path: Path, limit: str, current: int, inactive: int, expected: int
+) -> None:
     assert available_bytes(_machine(tmp_path, 8 << 20), _container(tmp_path, limit, current, inactive)) == expected
 
 
-def test_where_nobody_says_there_is_no_number(tmp_path: Path) -> None:
+def test_available_memory_is_none_if_nothing_reports_it(tmp_path: Path) -> None:
     assert available_bytes(tmp_path / "meminfo", tmp_path) is None
 
 
-def test_more_than_there_is_is_refused_before_a_page_is_touched() -> None:
+def test_too_large_an_allocation_is_refused_before_a_page_is_touched() -> None:
     """On this machine, for real: without the check the kernel would kill this process."""
     available = available_bytes()
     if available is None:
@@ -52,7 +54,7 @@ def test_more_than_there_is_is_refused_before_a_page_is_touched() -> None:
         allocate(available + _GIB, touch=True)
 
 
-def test_memory_is_zeroed_and_both_faces_show_the_same_bytes() -> None:
+def test_memory_is_zeroed_and_tensor_and_view_share_bytes() -> None:
     memory = allocate(10_000, touch=True)
     memory.data[5] = 7
     memory.view[6] = 8
@@ -62,7 +64,7 @@ def test_memory_is_zeroed_and_both_faces_show_the_same_bytes() -> None:
     assert bytes(memory.view[4:8]) == bytes([0, 7, 8, 0])
 
 
-def test_memory_of_torchs_own_is_seen_through_a_view_too() -> None:
+def test_a_view_of_a_torch_tensor_shares_its_bytes() -> None:
     data = torch.zeros(1000, dtype=torch.uint8)
     memory = host_memory(data)
     memory.view[10:14] = b"abcd"

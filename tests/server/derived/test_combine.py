@@ -1,4 +1,4 @@
-"""A synthesised file is the float64 sum of the stored ones; what is copied is the newest; every byte is checked."""
+"""A synthesized file is the float64 sum of the stored ones; copied tensors are the newest; all bytes are verified."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def _stored(both: Afterwards, average: str, step: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_is_the_sum_of_what_is_stored_rounded_once(both: Afterwards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_synthesized_average_is_the_sum_of_stored_ones_rounded_once(
+    both: Afterwards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(combining, "_CHUNK_ELEMENTS", 128)
     version = both.deriving.synthesize("r", _RULE, None).version
     made = load_file(version.folder / "model.safetensors")
@@ -94,7 +96,7 @@ def test_it_is_the_sum_of_what_is_stored_rounded_once(both: Afterwards, monkeypa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_copied_comes_from_the_newest_snapshot(both: Afterwards) -> None:
+def test_copied_tensors_come_from_the_newest_snapshot(both: Afterwards) -> None:
     version = both.deriving.synthesize("r", _RULE, 6).version
     made = load_file(version.folder / "model.safetensors")
 
@@ -109,7 +111,7 @@ def test_what_is_copied_comes_from_the_newest_snapshot(both: Afterwards) -> None
     }
 
 
-def test_a_variance_of_batch_norm_stays_one_where_shares_of_both_signs_would_take_it_below_zero(tmp_path: Path) -> None:
+def test_a_variance_of_batch_norm_is_not_negative_with_shares_of_both_signs(tmp_path: Path) -> None:
     """A channel that died in mid-run; `w` has the same values, so that the sum is seen to go below zero."""
 
     def dying(step: int) -> dict[str, Tensor]:
@@ -131,7 +133,7 @@ def test_a_variance_of_batch_norm_stays_one_where_shares_of_both_signs_would_tak
     assert least > 0
 
 
-def test_a_version_says_what_it_was_made_of(both: Afterwards) -> None:
+def test_version_json_says_what_the_version_was_made_from(both: Afterwards) -> None:
     version = both.deriving.synthesize("r", _RULE, 7).version
     record = _record(version)
 
@@ -151,7 +153,7 @@ def test_a_version_says_what_it_was_made_of(both: Afterwards) -> None:
     assert derived["buffers_from"]["step"] == 7
 
 
-def test_it_treats_tensors_as_what_it_was_made_of_does(tmp_path: Path) -> None:
+def test_a_synthesized_average_inherits_buffers_include_and_exclude(tmp_path: Path) -> None:
     with afterwards(tmp_path) as both:
         rules = [f"power:sigma_rel={width},buffers=copy,exclude=w" for width in ("0.05", "0.1")]
         joined(both.core.join("r", _MANIFEST, rules))
@@ -172,7 +174,7 @@ def test_the_same_request_gives_the_same_version(both: Afterwards) -> None:
     assert both.deriving.synthesize("r", _RULE, 7).version != first.version
 
 
-def test_after_a_rewind_the_same_step_is_another_history(both: Afterwards) -> None:
+def test_after_a_rewind_the_same_step_gives_another_version(both: Afterwards) -> None:
     both.deriving.synthesize("r", _RULE, 5)
     late = both.deriving.synthesize("r", _RULE, 8).version
     assert isinstance(both.core.rewind("r", 7), Rewound)
@@ -186,7 +188,7 @@ def test_after_a_rewind_the_same_step_is_another_history(both: Afterwards) -> No
     assert not both.deriving.synthesize("r", _RULE, 5).is_new, "step 5 is of both histories"
 
 
-def test_a_flipped_byte_in_the_ring_is_found_and_nothing_is_kept(both: Afterwards) -> None:
+def test_a_flipped_byte_in_the_ring_is_found_and_nothing_is_written(both: Afterwards) -> None:
     snapshot = both.core.ring.snapshots("r")[-2]
     path = snapshot.folder / "power-0.1.safetensors"
     data = bytearray(path.read_bytes())
@@ -200,14 +202,14 @@ def test_a_flipped_byte_in_the_ring_is_found_and_nothing_is_kept(both: Afterward
     assert list(both.core.data_dir.derived_folder("r").iterdir()) == []
 
 
-def test_a_server_that_stops_gives_up_what_is_in_the_making(both: Afterwards) -> None:
+def test_a_stopping_server_abandons_unfinished_versions(both: Afterwards) -> None:
     both.stopping.set()
     with pytest.raises(Stopped):
         both.deriving.synthesize("r", _RULE, None)
     assert list(both.core.data_dir.derived_folder("r").iterdir()) == []
 
 
-def test_a_run_that_stored_nothing_is_told_what_to_do(tmp_path: Path) -> None:
+def test_a_run_without_a_ring_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with afterwards(tmp_path) as both:
         joined(both.core.join("r", _MANIFEST))
         _fill(both, 2)

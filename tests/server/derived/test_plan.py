@@ -1,4 +1,4 @@
-"""Which of a ring's averages are added up to another one, which never are, and what makes the result doubtful."""
+"""Which averages of a ring are added up to another one, which are not, and what gives a warning."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_later_snapshots_are_not_used() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.25])
-def test_far_from_what_was_kept_it_warns(sigma: float) -> None:
+def test_a_width_far_from_the_stored_ones_gives_a_warning(sigma: float) -> None:
     plan = make_plan(_FULL, gamma_of(sigma), 8192)
 
     assert plan.error > ERROR_TRUSTED
@@ -67,7 +67,7 @@ def test_far_from_what_was_kept_it_warns(sigma: float) -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.03, 0.04, 0.07, 0.12, 0.20])
-def test_within_the_trustworthy_range_it_does_not(sigma: float) -> None:
+def test_a_width_in_the_trusted_range_gives_no_warning(sigma: float) -> None:
     assert make_plan(_FULL, gamma_of(sigma), 8192).warning is None
 
 
@@ -85,14 +85,12 @@ def test_within_the_trustworthy_range_it_does_not(sigma: float) -> None:
         (_ring([100, 8000, 9000]), 0.12, "the nearest is of step 8000 and of step 9000, it has 3 from 100 to 9000"),
     ],
 )
-def test_what_would_be_another_average_is_refused_with_what_to_do(
-    ring: list[RingSnapshot], sigma: float, text: str
-) -> None:
+def test_too_inexact_an_average_is_refused_with_what_to_do(ring: list[RingSnapshot], sigma: float, text: str) -> None:
     with pytest.raises(CannotSynthesize, match=text):
         make_plan(ring, gamma_of(sigma), 512 if ring[-1].step == 512 else 8192)
 
 
-def test_amplified_bfloat16_is_warned_of() -> None:
+def test_amplified_bfloat16_rounding_gives_a_warning() -> None:
     plan = make_plan(_ring(range(256, 8193, 256), dtype="bfloat16"), gamma_of(0.03), 8192)
 
     assert plan.error < ERROR_TRUSTED
@@ -101,7 +99,7 @@ def test_amplified_bfloat16_is_warned_of() -> None:
     assert plan.rounding == pytest.approx(plan.amplification * 2**-9)
 
 
-def test_averages_that_began_at_another_step_are_not_mixed_in() -> None:
+def test_averages_of_different_origins_are_not_mixed() -> None:
     """Two came later: their profiles are like the first ones', what they hold is not."""
     ring = [
         _snapshot(
@@ -117,7 +115,7 @@ def test_averages_that_began_at_another_step_are_not_mixed_in() -> None:
     assert plan.origin == 0
 
 
-def test_an_average_added_during_the_run_has_its_own_time() -> None:
+def test_an_average_added_during_the_run_counts_its_own_time() -> None:
     """Where only the later ones can do it, time counts from where they began."""
     ring = [
         _snapshot(step, _member(0.05, step), *(_member(sigma, step, origin=500, began=501) for sigma in (0.06, 0.11)))
@@ -131,7 +129,7 @@ def test_an_average_added_during_the_run_has_its_own_time() -> None:
     assert plan.error == pytest.approx(solve(stored, Profile(7500, gamma_of(0.08))).error, rel=1e-6)
 
 
-def test_what_was_before_a_set_is_not_mixed_with_what_came_after() -> None:
+def test_averages_from_before_and_after_a_set_are_not_mixed() -> None:
     before = [_snapshot(step, *(_member(sigma, step) for sigma in _SIGMAS)) for step in range(100, 1001, 100)]
     after = [
         _snapshot(step, *(_member(sigma, step, began=1050) for sigma in _SIGMAS)) for step in range(1100, 2001, 100)
@@ -141,7 +139,7 @@ def test_what_was_before_a_set_is_not_mixed_with_what_came_after() -> None:
     assert {part.member.began for part in plan.parts} == {1050}
 
 
-def test_averages_that_copy_other_tensors_are_not_mixed() -> None:
+def test_averages_that_copy_different_tensors_are_not_mixed() -> None:
     ring = [
         _snapshot(
             step,
@@ -155,7 +153,7 @@ def test_averages_that_copy_other_tensors_are_not_mixed() -> None:
     assert len({part.member.copied for part in plan.parts}) == 1
 
 
-def test_of_many_averages_the_closest_are_used() -> None:
+def test_the_closest_of_many_averages_are_used() -> None:
     sigmas = [0.01 * number for number in range(1, 16)]
     plan = make_plan(_ring(range(100, 1001, 100), sigmas), gamma_of(0.125), 1000)
 

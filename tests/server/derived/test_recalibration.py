@@ -1,4 +1,4 @@
-"""Buffers that are uploaded for a version: what may take the place of what, and what the new version is."""
+"""Which uploaded buffers are accepted for a version, and what the new version holds."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _checked(tmp_path: Path, buffers: dict[str, Tensor], manifest: Manifest | No
     return checked(save(buffers), read_header(tmp_path / "model.safetensors"), shown)
 
 
-def test_buffers_in_the_dtype_of_the_version_are_taken(tmp_path: Path) -> None:
+def test_buffers_in_the_dtype_of_the_version_are_accepted(tmp_path: Path) -> None:
     found = _checked(tmp_path, {**_NEW, "half": torch.tensor([3.0, 4.0])})
 
     assert found["mean"] == torch.tensor([5.0, 6.0]).numpy().tobytes()
@@ -72,18 +72,18 @@ def test_buffers_in_the_dtype_of_the_version_are_taken(tmp_path: Path) -> None:
         ({**_NEW, "mean": torch.tensor([1.0, float("-inf")])}, "'mean' holds NaN or Inf"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, buffers: dict[str, Tensor], said: str) -> None:
+def test_buffers_that_do_not_fit_are_refused_by_name(tmp_path: Path, buffers: dict[str, Tensor], said: str) -> None:
     with pytest.raises(BadBuffers, match=said):
         _checked(tmp_path, buffers)
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\xff" * 100, save(_NEW)[:-1]])
-def test_what_is_no_safetensors_file_is_refused(data: bytes) -> None:
+def test_an_upload_that_is_not_safetensors_is_refused(data: bytes) -> None:
     with pytest.raises(BadBuffers, match="not a safetensors file"):
         checked(data, (), _manifest())
 
 
-def test_a_tied_buffer_is_replaced_under_all_of_its_names(tmp_path: Path) -> None:
+def test_a_tied_buffer_is_replaced_under_all_its_names(tmp_path: Path) -> None:
     manifest = _manifest({"mean": ("again.mean",)})
     one = _checked(tmp_path, {"again.mean": _NEW["mean"]}, manifest)
     both = _checked(tmp_path, {"mean": _NEW["mean"], "again.mean": _NEW["mean"].clone()}, manifest)
@@ -104,7 +104,7 @@ def _deriving(core: ServerCore) -> DerivationQueue:
 
 
 @pytest.mark.parametrize("average", ["raw", "ema-0.9"])
-def test_the_new_version_is_the_old_one_but_for_these_buffers(tmp_path: Path, average: str) -> None:
+def test_the_new_version_differs_only_in_these_buffers(tmp_path: Path, average: str) -> None:
     with running_core(tmp_path) as core:
         base = _published(core)[average]
         deriving = _deriving(core)
@@ -128,7 +128,7 @@ def test_the_new_version_is_the_old_one_but_for_these_buffers(tmp_path: Path, av
     }
 
 
-def test_a_damaged_version_is_not_copied_under_a_digest_of_its_own(tmp_path: Path) -> None:
+def test_a_damaged_version_is_not_copied(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         base = _published(core)["raw"]
         file = base.folder / "model.safetensors"
@@ -140,7 +140,7 @@ def test_a_damaged_version_is_not_copied_under_a_digest_of_its_own(tmp_path: Pat
         assert core.catalog.derived("r") == ()
 
 
-def test_a_version_that_is_gone_is_missed(tmp_path: Path) -> None:
+def test_a_deleted_version_cannot_be_recalibrated(tmp_path: Path) -> None:
     weights: dict[str, Any] = dict(_WEIGHTS)
     with running_core(tmp_path, keep_generations=1) as core:
         _published(core)

@@ -1,4 +1,4 @@
-"""The shares of stored profiles give the wanted one, as well as they say; figures of Karras et al.'s method."""
+"""The shares of stored profiles give the wanted one, with the stated error; figures of Karras et al."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_rounding_is_amplified_by_the_sum_of_absolute_shares(sigma: float, ampli
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.10])
-def test_what_is_stored_is_found_again_and_nothing_else_is_read(sigma: float) -> None:
+def test_a_stored_profile_is_found_exactly_and_nothing_else_is_used(sigma: float) -> None:
     blend = solve(_STORED, _wanted(sigma))
 
     assert (blend.error, blend.amplification) == (0.0, 1.0)
@@ -60,7 +60,7 @@ def test_what_is_stored_is_found_again_and_nothing_else_is_read(sigma: float) ->
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.10])
-def test_next_to_what_is_stored_the_error_is_float64s(sigma: float) -> None:
+def test_the_error_next_to_a_stored_profile_is_float64s(sigma: float) -> None:
     """At the very width the method's figures are 5e-15 and 1e-14: rounding alone."""
     nearly = Profile(_STEPS, gamma_of(sigma) * (1 + 1e-15))
     blend = solve(_STORED, nearly)
@@ -130,7 +130,7 @@ def test_a_profile_given_twice_changes_nothing() -> None:
     assert twice.amplification == pytest.approx(once.amplification, rel=1e-6)
 
 
-def test_time_has_no_unit() -> None:
+def test_shares_do_not_depend_on_the_unit_of_time() -> None:
     stretched = tuple(Profile(profile.time * 1e5, profile.gamma) for profile in _STORED)
     blend, stretched_blend = solve(_STORED, _wanted(0.12)), solve(stretched, _wanted(0.12, _STEPS * 1e5))
 
@@ -139,6 +139,6 @@ def test_time_has_no_unit() -> None:
 
 
 @pytest.mark.parametrize("stored", [(), (Profile(8193, 1.0),), (Profile(0, 1.0),)])
-def test_what_lies_beyond_the_wanted_time_cannot_be_used(stored: tuple[Profile, ...]) -> None:
+def test_profiles_beyond_the_wanted_time_are_refused(stored: tuple[Profile, ...]) -> None:
     with pytest.raises(ValueError, match=r"need stored profiles at times in \(0, 8192\]"):
         solve(stored, _wanted(0.1))

@@ -1,4 +1,4 @@
-"""NaN and Inf are found wherever they are, in the tensor they are in; large but finite values are no false alarm."""
+"""NaN and Inf are found in every position and attributed to their tensor; large finite values are accepted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _found(check: FiniteCheck, slot: Tensor, chunk: int) -> set[str]:
 @pytest.mark.parametrize("dtype", _FLOATS)
 @pytest.mark.parametrize("bad", _BAD)
 @pytest.mark.parametrize("chunk", [8, 64, 1 << 20])
-def test_one_bad_value_names_its_tensor_alone(dtype: torch.dtype, bad: float, chunk: int) -> None:
+def test_one_bad_value_names_only_its_tensor(dtype: torch.dtype, bad: float, chunk: int) -> None:
     tensors = {
         "a": torch.randn(5).to(dtype),
         "b": torch.randn(7, 3).to(dtype),
@@ -61,7 +61,7 @@ def test_infinities_that_would_cancel_are_found() -> None:
     assert FiniteCheck(manifest).check(0, manifest.nbytes, encode(manifest, tensors)) == ("a", "b")
 
 
-def test_tensors_that_are_copied_are_not_checked() -> None:
+def test_tensors_that_cannot_be_averaged_are_not_checked() -> None:
     tensors = {"u": torch.tensor([math.nan]), "mask": torch.tensor([-math.inf]), "w": torch.tensor([math.nan])}
     manifest = manifest_of(tensors, {"u": Role.STRUCTURAL, "mask": Role.BUFFER})
     check, slot = FiniteCheck(manifest), encode(manifest, tensors)
@@ -72,7 +72,7 @@ def test_tensors_that_are_copied_are_not_checked() -> None:
     assert set(check.check(0, manifest.nbytes, slot)) == {"mask", "w"}, "the first check is unchanged"
 
 
-def test_only_the_range_that_is_asked_for_is_read() -> None:
+def test_only_the_given_range_is_read() -> None:
     tensors = {"a": torch.tensor([1.0, 2.0, math.nan, 4.0])}
     manifest = manifest_of(tensors)
     check, slot = FiniteCheck(manifest), encode(manifest, tensors)

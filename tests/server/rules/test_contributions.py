@@ -1,4 +1,4 @@
-"""Whoever has the trainer's snapshots and a version's ledger can rebuild the version: the shares say how."""
+"""The shares of the steps, times the weights after these steps, add up to the average."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def core(tmp_path: Path) -> Iterator[ServerCore]:
 
 
 @pytest.mark.parametrize("set_at", [None, 12, 31])
-def test_the_weights_times_their_shares_are_the_average(core: ServerCore, set_at: int | None) -> None:
+def test_the_average_is_the_sum_of_weights_times_shares(core: ServerCore, set_at: int | None) -> None:
     """For every rule, with gaps, a set, and step units that change: in float64, within a few roundings of float32."""
     slow, fast = StepUnits(samples_per_step=5.0), StepUnits(samples_per_step=8.0)
     joined(core.join("r", manifest_of(_weights(1)), _RULES, first_step=3, step_units=slow))
@@ -71,7 +71,7 @@ def test_an_average_without_steps_has_no_shares() -> None:
     assert list(shares_of(parse_average("ema:0.9"), Ledger(5), lambda _: UNKNOWN)) == []
 
 
-def test_what_weighs_nothing_is_not_walked_through() -> None:
+def test_negligible_steps_are_not_visited() -> None:
     """Ten million steps of which 0.9 leaves a few hundred: the rest would not change a float64 sum."""
     ledger = Ledger.from_json({"origin": 0, "set": [1], "ranges": [[1, 10_000_000, 1]]})
 

@@ -1,4 +1,4 @@
-"""What is shown of an average's length: its decay and half-life, now and after its warm-up."""
+"""Decay and half-life for display, during and after a warm-up."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ONE = {"w": torch.ones(3)}
     ],
     ids=lambda value: getattr(value, "spec", str(value)),
 )
-def test_the_decay_now_is_what_the_last_step_left(rule: AverageSpec, step: int, decay: float) -> None:
+def test_the_current_decay_is_that_of_the_last_step(rule: AverageSpec, step: int, decay: float) -> None:
     reach = reach_now(rule, step, 10, StepUnits(10, 50))
 
     assert reach is not None
@@ -65,7 +65,7 @@ def test_a_rule_in_samples_has_the_decay_for_the_samples_per_step() -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), OverflowError(), ValueError()], ids=repr)
-def test_a_reach_that_cannot_be_told_is_left_out_and_the_averaging_goes_on(
+def test_a_decay_that_cannot_be_computed_is_left_out_and_averaging_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def refuse(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""A ledger lists exactly the steps it was told, briefly, and reads back what it wrote."""
+"""A ledger lists exactly the appended steps, as few ranges, and survives a round trip through JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _ledger(steps: list[int]) -> Ledger:
 
 
 @given(_STEPS)
-def test_it_lists_exactly_the_steps_that_were_appended(steps: list[int]) -> None:
+def test_a_ledger_lists_exactly_the_appended_steps(steps: list[int]) -> None:
     ledger = _ledger(steps)
 
     assert list(ledger.steps()) == ledger_steps(ledger.to_json()) == steps
@@ -34,12 +34,12 @@ def test_it_lists_exactly_the_steps_that_were_appended(steps: list[int]) -> None
 
 
 @given(_STEPS, st.integers(1, 70))
-def test_its_tail_is_the_newest_steps(steps: list[int], count: int) -> None:
+def test_the_tail_of_a_ledger_is_its_newest_steps(steps: list[int], count: int) -> None:
     assert _ledger(steps).tail(count) == tuple(steps[-count:])
 
 
 @given(_STEPS, _STEPS)
-def test_going_on_after_reading_it_back_changes_nothing(before: list[int], after: list[int]) -> None:
+def test_a_ledger_read_back_continues_unchanged(before: list[int], after: list[int]) -> None:
     """Also: what was read back is no longer tied to what it was read from."""
     steps = before + [before[-1] + step for step in after]
     written = json.loads(json.dumps(_ledger(before).to_json()))
@@ -67,7 +67,7 @@ def test_a_replacement_is_listed_and_may_repeat_the_last_step() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_steps_only_rise(step: int) -> None:
+def test_a_step_must_be_above_the_last(step: int) -> None:
     with pytest.raises(ValueError, match=f"step {step} does not follow step 2"):
         _ledger([1, 2]).append(step)
 
@@ -89,6 +89,6 @@ def test_steps_only_rise(step: int) -> None:
         {"origin": 0, "set": [], "ranges": [["1", "4", 1]]},
     ],
 )
-def test_something_else_is_no_ledger(value: Any) -> None:
+def test_invalid_json_is_not_a_ledger(value: Any) -> None:
     with pytest.raises(ValueError, match="not a ledger"):
         Ledger.from_json(value)

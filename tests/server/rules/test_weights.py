@@ -1,4 +1,4 @@
-"""Every rule against a dense stream of single steps, whatever is missing from the stream that it gets."""
+"""Every rule, on streams with gaps, against a dense stream of single steps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _shares(rule: AverageSpec, origin: int, applied: list[int]) -> list[float]:
 
 
 @given(st.data(), st.sampled_from(_ORIGINS), st.lists(st.integers(1, 30), min_size=1, max_size=12))
-def test_a_sparse_stream_weighs_as_a_dense_one_of_weights_that_stay_between_snapshots(
+def test_a_sparse_stream_equals_a_dense_one_with_constant_weights_between_snapshots(
     data: st.DataObject, origin: int, gaps: list[int]
 ) -> None:
     """Each snapshot has the share of all the steps that it stands for; and the shares sum to 1."""
@@ -60,7 +60,7 @@ def test_a_sparse_stream_weighs_as_a_dense_one_of_weights_that_stay_between_snap
 
 
 @given(st.data(), st.sampled_from(_ORIGINS), st.lists(st.integers(1, 30), min_size=2, max_size=8), st.integers(0, 7))
-def test_a_unit_step_of_the_weights_leaves_exactly_what_the_later_decays_leave(
+def test_a_unit_step_decays_by_the_product_of_later_decays(
     data: st.DataObject, origin: int, gaps: list[int], place: int
 ) -> None:
     """Weights that are 0 until a snapshot and 1 from it on: the average is one minus what the dense stream keeps."""
@@ -78,7 +78,7 @@ def test_a_unit_step_of_the_weights_leaves_exactly_what_the_later_decays_leave(
 
 
 @given(st.data(), st.sampled_from(_ORIGINS), st.lists(st.integers(1, 40), min_size=1, max_size=8))
-def test_an_average_of_constant_weights_is_these_weights(data: st.DataObject, origin: int, gaps: list[int]) -> None:
+def test_an_average_of_constant_weights_is_constant(data: st.DataObject, origin: int, gaps: list[int]) -> None:
     rule, average = data.draw(short_rules(origin)), 0.7
     for then, now in itertools.pairwise([origin, *(origin + moved for moved in itertools.accumulate(gaps))]):
         average += _weight(rule, then, now, origin) * (0.7 - average)
@@ -125,7 +125,7 @@ def test_known_decays_of_timms_warmup(power: float, step: int, decay: float) -> 
     ],
     ids=["timm-2/3", "timm-3/4", "tf"],
 )
-def test_a_warmup_reaches_the_usual_decays_at_the_known_steps(rule: Ema, reached: tuple[int, ...]) -> None:
+def test_a_warmup_reaches_known_decays_at_known_steps(rule: Ema, reached: tuple[int, ...]) -> None:
     for step, rest in zip(reached, (1e-3, 2e-4, 1e-4), strict=True):
         bound = rest * (1 + 1e-9)
         assert _weight(rule, step - 1, step) <= bound < _weight(rule, step - 2, step - 1)
@@ -157,7 +157,7 @@ def test_warmups_have_the_known_widths_after_20_000_steps(spec: str, width: floa
     assert _moments(parse_average(spec), 20_000)[1] == pytest.approx(width, abs=digit)
 
 
-def test_a_power_average_has_the_profile_that_it_is_named_for() -> None:
+def test_a_power_average_has_a_power_profile() -> None:
     """Against `t ** gamma` at T = 1000, sigma_rel 0.05: the known largest difference, width and mean age."""
     rule = PowerEma(0.05)
     gamma, steps = rule.exponent, 1000
@@ -176,7 +176,7 @@ def test_a_power_average_keeps_its_width_at_any_cadence(every: int) -> None:
     assert _moments(PowerEma(0.05), 10_000, every)[1] == pytest.approx(0.05, abs=2e-4)
 
 
-def test_torchvisions_adjusted_decay_is_one_of_its_cadence() -> None:
+def test_torchvisions_adjusted_decay_is_a_decay_per_update() -> None:
     """1 - (1 - decay) * world * batch * ema_steps / epochs, applied once in ema_steps: its 32nd root at every step."""
     kept = 1 - min(1.0, (1 - 0.99998) * 8 * 128 * 32 / 600)
 
@@ -210,7 +210,7 @@ def test_a_debiased_average_is_exact_from_its_first_steps(decay: float) -> None:
     ],
 )
 @pytest.mark.parametrize(("then", "now"), [(10, 300), (60, 90), (70, 140), (150, 151)])
-def test_a_gap_across_the_end_of_a_warmup_weighs_the_product_of_its_decays(spec: str, then: int, now: int) -> None:
+def test_a_gap_across_the_end_of_a_warmup_has_the_product_of_its_decays(spec: str, then: int, now: int) -> None:
     rule = parse_average(spec)
     kept = dense_shares(rule, 0, now, _STEP_UNITS)[now][: then + 1].sum()
 
@@ -228,7 +228,7 @@ def test_a_gap_across_the_end_of_a_warmup_weighs_the_product_of_its_decays(spec:
     ],
     ids=lambda rule: rule.warmup,
 )
-def test_a_gap_far_into_a_warmup_weighs_the_product_within_a_part_in_a_hundred_million(rule: Ema, then: int) -> None:
+def test_a_gap_within_a_long_warmup_has_the_product_of_its_decays_within_1e_8(rule: Ema, then: int) -> None:
     """The reference takes every step on its own, summed without rounding (`math.fsum`)."""
     delta = 100_000
     left = math.fsum(math.log1p(-_weight(rule, step - 1, step)) for step in range(then + 1, then + delta + 1))
@@ -237,21 +237,21 @@ def test_a_gap_far_into_a_warmup_weighs_the_product_within_a_part_in_a_hundred_m
 
 
 @pytest.mark.parametrize("warmup", [None, "timm", "tf", "exponential", "half_life", "debias"])
-def test_up_to_update_after_and_one_step_more_the_weights_are_copied(warmup: str | None) -> None:
+def test_weights_are_copied_until_one_step_after_update_after(warmup: str | None) -> None:
     rule = Ema(0.9999, warmup=warmup, update_after=3)  # type: ignore[arg-type]
 
     assert [weight_of(rule, Span(then, then + 1, 0)) is None for then in range(6)] == [True] * 4 + [False] * 2
     assert weight_of(rule, Span(3, 10**6, 0)) is None
 
 
-def test_an_average_that_begins_from_the_start_weighs_the_first_step() -> None:
+def test_with_init_start_the_first_step_has_a_weight() -> None:
     assert weight_of(Ema(0.75, init="start"), Span(9, 10, 9)) == 0.25
     assert weight_of(Ema(0.75, init="start", update_after=3), Span(12, 13, 9)) == 0.25
     assert weight_of(Ema(0.75, init="start", update_after=3), Span(11, 13, 9)) is None
     assert weight_of(Ema(0.75), Span(9, 10, 9)) is None
 
 
-def test_a_plain_mean_follows_the_weights_until_it_starts_and_counts_its_cadence() -> None:
+def test_swa_follows_the_weights_until_its_start_and_counts_multiples_of_every() -> None:
     rule = Uniform(1000, 100)
 
     assert weight_of(rule, Span(900, 999, 0)) is None
@@ -261,7 +261,7 @@ def test_a_plain_mean_follows_the_weights_until_it_starts_and_counts_its_cadence
     assert weight_of(rule, Span(1100, 1500, 0)) == 4 / 6
 
 
-def test_an_imitated_decay_follows_the_weights_averages_its_steps_and_stands_still() -> None:
+def test_wsd_follows_the_weights_then_averages_then_stays_constant() -> None:
     rule = Wsd(1000, 10)
 
     assert weight_of(rule, Span(999, 1000, 0)) is None
@@ -272,7 +272,7 @@ def test_an_imitated_decay_follows_the_weights_averages_its_steps_and_stands_sti
 
 
 @given(st.integers(1, 60), st.sampled_from(["linear", "sqrt", "cosine"]), st.integers(0, 2**32 - 1))
-def test_an_imitated_decay_gives_the_weights_that_scaled_updates_give(steps: int, shape: str, seed: int) -> None:
+def test_wsd_gives_the_weights_that_a_decaying_learning_rate_gives(steps: int, shape: str, seed: int) -> None:
     """Each update of a random walk times the rate's factor at its step, against the average of the walk."""
     walk = np.cumsum(np.random.default_rng(seed).normal(size=steps + 2))
     factor: dict[str, Callable[[float], float]] = {
@@ -309,7 +309,7 @@ def test_an_imitated_decay_gives_the_weights_that_scaled_updates_give(steps: int
     ],
     ids=lambda rule: rule.spec,
 )
-def test_a_huge_gap_takes_the_new_weights_and_no_huge_time(rule: AverageSpec) -> None:
+def test_a_huge_gap_takes_the_new_weights_in_bounded_time(rule: AverageSpec) -> None:
     """Bounded in steps of arithmetic; the clock only tells a bounded loop from one over 2**52 steps."""
     started = time.monotonic()
 
@@ -327,7 +327,7 @@ _UNITS = st.sampled_from([1e-9, 1.0, 9e14])
     st.sampled_from([0, 1, 5, 10**4, 2**52]),
     st.sampled_from([1, 2, 1000]),
 )
-def test_every_rule_that_is_let_in_has_a_weight_and_a_reach_at_every_step(
+def test_every_valid_rule_has_a_weight_and_a_decay_at_every_step(
     rule: AverageSpec, units: StepUnits, origin: int, time: int, gap: int
 ) -> None:
     """A weight that is no number would fill the average with such, and an error stop the averages of all runs."""
@@ -338,7 +338,7 @@ def test_every_rule_that_is_let_in_has_a_weight_and_a_reach_at_every_step(
     assert reach is None or (0.0 <= reach.decay <= 1.0 and reach.half_life_steps >= 0.0)
 
 
-def test_a_half_life_of_nothing_is_a_decay_of_nothing() -> None:
+def test_a_half_life_of_zero_is_a_decay_of_zero() -> None:
     rule = Ema(half_life_samples=9)
     object.__setattr__(rule, "half_life_samples", 5e-324)  # the bounds leave this to arithmetic: it must have an answer
 
@@ -346,7 +346,7 @@ def test_a_half_life_of_nothing_is_a_decay_of_nothing() -> None:
     assert reach_now(rule, 4, 0, _STEP_UNITS) == Reach(0.0, 0.0)
 
 
-def test_a_huge_gap_within_a_warmup_is_summed_in_few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_gap_within_a_warmup_is_summed_in_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the thread that averages; while it sums, every run waits."""
     asked: list[object] = []
     curve = decays._timm
@@ -362,7 +362,7 @@ def test_a_huge_gap_within_a_warmup_is_summed_in_few_pieces(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("then", [11_985, 11_996, 12_001, 59_970, 59_999, 70_000])
-def test_no_step_of_a_gap_is_counted_with_what_a_warmup_does_after_its_turn(then: int) -> None:
+def test_no_step_of_a_gap_gets_the_decay_of_a_later_phase_of_the_warmup(then: int) -> None:
     """The decay is held at 0.5 up to step 12,001, and at 0.75 from step 60,001 on."""
     rule = Ema(0.75, warmup="timm", gamma=4000.0, power=0.5, min_decay=0.5)
     left = math.fsum(math.log1p(-_weight(rule, step - 1, step)) for step in range(then + 1, then + 61))
@@ -376,7 +376,7 @@ def test_points_are_the_multiples_in_between(every: int, then: int, now: int) ->
     assert points(every, then, now) == len([step for step in range(then + 1, now + 1) if step % every == 0])
 
 
-def test_raw_always_takes_the_snapshot_and_a_window_has_no_weight_of_its_own() -> None:
+def test_raw_always_takes_the_snapshot_and_a_window_has_no_weight() -> None:
     assert weight_of(Raw(), Span(3, 7, 0)) is None
     with pytest.raises(ValueError, match="is a window"):
         weight_of(Window(3), Span(3, 7, 0))
@@ -385,7 +385,7 @@ def test_raw_always_takes_the_snapshot_and_a_window_has_no_weight_of_its_own() -
 @pytest.mark.parametrize(
     ("spec", "needed"), [("ema:half_life_samples=9", "samples_per_step"), ("ema:half_life_epochs=9", "steps_per_epoch")]
 )
-def test_a_rule_in_a_unit_that_was_not_told_has_no_weight(spec: str, needed: str) -> None:
+def test_a_rule_whose_step_units_are_unknown_has_no_weight(spec: str, needed: str) -> None:
     with pytest.raises(ValueError, match=needed):
         weight_of(parse_average(spec), Span(3, 7, 0))
 

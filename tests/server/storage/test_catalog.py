@@ -1,4 +1,4 @@
-"""Readers find versions by id, step or `latest`, and what they hold is not taken from under them."""
+"""Versions are found by id, step or `latest`, and are not deleted while a reader holds them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_versions_are_listed_newest_first(catalog: Catalog) -> None:
     assert catalog.averages("r") == ("a", "b")
 
 
-def test_what_is_unknown_is_empty(catalog: Catalog) -> None:
+def test_unknown_runs_and_averages_have_no_versions(catalog: Catalog) -> None:
     assert catalog.versions("r", "c") == ()
     assert catalog.versions("x", "a") == ()
     assert catalog.averages("x") == ()
@@ -84,7 +84,7 @@ def test_after_a_rewind_a_version_is_listed_once_and_its_step_names_the_newest(c
     assert found.seq == 5
 
 
-def test_a_held_generation_stays_and_so_it_does_for_a_minute_after() -> None:
+def test_a_held_generation_stays_and_for_a_minute_after() -> None:
     clock = _Clock()
     catalog = Catalog(clock)
     generation = _generation(1, 10)
@@ -103,21 +103,21 @@ def test_a_held_generation_stays_and_so_it_does_for_a_minute_after() -> None:
     assert catalog.find("r", "a", "latest") is None
 
 
-def test_what_is_removed_cannot_be_held_any_more(catalog: Catalog) -> None:
+def test_a_removed_version_cannot_be_held(catalog: Catalog) -> None:
     generation = catalog.generations("r")[0]
     assert catalog.remove(generation)
     with pytest.raises(VersionGone, match="list again"), catalog.hold(generation.versions[0]):
         pass
 
 
-def test_a_broken_generation_goes_even_if_it_is_held(catalog: Catalog) -> None:
+def test_a_broken_generation_is_removed_even_if_held(catalog: Catalog) -> None:
     generation = catalog.generations("r")[0]
     with catalog.hold(generation.versions[0]):
         assert catalog.remove(generation, force=True)
     assert [version.step for version in catalog.versions("r", "a")] == [20, 10]
 
 
-def test_a_run_that_is_moved_is_found_under_its_new_name_only(catalog: Catalog) -> None:
+def test_a_renamed_run_is_found_under_its_new_name_only(catalog: Catalog) -> None:
     catalog.move("r", "r.old", Path("/data/runs/r.old"))
 
     assert catalog.runs() == ("r.old",)

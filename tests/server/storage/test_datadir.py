@@ -1,4 +1,4 @@
-"""One server per data folder, of a format it knows; what a crash left is swept, what is foreign is left alone."""
+"""One server per data folder, of a known format; unfinished writes are deleted, foreign files are left alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _held_by_another(data: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.process
-def test_a_second_server_is_told_who_has_the_folder(tmp_path: Path) -> None:
+def test_a_second_server_is_refused_and_names_the_first(tmp_path: Path) -> None:
     with _held_by_another(tmp_path) as other:
         with pytest.raises(DataDirError, match=f"in use by another server .process {other.pid}.: stop it or choose"):
             open_data_dir(tmp_path)
@@ -46,7 +46,7 @@ def test_a_closed_folder_can_be_opened_again(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "new" / "folder" / "format.json").read_text()) == {"format": 1}
 
 
-def test_a_newer_format_is_left_alone(tmp_path: Path) -> None:
+def test_a_newer_format_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "format.json").write_text('{"format": 2}')
     for _ in range(2):
         with pytest.raises(DataDirError, match="has format 2, this server reads 1: use the server that wrote it"):
@@ -56,19 +56,19 @@ def test_a_newer_format_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
-def test_a_format_that_cannot_be_read_is_not_guessed(tmp_path: Path, text: str) -> None:
+def test_an_invalid_format_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "format.json").write_text(text)
     with pytest.raises(DataDirError, match="is invalid"):
         open_data_dir(tmp_path)
 
 
-def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataDirError, match="cannot be used: Not a directory; choose another with --data"):
         open_data_dir(tmp_path / "file" / "data")
 
 
-def test_what_a_crash_left_is_swept_and_strange_names_are_not_runs(tmp_path: Path) -> None:
+def test_unfinished_writes_are_deleted_and_invalid_names_are_not_runs(tmp_path: Path) -> None:
     generations = tmp_path / "runs" / "r" / "generations"
     (generations / ".tmp-00000001" / "averages").mkdir(parents=True)
     (generations / ".tmp-00000001" / "averages" / "half").write_bytes(b"x")
@@ -86,7 +86,7 @@ def test_what_a_crash_left_is_swept_and_strange_names_are_not_runs(tmp_path: Pat
 @pytest.mark.parametrize(
     ("names", "seq"), [([], 1), (["00000007-000000000100"], 8), ([".bad-00000009-000000000001"], 10)]
 )
-def test_numbers_go_on_above_every_one_in_use(tmp_path: Path, names: list[str], seq: int) -> None:
+def test_the_next_seq_is_above_every_seq_in_use(tmp_path: Path, names: list[str], seq: int) -> None:
     for name in names:
         (tmp_path / "runs" / "r" / "generations" / name).mkdir(parents=True)
     data_dir = open_data_dir(tmp_path)

@@ -1,4 +1,4 @@
-"""Only whole generations count, and only checked bytes are resumed from; the rest is set aside for a person to see."""
+"""Only whole generations are listed, and only verified ones are resumed from."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _write(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("harm", _NOT_WHOLE.values(), ids=_NOT_WHOLE)
-def test_what_is_not_whole_is_never_listed_and_the_one_before_is_resumed(
+def test_a_generation_that_is_not_whole_is_not_listed_and_the_previous_one_is_resumed(
     tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:
     folder = _three_generations(tmp_path)[-1]
@@ -120,7 +120,7 @@ def test_what_is_not_whole_is_never_listed_and_the_one_before_is_resumed(
 
 
 @pytest.mark.parametrize("harm", _WRONG_BYTES.values(), ids=_WRONG_BYTES)
-def test_wrong_bytes_are_not_resumed_from(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+def test_a_generation_with_wrong_bytes_is_not_resumed_from(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     folder = _three_generations(tmp_path)[-1]
     harm(folder)
     with pytest.raises(BrokenGeneration):
@@ -131,7 +131,7 @@ def test_wrong_bytes_are_not_resumed_from(tmp_path: Path, harm: Callable[[Path],
         assert [version.step for version in core.catalog.versions("r", "raw")] == [2, 1]
 
 
-def test_a_rewind_passes_over_wrong_bytes(tmp_path: Path) -> None:
+def test_a_rewind_skips_a_generation_with_wrong_bytes(tmp_path: Path) -> None:
     folders = _three_generations(tmp_path)
     _flip(folders[1] / "averages/ema-0.9/model.safetensors", -1)
     with running_core(tmp_path) as core:
@@ -140,7 +140,7 @@ def test_a_rewind_passes_over_wrong_bytes(tmp_path: Path) -> None:
         assert {version.step for version in core.catalog.versions("r", "raw")} == {1, 3}
 
 
-def test_when_all_are_broken_the_run_starts_anew(tmp_path: Path) -> None:
+def test_a_run_whose_generations_are_all_broken_starts_again(tmp_path: Path) -> None:
     for folder in _three_generations(tmp_path):
         _truncate(folder / "averages/raw/model.safetensors")
     with running_core(tmp_path) as core:

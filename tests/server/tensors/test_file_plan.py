@@ -1,4 +1,4 @@
-"""What a draft writes, safetensors loads: every dtype, tied names, odd sizes; and the header never varies."""
+"""Files of averages, read by safetensors: every dtype, tied names, odd sizes, a constant header."""
 
 from __future__ import annotations
 

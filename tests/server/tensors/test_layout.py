@@ -1,4 +1,4 @@
-"""Every element of a snapshot lies in exactly one segment, aligned, whatever the tensors; nothing is allocated."""
+"""Every element of a snapshot is in exactly one segment, aligned, for any tensors; nothing is allocated."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_blocks_cover_every_form_once_and_aligned(
 
 
 @given(_TENSORS, st.sampled_from(list(Form)))
-def test_each_tensor_lies_in_a_segment_that_treats_it_as_its_role_and_dtype_ask(
+def test_each_tensor_is_in_a_segment_with_the_mask_of_its_role_and_dtype(
     tensors: list[tuple[str, tuple[int, ...], Role, bool]], form: Form
 ) -> None:
     manifest = _manifest(tensors)
@@ -89,13 +89,13 @@ def test_the_files_of_an_average_hold_every_byte_once_and_every_name(
     assert bool(state) == (form is not Form.WIRE and doubles)
 
 
-def test_neighbours_that_are_treated_alike_are_one_segment() -> None:
+def test_adjacent_tensors_of_one_mask_are_one_segment() -> None:
     manifest = layout(_spec(f"layer{i}", "F32", (3, i + 1)) for i in range(1000))
 
     assert all_segments(manifest) == (Segment("F32", -1, manifest.nbytes // 4, 0, 0, 0),)
 
 
-def test_a_tensor_that_averages_treat_differently_splits_its_segment() -> None:
+def test_a_tensor_with_another_mask_splits_the_segment() -> None:
     manifest = layout([_spec("a", "F32", (2,)), _spec("b", "F32", (3,), Role.BUFFER), _spec("c", "F32", (4,))])
 
     found = segments(manifest, lambda tensor: 0b01 if tensor.role is Role.BUFFER else 0b11)
@@ -104,7 +104,7 @@ def test_a_tensor_that_averages_treat_differently_splits_its_segment() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "BF16"])
-def test_a_tensor_beyond_2_to_the_31_bytes_goes_through_the_arithmetic(dtype: str) -> None:
+def test_offsets_beyond_2_to_the_31_bytes_are_right(dtype: str) -> None:
     """40,000,000,000 elements: offsets, blocks and file positions beyond 32 bits, and not a byte of them allocated."""
     count = 40_000_000_000
     manifest = layout([_spec("huge", dtype, (count,)), _spec("after", dtype, (3,)), _spec("flags", "BOOL", (5,))])

@@ -1,4 +1,4 @@
-"""What is read from and written into a safetensors file is what safetensors' own library sees."""
+"""Headers and files, compared with the safetensors library."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_tensor_is_found_where_it_lies(path: Path) -> None:
+def test_every_tensor_is_found_at_its_offset(path: Path) -> None:
     data = path.read_bytes()
     for stored in read_header(path):
         value = _TENSORS[stored.name]
@@ -36,7 +36,7 @@ def test_every_tensor_is_found_where_it_lies(path: Path) -> None:
         assert data[stored.offset : stored.offset + stored.nbytes] == held
 
 
-def test_a_described_file_is_read_by_the_library(tmp_path: Path) -> None:
+def test_the_safetensors_library_reads_a_described_file(tmp_path: Path) -> None:
     header, placed = describe([("b.ü", "F32", (2, 2)), ("a", "I64", ()), ("none", "F32", (0,))])
     path = tmp_path / "new.safetensors"
     path.write_bytes(header + struct.pack("<4f", 1, 2, 3, 4) + struct.pack("<q", 9))
@@ -47,7 +47,7 @@ def test_a_described_file_is_read_by_the_library(tmp_path: Path) -> None:
     assert {at.name: at.offset for at in placed} == {at.name: at.offset for at in read_header(path)}
 
 
-def test_replaced_tensors_take_the_place_of_the_old_and_the_rest_stays(path: Path) -> None:
+def test_replaced_changes_only_the_given_tensors(path: Path) -> None:
     new = b"".join(replaced(path, {"count": struct.pack("<q", 8), "weight": bytes(48)}))
 
     loaded = safetensors.torch.load(new)
@@ -89,7 +89,7 @@ def test_a_tensor_that_does_not_fit_is_refused(path: Path, tensors: dict[str, by
         ),
     ],
 )
-def test_what_is_no_safetensors_file_is_named(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_not_safetensors_is_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "bad"
     path.write_bytes(data)
     with pytest.raises(BadModelFile, match="bad is not a safetensors file"):

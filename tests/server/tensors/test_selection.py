@@ -36,7 +36,7 @@ def test_raw_keeps_the_wires_bytes_and_the_others_are_wide() -> None:
     assert form_of(Ema(0.9)) is Form.WIDE
 
 
-def test_what_cannot_be_averaged_no_average_averages() -> None:
+def test_tensors_that_cannot_be_averaged_are_copied_by_all_averages() -> None:
     manifest = layout(
         [
             _WEIGHT,
@@ -55,7 +55,7 @@ def test_what_cannot_be_averaged_no_average_averages() -> None:
     ]
 
 
-def test_segments_stay_long_where_no_average_differs() -> None:
+def test_segments_stay_long_if_all_averages_agree() -> None:
     layers = [TensorSpec(f"layer{i}.{name}", "F32", (4,), role, 0) for i in range(9) for name, role in _ROLES.items()]
 
     assert len(_segments(layout(layers), Ema(0.9), Ema(0.99), Raw())) == 1
