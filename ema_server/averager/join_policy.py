@@ -1,4 +1,4 @@
-"""What a JOIN leads to. Pure: what the trainer asks and what is known of the run come in, a decision goes out."""
+"""Decides what a JOIN leads to, from what the trainer asks and what is known of the run. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STEPS_SHOWN = 8
 class Known:
     """A run that has had a snapshot.
 
-    `averages` maps names to specs, `removed` has name and spec of those that it had; `held_steps` are those of its
+    `averages` maps names to specs, `removed` has name and spec of those removed; `held_steps` are the steps of its
     generations.
     """
 
@@ -37,12 +37,12 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Continue:
-    """Go on from the last step."""
+    """Continue from the last step."""
 
 
 @dataclass(frozen=True, slots=True)
 class GoBack:
-    """Rewind to the newest generation at or before `step`, then go on."""
+    """Rewind to the newest generation at or before `step`, then continue."""
 
     step: int
 
@@ -102,9 +102,9 @@ def _no_generation(join: messages.Join, known: Known) -> Refused:
     shown = ", ".join(map(str, steps[:_STEPS_SHOWN])) + (", ..." if len(steps) > _STEPS_SHOWN else "")
     held = f"its generations are at steps {shown}" if steps else "it has no generation yet"
     text = (
-        f"run {join.run!r} stands at step {known.last_step} and cannot go back before step {join.first_step}: {held}. "
-        "If the trainer goes on later than that, say how many steps it has taken (step=, load_state_dict()); else set "
-        "the old run aside (resume='never') or use another run name. There is always a generation to go back to where "
-        "ema.checkpoint(step) is called beside the trainer's own checkpoints"
+        f"run {join.run!r} is at step {known.last_step} and cannot go back before step {join.first_step}: {held}. "
+        "If the trainer continues from a later step, give it (step=, load_state_dict()); else set the old run aside "
+        "(resume='never') or use another run name. With ema.checkpoint(step) at each of the trainer's own checkpoints "
+        "there is always a generation to go back to"
     )
     return Refused(RejectCode.NO_GENERATION, text)

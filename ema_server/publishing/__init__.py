@@ -6,5 +6,4 @@
 - `retention`: which generations, and snapshots of a ring, are deleted
 - `ring`: keeps snapshots of a run's power-function averages, to synthesize others from later
 - `ring_snapshot`: the files of one snapshot of a ring
-- `ring_cuts`: which snapshots of a ring a rewind has yet to drop
 """

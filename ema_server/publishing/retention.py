@@ -1,7 +1,7 @@
-"""Which generations of a run, and snapshots of its ring, may go. Pure; who holds them is not known here.
+"""Which generations of a run, and which snapshots of its ring, are deleted. Pure functions.
 
-Besides the newest some older ones stay, the first among them, for a trainer that resumes from a checkpoint of which
-nobody told the server: the farther back it goes, the farther it may be to the generation before it.
+Besides the newest generations some older ones stay, the first among them, for a trainer that resumes from a checkpoint
+that the server does not know of. The farther back it goes, the larger the gap to the generation before it may be.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Sequence
 
 from ema_server.storage.catalog import Generation
 
-KEEP_PINNED = 10  # those a trainer asked for, to go with its own checkpoints
+KEEP_PINNED = 10  # `checkpoint` makes these, to go with the trainer's own checkpoints
 
 
 def expired(generations: Sequence[Generation], keep: int) -> tuple[Generation, ...]:
     """All but the newest `keep`, the newest ten pinned ones besides, and `keep` older ones spread over the run.
 
-    What a newer one repeats, or a rewind has left behind, takes nobody's place; a pinned one can be a spread one too.
+    One that a newer one repeats, or that a rewind made unreachable, does not count. A pinned one can be spread too.
 
     Args:
-        generations: those of one run, newest first.
+        generations: of one run, newest first.
         keep: at least 1.
     """
     distinct = [new for index, new in enumerate(generations) if not _is_repeated(new, generations[:index])]
@@ -30,9 +30,9 @@ def expired(generations: Sequence[Generation], keep: int) -> tuple[Generation, .
 
 
 def thinned(steps: Sequence[int], size: int) -> list[int]:
-    """The steps to drop, so that `size` of them stay spread over the run: the first and the newest always do.
+    """The steps to drop, so that `size` of them stay, spread over the run. The first and the newest always stay.
 
-    One after another goes the one whose neighbours are closest together, of several the earliest.
+    The one whose neighbours are closest together is dropped first; of several, the earliest.
 
     Args:
         steps: increasing.
@@ -46,15 +46,15 @@ def thinned(steps: Sequence[int], size: int) -> list[int]:
 
 
 def _spread(newest: Sequence[Generation], older: Sequence[Generation], count: int) -> list[Generation]:
-    """At most `count` of `older`, their ages in steps about a geometric series; the oldest is always one of them.
+    """At most `count` of `older`, whose ages in steps are about a geometric series; the oldest is always one of them.
 
-    One after another goes the one between whose neighbours' ages the ratio is smallest: who has to go back beyond it
-    loses least. It needs no memory: applied at every publication, the ratios that it left only shrink as time passes.
+    The one between whose neighbours' ages the ratio is smallest is dropped first: a trainer that goes back beyond it
+    loses least. No state is needed: applied at every publication, the ratios it left only shrink as time passes.
     """
     reachable: list[Generation] = []
     earliest = min((generation.step for generation in newest), default=0)
     for generation in older:
-        if generation.step < earliest:  # else a newer one serves whoever goes back to it, or beyond it
+        if generation.step < earliest:  # else a newer one serves a trainer that goes back to it
             reachable.append(generation)
             earliest = generation.step
     while len(reachable) > count:

@@ -1,12 +1,9 @@
-"""A bounded ring of a run's power-function averages, so that others of the kind can be made after the run.
-
-Comes in: generations as they become durable, and the steps to which runs go back. Goes out: `RingSnapshot`s. Hard links
-make a snapshot cost only what the generations no longer hold. A disk that refuses stops the ring, and nothing else.
+"""The ring of a run: a bounded number of snapshots of its power-function averages, to synthesize others from later.
 
     runs/{run}/ring/{seq}-{step}/    snapshot.json  config.json  {average}.safetensors...
 
-The publisher's thread alone writes, anyone may read. What a snapshot is, is known in `ring_snapshot`; what
-is still to be dropped, in `ring_cuts`.
+Snapshots are hard links, which cost only what no generation holds any more. Only the publisher's thread writes, any
+thread may read. If the disk fails, the ring stops growing, and averaging continues.
 """
 
 from __future__ import annotations
@@ -23,28 +20,28 @@ from pathlib import Path
 
 from ema_server.config import RingDtype
 from ema_server.publishing.retention import thinned
-from ema_server.publishing.ring_cuts import Cuts
 from ema_server.publishing.ring_snapshot import RingSnapshot, powers_of, read_snapshot, write_snapshot
 from ema_server.storage.catalog import Generation
 from ema_server.storage.datadir import TEMPORARY, DataDir, delete_whole
-from ema_server.storage.disk import shortage, sync_folders
+from ema_server.storage.disk import replace_durably, shortage, sync_folders
 from ema_server.storage.generation import is_folder_name, step_in
 from ema_server.storage.records import BrokenGeneration
 from ema_server.tensors.safetensors_file import BadModelFile
 
 logger = logging.getLogger("ema")
 
-_GENERATIONS_TO_COME = 2  # one may be in the making while another is deleted
+_CUT_FILE = "ring.cut"  # not in the ring's own folder, which may be what the disk refuses
+_GENERATIONS_TO_COME = 2  # one may be written while another is deleted
 _EXPECTED_S = 60.0  # a snapshot of links takes milliseconds, one in bfloat16 as long as its bytes
 
 
 class _NoRoom(Exception):
-    """What would be kept takes the room that generations need."""
+    """A snapshot would take the room that generations need."""
 
 
 @dataclass(frozen=True, slots=True)
 class RingStatus:
-    """How many snapshots a run's ring has, from which step to which; `error` says why it stands still, if it does."""
+    """How many snapshots a run's ring has, and their steps; `error` says why it does not grow, None if it does."""
 
     snapshots: int
     first_step: int | None
@@ -59,10 +56,10 @@ class Ring:
     """The rings of all runs.
 
     Args:
-        data_dir: where they lie.
+        data_dir: the data folder.
         size: how many snapshots a ring has at most; 0 keeps none.
-        every_steps: from one snapshot to the next it is at least so many steps; the last of a run is kept always.
-        dtype: in which averaged tensors are kept.
+        every_steps: the least number of steps between two snapshots; the last of a run is always kept.
+        dtype: of averaged tensors in the snapshots.
     """
 
     def __init__(self, data_dir: DataDir, size: int, every_steps: int = 0, dtype: RingDtype = "float32") -> None:
@@ -76,17 +73,17 @@ class Ring:
         self._offered: dict[str, int] = {}
         self._readers: dict[str, int] = {}
         self._on_cut: list[Callable[[str, int], None]] = []
-        self._cuts = Cuts(data_dir)
+        self._cuts: dict[str, int] = {}  # beyond which step snapshots are still to be dropped
 
     def restore(self) -> None:
-        """Look at what is on the disk, before the publisher starts.
+        """Read what is on the disk, before the publisher starts.
 
         Raises:
             OSError: the data folder cannot be read.
         """
         for run in self._data_dir.runs():
             try:
-                self._cuts.read(run)
+                self._read_cut(run)
                 self._cut_now(run)
                 self._show(run)
             except OSError as error:
@@ -94,35 +91,35 @@ class Ring:
             self._offer_again(run)
 
     def listen(self, on_cut: Callable[[str, int], None]) -> None:
-        """Call `on_cut(run, step)` whenever a run goes on from an earlier step. It runs on the publisher's thread."""
+        """Call `on_cut(run, step)`, on the publisher's thread, whenever a run continues from an earlier step."""
         self._on_cut.append(on_cut)
 
     def due_at(self, run: str, begun_step: int) -> int | None:
-        """The step at which a run with power averages is due for a snapshot; None where each generation is one.
+        """The step at which a run with power averages is due for a snapshot; None if every generation makes one.
 
         Args:
             run: its name.
-            begun_step: what counts as the last one where there has been none.
+            begun_step: counts as the step of the last snapshot if there has been none.
         """
         if not self._size or not self._every_steps:
             return None
         return self._offered.get(run, begun_step) + self._every_steps
 
     def expect(self, run: str) -> None:
-        """A generation of `run` will be offered to `keep`: until it has `arrived`, who asks for the ring waits."""
+        """A generation of `run` will be offered to `keep`: until it has `arrived`, readers of the ring wait."""
         with self._lock:
             self._expected[run] += 1
 
     def arrived(self, run: str) -> None:
-        """What was expected has been offered."""
+        """The generation that was expected has been offered."""
         with self._lock:
             self._expected -= Counter((run,))  # which leaves no zeros
             self._lock.notify_all()
 
     def keep(self, generation: Generation) -> None:
-        """Put a generation's power averages into the ring if one is due, and thin it out (publisher only).
+        """Add the power averages of a generation to the ring if a snapshot is due, and thin it out (publisher only).
 
-        One that is there already is not put in again.
+        A step that the ring has is not added again.
         """
         run, due_at = generation.run, self.due_at(generation.run, -self._every_steps)
         is_early = due_at is not None and generation.step < due_at and not generation.finished
@@ -136,18 +133,18 @@ class Ring:
             self._thin_out(run)
         except (OSError, BrokenGeneration, BadModelFile, _NoRoom) as error:
             if not os.path.lexists(generation.folder):
-                return  # set aside meanwhile: it will be offered under its new name
+                return  # its run was set aside meanwhile: it will be offered under the new name
             self._fail(run, f"step {generation.step} could not be kept: {_reason(error)}")
         else:
             self._show(run)
 
     def cut(self, run: str, step: int) -> None:
-        """Drop what lies beyond `step`: the run goes on from there, on another way (publisher only).
+        """Discard snapshots after `step`: the run was rewound and diverges from here (publisher only).
 
-        What cannot be dropped now is dropped before the next snapshot comes in, after a restart as well: the two are
-        never mixed.
+        What cannot be deleted now is deleted before the next snapshot is added, even after a restart, so that the two
+        histories are never mixed.
         """
-        self._cuts.want(run, step)
+        self._cuts[run] = min(step, self._cuts.get(run, step))
         for listener in self._on_cut:
             listener(run, step)
         try:
@@ -155,19 +152,19 @@ class Ring:
             self._show(run)
             self._offer_again(run)
         except OSError as error:
-            self._fail(run, f"what lies beyond step {step} could not be dropped: {_reason(error)}")
-            self._note_cut(run)
+            self._fail(run, f"the snapshots after step {step} could not be deleted: {_reason(error)}")
+            self._write_cut(run)
 
     def settle(self, run: str) -> None:
-        """Wait for a snapshot that is about to come in."""
+        """Wait for a snapshot that is about to be added."""
         with self._lock:
             self._lock.wait_for(lambda: self._expected[run] <= 0, _EXPECTED_S)
 
     def snapshots(self, run: str) -> tuple[RingSnapshot, ...]:
-        """What the ring of a run holds, by step, with the one that is about to come in.
+        """The snapshots in the ring of a run, by step, including one that is about to be added.
 
         Raises:
-            OSError: the disk fails, or a snapshot was dropped a moment ago.
+            OSError: the disk fails, or a snapshot has just been deleted.
             BrokenGeneration: a snapshot cannot be read.
         """
         self.settle(run)
@@ -175,7 +172,7 @@ class Ring:
         return tuple(sorted(found, key=lambda snapshot: snapshot.step))
 
     def status(self, run: str) -> RingStatus | None:
-        """How the ring of a run stands; None where there is none."""
+        """The status of a run's ring; None if it has none."""
         with self._lock:
             return self._statuses.get(run)
 
@@ -183,14 +180,15 @@ class Ring:
         """The run and its folder have another name."""
         with self._lock:
             self._offered.pop(run, None)
-            self._cuts.rename(run, new_run)
+            if run in self._cuts:
+                self._cuts[new_run] = self._cuts.pop(run)
             moved = self._statuses.pop(run, None)
             if moved is not None:
                 self._statuses[new_run] = moved
 
     @contextmanager
     def reading(self, run: str) -> Iterator[None]:
-        """Inside the block the ring is not thinned out; it may grow beyond its size meanwhile."""
+        """Inside the block the ring is not thinned out, and may grow beyond its size."""
         with self._lock:
             self._readers[run] = self._readers.get(run, 0) + 1
         try:
@@ -231,24 +229,40 @@ class Ring:
             delete_whole(by_step[step])
 
     def _cut_now(self, run: str) -> None:
-        step = self._cuts.step(run)
-        if step is None:
+        if run not in self._cuts:
             return
-        beyond = [path for path in self._folders(run) if step_in(path.name) > step]
-        for path in beyond:
+        later = [path for path in self._folders(run) if step_in(path.name) > self._cuts[run]]
+        for path in later:
             delete_whole(path)
-        if beyond:
+        if later:
             sync_folders([self._data_dir.ring_folder(run)])
-        self._cuts.done(run)
+        note = self._cut_file(run)
+        if note.exists():
+            note.unlink()
+            sync_folders([note.parent])
+        del self._cuts[run]
 
-    def _note_cut(self, run: str) -> None:
+    def _write_cut(self, run: str) -> None:
+        """Record on the disk a cut that could not be made, for the next process."""
         try:
-            self._cuts.write(run)
+            replace_durably(self._cut_file(run), b"%d\n" % self._cuts[run])
         except OSError as error:
             logger.error("run %s: a restart would forget to cut its ring: %s", run, _reason(error))
 
+    def _read_cut(self, run: str) -> None:
+        try:
+            self._cuts[run] = int(self._cut_file(run).read_bytes())
+        except FileNotFoundError:
+            return
+        except ValueError:
+            self._cuts[run] = -1  # which history the snapshots belong to is not known
+            logger.error("run %s: %s cannot be read: its ring starts over", run, self._cut_file(run))
+
+    def _cut_file(self, run: str) -> Path:
+        return self._data_dir.run_folder(run) / _CUT_FILE
+
     def _offer_again(self, run: str) -> None:
-        """Let the cadence count from the newest snapshot there is."""
+        """Count the cadence from the newest snapshot."""
         status = self.status(run)
         if status is None or status.last_step is None:
             self._offered.pop(run, None)
@@ -260,7 +274,7 @@ class Ring:
         return [path for path in folder.iterdir() if is_folder_name(path.name)] if folder.is_dir() else []
 
     def _fail(self, run: str, error: str) -> None:
-        """Take note of what failed, without a look at the disk that has just refused."""
+        """Record an error without reading the disk, which has just failed."""
         with self._lock:
             known = self._statuses.get(run, _NOTHING)
             self._statuses[run] = replace(known, error=error)

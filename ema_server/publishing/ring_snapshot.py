@@ -1,7 +1,7 @@
-"""One snapshot of a ring: a folder with the power averages of one generation. Comes in: a generation. Goes out: values.
+"""One snapshot of a ring: a folder with the power averages of one generation.
 
-A file is the generation's own, hard-linked, or a copy with the averaged tensors in bfloat16. Beside it stands which
-tensors the average copies: those are taken over and not added up when another average is made of several.
+A file is a hard link to the generation's own, or a copy with the averaged tensors in bfloat16. The record says which
+tensors the average copies: synthesis takes them over instead of adding them up.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RECORD_FILE = "snapshot.json"
 
 @dataclass(frozen=True, slots=True)
 class RingMember:
-    """One power average as it stood.
+    """One power average at the step of the snapshot.
 
     Args:
         average: its name.
@@ -39,8 +39,8 @@ class RingMember:
         version: id of the version it was published as.
         updates: snapshots in it.
         gap_steps: steps missing in it.
-        origin: the steps already taken when it began: its time is counted from there.
-        began: the step whose weights replaced it the last time; what was before is not in it.
+        origin: the steps already taken when it began; its time counts from there.
+        began: the last step whose weights replaced it; it holds nothing from before.
         file: its model file.
         copied: names of its tensors that are copies of the weights, not averages.
     """
@@ -59,7 +59,7 @@ class RingMember:
 
 @dataclass(frozen=True, slots=True)
 class RingSnapshot:
-    """The power averages of one generation, in `folder`; `dtype` is that of averaged tensors there."""
+    """The power averages of one generation, in `folder`; `dtype` is that of their averaged tensors."""
 
     folder: Path
     step: int
@@ -68,23 +68,23 @@ class RingSnapshot:
 
     @property
     def config(self) -> bytes | None:
-        """The content of the versions' `config.json`, None without."""
+        """The content of the versions' `config.json`, None if there is none."""
         path = self.folder / CONFIG_FILE
         return path.read_bytes() if path.exists() else None
 
 
 def powers_of(generation: Generation) -> tuple[tuple[Version, PowerEma], ...]:
-    """The versions of a generation that are of power averages, with their rules."""
+    """The versions of power averages in a generation, with their rules."""
     rules = ((version, parse_average(version.spec, name=version.average)) for version in generation.versions)
     return tuple((version, rule) for version, rule in rules if isinstance(rule, PowerEma))
 
 
 def write_snapshot(folder: Path, generation: Generation, dtype: RingDtype) -> None:
-    """Make the snapshot of a generation in `folder`, which must not exist, and bring it to the disk.
+    """Write the snapshot of a generation to `folder`, which must not exist, and sync it to the disk.
 
     Raises:
         BrokenGeneration: the generation's record or a file cannot be read.
-        OSError: the disk refuses. The folder is left to the caller.
+        OSError: the disk refuses. The caller deletes the folder.
     """
     record = read_record(generation.folder)
     manifest, exempt = read_manifest(generation.folder, record), frozenset(record.run.exempt)
@@ -104,7 +104,7 @@ def write_snapshot(folder: Path, generation: Generation, dtype: RingDtype) -> No
 
 
 def read_snapshot(folder: Path) -> RingSnapshot:
-    """Read what `write_snapshot` made.
+    """Read what `write_snapshot` wrote.
 
     Raises:
         BrokenGeneration: it is something else.
@@ -157,7 +157,7 @@ def _read_member(value: Mapping[str, Any]) -> RingMember:
 
 
 def _place(version: Version, target: Path, dtype: RingDtype, copied: frozenset[str]) -> FileEntry:
-    """Give the version's model file a second name, or write it in bfloat16."""
+    """Link the version's model file, or write it in bfloat16."""
     known = version.file(MODEL_FILE)
     if known is None:
         raise BrokenGeneration(f"version {version.id} has no {MODEL_FILE}")

@@ -1,8 +1,7 @@
-"""The files of a generation while they are being written. It is the pool's sink: blocks in, bytes in files out.
+"""Writes the files of a draft, block by block, before the pool's pass changes each block.
 
-Comes in: the memory of each average, and which blocks of it are about to change. Goes out: open files that hold the
-averages as they were. Nothing is durable yet; the publisher completes it. A disk that fails must not stop the
-averaging: the first error is kept, and from then on the draft takes blocks and does nothing.
+Nothing is durable until the publisher completes it. A disk that fails must not stop the averaging: the first error is
+kept, and later blocks are ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _NARROW_ELEMENTS = 64 << 10  # 256 KiB of float32 scratch, for float64 averages 
 
 @dataclass(frozen=True, slots=True)
 class DraftAverage:
-    """One average to write, or one of its snapshots: the folder of its files, its memory, and the files, if any."""
+    """Memory to write, of an average or of one of its snapshots, and the files under `folder` to write it to."""
 
     folder: Path
     memory: Memory
@@ -43,11 +42,11 @@ class _OpenFile:
 
 
 class GenerationWriter:
-    """Files under `folder`, a fresh temporary one. `write` may be called by several threads, for different blocks.
+    """Files of a generation in the making. Several threads may call `write`, for different blocks.
 
     Args:
-        folder: where the generation is built; must not exist.
-        averages: what to write, in the order in which the pool numbers the averages.
+        folder: temporary folder to build it in; must not exist.
+        averages: what to write, in the order of the pool's targets.
     """
 
     def __init__(self, folder: Path, averages: tuple[DraftAverage, ...]) -> None:
@@ -63,7 +62,7 @@ class GenerationWriter:
             self.error = error
 
     def write(self, index: int, begin: int, end: int) -> None:
-        """Store bytes `begin` to `end` of average number `index` as they are now."""
+        """Write bytes `begin` to `end` of average number `index` as they are now."""
         if self.error is not None:
             return
         try:
@@ -74,7 +73,7 @@ class GenerationWriter:
             self.error = error
 
     def complete(self) -> None:
-        """Add the tensors' tied names and bring every file to the disk.
+        """Write the copies of tied tensors, and sync every file to the disk.
 
         Raises:
             OSError: now or at any earlier write.
@@ -93,7 +92,7 @@ class GenerationWriter:
         self._open.clear()
 
     def discard(self) -> None:
-        """Close the files and delete the folder, as far as the disk lets us; what stays is swept at the next start."""
+        """Close the files and delete the folder; what the disk does not delete is swept at the next start."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -131,7 +130,7 @@ class GenerationWriter:
 
 
 def _overlaps(opened: _OpenFile, begin: int, end: int) -> Iterator[tuple[Span, int, int]]:
-    """The spans that `begin` to `end` touches, each with the part of it that is touched."""
+    """The spans that overlap `begin` to `end`, each with the bytes that do."""
     spans = opened.file.spans
     for index in range(max(bisect_right(opened.begins, begin) - 1, 0), len(spans)):
         span = spans[index]

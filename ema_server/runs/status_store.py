@@ -1,7 +1,4 @@
-"""The state of every run, for whoever wants to look. Comes in: whole statuses, from the averager. Goes out: the same.
-
-Safe from any thread: a status is immutable and replaced as a whole.
-"""
+"""Thread-safe store of the latest status of each run. A status is immutable and is replaced as a whole."""
 
 from __future__ import annotations
 
@@ -21,7 +18,10 @@ class RunState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """The last snapshot that was refused: its step, the tensors in question, why, and when (RFC 3339)."""
+    """The last snapshot that was refused, or the internal error that ended a session.
+
+    Its step, the tensors in question, why, and when (RFC 3339).
+    """
 
     step: int
     tensors: tuple[str, ...]
@@ -44,13 +44,13 @@ class NonFiniteBuffers:
 
 @dataclass(frozen=True, slots=True)
 class AverageStatus:
-    """One average: updates applied to it, steps that were due and missing, and the step it stands at.
+    """One average: updates applied to it, steps that were due and missing, and its step.
 
-    `accumulator` is the dtype in which it adds up, `wire` for one that adds nothing up. `decay` is that of the last
-    step and `half_life_steps` how long it takes at this decay until half of what is inside is new: None where the rule
-    has none (`raw`, a window), where nothing decays any more, or where the trainer has not told what the rule needs.
-    `age_steps` is the mean age of the weights inside; `initial_share` how much of the average are the weights that it
-    began from, the first snapshot or the last `set`. Both are None before its first snapshot, as the step is.
+    `accumulator` is the dtype of its sum, `wire` for one that is a copy. `decay` is the decay of the last step, and
+    `half_life_steps` the steps until half of the average is newer, at this decay: None if the rule has no decay (`raw`,
+    a window), if nothing decays after this step, or if the trainer has not given the step units that the rule needs.
+    `age_steps` is the mean age of the weights inside; `initial_share` the share of the weights that it began from, the
+    first snapshot or the last `set`. Both are None before its first snapshot, as the step is.
     """
 
     name: str
@@ -67,10 +67,10 @@ class AverageStatus:
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """One run as it stands.
+    """One run.
 
-    `step` is the last applied one, `published_step` the last durable one, `first_step` the first applied one;
-    `applied`, `gap_steps` and `quarantined` count since the run began; `memory_bytes` is what its averages hold now.
+    `step` is the last applied one, `published_step` the last durable one, `first_step` the first applied one.
+    `applied`, `gap_steps` and `quarantined` count since the run began. `memory_bytes` is what its averages take now.
     `is_current` says whether a trainer has joined it since the server's start.
     """
 
@@ -97,14 +97,14 @@ class RunStatus:
 
 
 class StatusStore:
-    """The newest status of each run."""
+    """The latest status of each run. Only the averager writes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._statuses: dict[str, RunStatus] = {}
 
     def get(self, run: str) -> RunStatus | None:
-        """The status of one run, None when it is unknown."""
+        """The status of one run, None if it is unknown."""
         with self._lock:
             return self._statuses.get(run)
 
@@ -114,11 +114,11 @@ class StatusStore:
             return tuple(status for _, status in sorted(self._statuses.items()))
 
     def set(self, status: RunStatus) -> None:
-        """Replace the status of `status.run` (averager only)."""
+        """Replace the status of `status.run`."""
         with self._lock:
             self._statuses[status.run] = status
 
     def remove(self, run: str) -> None:
-        """Forget a run (averager only)."""
+        """Remove the status of a run."""
         with self._lock:
             self._statuses.pop(run, None)

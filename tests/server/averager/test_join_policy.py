@@ -74,7 +74,7 @@ def test_going_back_needs_an_older_generation(resume: Resume) -> None:
     assert isinstance(refused, Refused)
     assert refused.code is RejectCode.NO_GENERATION
     for part in (
-        "stands at step 100",
+        "is at step 100",
         "before step 60",
         "at steps 60, 90",
         "step=",
