@@ -168,7 +168,8 @@ def _usage(name: str, command: Any) -> str:
 
 
 def _parameter(parameter: Any) -> tuple[str, str, str]:
-    name = parameter.metavar if parameter.param_type_name == "argument" else ", ".join(parameter.opts)
+    options = [] if parameter.param_type_name == "argument" else [*parameter.opts, *parameter.secondary_opts]
+    name = " ".join(filter(None, [", ".join(options), parameter.metavar]))
     variable = f"<br>`{parameter.envvar}`" if parameter.envvar else ""
     default = "required" if parameter.required else _default(parameter.default)
     return f"`{name}`{variable}", default, parameter.help or ""

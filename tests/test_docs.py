@@ -82,7 +82,7 @@ def test_every_command_and_its_options_are_in_the_reference() -> None:
 
     assert [f"ema {name}" for name in _commands()] == _headings(block, 2)
     for name, section in zip(_commands(), re.split(r"^## ", block, flags=re.MULTILINE)[1:], strict=True):
-        shown = [option.split(", ")[0] for option in _named(section) if option.startswith("-")]
+        shown = [re.split("[ ,]", option)[0] for option in _named(section) if option.startswith("-")]
         assert [option for option in _options(name) if option != "--help"] == shown
 
 
