@@ -23,6 +23,7 @@ log = logging.getLogger("ema")
 _dead: list[RemovableHandle] = []  # hooks of collected objects, which do nothing
 
 
+_FOLLOWED_SHOWN = 3
 _COPY_STEPS = 16  # in a row; fewer may be an interlude
 
 
@@ -72,6 +73,7 @@ class Attachment:
         self._steppers: list[Stepper] = []
         self._members: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._given = len(steppers)
+        self._followed = 0
         self._uncounted = 0  # steps of others since the counter's last one, or the last snapshot
         self._known: weakref.WeakKeyDictionary[Optimizer, tuple[int, _Kind]] = weakref.WeakKeyDictionary()
         self._copy_steps = 0  # steps of a copy of the model since the last one of the model
@@ -122,9 +124,11 @@ class Attachment:
             )
 
     def _add(self, stepper: Stepper) -> int:
-        index = self._rounds.members
-        self._rounds.members += 1
-        self._steppers.append(stepper)
+        """Follow an optimizer, in the place of one that is gone where there is one."""
+        gone = [index for index, each in enumerate(self._steppers) if each.optimizer is None]
+        index = gone[0] if gone else len(self._steppers)
+        self._steppers[index : index + 1] = [stepper]
+        self._rounds.members = len(self._steppers)
         if stepper.optimizer is not None:
             self._members[stepper.optimizer] = index
         stepper.watch(self._before, lambda _: self._after(index))
@@ -180,18 +184,20 @@ class Attachment:
             self._known[optimizer] = (_groups(optimizer), _Kind.OTHER)
             log.warning("ema: the steps of %s cannot be followed: %r", type(optimizer).__name__, error)
             return
-        log.error(
-            "ema: the model is trained by %s, which attach() was not given; its steps are followed from now on: "
-            "pass every optimizer of the model, attach(model, [first, second])",
-            stepper.name,
-        )
+        if self._followed < _FOLLOWED_SHOWN:  # some loops make an optimizer in each of their rounds
+            log.error(
+                "ema: the model is trained by %s, which attach() was not given; its steps are followed from now on: "
+                "pass every optimizer of the model, attach(model, [first, second])",
+                stepper.name,
+            )
+        self._followed += 1
         self._after(self._add(stepper))
 
     def _kind_of(self, optimizer: Optimizer) -> _Kind:
         groups = _groups(optimizer)
         seen, kind = self._known.get(optimizer, (0, _Kind.OTHER))
         if seen != groups:
-            if is_within_step_of(self._members):
+            if any(stepper.is_stepping for stepper in self._steppers) or is_within_step_of(self._members):
                 kind = _Kind.OTHER  # its step is part of another's
             elif trains(optimizer, self._model):
                 kind = _Kind.OURS

@@ -54,6 +54,7 @@ class Stepper:
         self._outer = [weakref.ref(each) for each in outer]
         self._depth = 0
         self._stepped = False
+        self._is_wrapped_step = False
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -77,7 +78,11 @@ class Stepper:
         @contextmanager
         def step(optimizer: Optimizer) -> Iterator[None]:
             before(optimizer)
-            yield
+            self._is_wrapped_step = True
+            try:
+                yield
+            finally:
+                self._is_wrapped_step = False
             end()
 
         @contextmanager
@@ -111,6 +116,11 @@ class Stepper:
         """Stop calling back."""
         while self._undo:
             self._undo.pop()()
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether this is called within a step that is not one of torch's, see `is_within_step_of` for those."""
+        return self._is_wrapped_step or self._depth > 0
 
     def is_around(self, optimizer: Optimizer) -> bool:
         """Whether `optimizer` is the innermost one, or one that steps it."""
@@ -198,7 +208,7 @@ def _wrap(
 
 def _is_nested(optimizer: Optimizer) -> bool:
     """Whether this is called within two steps of `optimizer`: torch wraps that of its class and the base's."""
-    return sum(stepping is optimizer for stepping in _stepping()) > 1
+    return _stepping().count(optimizer) > 1
 
 
 def is_within_step_of(optimizers: Container[Optimizer]) -> bool:
@@ -206,14 +216,16 @@ def is_within_step_of(optimizers: Container[Optimizer]) -> bool:
     return any(isinstance(stepping, Optimizer) and stepping in optimizers for stepping in _stepping())
 
 
-def _stepping() -> Iterator[object]:
+def _stepping() -> list[object]:
     """What the steps on the stack belong to, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
+    found = []
     while frame is not None:
         # Read defensively: nothing of ours may raise into a step, whatever torch calls its arguments one day.
         if frame.f_code is _WRAPPER and (args := frame.f_locals.get("args", ())):
-            yield args[0]
+            found.append(args[0])
         frame = frame.f_back
+    return found
 
 
 def _class(given: object) -> str:

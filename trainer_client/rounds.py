@@ -44,6 +44,10 @@ class Rounds:
 
     def after(self, member: int) -> bool:
         """`member` has stepped; whether a snapshot is due now."""
+        if self.members == 1:
+            self._first, self.current, self._length = member, member, 1
+            self._stepped.add(member)
+            return True
         if self._first is None:
             self._first = member
         if member != self.current:

@@ -214,6 +214,27 @@ def test_step_without_a_free_slot_is_skipped_without_waiting() -> None:
     assert training.worker.steps == [1, 3]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_snapshots_of_two_optimizers_have_the_step_of_both(order: tuple[int, int]) -> None:
+    training = Training(noted=False, slots=STEPS)
+    device, weights = training.device, training.model.weights
+    optimizers = [Stamping(device, list(weights)[:2], noted=False), Stamping(device, list(weights)[2:], noted=False)]
+    training.client.attach(training.model, optimizers)
+    for step in range(1, STEPS + 1):
+        stamp(device, [training.model.seen], step)
+        device.run(0.02)
+        for index in order:
+            optimizers[index].step()
+        device.advance(0.02)
+    training.end()
+
+    assert training.worker.steps == list(range(1, STEPS + 1))
+    late = [1] if order == (0, 1) else []  # the first round's order is not known: the buffer is the next one's
+    assert training.worker.torn == late
+    first = training.worker.snapshots[0][1]
+    assert all(first[f"weights.{index}"].unique().tolist() == [1] for index in range(4))
+
+
 @pytest.mark.parametrize("way", ["overlap=False", "update"])
 def test_copy_without_overlap_is_complete_on_return(way: str) -> None:
     training = Training(noted=False, overlap=way != "overlap=False")
