@@ -6,6 +6,7 @@ Invalid input to this package always raises one of these exceptions.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 
 class ProtocolError(Exception):
@@ -33,37 +34,6 @@ class Scope(StrEnum):
     SNAPSHOT = "snapshot"
 
 
-class RejectCode(StrEnum):
-    """Why a peer was refused. The scope of each code is fixed (`SCOPES`)."""
-
-    BAD_FRAME = "bad_frame"
-    BAD_MESSAGE = "bad_message"
-    VERSION = "version"
-    UNAUTHORIZED = "unauthorized"
-    STALE_EPOCH = "stale_epoch"
-    UNKNOWN_CONNECTION = "unknown_connection"
-
-    BAD_RUN = "bad_run"
-    BAD_AVERAGE = "bad_average"
-    AVERAGE_CHANGED = "average_changed"
-    MANIFEST_INVALID = "manifest_invalid"
-    MANIFEST_CHANGED = "manifest_changed"
-    RUN_IN_USE = "run_in_use"
-    EVICTED = "evicted"
-    NO_GENERATION = "no_generation"
-    NOTHING_TO_CONTINUE = "nothing_to_continue"
-    WORLD_UNSUPPORTED = "world_unsupported"
-    OUT_OF_MEMORY = "out_of_memory"
-    UNAVAILABLE = "unavailable"
-
-    OUT_OF_ORDER = "out_of_order"
-    BAD_CHUNK = "bad_chunk"
-    CHECKSUM = "checksum"
-    INCOMPLETE = "incomplete"
-    NOT_FINITE = "not_finite"
-    STEP_PASSED = "step_passed"
-
-
 class Cure(StrEnum):
     """What the sender does about a REJECT."""
 
@@ -73,31 +43,39 @@ class Cure(StrEnum):
     FINAL = "final"
 
 
-_RULES: dict[RejectCode, tuple[Scope, Cure]] = {
-    RejectCode.BAD_FRAME: (Scope.CONNECTION, Cure.REJOIN),
-    RejectCode.BAD_MESSAGE: (Scope.CONNECTION, Cure.REJOIN),
-    RejectCode.VERSION: (Scope.CONNECTION, Cure.FINAL),
-    RejectCode.UNAUTHORIZED: (Scope.CONNECTION, Cure.FINAL),
-    RejectCode.STALE_EPOCH: (Scope.CONNECTION, Cure.RECONNECT),
-    RejectCode.UNKNOWN_CONNECTION: (Scope.CONNECTION, Cure.RECONNECT),
-    RejectCode.BAD_RUN: (Scope.RUN, Cure.FINAL),
-    RejectCode.BAD_AVERAGE: (Scope.RUN, Cure.FINAL),
-    RejectCode.AVERAGE_CHANGED: (Scope.RUN, Cure.FINAL),
-    RejectCode.MANIFEST_INVALID: (Scope.RUN, Cure.FINAL),
-    RejectCode.MANIFEST_CHANGED: (Scope.RUN, Cure.FINAL),
-    RejectCode.RUN_IN_USE: (Scope.RUN, Cure.FINAL),
-    RejectCode.EVICTED: (Scope.RUN, Cure.FINAL),
-    RejectCode.NO_GENERATION: (Scope.RUN, Cure.FINAL),
-    RejectCode.NOTHING_TO_CONTINUE: (Scope.RUN, Cure.FINAL),
-    RejectCode.WORLD_UNSUPPORTED: (Scope.RUN, Cure.FINAL),
-    RejectCode.OUT_OF_MEMORY: (Scope.RUN, Cure.FINAL),
-    RejectCode.UNAVAILABLE: (Scope.RUN, Cure.REJOIN),
-    RejectCode.OUT_OF_ORDER: (Scope.SNAPSHOT, Cure.RESEND),
-    RejectCode.BAD_CHUNK: (Scope.SNAPSHOT, Cure.RESEND),
-    RejectCode.CHECKSUM: (Scope.SNAPSHOT, Cure.RESEND),
-    RejectCode.INCOMPLETE: (Scope.SNAPSHOT, Cure.RESEND),
-    RejectCode.NOT_FINITE: (Scope.SNAPSHOT, Cure.FINAL),
-    RejectCode.STEP_PASSED: (Scope.SNAPSHOT, Cure.FINAL),
-}
-SCOPES: dict[RejectCode, Scope] = {code: scope for code, (scope, _) in _RULES.items()}
-CURES: dict[RejectCode, Cure] = {code: cure for code, (_, cure) in _RULES.items()}
+class RejectCode(StrEnum):
+    """Why a peer was refused, what ends with the refusal, and what the sender does about it."""
+
+    scope: Scope
+    cure: Cure
+
+    def __new__(cls, value: str, scope: Scope, cure: Cure) -> Self:
+        """A code on the wire, with its fixed scope and cure."""
+        code = str.__new__(cls, value)
+        code._value_, code.scope, code.cure = value, scope, cure
+        return code
+
+    BAD_FRAME = "bad_frame", Scope.CONNECTION, Cure.REJOIN
+    BAD_MESSAGE = "bad_message", Scope.CONNECTION, Cure.REJOIN
+    VERSION = "version", Scope.CONNECTION, Cure.FINAL
+    UNAUTHORIZED = "unauthorized", Scope.CONNECTION, Cure.FINAL
+    STALE_EPOCH = "stale_epoch", Scope.CONNECTION, Cure.RECONNECT
+    UNKNOWN_CONNECTION = "unknown_connection", Scope.CONNECTION, Cure.RECONNECT
+    BAD_RUN = "bad_run", Scope.RUN, Cure.FINAL
+    BAD_AVERAGE = "bad_average", Scope.RUN, Cure.FINAL
+    AVERAGE_CHANGED = "average_changed", Scope.RUN, Cure.FINAL
+    MANIFEST_INVALID = "manifest_invalid", Scope.RUN, Cure.FINAL
+    MANIFEST_CHANGED = "manifest_changed", Scope.RUN, Cure.FINAL
+    RUN_IN_USE = "run_in_use", Scope.RUN, Cure.FINAL
+    EVICTED = "evicted", Scope.RUN, Cure.FINAL
+    NO_GENERATION = "no_generation", Scope.RUN, Cure.FINAL
+    NOTHING_TO_CONTINUE = "nothing_to_continue", Scope.RUN, Cure.FINAL
+    WORLD_UNSUPPORTED = "world_unsupported", Scope.RUN, Cure.FINAL
+    OUT_OF_MEMORY = "out_of_memory", Scope.RUN, Cure.FINAL
+    UNAVAILABLE = "unavailable", Scope.RUN, Cure.REJOIN
+    OUT_OF_ORDER = "out_of_order", Scope.SNAPSHOT, Cure.RESEND
+    BAD_CHUNK = "bad_chunk", Scope.SNAPSHOT, Cure.RESEND
+    CHECKSUM = "checksum", Scope.SNAPSHOT, Cure.RESEND
+    INCOMPLETE = "incomplete", Scope.SNAPSHOT, Cure.RESEND
+    NOT_FINITE = "not_finite", Scope.SNAPSHOT, Cure.FINAL
+    STEP_PASSED = "step_passed", Scope.SNAPSHOT, Cure.FINAL

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ema_proto import limits
 from ema_proto.dtypes import ITEM_BYTES
-from ema_proto.errors import CURES, SCOPES, RejectCode
+from ema_proto.errors import RejectCode
 from ema_proto.names import RESERVED
 from ema_proto.receiver.ownership import ClaimState
 from ema_proto.sender.machine import SenderState
@@ -51,6 +52,10 @@ def test_the_message_table_names_every_type_with_its_number_and_direction() -> N
 def test_the_message_table_names_every_key_of_every_body() -> None:
     rows = {row["message"]: bare(row["body keys"]) for row in table("## 3.", "type")}
     for message in EXAMPLES.values():
+        if isinstance(message, m.Join):  # what is None is left out of the body
+            message = replace(message, host="machine", pid=1)
+        if isinstance(message, m.Joined):
+            message = replace(message, set_aside="run-20260101")
         if not isinstance(message, m.Chunk):
             assert set(message.body()) == set(rows[TYPES[message.type]])
     described = {key for row in table("## 3.", "key") for key in bare(row["key"])}
@@ -108,7 +113,7 @@ def test_the_version_and_the_time_table_are_those_of_limits_py() -> None:
 def test_the_reject_table_has_every_code_with_its_scope_and_cure() -> None:
     rows = {row["code"].strip("`"): (row["scope"], row["the sender"]) for row in table("## 12.", "code")}
 
-    assert rows == {code.value: (SCOPES[code].value, CURES[code].value) for code in RejectCode}
+    assert rows == {code.value: (code.scope.value, code.cure.value) for code in RejectCode}
 
 
 def test_dtypes_and_reserved_names_are_listed() -> None:

@@ -182,7 +182,7 @@ def sender_after(state: str, message: str) -> str:
         drain(sender)
     match message.split():
         case ["REJECT", code]:
-            give(sender, m.Reject(RejectCode(code), "no"))
+            give(sender, m.Reject(RejectCode[code.upper()], "no"))
         case ["a", "trainer's", "message"]:
             give(sender, m.Bye())
         case ["anything", "unreadable"]:

@@ -86,7 +86,7 @@ class Stage:
             case ["quarantines"]:
                 self.server.quarantine = "tensor 'weight' is not finite"
             case ["refuses", code]:
-                self.server.refusal = RejectCode(code), "the keeper says no"  # as the vectors have it
+                self.server.refusal = RejectCode[code.upper()], "the keeper says no"  # as the vectors have it
             case _:
                 raise ValueError(f"the server cannot {what!r}")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from ema_proto.errors import SCOPES, LocalProtocolError, RejectCode, RemoteProtocolError, Scope
+from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError, Scope
 from ema_proto.limits import CHUNK_BYTES_DEFAULT, SESSION_LOST_S, SLOTS
 from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connection, Connections
@@ -94,7 +94,7 @@ class Receiver:
         try:
             self._take(connection, header, decode(header, body))
         except RemoteProtocolError as error:
-            if SCOPES[error.code] is Scope.CONNECTION:
+            if error.code.scope is Scope.CONNECTION:
                 self._connections.refuse(connection, error.code, error.text)
             else:
                 self._connections.send(connection.peer, m.Reject(error.code, error.text))

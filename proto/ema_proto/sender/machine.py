@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ema_proto.auth import prove
-from ema_proto.errors import CURES, Cure, LocalProtocolError, RejectCode, RemoteProtocolError, Scope
+from ema_proto.errors import Cure, LocalProtocolError, RejectCode, RemoteProtocolError, Scope
 from ema_proto.limits import ATTEMPTS_MAX, RECONNECT_PAUSE_S, VERSION_MAJOR
 from ema_proto.sender import events as e
 from ema_proto.sender.events import SenderState
@@ -124,7 +124,7 @@ class Sender:
                 self._timeouts.heard(now)
                 self._take(message, now)
         except RemoteProtocolError as error:
-            if CURES[error.code] is Cure.FINAL:
+            if error.code.cure is Cure.FINAL:
                 self._fail(error.code, error.text)
             else:
                 self.lost(now, f"the server sent something unreadable: {error.text}")
@@ -163,7 +163,7 @@ class Sender:
                 if message.reply:
                     self._send(m.Heartbeat())
             case m.Challenge() if self.state is SenderState.GREETING:
-                self._send(_answer_challenge(message, token=self._token, session=self._session))
+                self._take_challenge(message)
             case m.Welcome() if self.state is SenderState.GREETING:
                 self._take_welcome(message, now)
             case m.Joined() if self.state is SenderState.JOINING:
@@ -194,8 +194,16 @@ class Sender:
                     self.state = SenderState.CLOSED
                     self._return_if_ended()
 
+    def _take_challenge(self, challenge: m.Challenge) -> None:
+        if self._token is None:
+            text = "the server asks for a token: set EMA_TOKEN to the server's"
+            raise RemoteProtocolError(RejectCode.UNAUTHORIZED, text)
+        self._send(m.Hello(proof=prove(self._token, nonce=challenge.nonce, session=self._session)))
+
     def _take_welcome(self, welcome: m.Welcome, now: float) -> None:
-        _check_welcome(welcome)
+        if welcome.major != VERSION_MAJOR:
+            text = f"the server chose protocol {welcome.major}, this trainer speaks {VERSION_MAJOR}"
+            raise RemoteProtocolError(RejectCode.VERSION, f"{text}: upgrade the older side")
         self.state = SenderState.GREETED
         self._timeouts.progressed(now)
         self._epoch = welcome.epoch
@@ -208,12 +216,12 @@ class Sender:
     def _send_join(self, join: m.Join, welcome: m.Welcome) -> None:
         if self._joined_before:
             join = replace(join, reconnect=True, first_step=self._stream.next_step(join.first_step))
+        if join.checksum and "crc32" not in welcome.capabilities:
+            self._fail(RejectCode.VERSION, "the server cannot check CRC-32: upgrade it, or turn the checksum off")
+            return
         try:
-            _check_join(join, welcome)
             self._send(join)
             self.state = SenderState.JOINING
-        except RemoteProtocolError as error:
-            self._fail(error.code, error.text)
         except LocalProtocolError as error:
             self._fail(RejectCode.MANIFEST_INVALID, str(error))
 
@@ -240,7 +248,7 @@ class Sender:
             self.lost(now, f"step {committed.step} was answered before an earlier one")
 
     def _take_reject(self, reject: m.Reject, now: float) -> None:
-        cure = CURES[reject.code]
+        cure = reject.code.cure
         asks_first = self.state is SenderState.JOINING and not self._joined_before
         if reject.scope is Scope.SNAPSHOT:
             self._take_snapshot_reject(reject, cure, now)
@@ -296,36 +304,3 @@ class Sender:
                 self._done(item, text)
             else:
                 self.events.append(e.Answered(item.number, None, text))
-
-
-def _answer_challenge(challenge: m.Challenge, *, token: str | None, session: bytes) -> m.Hello:
-    """The HELLO that proves the token.
-
-    Raises:
-        RemoteProtocolError: `unauthorized`; there is none.
-    """
-    if token is None:
-        raise RemoteProtocolError(RejectCode.UNAUTHORIZED, "the server asks for a token: set EMA_TOKEN to the server's")
-    return m.Hello(proof=prove(token, nonce=challenge.nonce, session=session))
-
-
-def _check_welcome(welcome: m.Welcome) -> None:
-    """Refuse a server that chose a version which our HELLO did not offer.
-
-    Raises:
-        RemoteProtocolError: `version`.
-    """
-    if welcome.major != VERSION_MAJOR:
-        text = f"the server chose protocol {welcome.major}, this trainer speaks {VERSION_MAJOR}: upgrade the older side"
-        raise RemoteProtocolError(RejectCode.VERSION, text)
-
-
-def _check_join(join: m.Join, welcome: m.Welcome) -> None:
-    """Refuse a JOIN that the server cannot serve.
-
-    Raises:
-        RemoteProtocolError: `version`; the server knows no checksums and the trainer asks for them.
-    """
-    if join.checksum and "crc32" not in welcome.capabilities:
-        text = "the server cannot check CRC-32: upgrade it, or turn the checksum off"
-        raise RemoteProtocolError(RejectCode.VERSION, text)

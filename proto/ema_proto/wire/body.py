@@ -167,7 +167,7 @@ class WithBody:
             if not (kind.omit_none and getattr(self, name) is None)
         }
 
-    def header(self) -> dict[str, int]:
+    def header(self) -> dict[str, Any]:
         """The message's fields that travel in the header."""
         return {name: getattr(self, name) for name in _layout_of(self.__class__).header}
 

@@ -114,33 +114,12 @@ def encode(message: m.Message, *, session: bytes, epoch: int) -> tuple[bytes, by
     Raises:
         LocalProtocolError: the body is over the limit of its type (a JOIN with too many, or too long, tensor names).
     """
-    if isinstance(message, m.Chunk):
-        return encode_header(
-            Header(
-                type=message.type,
-                session=session,
-                epoch=epoch,
-                length=message.length,
-                step=message.step,
-                attempt=message.attempt,
-                offset=message.offset,
-                crc32=message.crc32,
-            )
-        ), b""
-    body = encode_body(message.body())
+    body = b"" if isinstance(message, m.Chunk) else encode_body(message.body())
     if len(body) > body_bytes_max(message.type):
         text = f"{type(message).__name__.upper()} has a body of {len(body)} bytes, over {body_bytes_max(message.type)}"
         raise LocalProtocolError(text)
-    used = message.header()
-    header = Header(
-        type=message.type,
-        session=session,
-        epoch=epoch,
-        length=len(body),
-        step=used.get("step", 0),
-        attempt=used.get("attempt", 0),
-    )
-    return encode_header(header), body
+    fields = {"epoch": epoch, "length": len(body)} | message.header()
+    return encode_header(Header(type=message.type, session=session, **fields)), body
 
 
 def with_crc32(header: bytes, crc32: int) -> bytes:

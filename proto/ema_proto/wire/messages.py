@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from ema_proto.averages.specs import AverageSpec, parse_average
 from ema_proto.averages.step_units import StepUnits
-from ema_proto.errors import SCOPES, LocalProtocolError, RejectCode, RemoteProtocolError, Scope
+from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError, Scope
 from ema_proto.limits import (
     AVERAGES_MAX,
     CAPABILITIES_MAX,
@@ -157,15 +157,15 @@ class Begin(WithBody):
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(WithBody):
     """`length` bytes of the snapshot from flat byte `offset`; the payload is the second frame."""
 
     type: ClassVar[int] = 4
-    step: int
-    attempt: int
-    offset: int
-    length: int
-    crc32: int | None = None
+    step: _InHeader
+    attempt: _InHeader
+    offset: _InHeader
+    length: _InHeader
+    crc32: Annotated[int | None, HEADER] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,21 +313,21 @@ class Finished(WithBody):
 
 @dataclass(frozen=True, slots=True)
 class Reject(WithBody):
-    """Refused: what (`scope`, fixed by the code), why, and in words what to do. Snapshots name step and attempt."""
+    """Refused: why, and in words what to do. The header names the step and attempt of a refused snapshot."""
 
     type: ClassVar[int] = 72
-    scope: Scope = field(init=False)
     code: Annotated[RejectCode, choice(*RejectCode)]
     text: Annotated[str, MESSAGE_TEXT]
     step: _InHeader = 0
     attempt: _InHeader = 0
 
-    def __post_init__(self) -> None:
-        """Derive the scope."""
-        object.__setattr__(self, "scope", SCOPES[self.code])
+    @property
+    def scope(self) -> Scope:
+        """What has ended."""
+        return self.code.scope
 
     def body(self) -> dict[str, Any]:
-        """The message's JSON body; a reader takes the scope from the code."""
+        """The JSON body, with the scope for people: a reader knows it from the code."""
         return {"scope": self.scope, "code": self.code, "text": MESSAGE_TEXT.write(self.text)}
 
 
