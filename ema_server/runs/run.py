@@ -22,8 +22,8 @@ from ema_server.rules.ledger import Ledger
 from ema_server.rules.weights import points
 from ema_server.runs.average import Average, Holding, needed_nbytes, new_average
 from ema_server.storage.records import RemovedRecord, RunRecord, StepUnitsRecord, newest_step_units
-from ema_server.tensors.layout import Form, Segment
-from ema_server.tensors.selection import segments_for, segments_of
+from ema_server.tensors.layout import Form, Segment, take_out
+from ema_server.tensors.selection import segments_for
 
 REMOVED_MAX = 1000  # every generation records them, and few trainers still list one
 STEP_UNITS_MAX = 1000  # every generation records them, and few sessions change them
@@ -193,10 +193,13 @@ class Run:
         donors = [average if average.has_content or donor is None else donor for average in self.averages]
         targets = self._advance(step, replaces=mode == "set")
         kept = not_finite - self.exempt
-        pool.update(self._segments_without(kept), snapshot, list(chain(*targets)), sink)
-        if kept:
-            kept_targets = map(Average.keep, self.averages, targets, donors)
-            pool.update(segments_of(self.manifest, kept), snapshot, list(chain(*kept_targets)), sink)
+        if not kept:
+            pool.update(self.segments, snapshot, list(chain(*targets)), sink)
+            return kept
+        others, alone = take_out(self.segments, (tensor for tensor in self.manifest.tensors if tensor.name in kept))
+        pool.update(others, snapshot, list(chain(*targets)), sink)
+        kept_targets = map(Average.keep, self.averages, targets, donors)
+        pool.update(alone, snapshot, list(chain(*kept_targets)), sink)
         return kept
 
     def refuse(self, step: int, mode: Mode) -> None:
@@ -236,11 +239,6 @@ class Run:
 
     def _due_until(self, step: int) -> int:
         return 0 if self.last_step is None else points(self.every, self.last_step, step)
-
-    def _segments_without(self, names: frozenset[str]) -> tuple[Segment, ...]:
-        if not names:
-            return self.segments
-        return segments_for(self.manifest, self.exempt, [average.averaged for average in self.averages], names)
 
     def _lay_out(self) -> None:
         self.segments = segments_for(self.manifest, self.exempt, [average.averaged for average in self.averages])

@@ -7,6 +7,7 @@ item size, large first, then in the order of the wire, so every element is align
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -55,6 +56,11 @@ class Segment:
         """The first byte after the segment in the snapshot."""
         return self.wire_offset + self.count * ITEM_BYTES[self.dtype]
 
+    def part(self, start: int, count: int) -> Segment:
+        """`count` elements from element `start` on."""
+        offsets = (self.offset(form) + start * ITEM_BYTES[held_dtype(form, self.dtype)] for form in Form)
+        return Segment(self.dtype, self.averaged, count, *offsets)
+
     def offset(self, form: Form) -> int:
         """The first byte of the segment in an average of this form."""
         match form:
@@ -88,23 +94,21 @@ def held_nbytes(manifest: Manifest, form: Form) -> int:
     return sum(place.nbytes for place in places(manifest, form))
 
 
-def segments(manifest: Manifest, mask: Callable[[TensorSpec], int | None]) -> tuple[Segment, ...]:
+def segments(manifest: Manifest, mask: Callable[[TensorSpec], int]) -> tuple[Segment, ...]:
     """The snapshot as few long segments, in memory order; empty tensors are in none.
 
     Args:
         manifest: the run's manifest.
-        mask: `Segment.averaged` of a tensor, or None to leave the tensor out.
+        mask: `Segment.averaged` of a tensor.
     """
     offsets = {form: {place.tensor.name: place.offset for place in places(manifest, form)} for form in Form}
     merged: list[Segment] = []
     for tensor in manifest.by_offset:
-        averaged = mask(tensor)
-        if not tensor.elements or averaged is None:
+        if not tensor.elements:
             continue
-        starts = (offsets[form][tensor.name] for form in (Form.WIRE, Form.WIDE, Form.EXACT))
-        new = Segment(tensor.dtype, averaged, tensor.elements, *starts)
+        new = Segment(tensor.dtype, mask(tensor), tensor.elements, *(offsets[form][tensor.name] for form in Form))
         last = merged[-1] if merged else None
-        if last is not None and (last.dtype, last.averaged, last.wire_end) == (new.dtype, averaged, new.wire_offset):
+        if last is not None and (last.dtype, last.averaged) == (new.dtype, new.averaged):
             merged[-1] = replace(last, count=last.count + new.count)
         else:
             merged.append(new)
@@ -114,7 +118,23 @@ def segments(manifest: Manifest, mask: Callable[[TensorSpec], int | None]) -> tu
 def cut(whole: Iterable[Segment], block_elements: int) -> Iterator[Segment]:
     """The same elements in the same order, in segments of at most `block_elements`."""
     for one in whole:
-        items = [(one.offset(form), ITEM_BYTES[held_dtype(form, one.dtype)]) for form in Form]
         for start in range(0, one.count, block_elements):
-            count = min(block_elements, one.count - start)
-            yield Segment(one.dtype, one.averaged, count, *(begin + start * item for begin, item in items))
+            yield one.part(start, min(block_elements, one.count - start))
+
+
+def take_out(
+    whole: Iterable[Segment], tensors: Iterable[TensorSpec]
+) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """All segments without these tensors, and these tensors alone, with every bit of the masks set."""
+    rest, taken = list[Segment](), list[Segment]()
+    pending = deque(sorted((tensor for tensor in tensors if tensor.elements), key=lambda tensor: tensor.offset))
+    for one in whole:
+        start = 0
+        while pending and pending[0].offset < one.wire_end:
+            tensor = pending.popleft()
+            first = (tensor.offset - one.wire_offset) // ITEM_BYTES[one.dtype]
+            rest.append(one.part(start, first - start))
+            taken.append(replace(one.part(first, tensor.elements), averaged=-1))
+            start = first + tensor.elements
+        rest.append(one.part(start, one.count - start) if start else one)
+    return tuple(one for one in rest if one.count), tuple(taken)

@@ -48,34 +48,21 @@ def copied_names(manifest: Manifest, exempt: frozenset[str], rule: AverageSpec) 
     return frozenset(name for tensor in copied for name in tensor.names)
 
 
-def segments_for(
-    manifest: Manifest,
-    exempt: frozenset[str],
-    averaged: Sequence[frozenset[str]],
-    left_out: frozenset[str] = frozenset(),
-) -> tuple[Segment, ...]:
+def segments_for(manifest: Manifest, exempt: frozenset[str], averaged: Sequence[frozenset[str]]) -> tuple[Segment, ...]:
     """The segments of a snapshot for several averages.
 
     Args:
         manifest: the run's manifest.
         exempt: names of tensors that no average averages.
-        averaged: of each average, `averaged_names`; the first has bit 0 of the segments' masks.
-        left_out: names of tensors that no segment covers.
+        averaged: `averaged_names` of each average; the first has bit 0 of the segments' masks.
     """
 
-    def mask(tensor: TensorSpec) -> int | None:
-        if tensor.name in left_out:
-            return None
+    def mask(tensor: TensorSpec) -> int:
         if not can_be_averaged(tensor, exempt):
             return 0
         return sum((tensor.name in names) << number for number, names in enumerate(averaged))
 
     return segments(manifest, mask)
-
-
-def segments_of(manifest: Manifest, names: frozenset[str]) -> tuple[Segment, ...]:
-    """The segments of these tensors alone, with every bit of the masks set."""
-    return segments(manifest, lambda tensor: -1 if tensor.name in names else None)
 
 
 def _averages(rule: AverageSpec, tensor: TensorSpec) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from ema_proto.dtypes import FLOATS, ITEM_BYTES
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from ema_server.tensors.file_plan import Span, files_of
-from ema_server.tensors.layout import Form, Segment, cut, held_dtype, held_nbytes, places, segments
+from ema_server.tensors.layout import Form, Segment, cut, held_dtype, held_nbytes, places, segments, take_out
 from support.server_core import all_segments
 
 
@@ -101,6 +102,28 @@ def test_a_tensor_with_another_mask_splits_the_segment() -> None:
     found = segments(manifest, lambda tensor: 0b01 if tensor.role is Role.BUFFER else 0b11)
 
     assert [(s.averaged, s.count) for s in found] == [(0b11, 2), (0b01, 3), (0b11, 4)]
+
+
+@given(st.lists(st.sampled_from(["F32", "F64", "BF16", "I64"]), min_size=1, max_size=8), st.data())
+def test_take_out_separates_the_elements_of_some_tensors(dtypes: list[str], data: st.DataObject) -> None:
+    tensors = [
+        _spec(str(i), dtype, (data.draw(st.integers(0, 3)),), data.draw(st.sampled_from([Role.PARAM, Role.STRUCTURAL])))
+        for i, dtype in enumerate(dtypes)
+    ]
+    manifest = layout([*tensors, _spec("last", "F32", (2,))])
+    names = data.draw(st.sets(st.sampled_from([tensor.name for tensor in manifest.tensors])))
+    chosen = [tensor for tensor in manifest.tensors if tensor.name in names]
+
+    rest, taken = take_out(all_segments(manifest), chosen)
+
+    def elements(found: Iterable[Segment]) -> list[tuple[int, int, int, str]]:
+        return sorted((one.wire_offset, one.wide_offset, one.exact_offset, one.dtype) for one in cut(found, 1))
+
+    assert elements([*rest, *taken]) == elements(all_segments(manifest))
+    assert {one.averaged for one in taken} <= {-1}
+    assert [(one.wire_offset, one.count) for one in taken] == sorted(
+        (tensor.offset, tensor.elements) for tensor in chosen if tensor.elements
+    )
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "BF16"])
