@@ -65,7 +65,7 @@ def create_api() -> Api:
     api = Api(
         title="ema-sidecar",
         version=API_VERSION,
-        servers=[{"url": ".", "description": "Where this document is, also behind a proxy that adds a prefix"}],
+        servers=[{"url": ".", "description": "Relative to this document, also behind a proxy that adds a prefix"}],
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

@@ -56,7 +56,8 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "0")
         allowed, received = body_bytes_max(scope["path"]), 0
-        too_large = Problem(Code.BODY_TOO_LARGE, f"a body may have at most {allowed} bytes here")
+        detail = f"the body is larger than the {allowed} bytes that this address accepts: send less at once"
+        too_large = Problem(Code.BODY_TOO_LARGE, detail)
         if announced.isdecimal() and int(announced) > allowed:
             await problem_response(too_large, scope)(scope, receive, send)
             return

@@ -1,7 +1,4 @@
-"""Errors as RFC 9457 problems. Comes in: a `Problem`, or any other error of the framework; goes out: problem+json.
-
-Every code a client can meet is in `Code`, with its status and title. Nothing here knows what the routes do.
-"""
+"""Errors as RFC 9457 problems: every code with its status and title, and the handlers that answer them."""
 
 from __future__ import annotations
 
@@ -23,44 +20,44 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 class Code(Enum):
-    """What went wrong: the word in the JSON, the status, the title."""
+    """Each code: its word in the JSON, its status, its title."""
 
-    BAD_REQUEST = ("bad_request", 400, "The request could not be understood")
-    BAD_RANGE = ("bad_range", 400, "The Range header could not be understood")
-    UNAUTHORIZED = ("unauthorized", 401, "A token is needed")
-    NOT_FOUND = ("not_found", 404, "There is nothing at this address")
-    RUN_NOT_FOUND = ("run_not_found", 404, "There is no such run")
-    AVERAGE_NOT_FOUND = ("average_not_found", 404, "The run has no such average")
-    VERSION_NOT_FOUND = ("version_not_found", 404, "The average has no such version")
+    BAD_REQUEST = ("bad_request", 400, "The request is malformed")
+    BAD_RANGE = ("bad_range", 400, "The Range header is malformed")
+    UNAUTHORIZED = ("unauthorized", 401, "A token is required")
+    NOT_FOUND = ("not_found", 404, "No such address")
+    RUN_NOT_FOUND = ("run_not_found", 404, "No such run")
+    AVERAGE_NOT_FOUND = ("average_not_found", 404, "No such average in the run")
+    VERSION_NOT_FOUND = ("version_not_found", 404, "No such version of the average")
     NO_VERSION_YET = ("no_version_yet", 404, "The average has no version yet")
-    FILE_NOT_FOUND = ("file_not_found", 404, "The version has no such file")
-    VALIDATION_NOT_FOUND = ("validation_not_found", 404, "The run has no such validation")
-    METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "The method is not allowed at this address")
+    FILE_NOT_FOUND = ("file_not_found", 404, "No such file in the version")
+    VALIDATION_NOT_FOUND = ("validation_not_found", 404, "No such validation in the run")
+    METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "Method not allowed")
     ALIAS_RANGE = ("alias_range", 409, "A download through an alias cannot be resumed")
-    CANNOT_SYNTHESIZE = ("cannot_synthesize", 409, "What is stored of the run does not suffice")
-    NAME_TAKEN = ("name_taken", 409, "The name is that of another average")
-    NOT_STREAMING = ("not_streaming", 409, "The run has no trainer")
-    AVERAGES_CONFLICT = ("averages_conflict", 409, "The averages of the run cannot be changed so")
+    CANNOT_SYNTHESIZE = ("cannot_synthesize", 409, "The stored snapshots of the run do not suffice")
+    NAME_TAKEN = ("name_taken", 409, "The name belongs to another average")
+    NOT_STREAMING = ("not_streaming", 409, "No trainer streams the run")
+    AVERAGES_CONFLICT = ("averages_conflict", 409, "The run does not accept this change of its averages")
     NO_LEDGER = ("no_ledger", 409, "The version has no ledger of its own")
     NOT_DERIVED = ("not_derived", 409, "Only derived versions can be deleted")
     VERSION_HELD = ("version_held", 409, "The version is being read")
-    UPLOAD_TIMEOUT = ("upload_timeout", 408, "The body took too long to come")
+    UPLOAD_TIMEOUT = ("upload_timeout", 408, "The body took too long to arrive")
     LEASE_LOST = ("lease_lost", 410, "The lease is lost")
     PRECONDITION_FAILED = ("precondition_failed", 412, "A precondition of the request failed")
     BODY_TOO_LARGE = ("body_too_large", 413, "The body is too large")
     RANGE_NOT_SATISFIABLE = ("range_not_satisfiable", 416, "The range lies outside the file")
-    INVALID = ("invalid", 422, "The request has a wrong value")
+    INVALID = ("invalid", 422, "The request has an invalid value")
     ALIAS_NOT_ALLOWED = ("alias_not_allowed", 422, "Metrics belong to an immutable version")
-    INTERNAL = ("internal", 500, "The server failed")
+    INTERNAL = ("internal", 500, "Internal error")
     DAMAGED = ("damaged", 500, "The file is damaged on the server's disk")
     NOT_READY = ("not_ready", 503, "The server is not ready")
-    BUSY = ("busy", 503, "The server has enough to do")
+    BUSY = ("busy", 503, "The server is busy")
     PUBLISH_FAILED = ("publish_failed", 503, "The run could not be published")
-    NO_EVALUATOR = ("no_evaluator", 503, "Nobody evaluates here")
+    NO_EVALUATOR = ("no_evaluator", 503, "No evaluation worker is available")
     DERIVE_FAILED = ("derive_failed", 503, "The version could not be made")
     METRICS_UNAVAILABLE = ("metrics_unavailable", 503, "The metrics could not be read or written")
-    NO_ROOM = ("no_room", 507, "There is no room on the server's disk")
-    OUT_OF_MEMORY = ("out_of_memory", 507, "There is no room in the server's memory")
+    NO_ROOM = ("no_room", 507, "Not enough space on the server's disk")
+    OUT_OF_MEMORY = ("out_of_memory", 507, "Not enough memory on the server")
 
     def __init__(self, word: str, status: int, title: str) -> None:
         self.word = word
@@ -69,10 +66,10 @@ class Code(Enum):
 
 
 class Problem(HTTPException):
-    """An error to be answered as it is. An HTTPException, because FastAPI lets only those pass while it reads a body.
+    """An error and its answer. An HTTPException, because FastAPI passes on only those while it reads a body.
 
     Args:
-        code: which one.
+        code: its word, status and title.
         detail: what is wrong, with which value, and what to do.
         headers: headers of the response.
         extra: extension members of the body.
@@ -107,7 +104,7 @@ def problem_response(problem: Problem, scope: Scope) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Make every error of `app` a problem: ours, the framework's, and the unforeseen."""
+    """Answer every error of `app` by a problem: ours, the framework's, and unexpected ones."""
 
     async def on_problem(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, Problem)
@@ -131,7 +128,7 @@ def install(app: FastAPI) -> None:
 
 
 def _from_http(error: HTTPException, scope: Scope) -> JSONResponse:
-    """The framework's own errors: no such path, no such method, a body that cannot be read."""
+    """The framework's own errors: an unknown path, a wrong method, a malformed body."""
     known = {code.status: code for code in (Code.BAD_REQUEST, Code.NOT_FOUND, Code.METHOD_NOT_ALLOWED)}
     code = known.get(error.status_code, Code.INTERNAL)
     detail = f"{scope['method']} {scope['path']}: {error.detail}; GET openapi.json lists the addresses"
@@ -150,6 +147,6 @@ def _allowed(scope: Scope) -> str:
 
 
 def _describe(error: RequestValidationError) -> str:
-    """Where and what, without the input: it may be long, secret or (NaN) not JSON."""
+    """The places and messages, without the input, which may be long, secret or (NaN) not JSON."""
     lines = (f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors())
     return "; ".join(lines)

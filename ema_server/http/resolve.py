@@ -29,9 +29,9 @@ def run_status(services: Services, run: str) -> RunStatus:
     status = services.statuses.get(run)
     if status is None:
         names = [status.run for status in services.statuses.all()]
-        known = ", ".join(names[:_NAMES_SHOWN]) if names else "there is none yet"
+        known = ", ".join(names[:_NAMES_SHOWN]) if names else "none yet"
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        raise Problem(Code.RUN_NOT_FOUND, f"run {run[:60]!r} is not among the runs here: {known}{more}")
+        raise Problem(Code.RUN_NOT_FOUND, f"run {run[:60]!r} does not exist; the runs are: {known}{more}")
     return status
 
 
@@ -88,7 +88,7 @@ def relative_link(request: Request, path: str) -> str:
 
 
 def is_alias(rev: str) -> bool:
-    """Whether `rev` may name another version tomorrow."""
+    """Whether `rev` may name another version later."""
     return _ID.fullmatch(rev) is None
 
 

@@ -1,4 +1,4 @@
-"""The JSON of the API as types: what goes out, and the one body that comes in. Holds no behaviour but validation."""
+"""The JSON that several resources share, as types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 class Out(BaseModel):
-    """A part of a response, read from a value of the server by attribute."""
+    """A part of a response, read from the attributes of a value."""
 
     model_config = ConfigDict(from_attributes=True, frozen=True)
 
@@ -25,9 +25,9 @@ class FileOut(Out):
 
 
 class VersionOut(Out):
-    """One average at one step, immutable. `derived` says how, if it was made of other versions after them.
+    """One average at one step, immutable. `derived` is the kind of a derived version, else null.
 
-    `decay` and `half_life_steps` are what the rule came to at this step, in steps; null where it has none.
+    `decay` and `half_life_steps` are those of the rule at this step; null if the rule has none.
     """
 
     id: str
@@ -51,17 +51,17 @@ class VersionsOut(Out):
 
 
 class PublishedOut(Out):
-    """What a request to publish led to: the durable step and its versions, one for each average."""
+    """The durable step of the run and its versions, one for each average."""
 
     step: int | None
     versions: tuple[VersionOut, ...]
 
 
 class AverageOut(Out):
-    """One average of a run as it is in memory (or, without a trainer, as it was last written).
+    """One average of a run, as in memory (without a trainer: as last written).
 
     `decay` and `half_life_steps` are those of the last step, `age_steps` is the mean age of the weights inside, and
-    `initial_share` how much of it are the weights that it began from.
+    `initial_share` the share of the initial weights.
     """
 
     name: str
@@ -77,7 +77,7 @@ class AverageOut(Out):
 
 
 class QuarantineOut(Out):
-    """The last snapshot that was refused because values in it were not finite."""
+    """The last snapshot that was refused because it had values that are not finite."""
 
     step: int
     tensors: tuple[str, ...]
@@ -98,7 +98,7 @@ class NonFiniteBuffersOut(Out):
 
 
 class RingOut(Out):
-    """Stored snapshots of the run's power averages; `error` says why no more are stored, if that is so."""
+    """Stored snapshots of the run's power averages; `error` says why no more are stored."""
 
     snapshots: int
     first_step: int | None
@@ -107,7 +107,7 @@ class RingOut(Out):
 
 
 class RunOut(Out):
-    """State, steps, rates and gaps of a run. `derived` names the averages whose versions were made after them."""
+    """State, steps, rates and gaps of a run. `derived` names the averages of its derived versions."""
 
     run: str
     state: Literal["active", "waiting", "lost", "finished"]
@@ -133,13 +133,13 @@ class RunOut(Out):
 
 
 class RunsOut(Out):
-    """All runs the server knows."""
+    """All runs of the server."""
 
     runs: tuple[RunOut, ...]
 
 
 class FindingIn(BaseModel):
-    """What came of an evaluation: metrics, or why there are none."""
+    """The result of an evaluation: metrics, or the error that prevented them."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -156,7 +156,7 @@ class FindingIn(BaseModel):
 
 
 class ReportIn(FindingIn):
-    """What a worker found out about a version for a task."""
+    """The result of a worker for a version and a task."""
 
     task: Name = "default"
     worker: Annotated[str, StringConstraints(max_length=200)] | None = None
@@ -190,14 +190,14 @@ class HealthOut(Out):
 
 
 class CheckOut(Out):
-    """One condition for being ready, and what was found."""
+    """One condition for readiness, and what was found."""
 
     ok: bool
     detail: str
 
 
 class ReadyOut(Out):
-    """The server does its work."""
+    """The server is ready, check by check."""
 
     ready: bool
     checks: dict[str, CheckOut]

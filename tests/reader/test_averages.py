@@ -115,7 +115,7 @@ def test_a_ledger_is_a_table_with_what_was_left_out(served: Served, url: str) ->
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (("averages", "other"), 3, "There is no such run"),
+        (("averages", "other"), 3, "No such run"),
         (("averages", "digits", "--remove", "swa"), 3, "has no average 'swa'"),
         (("averages", "digits", "--add", "mean"), 2, "unknown average 'mean'"),
         (("averages", "digits", "--add", "ema:0.5", "--remove", "nope"), 2, "more than one --add or --remove"),

@@ -77,7 +77,7 @@ def test_a_signal_publishes_what_was_applied_and_a_restart_serves_it(tmp_path: P
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_publishing_on_demand_answers_with_durable_versions_and_then_that_nothing_is_new(server: ServerProcess) -> None:
+def test_publishing_answers_durable_versions_and_then_that_nothing_is_new(server: ServerProcess) -> None:
     with client_of(server) as client:
         send(client, 1)
         first, again = publish(server), publish(server)
@@ -187,7 +187,7 @@ def test_a_server_that_cannot_start_leaves_no_folder_behind(server: ServerProces
     assert (kept / "notes.txt").read_text() == "mine"
 
 
-def test_a_token_guards_both_doors_and_is_never_logged(tmp_path: Path) -> None:
+def test_a_token_guards_both_sockets_and_is_never_logged(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with Process(
         *("-m", "ema_cli", "serve", "--zmq", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0", "--data", str(data)),
@@ -224,7 +224,7 @@ def test_a_token_guards_both_doors_and_is_never_logged(tmp_path: Path) -> None:
         ([], {"EMA_TOKEN": "with space"}, "token"),
     ],
 )
-def test_a_wrong_setting_is_one_line_that_helps_and_exit_code_2(
+def test_an_invalid_setting_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[str],

@@ -27,10 +27,10 @@ router = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
     "/averages/{average}/versions/{id}",
     operation_id="delete_version",
     status_code=204,
-    responses={409: {"model": ProblemOut, "description": "It is not a derived one, or someone is reading it"}},
+    responses={409: {"model": ProblemOut, "description": "The version is not derived, or is being read"}},
 )
 async def delete(run: str, average: str, id: str, services: ServicesDep) -> None:
-    """Delete a derived version, named by its 40 hex digits. The others go by themselves, as newer ones come."""
+    """Delete a derived version, named by its 40 hex digits. Retention deletes other versions."""
     version = find_version(services, run, average, id)
     if is_alias(id):
         raise Problem(Code.INVALID, f"{id!r} is an alias and may move: give the 40 hex digits, now {version.id}")
@@ -65,7 +65,7 @@ async def derive(services: Services, nbytes: int, work: Callable[[], Result]) ->
     except VersionGone as error:
         raise Problem(Code.DERIVE_FAILED, str(error)) from None
     except FileNotFoundError as error:
-        detail = f"{error.filename} has been removed meanwhile (the run was rewound or set aside): ask again"
+        detail = f"{error.filename} was removed, because the run was rewound or set aside: ask again"
         raise Problem(Code.DERIVE_FAILED, detail) from None
     except OSError as error:
         raise Problem(Code.DERIVE_FAILED, f"it could not be written or read: {error.strerror or error}") from None

@@ -30,7 +30,7 @@ async def health() -> HealthOut:
 
 @router.get("/readyz", operation_id="get_ready", responses={503: {"model": ProblemOut}})
 async def ready(services: ServicesDep) -> ReadyOut:
-    """Whether the server does its work, check by check. Needs no token; 503 when one of the checks fails."""
+    """Whether the server is ready, check by check. Needs no token; 503 if a check fails."""
     checks = await _check_all(services)
     failed = [f"{name}: {check.detail}" for name, check in checks.items() if not check.ok]
     if failed:

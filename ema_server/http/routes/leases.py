@@ -22,7 +22,7 @@ router = APIRouter(prefix="/v1/leases", tags=["leases"])
 
 
 class AskIn(BaseModel):
-    """A worker asks for a version to evaluate, and says which it would take and when it asks again."""
+    """What a worker accepts (`run`, `averages`, `every`, `skip`), and when it asks again."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,7 +46,7 @@ class LeaseOut(Out):
 
 
 class GrantOut(Out):
-    """A lease if a version is due. `held`: how many versions that are due are being evaluated by others."""
+    """A lease if a version is due. `held`: how many due versions other workers evaluate."""
 
     lease: LeaseOut | None
     held: int
@@ -65,7 +65,7 @@ class BeatOut(Out):
     responses={200: {"model": GrantOut, "description": "Nothing is due for this worker now"}},
 )
 async def ask(body: AskIn, response: Response, services: ServicesDep) -> GrantOut:
-    """A version to evaluate: one that someone asked about, else the newest of an average without metrics."""
+    """Lease a version to evaluate: a requested one, else the newest of an average without metrics."""
     if body.run is not None:
         run_status(services, body.run)
     wanted = Ask(body.worker, body.task, body.run, body.averages, body.lease_s)
@@ -79,7 +79,7 @@ async def ask(body: AskIn, response: Response, services: ServicesDep) -> GrantOu
 
 @router.post("/{id}/heartbeat", operation_id="extend_lease", responses=_LOST)
 async def heartbeat(id: str, services: ServicesDep) -> BeatOut:
-    """Extend a lease. 410: it expired and another worker has the version, or it has ended."""
+    """Extend a lease. 410: it has ended, or it expired and another worker has the version."""
     with store_errors():
         extended = await services.validations.beat(id)
     if extended is None:
@@ -91,10 +91,10 @@ async def heartbeat(id: str, services: ServicesDep) -> BeatOut:
     "/{id}/result",
     operation_id="settle_lease",
     status_code=201,
-    responses={200: {"model": MetricsRowOut, "description": "Replaced what this worker had reported"}, **_LOST},
+    responses={200: {"model": MetricsRowOut, "description": "Replaced the earlier report of this worker"}, **_LOST},
 )
 async def result(id: str, body: FindingIn, response: Response, services: ServicesDep) -> MetricsRowOut:
-    """End a lease by its result. A late one counts as long as nobody has taken the version over."""
+    """End a lease by its result. A late result counts unless another worker has taken the version over."""
     finding = Finding(body.metrics, body.error, body.samples, body.seconds)
     with store_errors():
         settled = await services.validations.settle(id, finding)
@@ -108,7 +108,7 @@ async def result(id: str, body: FindingIn, response: Response, services: Service
 
 @router.delete("/{id}", operation_id="give_lease_back", status_code=204)
 async def give_back(id: str, services: ServicesDep) -> None:
-    """Let another worker have the version at once."""
+    """End a lease without a result: other workers may have the version at once."""
     with store_errors():
         await services.validations.give_back(id)
 

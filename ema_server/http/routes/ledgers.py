@@ -32,7 +32,7 @@ router = APIRouter(prefix="/v1/runs/{run}", tags=["averages"])
 
 
 class LedgerOut(Out):
-    """The steps inside a version with their shares in it, newest first; `rest` is the share of those left out."""
+    """The steps inside a version with their shares, newest first; `rest` is the share of those left out."""
 
     run: str
     average: str
@@ -58,7 +58,7 @@ async def ledger(
     services: ServicesDep,
     tail: Annotated[int | None, Query(ge=1, le=STEP_MAX)] = None,
 ) -> Response:
-    """The steps inside a version with their shares, or the newest `tail` of them: enough to rebuild it."""
+    """The steps inside a version with their shares, or the newest `tail` of them."""
     version = find_version(services, run, average, rev)
     if is_alias(rev):
         return redirect(request, version, f"{path_of(version)}/ledger")
@@ -83,7 +83,7 @@ def _ledger_json(catalog: Catalog, version: Version, tail: int | None) -> Iterat
     except VersionGone as error:
         raise Problem(Code.VERSION_NOT_FOUND, str(error)) from None
     except (BrokenGeneration, KeyError, TypeError, ValueError) as error:
-        raise Problem(Code.DAMAGED, f"{VERSION_FILE} of version {version.id} tells no ledger: {error!r}") from None
+        raise Problem(Code.DAMAGED, f"{VERSION_FILE} of version {version.id} has no valid ledger: {error!r}") from None
     except OSError as error:
         detail = f"{VERSION_FILE} of version {version.id} could not be read: {error.strerror or error}"
         raise Problem(Code.DAMAGED, detail) from None
@@ -96,7 +96,7 @@ def _read(catalog: Catalog, version: Version) -> dict[str, Any]:
 
 def _render(version: Version, written: Mapping[str, Any], tail: int | None) -> Iterator[str]:
     if "derived" in written:
-        detail = f"version {version.id} was made of other versions after them: its version.json says of which"
+        detail = f"version {version.id} is derived and has no ledger: its version.json names its inputs"
         raise Problem(Code.NO_LEDGER, detail)
     rule, ledger = parse_average(version.spec, name=version.average), Ledger.from_json(written["ledger"])
     head = {

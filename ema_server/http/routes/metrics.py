@@ -28,7 +28,7 @@ router = APIRouter(prefix="/v1/runs/{run}", tags=["metrics"])
     "/averages/{average}/versions/{id}/metrics",
     operation_id="report_metrics",
     status_code=201,
-    responses={200: {"model": MetricsRowOut, "description": "Replaced what this worker had reported before"}},
+    responses={200: {"model": MetricsRowOut, "description": "Replaced the earlier report of this worker"}},
 )
 async def report(
     run: str, average: str, id: str, body: ReportIn, response: Response, services: ServicesDep

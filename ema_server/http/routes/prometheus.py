@@ -83,7 +83,7 @@ def _by_run(name: str, text: str, values: Mapping[str, int | float | None]) -> M
 
 
 def _averages(statuses: tuple[RunStatus, ...]) -> Iterator[Metric]:
-    steps = GaugeMetricFamily("ema_average_step", "Step the average stands at", labels=["run", "average"])
+    steps = GaugeMetricFamily("ema_average_step", "Last step of the average", labels=["run", "average"])
     updates = GaugeMetricFamily("ema_average_updates", "Updates in the average", labels=["run", "average"])
     for status in statuses:
         for average in status.averages:

@@ -31,9 +31,9 @@ router = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
     operation_id="recalibrate_version",
     status_code=201,
     responses={
-        200: {"model": VersionOut, "description": "The same was uploaded before: the version that exists"},
+        200: {"model": VersionOut, "description": "The same upload was made before: the version that exists"},
         409: {"model": ProblemOut, "description": "The name is taken"},
-        503: {"model": ProblemOut, "description": "Too many are sent at once, or it could not be made"},
+        503: {"model": ProblemOut, "description": "Too many uploads at once, or the version could not be made"},
     },
     openapi_extra={"requestBody": {"required": True, "content": _TENSORS}},
     name="recalibrate",
@@ -41,7 +41,7 @@ router = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
 async def upload(
     run: str, average: str, id: str, request: Request, response: Response, services: ServicesDep
 ) -> VersionOut:
-    """Make the version `{average}-bn` that this one is with other buffers: those of a safetensors file.
+    """Make the version `{average}-bn`: this one with the buffers of a safetensors file.
 
     Only buffers can be replaced. Answers once the version is durable.
     """

@@ -25,7 +25,7 @@ router = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
 
 
 class SynthesizeIn(BaseModel):
-    """Which power average to make: its width or its exponent, as of which step (the newest), under which name."""
+    """The power average to make: its width or its exponent, its step (default: the newest) and its name."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,7 +42,7 @@ class SynthesizeIn(BaseModel):
 
 
 class InputOut(Out):
-    """One stored average in a sum: its version was `id` at `step`."""
+    """One stored average in the sum: version `id` at `step`."""
 
     average: str
     step: int
@@ -51,10 +51,11 @@ class InputOut(Out):
 
 
 class SynthesizedOut(Out):
-    """A version made of stored power averages, and how good it is.
+    """A version made of stored power averages, and its accuracy.
 
     `estimated_error` is the relative L2 error of its profile, `amplification` the sum of the shares' absolute values,
-    `rounding` what that makes of the stored weights' rounding at worst; `origin`: the step its time is counted from.
+    `rounding` the largest error that this makes of the stored weights' rounding; `origin`: the step its time is counted
+    from.
     """
 
     version: VersionOut
@@ -73,14 +74,14 @@ class SynthesizedOut(Out):
     operation_id="synthesize",
     status_code=201,
     responses={
-        200: {"model": SynthesizedOut, "description": "It has been made before: the version that exists"},
-        409: {"model": ProblemOut, "description": "What is stored does not suffice, or the name is taken"},
+        200: {"model": SynthesizedOut, "description": "It exists already: the version"},
+        409: {"model": ProblemOut, "description": "The stored snapshots do not suffice, or the name is taken"},
     },
 )
 async def make(
     run: str, body: SynthesizeIn, request: Request, response: Response, services: ServicesDep
 ) -> SynthesizedOut:
-    """Make a power-function average that was not kept, of those that were. Answers once it is durable."""
+    """Make a power-function average that was not kept from stored ones. Answers once it is durable."""
     status = run_status(services, run)
     rule = _rule(body)
     _check_name(services, status, rule)

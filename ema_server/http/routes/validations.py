@@ -27,7 +27,7 @@ router = APIRouter(prefix="/v1/runs/{run}/validations", tags=["validations"])
 
 
 class ValidationIn(BaseModel):
-    """Which version to evaluate. `again`: also if it has metrics for the task already."""
+    """Which version to evaluate. `again`: even if it has metrics for the task."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,7 +38,7 @@ class ValidationIn(BaseModel):
 
 
 class ValidationOut(Out):
-    """A validation: `metrics` once it is done, `error` once it has failed; `note` says why nobody is at it."""
+    """A validation: `metrics` once it is done, `error` once it has failed; `note` says why no worker evaluates it."""
 
     id: str
     state: Literal["waiting", "running", "done", "failed"]
@@ -63,14 +63,17 @@ class ValidationOut(Out):
     operation_id="request_validation",
     status_code=202,
     responses={
-        200: {"model": ValidationOut, "description": "The version has metrics for the task: nothing to do"},
-        503: {"model": ProblemOut, "description": "Nobody evaluates here; the detail says how to start a worker"},
+        200: {"model": ValidationOut, "description": "The version has metrics for the task"},
+        503: {
+            "model": ProblemOut,
+            "description": "No evaluation worker is available; the detail says how to start one",
+        },
     },
 )
 async def ask(
     run: str, body: ValidationIn, request: Request, response: Response, services: ServicesDep
 ) -> ValidationOut:
-    """Have a version evaluated. Location says where the result will be."""
+    """Request the evaluation of a version. Location is the address of its result."""
     version = find_version(services, run, body.average, body.rev)
     possible = _is_served(services, body.task) or services.validations.has_worker(run, body.average, body.task)
     with store_errors():
@@ -87,7 +90,7 @@ async def ask(
 async def get(
     run: str, id: str, response: Response, services: ServicesDep, prefer: Annotated[str | None, Header()] = None
 ) -> ValidationOut:
-    """How it stands. With `Prefer: wait=SECONDS` (at most 60) the answer waits until it has ended."""
+    """The state of a validation. With `Prefer: wait=SECONDS` (at most 60) the answer waits until it has ended."""
     response.headers["Cache-Control"] = "no-store"
     preferred = _WAIT.search(prefer or "")
     wait_s = 0 if preferred is None else min(int(preferred[1]), WAIT_S_MAX)
@@ -118,7 +121,7 @@ def _is_served(services: Services, task: str) -> bool:
 
 def _how_to_start(services: Services, version: Version, task: str) -> str:
     others = services.validations.tasks()
-    known = f" (workers are here for {', '.join(map(repr, others))})" if others else ""
+    known = f" (there are workers for {', '.join(map(repr, others))})" if others else ""
     option = "" if task == "default" else f" --task {task}"
     return (
         f"no worker evaluates {version.run}/{version.average} for the task {task!r}{known}: start the server with "

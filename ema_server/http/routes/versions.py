@@ -42,7 +42,7 @@ async def get_version(run: str, average: str, rev: str, request: Request, servic
     "/versions",
     operation_id="publish_run",
     status_code=201,
-    responses={200: {"model": PublishedOut, "description": "Nothing new: the versions that exist"}},
+    responses={200: {"model": PublishedOut, "description": "Nothing new: the existing versions"}},
 )
 async def publish(run: str, response: Response, services: ServicesDep) -> PublishedOut:
     """Publish the run now; answers once the versions are durable."""

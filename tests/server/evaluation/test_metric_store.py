@@ -86,7 +86,7 @@ def test_without_shared_memory_a_rollback_journal_serves_with_one_warning(
     assert len(caplog.records) == 1
 
 
-def test_a_file_that_is_no_database_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "metrics.sqlite"
     path.write_bytes(b"this is not a database" * 100)
 

@@ -70,14 +70,14 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     served.close()
 
 
-def test_a_version_goes_to_one_worker_and_the_others_are_told_that_it_is_held(desk: Desk) -> None:
+def test_a_version_goes_to_one_worker_and_is_held_for_the_others(desk: Desk) -> None:
     lease = desk.take("first")
 
     assert (lease.subject.step, desk.held) == (100, 0)
     assert (desk.ask("second"), desk.held) == (None, 1)
 
 
-def test_a_worker_for_all_runs_leaves_those_alone_that_had_no_trainer_since_the_start(desk: Desk) -> None:
+def test_a_worker_for_all_runs_gets_no_run_without_a_trainer_since_the_start(desk: Desk) -> None:
     desk.served.show("digits", 100, ["raw"], RunState.FINISHED, is_current=False)
     assert desk.ask(run=None) is None
     desk.request(100)
@@ -102,7 +102,7 @@ def test_heartbeats_keep_a_lease_and_without_them_the_next_worker_takes_it_over(
     assert desk.settle(taken)
 
 
-def test_a_late_result_counts_as_long_as_nobody_took_over(desk: Desk) -> None:
+def test_a_late_result_counts_unless_another_worker_took_over(desk: Desk) -> None:
     lease = desk.take()
     desk.now += 1000
 
@@ -127,7 +127,7 @@ def test_a_version_that_has_metrics_is_done_for_its_task_and_due_for_others(desk
     assert desk.take(task="robustness").task == "robustness"
 
 
-def test_a_failure_is_tried_again_by_a_worker_that_has_not_failed_on_it(desk: Desk) -> None:
+def test_a_failed_version_goes_to_a_worker_that_has_not_failed_on_it(desk: Desk) -> None:
     lease = desk.take()
     desk.settle(lease, Finding(error="ValueError: no"))
 
@@ -135,14 +135,14 @@ def test_a_failure_is_tried_again_by_a_worker_that_has_not_failed_on_it(desk: De
     assert desk.ask("another") is not None
 
 
-def test_what_is_given_back_is_free_at_once_and_no_attempt(desk: Desk) -> None:
+def test_a_returned_lease_is_free_at_once_and_no_attempt(desk: Desk) -> None:
     for _ in range(ATTEMPTS_MAX + 2):
         run(desk.validations.give_back(desk.take().id))
 
     assert desk.ask("another") is not None
 
 
-def test_what_a_dead_worker_had_is_free_as_soon_as_its_death_is_known(desk: Desk) -> None:
+def test_leases_of_a_dead_worker_are_free_at_once(desk: Desk) -> None:
     desk.take("server")
     desk.take("other", task="robustness")
     desk.validations.abandon("server")
@@ -151,7 +151,7 @@ def test_what_a_dead_worker_had_is_free_as_soon_as_its_death_is_known(desk: Desk
     assert desk.ask("next", task="robustness") is None
 
 
-def test_a_version_that_takes_its_worker_down_each_time_is_reported_and_left_alone_until_someone_asks(
+def test_a_version_that_crashes_its_workers_is_reported_and_left_until_requested(
     desk: Desk,
 ) -> None:
     for number in range(ATTEMPTS_MAX):
@@ -179,7 +179,7 @@ def test_the_newest_version_of_each_average_of_each_run_is_due(desk: Desk) -> No
     assert desk.ask(run=None) is None
 
 
-def test_every_so_many_versions_are_due_and_the_last_one_of_a_finished_run(desk: Desk) -> None:
+def test_every_nth_version_is_due_and_the_last_one_of_a_finished_run(desk: Desk) -> None:
     found = []
     for step in range(100, 700, 100):
         if step > 100:
@@ -208,7 +208,7 @@ def test_a_lease_holds_its_version_against_pruning_until_it_ends_or_expires(desk
     assert desk.prune(200)
 
 
-def test_a_version_that_was_asked_for_waits_for_a_worker_and_after_ten_minutes_may_be_pruned(desk: Desk) -> None:
+def test_a_requested_version_is_held_for_ten_minutes(desk: Desk) -> None:
     asked = desk.request(100)
     held = desk.prune(100)
     desk.now += REQUEST_HOLD_S + 1
@@ -221,7 +221,7 @@ def test_a_version_that_was_asked_for_waits_for_a_worker_and_after_ten_minutes_m
     assert "pruned" in str(found.error)
 
 
-def test_what_was_asked_for_comes_first_also_an_older_version_and_everyone_who_asked_gets_the_result(
+def test_requested_versions_come_first_and_every_request_gets_the_result(
     desk: Desk,
 ) -> None:
     desk.served.publish("digits", 200, ["raw"])
@@ -238,7 +238,7 @@ def test_what_was_asked_for_comes_first_also_an_older_version_and_everyone_who_a
     assert desk.result(asked) == GOOD
 
 
-def test_what_has_metrics_is_answered_with_them_and_evaluated_again_only_if_asked(desk: Desk) -> None:
+def test_a_version_with_metrics_is_evaluated_again_only_on_request(desk: Desk) -> None:
     desk.settle(desk.take())
     known = desk.request(100, possible=False)
     again = desk.request(100, again=True)
@@ -253,13 +253,13 @@ def test_what_has_metrics_is_answered_with_them_and_evaluated_again_only_if_aske
     assert desk.ask() is None
 
 
-def test_nothing_waits_where_nobody_would_evaluate_it(desk: Desk) -> None:
+def test_a_request_without_a_possible_worker_does_not_wait(desk: Desk) -> None:
     assert desk.request(100, possible=False) is None
     desk.settle(desk.take())
     assert desk.request(100, possible=False, task="robustness") is None
 
 
-def test_a_worker_is_present_for_what_it_asked_about_until_it_stays_away(desk: Desk) -> None:
+def test_a_worker_is_present_until_it_stops_asking(desk: Desk) -> None:
     desk.ask(averages=("raw",))
     there = [desk.validations.has_worker("digits", name, "default") for name in ("raw", "ema-0.9")]
     desk.now += 3600

@@ -1,4 +1,4 @@
-"""The supervisor of the server's own worker: it starts it again, later each time, and says how it stands."""
+"""The supervisor of the server's own worker: it restarts it, later each time, and reports its state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def until(check: Callable[[], bool]) -> None:
     await asyncio.to_thread(eventually, check, "the state of the evaluator", WAIT_S)
 
 
-def test_a_worker_that_ends_at_once_is_started_again_after_twice_the_pause_each_time() -> None:
+def test_a_failing_worker_is_restarted_after_twice_the_pause_each_time() -> None:
     ended: list[str] = []
     evaluator = Evaluator(ServerConfig(Path("data"), evaluate="no_such_module_here:f"), ended.append)
 
@@ -43,7 +43,7 @@ def test_a_worker_that_ends_at_once_is_started_again_after_twice_the_pause_each_
     assert ended == [WORKER] * 3
 
 
-def test_stopping_ends_the_worker_that_waits_for_its_server_and_starts_no_other() -> None:
+def test_stopping_ends_the_worker_and_starts_no_other() -> None:
     ended: list[str] = []
     evaluator = Evaluator(ServerConfig(Path("data"), evaluate="json:dumps"), ended.append)
 

@@ -12,7 +12,7 @@ import pytest
 
 from support.served import WAIT_S, Served
 
-pytestmark = pytest.mark.skipif(shutil.which("aria2c") is None, reason="needs aria2")
+pytestmark = [pytest.mark.process, pytest.mark.skipif(shutil.which("aria2c") is None, reason="needs aria2")]
 
 FILE = "v1/runs/digits/averages/ema-0.9/versions/latest/files/model.safetensors"
 CHECKSUM_ERROR = 32

@@ -50,7 +50,7 @@ def _write_ledger(served: Served, **content: object) -> str:
     return version.id
 
 
-def test_each_average_tells_how_it_stands(client: TestClient, served: Served) -> None:
+def test_each_average_has_a_status(client: TestClient, served: Served) -> None:
     served.publish("digits", 100, ["raw", "ema-0.9"])
 
     averages = client.get(BASE).json()["averages"]
@@ -117,7 +117,7 @@ def test_a_removed_average_is_answered_with_nothing(changing: Callable[[Answer],
         ({}, "spec"),
     ],
 )
-def test_what_is_no_rule_is_a_422_that_names_it(
+def test_an_invalid_rule_is_a_422_that_names_it(
     client: TestClient, served: Served, body: dict[str, object], text: str
 ) -> None:
     served.show("digits", 100, ["raw"])
@@ -138,7 +138,7 @@ def test_what_is_no_rule_is_a_422_that_names_it(
         (WhyNot.NOT_DURABLE, 503, "publish_failed"),
     ],
 )
-def test_why_nothing_was_changed_is_a_problem_with_its_text(
+def test_a_refused_change_is_a_problem_with_its_text(
     changing: Callable[[Answer], tuple[TestClient, Served]], why: WhyNot, status: int, code: str
 ) -> None:
     client, served = changing(lambda job: Unchanged(why, "because"))
@@ -172,7 +172,7 @@ def test_a_ledger_lists_steps_and_shares_newest_first(client: TestClient, served
     assert tail["rest"] == pytest.approx(shares[2] + shares[1])
 
 
-def test_an_alias_leads_to_the_ledger_of_the_version(client: TestClient, served: Served) -> None:
+def test_an_alias_redirects_to_the_ledger_of_the_version(client: TestClient, served: Served) -> None:
     version = _write_ledger(served, ledger={"origin": 0, "set": [5], "ranges": [[5, 5, 1]]}, paces=[])
 
     response = client.get(f"{BASE}/ema-0.9/versions/latest/ledger?tail=7")
@@ -200,7 +200,7 @@ def test_a_half_life_in_samples_uses_the_step_units_of_each_step(client: TestCli
     assert dict(steps) == pytest.approx({3: 7 / 8, 2: 1 / 8 * 1 / 2, 1: 1 / 8 * 1 / 2})
 
 
-def test_a_version_made_of_others_has_no_ledger(client: TestClient, served: Served) -> None:
+def test_a_derived_version_has_no_ledger(client: TestClient, served: Served) -> None:
     version = _write_ledger(served, derived={"kind": "synthesized"})
 
     response = client.get(f"{BASE}/ema-0.9/versions/{version}/ledger")
@@ -208,7 +208,7 @@ def test_a_version_made_of_others_has_no_ledger(client: TestClient, served: Serv
     assert (response.status_code, response.json()["code"]) == (409, "no_ledger")
 
 
-def test_a_ledger_that_is_pruned_meanwhile_is_a_404(client: TestClient, served: Served) -> None:
+def test_a_ledger_pruned_during_the_request_is_a_404(client: TestClient, served: Served) -> None:
     response = client.get(f"{BASE}/ema-0.9/versions/{'0' * 40}/ledger")
 
     assert response.status_code == 404
@@ -224,7 +224,7 @@ def test_a_ledger_that_is_damaged_is_a_problem(client: TestClient, served: Serve
     response = client.get(f"{BASE}/ema-0.9/versions/{version.id}/ledger")
 
     assert (response.status_code, response.json()["code"]) == (500, "damaged")
-    assert f"version.json of version {version.id} tells no ledger: " in response.json()["detail"]
+    assert f"version.json of version {version.id} has no valid ledger: " in response.json()["detail"]
 
 
 def test_a_ledger_that_cannot_be_read_is_a_problem(client: TestClient, served: Served) -> None:
@@ -237,7 +237,7 @@ def test_a_ledger_that_cannot_be_read_is_a_problem(client: TestClient, served: S
     assert response.json()["detail"].endswith("could not be read: No such file or directory")
 
 
-def test_a_long_ledger_is_read_beside_the_event_loop(
+def test_a_long_ledger_does_not_block_the_event_loop(
     client: TestClient, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long read would stand in the way of every other request, the health check among them."""
@@ -254,7 +254,7 @@ def test_a_long_ledger_is_read_beside_the_event_loop(
 
 
 @pytest.mark.parametrize("tail", ["0", "-3", "x", "9" * 30])
-def test_a_tail_that_is_no_number_of_steps_is_a_422(client: TestClient, served: Served, tail: str) -> None:
+def test_an_invalid_tail_is_a_422(client: TestClient, served: Served, tail: str) -> None:
     version = _write_ledger(served, ledger={"origin": 0, "set": [5], "ranges": [[5, 5, 1]]}, paces=[])
 
     response = client.get(f"{BASE}/ema-0.9/versions/{version}/ledger?tail={tail}")

@@ -21,7 +21,7 @@ def version(served: Served) -> Version:
     return served.deriving.store.write(what, [save(weights("best", 90, 8))], None)
 
 
-def test_it_is_listed_with_how_it_was_made(client: TestClient, version: Version) -> None:
+def test_a_derived_version_is_listed_with_its_kind(client: TestClient, version: Version) -> None:
     run = client.get("/v1/runs/digits").json()
     assert [item["name"] for item in run["averages"]] == ["ema-0.9"]
     assert run["derived"] == ["best"]
@@ -35,7 +35,7 @@ def test_it_is_listed_with_how_it_was_made(client: TestClient, version: Version)
 
 
 @pytest.mark.parametrize("rev", ["latest", "step-90"])
-def test_its_aliases_lead_to_its_files(client: TestClient, version: Version, rev: str) -> None:
+def test_aliases_of_a_derived_version_redirect_to_its_files(client: TestClient, version: Version, rev: str) -> None:
     moved = client.get(f"{_BASE}/{rev}/files/model.safetensors")
     assert (moved.status_code, moved.headers["Location"]) == (307, f"../../{version.id}/files/model.safetensors")
 
@@ -47,14 +47,14 @@ def test_its_aliases_lead_to_its_files(client: TestClient, version: Version, rev
     assert client.get(path, headers={"If-None-Match": whole.headers["ETag"]}).status_code == 304
 
 
-def test_a_worker_gets_it_even_if_it_takes_every_tenth_version_only(client: TestClient, version: Version) -> None:
+def test_a_worker_for_every_tenth_version_gets_a_derived_one(client: TestClient, version: Version) -> None:
     asked = {"worker": "w", "every": 10}
     given = [client.post("/v1/leases", json=asked).json()["lease"]["version"]["average"] for _ in range(2)]
 
     assert sorted(given) == ["best", "ema-0.9"]
 
 
-def test_it_is_deleted_by_its_id_alone(client: TestClient, served: Served, version: Version) -> None:
+def test_a_derived_version_is_deleted_by_its_id_alone(client: TestClient, served: Served, version: Version) -> None:
     refused = client.delete(f"{_BASE}/latest")
     assert (refused.status_code, refused.json()["code"]) == (422, "invalid")
     assert version.id in refused.json()["detail"]
@@ -66,7 +66,9 @@ def test_it_is_deleted_by_its_id_alone(client: TestClient, served: Served, versi
     assert client.get("/v1/runs/digits").json()["derived"] == []
 
 
-def test_what_is_read_and_what_a_generation_has_stay(client: TestClient, served: Served, version: Version) -> None:
+def test_versions_that_are_read_or_of_a_generation_are_not_deleted(
+    client: TestClient, served: Served, version: Version
+) -> None:
     with served.catalog.hold(version):
         held = client.delete(f"{_BASE}/{version.id}")
     assert (held.status_code, held.json()["code"]) == (409, "version_held")

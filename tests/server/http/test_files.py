@@ -47,7 +47,7 @@ def test_a_file_is_served_whole_with_its_digest_as_validator(
     assert response.headers["content-disposition"] == 'attachment; filename="digits-ema-0.9-step-100.safetensors"'
 
 
-def test_other_files_are_saved_under_a_name_that_says_the_version_too(client: TestClient, version: Version) -> None:
+def test_other_files_are_saved_under_a_name_with_the_version(client: TestClient, version: Version) -> None:
     response = client.get(f"{BASE}/{version.id}/files/version.json")
 
     assert response.headers["content-disposition"] == 'attachment; filename="digits-ema-0.9-step-100-version.json"'
@@ -111,7 +111,7 @@ def test_if_range_with_the_same_digest_resumes_and_with_another_starts_over(
     assert (other.status_code, other.content) == (200, content)
 
 
-def test_a_range_outside_the_file_is_a_416_problem_that_tells_the_size(
+def test_a_range_outside_the_file_is_a_416_problem_with_the_size(
     client: TestClient, version: Version, content: bytes
 ) -> None:
     response = client.get(address(version), headers={"Range": "bytes=999999999-"})
@@ -273,7 +273,7 @@ def test_preconditions_of_a_file_are_evaluated_in_the_order_of_rfc_9110(
         assert (response.content, response.headers["etag"]) == (b"", etag)
 
 
-def test_a_version_that_is_another_is_412_too(client: TestClient, version: Version) -> None:
+def test_if_match_of_another_version_is_412(client: TestClient, version: Version) -> None:
     place = f"{BASE}/{version.id}"
 
     assert client.get(place, headers={"If-Match": f'"{version.id}"'}).status_code == 200

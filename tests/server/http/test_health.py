@@ -31,9 +31,7 @@ def test_health_says_that_the_event_loop_is_alive(client: TestClient) -> None:
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
 
-def test_a_server_with_beating_threads_and_room_is_ready_without_any_trainer(
-    client: TestClient, served: Served
-) -> None:
+def test_a_server_without_trainers_is_ready(client: TestClient, served: Served) -> None:
     served.beat()
 
     body = client.get("/readyz").json()
@@ -43,7 +41,7 @@ def test_a_server_with_beating_threads_and_room_is_ready_without_any_trainer(
     assert body["checks"]["device"]["detail"] == "averages are kept on cpu: this machine's memory"
 
 
-def test_a_thread_that_never_beat_makes_it_unready_check_by_check(client: TestClient, served: Served) -> None:
+def test_readiness_fails_if_a_thread_has_not_started(client: TestClient, served: Served) -> None:
     served.telemetry.beat("averager")
 
     response = client.get("/readyz")
@@ -61,7 +59,7 @@ def test_a_thread_that_never_beat_makes_it_unready_check_by_check(client: TestCl
     }
 
 
-def test_a_device_that_does_not_answer_makes_it_unready(served: Served) -> None:
+def test_readiness_fails_if_the_device_does_not_answer(served: Served) -> None:
     class Lost(InlineBackend):
         def describe(self) -> str:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -76,7 +74,7 @@ def test_a_device_that_does_not_answer_makes_it_unready(served: Served) -> None:
     )
 
 
-def test_a_data_folder_that_is_gone_makes_it_unready(client: TestClient, served: Served) -> None:
+def test_readiness_fails_without_the_data_folder(client: TestClient, served: Served) -> None:
     served.beat()
     shutil.rmtree(served.data)
 
@@ -86,7 +84,7 @@ def test_a_data_folder_that_is_gone_makes_it_unready(client: TestClient, served:
     assert not checks["disk"]["ok"]
 
 
-def test_too_little_room_for_every_run_makes_it_unready(client: TestClient, served: Served) -> None:
+def test_readiness_fails_if_the_disk_lacks_space_for_every_run(client: TestClient, served: Served) -> None:
     served.beat()
     served.publish("digits", 1)
     status = served.statuses.all()[0]
@@ -97,7 +95,7 @@ def test_too_little_room_for_every_run_makes_it_unready(client: TestClient, serv
     assert not client.get("/readyz").json()["checks"]["disk"]["ok"]
 
 
-def test_a_run_that_cannot_be_published_makes_it_unready_and_is_named(client: TestClient, served: Served) -> None:
+def test_readiness_names_a_run_that_cannot_be_published(client: TestClient, served: Served) -> None:
     served.beat()
     served.publish("digits", 1)
     status = served.statuses.all()[0]

@@ -38,7 +38,7 @@ def test_reported_metrics_are_listed_with_their_version(client: TestClient, vers
     }
 
 
-def test_a_failure_is_kept_as_text_and_replaced_by_a_later_success(client: TestClient, version: Version) -> None:
+def test_a_failure_is_stored_as_text_and_replaced_by_a_later_success(client: TestClient, version: Version) -> None:
     failed = client.post(f"{BASE}/{version.id}/metrics", json={"error": "ValueError: bad"})
     passed = client.post(f"{BASE}/{version.id}/metrics", json={"metrics": {"accuracy": 0.5}})
 
@@ -85,7 +85,7 @@ def test_metrics_for_an_alias_are_refused_and_name_the_version(client: TestClien
         b'{"error": "\\ud800"}',
     ],
 )
-def test_a_report_that_says_nothing_usable_is_a_422_problem(client: TestClient, version: Version, body: bytes) -> None:
+def test_an_invalid_report_is_a_422_problem(client: TestClient, version: Version, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
 
     response = client.post(f"{BASE}/{version.id}/metrics", content=body, headers=headers)
@@ -104,13 +104,13 @@ def test_a_body_that_cannot_be_read_is_a_400_problem(client: TestClient, version
     assert (response.status_code, response.json()["code"]) == (400, "bad_request")
 
 
-def test_a_version_that_never_was_cannot_be_reported_on(client: TestClient, version: Version) -> None:
+def test_a_report_on_an_unknown_version_is_refused(client: TestClient, version: Version) -> None:
     response = client.post(f"{BASE}/{'0' * 40}/metrics", json={"metrics": {"x": 1.0}})
 
     assert (response.status_code, response.json()["code"]) == (404, "version_not_found")
 
 
-def test_a_version_that_was_pruned_while_it_was_evaluated_can_still_be_reported_on(
+def test_a_report_on_a_version_pruned_during_its_evaluation_is_stored(
     client: TestClient, served: Served, version: Version
 ) -> None:
     client.get(f"{BASE}/{version.id}/files/model.safetensors")

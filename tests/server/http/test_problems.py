@@ -81,7 +81,7 @@ def test_an_average_without_versions_asks_to_try_again(client: TestClient, serve
     assert client.get("/v1/runs/young/averages/ema-0.9/versions").json() == {"versions": []}
 
 
-def test_an_unforeseen_failure_is_a_problem_without_its_traceback(client: TestClient, served: Served) -> None:
+def test_an_unexpected_failure_is_a_problem_without_its_traceback(client: TestClient, served: Served) -> None:
     served.publish("digits", 100)
 
     response = client.post("/v1/runs/digits/versions")  # the submit of this fixture raises
@@ -122,7 +122,7 @@ def test_health_checks_need_no_token(guarded: TestClient) -> None:
     assert guarded.get("/readyz").status_code == 503
 
 
-def test_what_needed_a_token_is_kept_out_of_shared_caches(guarded: TestClient) -> None:
+def test_responses_that_need_a_token_stay_out_of_shared_caches(guarded: TestClient) -> None:
     headers = {"Authorization": "Bearer s3cret"}
     response = guarded.get(f"{VERSIONS}/latest/files/version.json", headers=headers, follow_redirects=True)
 

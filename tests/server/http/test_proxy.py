@@ -16,7 +16,7 @@ import pytest
 from ema_server.averager.jobs import AddAverage, Changed, Job
 from support.served import WAIT_S, Served
 
-pytestmark = pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")
+pytestmark = [pytest.mark.process, pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")]
 
 CONFIG = """
 worker_processes 1;

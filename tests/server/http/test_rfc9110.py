@@ -45,7 +45,7 @@ def test_head_of_an_alias_is_redirected(client: TestClient, version: Version) ->
     assert [client.head(f"{path}{rest}").status_code for rest in ("", "/ledger", "/files/version.json")] == [307] * 3
 
 
-def test_head_hands_no_version_out(client: TestClient, served: Served, version: Version) -> None:
+def test_head_does_not_record_a_download(client: TestClient, served: Served, version: Version) -> None:
     client.head(f"/v1/runs/digits/averages/ema-0.9/versions/{version.id}/files/model.safetensors")
 
     assert served.metrics.find("digits", "ema-0.9", version.id).result(WAIT_S) is None

@@ -29,7 +29,7 @@ def test_runs_are_listed_by_name_with_their_state(client: TestClient, served: Se
     assert [(run["run"], run["state"], run["step"]) for run in runs] == [("a", "waiting", None), ("b", "active", 2)]
 
 
-def test_a_run_tells_steps_rates_gaps_and_its_averages(client: TestClient, served: Served) -> None:
+def test_a_run_has_steps_rates_gaps_and_averages(client: TestClient, served: Served) -> None:
     served.publish("digits", 100, ["raw", "ema-0.9"])
 
     run = client.get("/v1/runs/digits").json()

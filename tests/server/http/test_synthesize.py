@@ -51,7 +51,7 @@ def _ask(client: TestClient, run: str = "r", **body: Any) -> Any:
     return client.post(f"/v1/runs/{run}/synthesize", json=body)
 
 
-def test_a_new_version_comes_with_how_good_it_is(client: TestClient) -> None:
+def test_a_synthesized_version_has_its_accuracy(client: TestClient) -> None:
     answer = _ask(client, sigma_rel=0.08)
 
     made = answer.json()
@@ -87,14 +87,14 @@ def test_a_width_may_be_given_as_an_exponent_and_a_name(client: TestClient) -> N
     assert made["sigma_rel"] == pytest.approx(0.0767, abs=1e-4)
 
 
-def test_what_is_doubtful_carries_a_warning(client: TestClient) -> None:
+def test_an_inaccurate_synthesis_has_a_warning(client: TestClient) -> None:
     made = _ask(client, sigma_rel=0.15).json()
 
     assert 0.015 < made["estimated_error"] < 0.1
     assert f"off by an estimated {made['estimated_error']:.1%}" in made["warning"]
 
 
-def test_the_run_tells_what_its_ring_holds(client: TestClient) -> None:
+def test_a_run_shows_its_ring(client: TestClient) -> None:
     ring = client.get("/v1/runs/r").json()["ring"]
 
     assert ring == {"snapshots": _STEPS, "first_step": 1, "last_step": _STEPS, "error": None}
@@ -108,7 +108,7 @@ def test_the_run_tells_what_its_ring_holds(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("run", "body", "status", "code", "text"),
     [
-        ("none", {"sigma_rel": 0.08}, 404, "run_not_found", "run 'none' is not "),
+        ("none", {"sigma_rel": 0.08}, 404, "run_not_found", "run 'none' does not exist"),
         ("plain", {"sigma_rel": 0.08}, 409, "cannot_synthesize", "begin the run with at least two"),
         ("r", {"sigma_rel": 0.25}, 409, "cannot_synthesize", "ask for a width closer to theirs"),
         ("r", {"sigma_rel": 0.08, "step": 99}, 409, "cannot_synthesize", "no snapshot of step 99: the nearest is of"),
@@ -124,7 +124,7 @@ def test_the_run_tells_what_its_ring_holds(client: TestClient) -> None:
         ("r", {"sigma_rel": 0.08, "steps": 5}, 422, "invalid", "steps"),
     ],
 )
-def test_what_cannot_be_made_is_a_problem_that_says_why(
+def test_an_impossible_synthesis_is_a_problem_with_the_reason(
     client: TestClient, run: str, body: dict[str, Any], status: int, code: str, text: str
 ) -> None:
     answer = _ask(client, run, **body)
@@ -141,7 +141,7 @@ def test_two_rules_do_not_share_a_name(client: TestClient) -> None:
     assert "is already power:sigma_rel=0.08, not power:sigma_rel=0.07" in refused.json()["detail"]
 
 
-def test_a_run_and_what_is_made_of_it_do_not_share_a_name_whatever_its_case(
+def test_a_derived_version_does_not_take_the_name_of_an_average_in_another_case(
     client: TestClient, both: Afterwards
 ) -> None:
     assert _ask(client, sigma_rel=0.09, name="made").status_code == 201
@@ -152,9 +152,7 @@ def test_a_run_and_what_is_made_of_it_do_not_share_a_name_whatever_its_case(
     assert "has derived versions named 'Made'" in refused.text
 
 
-def test_averaging_publishing_and_reading_go_on_meanwhile_and_one_is_made_at_a_time(
-    client: TestClient, both: Afterwards
-) -> None:
+def test_averaging_publishing_and_reading_continue_during_synthesis(client: TestClient, both: Afterwards) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
     def slow() -> None:
@@ -174,7 +172,7 @@ def test_averaging_publishing_and_reading_go_on_meanwhile_and_one_is_made_at_a_t
         assert waiting.result(WAIT_S).status_code == 201
 
 
-def test_the_room_that_generations_need_is_left_to_them(
+def test_synthesis_leaves_the_space_that_generations_need(
     client: TestClient, both: Afterwards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services, "FREE_BYTES_MIN", 1 << 60)
@@ -184,7 +182,7 @@ def test_the_room_that_generations_need_is_left_to_them(
     assert "must stay free for the runs: delete what is not needed" in answer.json()["detail"]
 
 
-def test_a_disk_that_refuses_is_a_problem_and_leaves_nothing(
+def test_a_disk_error_during_synthesis_is_a_problem_and_leaves_nothing(
     client: TestClient, both: Afterwards, tmp_path: Path
 ) -> None:
     folder = both.core.data_dir.derived_folder("r")

@@ -63,7 +63,7 @@ def _answer(connection: HTTPConnection) -> tuple[int, Any]:
         ("/v1/runs/digits/averages/ema-0.9/versions/latest/recalibrate", 422, "invalid"),
     ],
 )
-def test_what_no_version_can_be_made_of_is_refused_before_the_body_comes(
+def test_an_impossible_upload_is_refused_before_its_body(
     begin: Send, address: str, path: str, status: int, code: str
 ) -> None:
     found, problem = _answer(begin(path.format(id="0" * 40)))
@@ -71,7 +71,7 @@ def test_what_no_version_can_be_made_of_is_refused_before_the_body_comes(
     assert (found, problem["code"]) == (status, code)
 
 
-def test_a_name_that_an_average_has_is_refused_before_the_body_comes(begin: Send, address: str, served: Served) -> None:
+def test_the_name_of_an_average_is_refused_before_the_body(begin: Send, address: str, served: Served) -> None:
     served.show("digits", 100, ["ema-0.9", "EMA-0.9-BN"])
 
     status, problem = _answer(begin(address))
@@ -79,7 +79,7 @@ def test_a_name_that_an_average_has_is_refused_before_the_body_comes(begin: Send
     assert (status, problem["code"]) == (409, "name_taken")
 
 
-def test_of_bodies_that_do_not_come_only_a_few_are_waited_for(begin: Send, address: str) -> None:
+def test_the_number_of_concurrent_uploads_is_bounded(begin: Send, address: str) -> None:
     stalled = [begin(address) for _ in range(3 * UPLOADS_MAX)]
     with ThreadPoolExecutor(len(stalled)) as pool:
         answers = [pool.submit(connection.getresponse) for connection in stalled]
@@ -100,7 +100,7 @@ def test_of_bodies_that_do_not_come_only_a_few_are_waited_for(begin: Send, addre
     assert _answer(again)[0] != 503, "there is room again"
 
 
-def test_a_body_that_does_not_come_is_given_up(begin: Send, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_does_not_arrive_times_out(begin: Send, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recalibrate, "BODY_S", 0.05)
 
     status, problem = _answer(begin(address))
@@ -109,7 +109,7 @@ def test_a_body_that_does_not_come_is_given_up(begin: Send, address: str, monkey
     assert problem["detail"] == "the body has not arrived after 0.05 s: send it again"
 
 
-def test_only_so_many_versions_wait_to_be_made(client: TestClient, served: Served, address: str) -> None:
+def test_the_queue_of_derived_versions_is_bounded(client: TestClient, served: Served, address: str) -> None:
     go_on = threading.Event()
     with ThreadPoolExecutor(QUEUE_MAX) as pool:
         entered = threading.Semaphore(0)
