@@ -74,7 +74,7 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PublishRequest:
-    """Someone needs the run as it stands to be durable. `reply` is called on the averager's thread."""
+    """A request that the run's current state becomes durable. `reply` is called on the averager's thread."""
 
     reason: Reason
     reply: Callable[[Outcome], None] = lambda outcome: None
@@ -181,7 +181,7 @@ class ActiveRun:
     # to REWINDING and back.
 
     def publish(self, request: PublishRequest) -> None:
-        """Answer `request` once the run as it stands is durable."""
+        """Answer `request` once the run's current state is durable."""
         if self.run.last_step is None:
             request.reply(Durable(None, (), new=False))
         elif self.pending is not None and self.pending.covers(request, self.run.mark):

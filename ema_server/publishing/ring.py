@@ -2,7 +2,7 @@
 
     runs/{run}/ring/{seq}-{step}/    snapshot.json  config.json  {average}.safetensors...
 
-Snapshots are hard links, which cost only what no generation holds any more. Only the publisher's thread writes, any
+Snapshots are hard links, which cost only what no generation holds. Only the publisher's thread writes, any
 thread may read. If the disk fails, the ring stops growing, and averaging continues.
 """
 
@@ -279,7 +279,7 @@ class Ring:
             known = self._statuses.get(run, _NOTHING)
             self._statuses[run] = replace(known, error=error)
         if known.error is None:
-            logger.error("run %s: its ring for later synthesis stands still, averaging goes on: %s", run, error)
+            logger.error("run %s: its ring for later synthesis stands still, averaging continues: %s", run, error)
 
     def _show(self, run: str) -> None:
         steps = [step_in(path.name) for path in self._folders(run)]
@@ -288,7 +288,7 @@ class Ring:
             if steps:
                 self._statuses[run] = RingStatus(len(steps), min(steps), max(steps), None)
         if known.error is not None:
-            logger.info("run %s: its ring for later synthesis goes on", run)
+            logger.info("run %s: its ring for later synthesis grows again", run)
 
 
 def _reason(error: Exception) -> str:

@@ -42,7 +42,7 @@ class _OpenFile:
 
 
 class GenerationWriter:
-    """Files of a generation in the making. Several threads may call `write`, for different blocks.
+    """Files of a generation before it is committed. Several threads may call `write`, for different blocks.
 
     Args:
         folder: temporary folder to build it in; must not exist.

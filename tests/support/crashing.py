@@ -3,7 +3,7 @@
     python -m support.crashing ROOT
 
 Forks a process for call 1, one for call 2, and so on, until one lives to the end. Each works in `ROOT/{call}/data` and
-notes what it was told is durable in `ROOT/{call}/told`. Prints how many were killed.
+writes what was reported as durable to `ROOT/{call}/reported`. Prints how many were killed.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def weights(step: int) -> dict[str, Tensor]:
     }
 
 
-def scenario(data: Path, told: Callable[[str], None]) -> None:
+def scenario(data: Path, report: Callable[[str], None]) -> None:
     """Four generations, the third by a rewind; all but one of them are deleted on the way."""
     with running_core(data, keep_generations=1, kernel="torch") as core:  # a hundred processes need not load another
         joined(core.join("r", manifest_of(weights(1), aliases={"w": ("w.tied",)}), ["ema:0.9"]))
         for step in (1, 2, 3, 4):
             core.apply("r", step, weights(step))
             if step in (2, 4):
-                told(f"step {durable(core.publish('r', 'checkpoint' if step == 2 else 'request')).step}")
+                report(f"step {durable(core.publish('r', 'checkpoint' if step == 2 else 'request')).step}")
         core.rewind("r", 3)
-        told("rewound to 2")
+        report("rewound to 2")
         core.apply("r", 7, weights(7))
-        told(f"finished at {durable(core.finish('r')).step}")
+        report(f"finished at {durable(core.finish('r')).step}")
 
 
 def _die_at(fatal_call: int) -> None:
@@ -74,13 +74,13 @@ def _die_at(fatal_call: int) -> None:
 
 def _child(folder: Path, fatal_call: int) -> None:
     folder.mkdir(parents=True)
-    fd = os.open(folder / "told", os.O_WRONLY | os.O_CREAT)
+    fd = os.open(folder / "reported", os.O_WRONLY | os.O_CREAT)
     _die_at(fatal_call)
     scenario(folder / "data", lambda text: void(os.write(fd, text.encode() + b"\n")))
 
 
 def void(_: object) -> None:
-    """Take no notice of a result."""
+    """Ignore a result."""
 
 
 def main(root: Path) -> int:

@@ -1,4 +1,4 @@
-"""An averager over a real data folder, driven by jobs as the ingest thread drives it."""
+"""A whole server without its socket, driven by jobs as the ingest thread drives it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the averager makes of a stream of snapshots, measured against replays in float64 that share no code with it."""
+"""The averages of a stream of snapshots, against float64 replays that share no code with the server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def core(tmp_path: Path) -> Iterator[ServerCore]:
 
 @cache
 def _weights(step: int) -> dict[str, Tensor]:
-    """A walk that stays within [-4, 4], an integer, a mask that flips."""
+    """A walk within [-4, 4], an integer, and a mask that flips."""
     generator = torch.Generator().manual_seed(step)
     walk = torch.sin(torch.arange(40.0) * (1 + step / 97)) * 3 + torch.rand(40, generator=generator)
     return {"walk": walk, "seen": torch.tensor(step * 3), "mask": torch.arange(5) % (step % 3 + 1) == 0}
@@ -54,8 +54,8 @@ def _unit(value: float) -> dict[str, Tensor]:
     return {"w": torch.full((3,), value)}
 
 
-def test_a_thousand_steps_with_gaps_equal_a_float64_replay_of_the_ledger(core: ServerCore) -> None:
-    """Steps are dropped one by one and in long rows; the bound follows from float32's eps (`support.oracle.bound`)."""
+def test_thousand_steps_with_gaps_equal_a_float64_replay_of_the_ledger(core: ServerCore) -> None:
+    """Steps are left out one by one and in long rows; the bound follows from float32's eps (`support.oracle.bound`)."""
     chance = random.Random(3)
     decays = {"ema-0.9": 0.9, "ema-0.99": 0.99, "ema-0.999": 0.999, "ema-0.9999": 0.9999, "ema-0": 0.0}
     joined(core.join("r", _MANIFEST, ["raw", *(f"ema:{name[4:]}" for name in decays)]))
@@ -74,8 +74,8 @@ def test_a_thousand_steps_with_gaps_equal_a_float64_replay_of_the_ledger(core: S
     assert largest_difference(_weights(step), core.load(versions["raw"])) == 0
 
 
-def test_it_follows_timms_model_ema_v3(core: ServerCore) -> None:
-    """ModelEmaV3 as timm states it, written here with torch alone.
+def test_it_equals_timm_model_ema_v3(core: ServerCore) -> None:
+    """ModelEmaV3 as timm defines it, written here with torch alone.
 
     A copy of the model at first, then `lerp` of every float entry of the state dict by 1 - decay, other entries copied;
     batch norm's statistics are averaged like weights.
@@ -102,7 +102,7 @@ def test_it_follows_timms_model_ema_v3(core: ServerCore) -> None:
     assert largest_difference(shadow, core.load(version)) <= bound(_ledger(version), 0.98, 4.0)
 
 
-def test_a_unit_step_comes_in_as_one_minus_the_product_of_the_decays(core: ServerCore) -> None:
+def test_a_unit_step_weighs_one_minus_the_product_of_the_decays(core: ServerCore) -> None:
     joined(core.join("r", manifest_of(_unit(0.0)), ["ema:0.9"]))
     core.apply("r", 1, _unit(0.0))
     for step, expected in ((2, 1 - 0.9), (3, 1 - 0.9**2), (10, 1 - 0.9**9)):
@@ -111,8 +111,8 @@ def test_a_unit_step_comes_in_as_one_minus_the_product_of_the_decays(core: Serve
         torch.testing.assert_close(core.load(version)["w"], torch.full((3,), expected), rtol=0, atol=1e-6)
 
 
-def test_every_is_transport_and_does_not_change_what_a_decay_means(core: ServerCore) -> None:
-    """A stream of every 5th step weighs each by decay ** 5, and the steps left out are no gap; a missing due one is."""
+def test_every_does_not_change_the_decay_per_step(core: ServerCore) -> None:
+    """A stream of every 5th step weighs each by decay ** 5. Steps between are not a gap, a missing 5th step is."""
     joined(core.join("r", _MANIFEST, ["ema:0.99"], every=5))
     for step in (5, 10, 15, 30, 35):
         core.apply("r", step, _weights(step))
@@ -123,7 +123,7 @@ def test_every_is_transport_and_does_not_change_what_a_decay_means(core: ServerC
     _check(core, version, 0.99)
 
 
-def test_steps_before_the_first_snapshot_are_no_gap(core: ServerCore) -> None:
+def test_steps_before_the_first_snapshot_are_not_a_gap(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.99"], first_step=101))
     core.apply("r", 107, _weights(107))
     core.apply("r", 109, _weights(109))
@@ -151,7 +151,7 @@ def test_a_set_replaces_the_averages_and_is_recorded(core: ServerCore) -> None:
     _check(core, version, 0.9)
 
 
-def test_a_set_may_repeat_the_last_step_but_not_go_below_it(core: ServerCore) -> None:
+def test_a_set_may_repeat_the_last_step_but_not_precede_it(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9"]))
     core.apply("r", 4, _weights(4))
     core.apply("r", 5, _weights(5))
@@ -164,7 +164,7 @@ def test_a_set_may_repeat_the_last_step_but_not_go_below_it(core: ServerCore) ->
     assert largest_difference(_weights(6), core.load(version)) == 0
 
 
-def test_a_step_that_was_applied_is_acknowledged_and_not_applied_again(core: ServerCore) -> None:
+def test_a_repeated_step_is_acknowledged_and_not_applied_again(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9"]))
     for step in (1, 2, 3):
         core.apply("r", step, _weights(step))
@@ -178,7 +178,7 @@ def test_a_step_that_was_applied_is_acknowledged_and_not_applied_again(core: Ser
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_an_unclean_snapshot_touches_nothing_and_its_step_is_a_gap(core: ServerCore, bad: float) -> None:
+def test_a_nonfinite_snapshot_changes_nothing_and_its_step_is_a_gap(core: ServerCore, bad: float) -> None:
     joined(core.join("r", _MANIFEST, ["raw", "ema:0.9"]))
     core.apply("r", 1, _weights(1))
     core.apply("r", 2, _weights(2))
@@ -196,14 +196,14 @@ def test_an_unclean_snapshot_touches_nothing_and_its_step_is_a_gap(core: ServerC
     assert (status.quarantined, status.quarantine.step, status.quarantine.tensors) == (1, 3, ("walk",))
     after = core.publish("r")
     assert (durable(after).step, durable(after).new) == (2, False)
-    assert versions_by_average(after) == before, "not one bit has changed"
+    assert versions_by_average(after) == before, "no bit has changed"
     core.apply("r", 4, _weights(4))
     version = versions_by_average(core.publish("r"))["ema-0.9"]
     assert version.gap_steps == 1
     _check(core, version, 0.9)
 
 
-def test_a_first_snapshot_with_an_unclean_parameter_is_quarantined(core: ServerCore) -> None:
+def test_a_first_snapshot_with_a_nonfinite_parameter_is_quarantined(core: ServerCore) -> None:
     tensors = {"w": torch.tensor([math.nan]), "mask": torch.tensor([-math.inf])}
     joined(core.join("r", manifest_of(tensors, {"mask": Role.BUFFER}), ["ema:0.9"]))
 
@@ -212,7 +212,7 @@ def test_a_first_snapshot_with_an_unclean_parameter_is_quarantined(core: ServerC
     assert core.apply("r", 2, {**tensors, "w": torch.ones(1)}) == Applied(2, frozenset({"mask"}))
 
 
-def test_a_mask_of_infinities_is_copied_from_then_on_and_reported(core: ServerCore) -> None:
+def test_a_mask_of_infinities_is_copied_and_reported(core: ServerCore) -> None:
     def masked(step: int) -> dict[str, Tensor]:
         return {"w": torch.tensor([float(step)]), "mask": torch.tensor([0.0, -math.inf, float(step)])}
 

@@ -1,4 +1,4 @@
-"""Averages come and go while a run streams; what was answered survives a restart, and nothing half-done does."""
+"""Averages are added and removed while a run streams; an answered change survives a restart, a failed one is undone."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_removed_average_is_gone_and_its_versions_stay(core: ServerCore) -> No
 
 
 def test_the_first_average_can_be_removed(core: ServerCore) -> None:
-    """Nothing about the run depends on any one average: not its steps, not what it acknowledges."""
+    """The steps of a run and its acknowledgements depend on no single average."""
     joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"]))
     _stream(core, 1, 2)
     assert isinstance(core.remove("r", "ema-0.9"), Changed)
@@ -131,7 +131,7 @@ def test_the_first_average_can_be_removed(core: ServerCore) -> None:
     _check(core, "ema-0.5", 0.5)
 
 
-def test_a_trainer_that_still_lists_a_removed_average_is_let_in(tmp_path: Path) -> None:
+def test_a_trainer_may_join_with_a_removed_average(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"]))
         _stream(core, 1)
@@ -147,7 +147,7 @@ def test_a_trainer_that_still_lists_a_removed_average_is_let_in(tmp_path: Path) 
         assert isinstance(answer, Refused)
 
 
-def test_a_name_can_be_used_again_after_its_removal(core: ServerCore) -> None:
+def test_a_removed_name_can_be_added_again(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5,name=short"]))
     _stream(core, 1, 2)
     assert isinstance(core.remove("r", "short"), Changed)
@@ -167,7 +167,7 @@ def test_a_name_can_be_used_again_after_its_removal(core: ServerCore) -> None:
         ("ema:half_life_samples=1000", "needs to know samples per step"),
     ],
 )
-def test_what_cannot_be_added_is_refused_with_what_to_do(core: ServerCore, spec: str, text: str) -> None:
+def test_a_refused_addition_says_what_to_do(core: ServerCore, spec: str, text: str) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
     _stream(core, 1)
 
@@ -187,7 +187,7 @@ def test_a_run_has_at_most_64_averages(core: ServerCore) -> None:
     assert "has 64 averages, the most that a run may have" in answer.text
 
 
-def test_patterns_of_averages_that_are_added_count_with_those_that_are_there(core: ServerCore) -> None:
+def test_patterns_of_added_averages_count_with_existing_ones(core: ServerCore) -> None:
     """Each is compared with each name, while every trainer waits."""
     joined(core.join("r", _MANIFEST, ["ema:0.9,name=a,include=" + "|".join(["w"] * 200)]))
     _stream(core, 1)
@@ -198,7 +198,7 @@ def test_patterns_of_averages_that_are_added_count_with_those_that_are_there(cor
     assert core.add("r", f"ema:0.9,name=b,exclude={'|'.join(['w'] * 56)}") == Changed("b")
 
 
-def test_a_change_compares_the_names_with_the_patterns_of_the_average_it_adds_alone(
+def test_a_change_matches_only_the_patterns_of_the_added_average(
     core: ServerCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9,include=w*,name=c", "ema:0.8,exclude=w*,name=d"]))
@@ -216,7 +216,9 @@ def test_a_change_compares_the_names_with_the_patterns_of_the_average_it_adds_al
     assert len(asked) <= len(_MANIFEST.tensors)
 
 
-def test_what_does_not_fit_is_refused_and_the_run_goes_on(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_average_that_does_not_fit_is_refused_and_the_run_continues(
+    core: ServerCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9"]))
     _stream(core, 1)
     monkeypatch.setattr("ema_server.compute.memory.available_bytes", lambda: 10)
@@ -229,7 +231,7 @@ def test_what_does_not_fit_is_refused_and_the_run_goes_on(core: ServerCore, monk
     _check(core, "ema-0.9", 0.9)
 
 
-def test_only_a_run_that_streams_changes_its_averages(core: ServerCore) -> None:
+def test_averages_change_only_while_a_run_streams(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
     early = core.add("r", "swa")
     assert isinstance(early, Unchanged)
@@ -260,7 +262,7 @@ def test_the_last_average_with_weights_cannot_be_removed(core: ServerCore) -> No
     )
 
 
-def test_what_cannot_be_made_durable_does_not_happen(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_that_cannot_be_made_durable_is_undone(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
     _stream(core, 1, 2)
     durable(core.publish("r"))
@@ -281,8 +283,8 @@ def test_what_cannot_be_made_durable_does_not_happen(core: ServerCore, monkeypat
     _check(core, "ema-0.9", 0.9)
 
 
-def test_a_rewind_keeps_the_averages_of_today(tmp_path: Path) -> None:
-    """Back at step 2: one added since begins anew, one removed stays so, one made anew is not the old one."""
+def test_a_rewind_keeps_the_current_set_of_averages(tmp_path: Path) -> None:
+    """Back at step 2: one added since starts over, one removed since stays removed, one added again is a new one."""
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5", "ema:0.7"]))
         _stream(core, 1, 2)
@@ -305,8 +307,8 @@ def test_a_rewind_keeps_the_averages_of_today(tmp_path: Path) -> None:
         assert _ledger(core, "swa") == {"origin": 2, "set": [3], "ranges": [[3, 4, 1]]}
 
 
-def test_a_run_all_of_whose_averages_began_later_goes_back_and_on(tmp_path: Path) -> None:
-    """At step 2 there was only one that is removed by now: the run stands there without weights, and begins anew."""
+def test_a_rewind_before_all_averages_began(tmp_path: Path) -> None:
+    """At step 2 there was only an average that has been removed: the run has no weights there, and starts over."""
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["ema:0.9"]))
         _stream(core, 1, 2)
@@ -325,8 +327,8 @@ def test_a_run_all_of_whose_averages_began_later_goes_back_and_on(tmp_path: Path
         _check(core, "ema-0.5", 0.5)
 
 
-def test_changes_that_are_asked_for_at_once_all_happen(core: ServerCore) -> None:
-    """None waits for the one before: later ones go into the next generation."""
+def test_concurrent_changes_are_all_made(core: ServerCore) -> None:
+    """None waits for the previous one: later ones are part of the next generation."""
     joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
     _stream(core, 1)
     answers: queue.Queue[Changed | Unchanged] = queue.Queue()

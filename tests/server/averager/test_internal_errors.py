@@ -1,4 +1,4 @@
-"""An unexpected error anywhere in a job ends one run's session, and nothing else: not the thread, not another run."""
+"""An unexpected error in a job ends the session of one run; the thread and all other runs continue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MANIFEST = manifest_of(_weights(1))
 
 
 class _Defect(RuntimeError):
-    """What no code of ours raises."""
+    """An error that no code of the server raises."""
 
 
 def _raise(*_: Any, **__: Any) -> Any:

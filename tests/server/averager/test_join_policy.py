@@ -1,4 +1,4 @@
-"""What a JOIN leads to, for every `resume` and everything that may be known of the run."""
+"""What a JOIN leads to, for each `resume` and everything that may be known of the run."""
 
 from __future__ import annotations
 
@@ -55,11 +55,13 @@ def _decide(
         (_KNOWN, "must", 1, True, Continue()),
     ],
 )
-def test_each_way_in(known: Known | None, resume: Resume, first_step: int, reconnect: bool, expected: Decision) -> None:
+def test_join_decisions(
+    known: Known | None, resume: Resume, first_step: int, reconnect: bool, expected: Decision
+) -> None:
     assert _decide(known, resume=resume, first_step=first_step, reconnect=reconnect) == expected
 
 
-def test_must_needs_something_to_continue() -> None:
+def test_resume_must_needs_a_run_to_continue() -> None:
     refused = _decide(None, resume="must")
 
     assert isinstance(refused, Refused)
@@ -68,7 +70,7 @@ def test_must_needs_something_to_continue() -> None:
 
 
 @pytest.mark.parametrize("resume", ["auto", "must"])
-def test_going_back_needs_an_older_generation(resume: Resume) -> None:
+def test_a_rewind_needs_an_older_generation(resume: Resume) -> None:
     refused = _decide(_KNOWN, resume=resume, first_step=60)
 
     assert isinstance(refused, Refused)
@@ -84,7 +86,7 @@ def test_going_back_needs_an_older_generation(resume: Resume) -> None:
         assert part in refused.text
 
 
-def test_the_steps_that_are_held_are_named_but_not_without_end() -> None:
+def test_a_refused_rewind_names_a_bounded_number_of_generations() -> None:
     refused = _decide(Known(100, _MANIFEST, {"raw": "raw", "ema-0.9": "ema:0.9"}, tuple(range(20, 60))), first_step=1)
 
     assert isinstance(refused, Refused)
@@ -92,7 +94,7 @@ def test_the_steps_that_are_held_are_named_but_not_without_end() -> None:
 
 
 @pytest.mark.parametrize("reconnect", [False, True])
-def test_another_model_is_refused_with_the_tensor_that_differs(reconnect: bool) -> None:
+def test_a_changed_model_is_refused_with_the_tensor_that_differs(reconnect: bool) -> None:
     refused = _decide(_KNOWN, other=True, reconnect=reconnect)
 
     assert isinstance(refused, Refused)
@@ -101,11 +103,11 @@ def test_another_model_is_refused_with_the_tensor_that_differs(reconnect: bool) 
     assert "another run name, or resume='never'" in refused.text
 
 
-def test_another_model_may_follow_a_run_that_is_set_aside() -> None:
+def test_a_changed_model_may_follow_a_run_that_is_set_aside() -> None:
     assert _decide(_KNOWN, other=True, resume="never") == SetAside()
 
 
-def test_a_list_of_some_of_the_averages_is_welcome() -> None:
+def test_a_join_may_list_some_of_the_averages() -> None:
     assert _decide(_KNOWN, averages="raw") == Continue()
 
 
@@ -117,7 +119,7 @@ def test_an_unknown_average_is_refused() -> None:
     assert "no average 'ema-0.5', it has raw, ema-0.9: join with these, and add others" in refused.text
 
 
-def test_an_unknown_average_is_refused_with_a_command_that_a_shell_takes_as_it_is() -> None:
+def test_an_unknown_average_is_refused_with_a_quoted_shell_command() -> None:
     refused = _decide(_KNOWN, averages="raw,ema:0.5,include=a|b*,name=half")
 
     assert isinstance(refused, Refused)
@@ -134,7 +136,7 @@ def test_a_known_name_with_another_rule_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("spec", "is_let_in"), [("ema:0.5", True), ("ema:0.6,name=ema-0.5", False)])
-def test_an_average_that_was_removed_may_still_be_listed(spec: str, is_let_in: bool) -> None:
+def test_a_removed_average_may_still_be_listed(spec: str, is_let_in: bool) -> None:
     known = Known(100, _MANIFEST, {"raw": "raw"}, (), frozenset({("ema-0.5", "ema:0.5")}))
 
     assert (_decide(known, averages=f"raw,{spec}") == Continue()) is is_let_in

@@ -32,7 +32,7 @@ def _weights(step: int) -> dict[str, Tensor]:
     return {"w": torch.sin(torch.arange(6.0) * step), "n": torch.tensor(step)}
 
 
-def _spoilt(step: int) -> dict[str, Tensor]:
+def _nonfinite(step: int) -> dict[str, Tensor]:
     return {**_weights(step), "w": torch.full((6,), math.nan)}
 
 
@@ -103,10 +103,10 @@ class Sequences(RuleBasedStateMachine):
         assert isinstance(answer, Applied if counts or is_repeated else Quarantined), answer
 
     @rule(offset=st.integers(1, 3))
-    def apply_unclean(self, offset: int) -> None:
+    def apply_nonfinite(self, offset: int) -> None:
         """A snapshot with NaN changes nothing."""
         step = (self.state.last_step or self.state.origin) + offset
-        assert isinstance(self.core.apply("r", step, _spoilt(step)), Quarantined)
+        assert isinstance(self.core.apply("r", step, _nonfinite(step)), Quarantined)
 
     @rule(pinned=st.booleans())
     def publish(self, pinned: bool) -> None:

@@ -38,10 +38,10 @@ def _step_units_history(core: ServerCore) -> list[tuple[int, float | None, float
     version = core.catalog.find("r", "samples", "latest")
     assert version is not None
     paces = json.loads((version.folder / "version.json").read_text())["paces"]
-    return [(told["from_step"], told["samples_per_step"], told["steps_per_epoch"]) for told in paces]
+    return [(units["from_step"], units["samples_per_step"], units["steps_per_epoch"]) for units in paces]
 
 
-def test_half_lives_in_samples_and_epochs_are_those_steps(tmp_path: Path) -> None:
+def test_half_lives_in_samples_and_epochs_convert_to_steps(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _begin(core)
         _stream(core, 2, 3, 7, 11)
@@ -49,7 +49,7 @@ def test_half_lives_in_samples_and_epochs_are_those_steps(tmp_path: Path) -> Non
         assert _kept(core) == pytest.approx({"samples": 0.5, "epochs": 0.5}, abs=1e-6)
 
 
-def test_what_a_rule_in_samples_came_to_is_told_with_its_versions(tmp_path: Path) -> None:
+def test_versions_state_the_decay_of_a_rule_in_samples(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _begin(core)
         _stream(core, 2, 3)
@@ -59,8 +59,8 @@ def test_what_a_rule_in_samples_came_to_is_told_with_its_versions(tmp_path: Path
 
     assert found == version
     assert (found.decay, found.half_life_steps) == pytest.approx((0.5**0.1, 10.0), rel=1e-12)
-    told = json.loads((version.folder / "version.json").read_text())
-    assert (told["decay"], told["half_life_steps"]) == (version.decay, version.half_life_steps)
+    content = json.loads((version.folder / "version.json").read_text())
+    assert (content["decay"], content["half_life_steps"]) == (version.decay, version.half_life_steps)
 
 
 def test_new_step_units_apply_from_the_first_step_of_their_session_and_survive_a_restart(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A server killed at any call to the disk loses nothing that it said is durable, and finds nothing half."""
+"""A server killed at any call to the disk loses nothing that it reported as durable, and leaves nothing partial."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.server_core import ServerCore, joined, manifest_of, running_core, v
 
 pytestmark = pytest.mark.process
 
-_TELLS = ["step 2", "step 4", "rewound to 2", "finished at 7"]
+_REPORTS = ["step 2", "step 4", "rewound to 2", "finished at 7"]
 _STEPS = [[], [1, 2], [1, 2, 3, 4], [1, 2], [1, 2, 7]]  # in the average after each of them
 
 
@@ -29,15 +29,15 @@ def _check(core: ServerCore, version: Version, steps: list[int]) -> None:
     assert largest_difference(expected, core.load(version)) <= bound(ledger, 0.9, 1.0)
 
 
-def _check_after_kill(data: Path, told: list[str]) -> None:
-    assert told == _TELLS[: len(told)]
+def _check_after_kill(data: Path, reported: list[str]) -> None:
+    assert reported == _REPORTS[: len(reported)]
     with running_core(data) as core:
         generations = core.catalog.generations("r")
         found = generations[0].seq if generations else 0
-        assert found >= len(told), "what it said is durable is there"
+        assert found >= len(reported), "what was reported as durable is there"
         folder = data / "runs" / "r" / "generations"
         left = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        assert not [name for name in left if name.startswith(".")], "the sweep left nothing, and nothing was half"
+        assert not [name for name in left if name.startswith(".")], "the sweep left nothing, and nothing was partial"
         manifest = manifest_of(weights(1), aliases={"w": ("w.tied",)})
         answer = joined(core.join("r", manifest, ["ema:0.9"], first_step=50, reconnect=True))
         assert answer.last_step == (_STEPS[found][-1] if found else None)
@@ -57,8 +57,8 @@ def test_a_kill_at_any_call_to_the_disk_leaves_whole_generations(tmp_path: Path)
     assert done.returncode == 0, done.stderr[-2000:]
 
     folders = sorted(tmp_path.iterdir())
-    tells = [(folder / "told").read_text().splitlines() for folder in folders]
+    reports = [(folder / "reported").read_text().splitlines() for folder in folders]
     assert len(folders) == int(done.stdout) + 1 > 100, "every call was fatal once"
-    assert tells[-1] == _TELLS
-    for folder, told in zip(folders, tells, strict=True):
-        _check_after_kill(folder / "data", told)
+    assert reports[-1] == _REPORTS
+    for folder, reported in zip(folders, reports, strict=True):
+        _check_after_kill(folder / "data", reported)

@@ -1,4 +1,4 @@
-"""When generations are made, what is in them while snapshots keep coming, and what happens when the disk refuses."""
+"""When generations are made, what they hold while snapshots keep coming, and what happens when the disk fails."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def _check(core: ServerCore, version: Version, steps: list[int]) -> None:
 
 
 @contextmanager
-def _standing_still(core: ServerCore) -> Iterator[None]:
-    """Inside the block the averager takes no job; what is submitted waits in its inbox."""
+def _blocked_averager(core: ServerCore) -> Iterator[None]:
+    """Inside the block the averager takes no job; submitted ones wait in its queue."""
     entered, go_on = threading.Event(), threading.Event()
 
     def block(_: Any) -> None:
@@ -76,21 +76,21 @@ def _standing_still(core: ServerCore) -> Iterator[None]:
     go_on.set()
 
 
-def _forbid_writing_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def _forbid_separate_write(monkeypatch: pytest.MonkeyPatch) -> None:
     def write(self: WorkerPool, segments: tuple[Segment, ...], forms: tuple[Form, ...], sink: BlockSink) -> None:
-        raise AssertionError("a snapshot was waiting: the write had to ride on its pass")
+        raise AssertionError("a snapshot was waiting: its pass had to write the draft")
 
     monkeypatch.setattr(WorkerPool, "write", write)
 
 
-def test_a_generation_rides_on_the_next_snapshots_pass_and_holds_what_was_before(
+def test_a_draft_is_written_by_the_next_snapshots_pass_before_it_changes_anything(
     core: ServerCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _apply(core, 1, 2)
     answers: Queue[Durable | Failed] = Queue()
     applied: Queue[Applied | Quarantined] = Queue()
-    _forbid_writing_alone(monkeypatch)
-    with _standing_still(core):
+    _forbid_separate_write(monkeypatch)
+    with _blocked_averager(core):
         for _ in range(2):
             core.averager.submit(Publish("r", "request", answers.put))
         for step in (3, 4):
@@ -98,24 +98,24 @@ def test_a_generation_rides_on_the_next_snapshots_pass_and_holds_what_was_before
 
     assert [applied.get(timeout=WAIT_S).step for _ in range(2)] == [3, 4]
     first, second = (durable(answers.get(timeout=WAIT_S)) for _ in range(2))
-    assert first == second, "two wishes at one step are one generation"
+    assert first == second, "two requests at one step are one generation"
     monkeypatch.undo()
     _check(core, versions_by_average(first)["ema-0.9"], [1, 2])
     _check(core, versions_by_average(core.publish("r"))["ema-0.9"], [1, 2, 3, 4])
 
 
-def test_a_generation_does_not_wait_for_a_snapshot_that_does_not_count(core: ServerCore) -> None:
+def test_a_draft_does_not_wait_for_a_refused_or_repeated_snapshot(core: ServerCore) -> None:
     _apply(core, 1, 2)
     answers: Queue[Durable | Failed] = Queue()
     dirty = {**_weights(3), "w": torch.full((70_000,), math.nan)}
     for tensors, step in ((dirty, 3), (_weights(2), 2)):
-        with _standing_still(core):
+        with _blocked_averager(core):
             core.averager.submit(Publish("r", "request", answers.put))
             core.averager.submit(core.apply_job("r", step, tensors, lambda _: None))
         assert durable(answers.get(timeout=WAIT_S)).step == 2
 
 
-def test_a_wish_made_while_a_generation_is_in_the_making_gets_its_own_step(core: ServerCore) -> None:
+def test_publish_during_publish_reports_its_own_step(core: ServerCore) -> None:
     """Every answer is at the step the run stood at when it was asked for, or later; never before."""
     answers: Queue[tuple[int, Durable | Failed]] = Queue()
 
@@ -131,7 +131,7 @@ def test_a_wish_made_while_a_generation_is_in_the_making_gets_its_own_step(core:
     assert [step for _, step in core.announced] == sorted({step for _, step in core.announced})
 
 
-def test_the_timer_publishes_what_has_changed_and_only_that(tmp_path: Path) -> None:
+def test_the_schedule_publishes_only_changed_runs(tmp_path: Path) -> None:
     clock = _Clock()
     with running_core(tmp_path, clock=clock, publish_every_seconds=0.2) as core:
         joined(core.join("r", _MANIFEST))
@@ -146,7 +146,7 @@ def test_the_timer_publishes_what_has_changed_and_only_that(tmp_path: Path) -> N
         assert core.announced == [("r", 1), ("r", 2)]
 
 
-def test_the_first_generation_comes_early_so_that_there_is_one_to_go_back_to(tmp_path: Path) -> None:
+def test_the_first_generation_is_published_early(tmp_path: Path) -> None:
     clock = _Clock()
     with running_core(tmp_path, clock=clock, publish_every_seconds=300) as core:
         joined(core.join("r", _MANIFEST))
@@ -161,7 +161,7 @@ def test_the_first_generation_comes_early_so_that_there_is_one_to_go_back_to(tmp
         core.settled("r", lambda status: status.published_step == 3)
 
 
-def test_a_generation_every_so_many_steps(tmp_path: Path) -> None:
+def test_publish_every_steps(tmp_path: Path) -> None:
     with running_core(tmp_path, publish_every_steps=10) as core:
         joined(core.join("r", _MANIFEST, first_step=101))
         for step in range(101, 136):
@@ -182,7 +182,7 @@ def _largest_file(nbytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("nbytes", [0, 40, 100_000])
-def test_a_full_disk_stops_publishing_and_not_averaging(tmp_path: Path, nbytes: int) -> None:
+def test_a_full_disk_stops_publishing_but_not_averaging(tmp_path: Path, nbytes: int) -> None:
     """The write fails at the header, within the header, or within the weights; then, after 10 s, it is tried again."""
     clock = _Clock()
     with running_core(tmp_path, clock=clock) as core:
@@ -223,7 +223,7 @@ def test_a_run_that_left_during_a_full_disk_stays_in_memory_until_it_is_durable(
         assert (status.published_step, status.publish_error) == (2, None)
 
 
-def test_the_newest_generations_stay_and_pinned_ones_and_the_first_besides(tmp_path: Path) -> None:
+def test_newest_pinned_and_first_generations_are_kept(tmp_path: Path) -> None:
     with running_core(tmp_path, keep_generations=2) as core:
         joined(core.join("r", _MANIFEST))
         for step in range(1, 16):
@@ -236,7 +236,7 @@ def test_the_newest_generations_stay_and_pinned_ones_and_the_first_besides(tmp_p
         assert {int(folder.name.split("-")[1]) for folder in folders} == set(kept)
 
 
-def test_a_checkpoint_of_what_is_published_already_pins_it(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_published_step_pins_it(tmp_path: Path) -> None:
     with running_core(tmp_path, keep_generations=1) as core:
         joined(core.join("r", _MANIFEST))
         _apply(core, 1)
@@ -313,9 +313,7 @@ def test_requests_for_runs_that_are_not_in_memory(tmp_path: Path) -> None:
         assert isinstance(core.apply("r", 2, _weights(2)), Quarantined)
 
 
-def test_what_this_process_has_written_is_read_again_for_a_rewind_alone(
-    core: ServerCore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_rewind_verifies_files_of_this_process_again(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred gigabytes would keep the publisher for minutes, each time an average is added."""
     read: list[str] = []
     monkeypatch.setattr("ema_server.publishing.commit.verify", lambda folder, record: read.append(folder.name))

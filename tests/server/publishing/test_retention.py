@@ -1,4 +1,4 @@
-"""Of a run's generations the newest stay, pinned ones, and older ones far apart; a repetition takes nobody's place."""
+"""The newest, the pinned and some older generations of a run are kept; one that a newer one repeats is not."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def _gone(generations: list[Generation], keep: int) -> str:
         ("edcba", 2, "b"),
     ],
 )
-def test_the_newest_stay_and_the_first(marks: str, keep: int, gone: str) -> None:
+def test_the_newest_and_the_first_are_kept(marks: str, keep: int, gone: str) -> None:
     assert _gone(_run(*marks), keep) == gone
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 5])
-def test_as_many_older_ones_stay_as_newest_ones_and_each_is_farther_than_the_one_before(keep: int) -> None:
+def test_older_generations_are_kept_at_growing_distances(keep: int) -> None:
     kept: list[int] = []
     for step in range(1, 1001):
         generations = [_generation(at, at, chr(at)) for at in [step, *kept]]
@@ -59,18 +59,18 @@ def test_as_many_older_ones_stay_as_newest_ones_and_each_is_farther_than_the_one
     assert max(older / newer for newer, older in pairwise(ages)) <= even**2
 
 
-def test_ten_pinned_ones_stay_besides() -> None:
+def test_ten_pinned_generations_are_kept_besides() -> None:
     marks = ["z", "y", *(f"{letter}!" for letter in "onmlkjihgfedcb"), "a"]
 
     assert _gone(_run(*marks), 2) == "edcb"
 
 
-def test_what_a_rewind_repeats_goes_first() -> None:
+def test_a_generation_repeated_by_a_rewind_expires_first() -> None:
     """Content a is the newest again: its older copy goes, and b and c keep their places."""
     assert [generation.seq for generation in expired(_run("a", "c", "b", "a"), 3)] == [1]
 
 
-def test_what_a_rewind_left_behind_is_not_kept_as_an_older_one() -> None:
+def test_a_generation_unreachable_after_a_rewind_is_not_kept_as_an_older_one() -> None:
     """After steps 1 to 9 the run went back to 4 and on: 5 to 9 of before serve nobody who goes back again."""
     before = [_generation(seq, seq, chr(seq)) for seq in range(9, 0, -1)]
     run = [_generation(11, 6, "f"), _generation(10, 4, chr(4)), *before]
@@ -78,6 +78,6 @@ def test_what_a_rewind_left_behind_is_not_kept_as_an_older_one() -> None:
     assert [generation.seq for generation in expired(run, 2)] == [9, 8, 7, 6, 5, 4, 2]
 
 
-def test_a_repetition_does_not_cost_a_pin() -> None:
+def test_a_repeated_generation_keeps_its_pin() -> None:
     assert expired(_run("a", "a!"), 3) == ()
     assert [generation.seq for generation in expired(_run("a!", "a"), 3)] == [1]

@@ -1,4 +1,4 @@
-"""The ring keeps snapshots of power averages beyond their generations, bounded, and never of two histories at once."""
+"""The ring keeps a bounded number of snapshots of power averages beyond their generations, all of one history."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _status(core: ServerCore) -> RingStatus | None:
     return core.ring.status("r")
 
 
-def test_a_snapshot_is_a_second_name_of_the_power_averages_files_and_outlives_them(tmp_path: Path) -> None:
+def test_a_snapshot_links_the_files_of_power_averages_and_outlives_them(tmp_path: Path) -> None:
     with running_core(tmp_path, keep_generations=1) as core:
         joined(core.join("r", _MANIFEST, _POWERS, config='{"a": 1}'))
         version = _publish(core, 1, 2)["wide"]
@@ -79,7 +79,7 @@ def test_a_snapshot_is_a_second_name_of_the_power_averages_files_and_outlives_th
         assert (snapshot.folder / "config.json").read_text() == '{"a": 1}'
 
 
-def test_a_run_without_power_averages_and_a_ring_of_no_size_keep_nothing(tmp_path: Path) -> None:
+def test_no_ring_without_power_averages_or_with_size_zero(tmp_path: Path) -> None:
     with running_core(tmp_path / "a") as core:
         joined(core.join("r", _MANIFEST))
         _publish(core, 1, 2)
@@ -90,7 +90,7 @@ def test_a_run_without_power_averages_and_a_ring_of_no_size_keep_nothing(tmp_pat
         assert not core.data_dir.ring_folder("r").exists()
 
 
-def test_of_a_full_ring_the_snapshot_in_the_closest_company_goes() -> None:
+def test_a_full_ring_drops_the_snapshot_with_the_closest_neighbours() -> None:
     assert thinned([1, 5, 9], 3) == []
     assert thinned([10, 20, 30, 31, 40], 4) == [31]
     assert thinned([10, 20, 30, 40], 3) == [20], "of several the earliest"
@@ -118,7 +118,7 @@ def test_a_ring_has_no_more_snapshots_than_its_size(tmp_path: Path) -> None:
         assert _status(core) == RingStatus(3, 1, 8, None)
 
 
-def test_while_it_is_read_nothing_is_thinned_out(tmp_path: Path) -> None:
+def test_a_ring_is_not_thinned_out_while_it_is_read(tmp_path: Path) -> None:
     with running_core(tmp_path, ring_size=2) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         with core.ring.reading("r"):
@@ -128,7 +128,7 @@ def test_while_it_is_read_nothing_is_thinned_out(tmp_path: Path) -> None:
         assert _steps(core) == [1, 5]
 
 
-def test_a_cadence_of_its_own_makes_publications_due_and_passes_over_others(tmp_path: Path) -> None:
+def test_ring_every_steps_makes_generations_due_and_skips_others(tmp_path: Path) -> None:
     with running_core(tmp_path, ring_every_steps=10) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         for step in range(1, 38):
@@ -141,7 +141,7 @@ def test_a_cadence_of_its_own_makes_publications_due_and_passes_over_others(tmp_
         assert _steps(core) == [10, 20, 30, 37], "the last one of a run is always kept"
 
 
-def test_a_run_without_power_averages_is_not_published_for_the_ring(tmp_path: Path) -> None:
+def test_ring_every_steps_does_not_publish_runs_without_power_averages(tmp_path: Path) -> None:
     with running_core(tmp_path, ring_every_steps=2) as core:
         joined(core.join("r", _MANIFEST))
         _apply(core, *range(1, 8))
@@ -181,7 +181,7 @@ def test_bfloat16_leaves_frozen_tensors_whole_under_all_of_their_names(tmp_path:
     assert torch.equal(kept["tied"], weights["fixed"])
 
 
-def test_a_disk_that_refuses_stops_the_ring_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_error_stops_the_ring_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         core.data_dir.ring_folder("r").touch()
@@ -200,7 +200,7 @@ def test_a_disk_that_refuses_stops_the_ring_and_nothing_else(tmp_path: Path, cap
         assert _status(core) == RingStatus(1, 3, 3, None)
 
 
-def test_a_disk_that_fills_up_is_left_to_the_generations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nearly_full_disk_is_left_to_the_generations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         _publish(core, 1)
@@ -217,7 +217,7 @@ def test_a_disk_that_fills_up_is_left_to_the_generations(tmp_path: Path, monkeyp
         assert _status(core) == RingStatus(2, 1, 3, None)
 
 
-def test_after_a_rewind_the_ring_holds_nothing_of_the_history_left_behind(tmp_path: Path) -> None:
+def test_a_rewind_drops_later_snapshots_from_the_ring(tmp_path: Path) -> None:
     with running_core(tmp_path, keep_generations=9) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         _publish(core, 1, 2, 3, 4, 5)
@@ -245,7 +245,9 @@ def test_a_restart_keeps_the_ring_up_to_the_generation_that_is_resumed(tmp_path:
         assert _steps(core) == [1, 2, 4]
 
 
-def test_what_cannot_be_dropped_is_never_mixed_with_what_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_snapshots_that_cannot_be_dropped_are_never_mixed_with_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         _publish(core, 1, 2, 3)
@@ -270,7 +272,7 @@ def test_what_cannot_be_dropped_is_never_mixed_with_what_comes(tmp_path: Path, m
         assert _steps(core) == [1, 4]
 
 
-def test_a_run_set_aside_takes_its_ring_along_and_the_new_one_begins_without(tmp_path: Path) -> None:
+def test_a_run_that_is_set_aside_keeps_its_ring(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         _publish(core, 1, 2)

@@ -1,4 +1,4 @@
-"""What a ring is spared by: disks that refuse, crashes at a bad moment, and restarts. Averaging goes on meanwhile."""
+"""Disk errors, crashes and restarts stop or repair the ring of a run; averaging and publishing continue."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ def _error(core: ServerCore) -> str:
     return status.error
 
 
-def test_a_ring_that_cannot_even_be_listed_stops_the_ring_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ring_that_cannot_be_listed_stops_the_ring_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         _publish(core, 1, 2)
@@ -89,7 +87,7 @@ def test_a_server_starts_over_a_ring_that_cannot_be_listed(tmp_path: Path, monke
             _publish(core, 2)
 
 
-def test_a_restart_does_not_forget_what_could_not_be_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_drops_what_could_not_be_dropped_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         _publish(core, 1, 2, 3)
@@ -110,7 +108,7 @@ def test_a_restart_does_not_forget_what_could_not_be_dropped(tmp_path: Path, mon
     assert not (tmp_path / "runs/r/ring.cut").exists()
 
 
-def test_a_note_of_what_could_not_be_dropped_that_is_damaged_costs_the_ring(tmp_path: Path) -> None:
+def test_a_damaged_cut_file_drops_the_ring(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         _publish(core, 1, 2)
@@ -135,9 +133,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     go_on.set()
 
 
-def test_an_answer_does_not_wait_for_the_ring_and_who_reads_the_ring_does(
-    tmp_path: Path, slow: threading.Event
-) -> None:
+def test_readers_of_the_ring_wait_for_it_and_publishing_does_not(tmp_path: Path, slow: threading.Event) -> None:
     with ThreadPoolExecutor(1) as pool, running_core(tmp_path) as core:
         _join(core)
         _publish(core, 1, 2)
@@ -149,7 +145,7 @@ def test_an_answer_does_not_wait_for_the_ring_and_who_reads_the_ring_does(
         assert reading.result(WAIT_S) == [1, 2]
 
 
-def test_what_a_crash_kept_from_the_ring_comes_in_at_the_next_start(
+def test_a_snapshot_missed_by_a_crash_is_added_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_core(tmp_path, ring_every_steps=10) as core:

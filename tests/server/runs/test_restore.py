@@ -1,4 +1,4 @@
-"""A run that was written, forgotten and read back goes on bit for bit as one that was never interrupted."""
+"""A run that is written to disk and read back continues bit for bit like one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_ages_and_shares_follow_the_weights_of_the_rule(pool: WorkerPool) -> Non
     assert {(average.age_steps, average.initial_share) for average in run.averages} == {(0.0, 1.0)}
 
 
-def test_past_0_99999_only_a_float64_accumulator_still_moves(tmp_path: Path) -> None:
+def test_above_0_99999_only_a_float64_accumulator_still_moves(tmp_path: Path) -> None:
     """Weights 5 % away from an average at 1: each update is below half a unit in the last place of float32."""
     there = {"w": torch.full((50,), 1.05)}
     with running_core(tmp_path) as core:
@@ -174,7 +174,7 @@ def test_past_0_99999_only_a_float64_accumulator_still_moves(tmp_path: Path) -> 
     assert expected[0] - 1 > 10 * EPS32
 
 
-def test_a_float64_average_is_float32_for_readers_and_whole_for_a_restart(tmp_path: Path) -> None:
+def test_a_float64_average_is_published_as_float32_and_restored_as_float64(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["ema:0.9,acc=float64", "ema:0.9"]))
         for step in (1, 2, 3):
@@ -206,7 +206,7 @@ def test_a_parameter_that_does_not_change_stays_bit_for_bit(tmp_path: Path) -> N
     torch.testing.assert_close(thawed, frozen["w"] + 0.001, rtol=0, atol=1e-5)
 
 
-def test_an_unclean_snapshot_leaves_every_average_as_it_was(tmp_path: Path) -> None:
+def test_a_nonfinite_snapshot_changes_no_average(tmp_path: Path) -> None:
     """For every rule: the same version as before, though the snapshots of a window move about."""
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _NAMED))
@@ -258,7 +258,7 @@ def _strip_metadata(generation: Path) -> None:
     (generation / "generation.json").write_text(json.dumps(record))
 
 
-def test_odd_tensors_pass_through_every_rule(tmp_path: Path) -> None:
+def test_unusual_tensors_pass_through_every_rule(tmp_path: Path) -> None:
     """Tied, 0-d, empty and non-contiguous tensors, integers and bools; what does not change comes out as it went in."""
     odd = {
         "tied": torch.rand(3, 4).t(),

@@ -1,4 +1,4 @@
-"""A window holds the last k snapshots of its cadence; one that stands for several of them counts for each."""
+"""A window holds the last k snapshots of its cadence; one that stands for several steps counts for each."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _dense(steps: list[int], k: int, every: int, origin: int) -> list[int]:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 6), st.integers(1, 5), st.integers(0, 20))
-def test_the_entries_are_what_a_dense_stream_would_leave(strides: list[int], k: int, every: int, origin: int) -> None:
+def test_window_entries_equal_those_of_a_dense_stream(strides: list[int], k: int, every: int, origin: int) -> None:
     entries: Entries = ()
     steps: list[int] = []
     now = origin
@@ -77,8 +77,8 @@ def test_blending_entry_by_entry_gives_their_mean() -> None:
 
 
 @pytest.mark.parametrize("kept", [[(1, 1), (1, 1)], [(2, 1), (1, 1)], [(1, 0)], [(1, 2), (2, 2)]])
-def test_what_is_no_window_is_not_restored(kept: list[tuple[int, int]]) -> None:
-    with pytest.raises(ValueError, match="are not the snapshots of a window of 3"):
+def test_an_invalid_window_is_not_restored(kept: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match="are not the steps and counts of a window of 3 snapshots"):
         restored(kept, 3)
 
 
@@ -112,7 +112,7 @@ def test_the_published_mean_is_that_of_its_snapshots(core: ServerCore, k: int, e
         assert core.load(versions["single"])["seen"] == inside[-1]
 
 
-def test_before_its_first_point_a_window_follows_the_weights(core: ServerCore) -> None:
+def test_before_its_first_point_a_window_copies_the_weights(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["window:3,every=10"]))
     for step in (4, 7, 11, 12):
         core.apply("r", step, _weights(step))
@@ -135,7 +135,7 @@ def test_a_set_empties_the_window(core: ServerCore) -> None:
     torch.testing.assert_close(core.load(version)["single"].double(), exact, rtol=0, atol=48 * EPS32)
 
 
-def test_the_snapshots_lie_in_the_generation_but_not_in_the_version(core: ServerCore) -> None:
+def test_window_snapshots_are_in_the_generation_but_not_in_the_version(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["window:3", "raw"]))
     for step in (1, 2, 3, 4, 5):
         core.apply("r", step, _weights(step))
@@ -147,7 +147,7 @@ def test_the_snapshots_lie_in_the_generation_but_not_in_the_version(core: Server
     assert {file.name for file in version.files} == {"model.safetensors", "version.json"}
 
 
-def test_a_window_takes_its_snapshots_memory_besides_its_mean(core: ServerCore) -> None:
+def test_a_window_takes_memory_for_its_snapshots_and_its_mean(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["window:3", "ema:0.9"]))
     core.apply("r", 1, _weights(1))
 
@@ -157,7 +157,7 @@ def test_a_window_takes_its_snapshots_memory_besides_its_mean(core: ServerCore) 
     assert status.memory_bytes == 2 * wide + 3 * _MANIFEST.nbytes
 
 
-def test_a_window_goes_on_after_a_restart_and_back_after_a_rewind(tmp_path: Path) -> None:
+def test_a_window_survives_a_restart_and_a_rewind(tmp_path: Path) -> None:
     """The mean of steps 4, 5, 6 after a restart at 5; after a rewind to 3, that of 2, 3 and the new 4."""
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["window:3"]))
@@ -181,9 +181,7 @@ def _check_mean(core: ServerCore, seeds: tuple[int, ...]) -> None:
     torch.testing.assert_close(core.load(version)["single"].double(), exact, rtol=0, atol=96 * EPS32)
 
 
-def test_a_window_that_does_not_fit_is_refused_with_what_it_needs(
-    core: ServerCore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_that_does_not_fit_is_refused_with_its_size(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
     left = iter(range(100 * _MANIFEST.nbytes, 0, -_MANIFEST.nbytes))
     monkeypatch.setattr("ema_server.compute.memory.available_bytes", lambda: next(left, 0))
     answer = core.join("r", _MANIFEST, ["window:200"])
@@ -194,7 +192,7 @@ def test_a_window_that_does_not_fit_is_refused_with_what_it_needs(
 
 
 @pytest.mark.process
-def test_a_long_window_is_published_where_few_files_may_be_open(tmp_path: Path) -> None:
+def test_a_long_window_is_published_with_few_open_files(tmp_path: Path) -> None:
     """As in `ema serve`: the limit that programs with select() need is lifted first."""
     script = """
         import resource, sys, torch
