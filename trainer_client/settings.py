@@ -32,7 +32,7 @@ from trainer_client.errors import SettingsError
 
 log = logging.getLogger("ema")
 
-_ADDRESS = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^\s:/*\[\]]+):(?P<port>\d{1,5})|ipc://\S+")
+_ADDRESS = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+(?:%[^\s\]/%]+)?\]|[^\s:/*\[\]]+):(?P<port>\d{1,5})|ipc://\S+")
 _EXAMPLE = "for example tcp://127.0.0.1:5555"
 _INCARNATION_MAX = (1 << 63) - 1
 _STEM_CHARS = 40

@@ -277,7 +277,8 @@ class Stream:
             text = f"step {step} was skipped, the snapshots before it are still on their way"
             self._skip(reason, text + "; when_behind='wait' waits for them, every= sends fewer")
         else:
-            self._counters.skipped[reason] += 1  # the connection's thread says what is wrong
+            self._counters.skipped[reason] += 1
+            self._worker.log_outage()  # a refusal was logged by the connection's thread
         return reason
 
     def _skip(self, reason: Skip, text: str, error: Exception | None = None) -> None:

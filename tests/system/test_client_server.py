@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 import socket
 import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,81 @@ def test_a_restarted_server_is_found_again_and_the_run_goes_on(
     assert "ema_connections_total 1.0" in metrics.splitlines()
     told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [text.split(";")[0] for text in told] == ["ema: the connection broke", "ema: connected again"]
+
+
+@pytest.mark.parametrize("ending", ["checkpoint", "finish"])
+def test_the_last_step_is_sent_once_the_server_is_back(tmp_path: Path, ending: str) -> None:
+    model = Toy()
+    with ServerProcess(tmp_path / "data") as first:
+        client = _client(first, "r", when_behind="skip")
+        client.update(model.at(1), 1)
+        client.update(model.at(2), 2)
+        assert client.flush(durable=True)
+        first.kill()
+    for step in range(3, 151):
+        client.update(model.at(step), step)
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(client.finish if ending == "finish" else lambda: client.checkpoint(150))
+        with ServerProcess(tmp_path / "data", zmq=first.zmq, http=first.http_address) as second:
+            assert ended.result(90.0)
+            client.close()
+            step, weights = _raw(second, "r")
+
+    assert step == 150
+    assert torch.equal(weights["first.weight"], model.first.weight)
+
+
+def test_a_checkpoint_whose_step_was_never_sent_is_false(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = Toy()
+    with ServerProcess(tmp_path / "data") as first:
+        client = _client(first, "r", when_behind="skip")
+        client.update(model.at(2), 2)
+        assert client.flush(durable=True)
+        first.kill()
+    for step in range(3, 20):
+        client.update(model.at(step), step)
+    model.at(20)  # the weights of step 19 are gone
+
+    with ServerProcess(tmp_path / "data", zmq=first.zmq, http=first.http_address):
+        eventually(lambda: client.stats()["state"] == "streaming", "the client is back")
+        assert not client.checkpoint(19)
+        assert "the generation holds step 2" in caplog.text
+        client.update(model, 20)
+        assert client.checkpoint(20)
+        client.close()
+
+
+def test_a_server_that_stops_when_training_is_over_is_no_matter_for_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ServerProcess(tmp_path / "data") as server:
+        client = _client(server, "r")
+        client.update(nn.Linear(2, 2))
+        assert client.flush()
+        server.send(signal.SIGTERM)
+        assert server.wait() == 0
+        eventually(lambda: client.stats()["state"] != "streaming", "the client has noticed")
+        client.close()
+
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize(
+    ("listening", "hosts"),
+    [
+        ("[::1]", ["[::1]", "localhost"]),
+        ("127.0.0.1", ["127.0.0.1", "localhost"]),
+        ("[::]", ["[::1]", "127.0.0.1", "localhost"]),
+    ],
+)
+def test_a_server_is_reached_by_either_family(tmp_path: Path, listening: str, hosts: list[str]) -> None:
+    known = {place[0] for *_, place in socket.getaddrinfo("localhost", None)}
+    with ServerProcess(tmp_path / "data", "--insecure", zmq=f"tcp://{listening}:0") as server:
+        port = server.zmq.rpartition(":")[2]
+        for host in hosts:
+            if host != "localhost" or listening != "[::1]" or "::1" in known:
+                EmaClient(f"tcp://{host}:{port}", "r", connect_timeout_s=20.0).close()
+        EmaClient(server.zmq, "r", connect_timeout_s=20.0).close()
 
 
 @pytest.mark.parametrize("fate", ["stopped", "killed"])

@@ -502,6 +502,27 @@ def test_finish_says_whether_the_server_confirmed() -> None:
     assert client.stats()["client"] == "closed"
 
 
+def test_a_run_without_a_snapshot_does_not_count_as_finished(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+
+    assert not client.finish()
+    assert "ends without a snapshot" in caplog.text
+
+
+def test_a_checkpoint_of_an_older_step_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = _training()
+    client = _client(every=2)
+    client.update(model, 4)
+    client.worker.free.clear()
+    client.update(model, 6)
+    nn.init.zeros_(model.weight)
+
+    assert not client.checkpoint(7)
+    assert "no checkpoint at step 7: the generation holds step 4" in caplog.text
+
+
 @pytest.mark.parametrize("behind", [0, 2])
 def test_finish_says_when_the_last_steps_were_not_sent(caplog: pytest.LogCaptureFixture, behind: int) -> None:
     model = nn.Linear(1, 1)

@@ -137,7 +137,10 @@ def test_one_string_may_hold_several_averages() -> None:
     assert [average.name for average in _settings(averages="ema:0.9, raw").averages] == ["ema-0.9", "raw"]
 
 
-@pytest.mark.parametrize("endpoint", ["tcp://host.example:1", "tcp://[::1]:5555", "ipc:///run/ema.sock", "ipc://@ema"])
+@pytest.mark.parametrize(
+    "endpoint",
+    ["tcp://host.example:1", "tcp://[::1]:5555", "tcp://[fe80::1%eth0]:5555", "ipc:///run/ema.sock", "ipc://@ema"],
+)
 def test_tcp_and_ipc_addresses_are_accepted(endpoint: str) -> None:
     assert _settings(endpoint=endpoint).endpoint == endpoint
 

@@ -5,4 +5,5 @@
 - `shared_state`: what the training thread and the connection's thread both see
 - `driver`: the thread that owns the connection
 - `link`: the ZeroMQ socket
+- `addresses`: the addresses behind an endpoint, and what listens there
 """

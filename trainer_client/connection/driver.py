@@ -1,7 +1,7 @@
 """The thread that owns the connection: it drives the sender machine and the link.
 
-Comes in: commands on the machine. Goes out: frames on the link, and the machine's events, told to the other thread
-through `Shared`. It never touches a tensor, so the interpreter may end while it runs.
+The training thread gives it commands, and reads in `Shared` what became of them. It never touches a tensor, so the
+interpreter may end while it runs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Driver:
     Args:
         sender: the machine; from now on only this thread touches it.
         link: the socket; likewise.
-        shared: where outcomes are told.
+        shared: where outcomes are written.
     """
 
     def __init__(self, sender: Sender, link: Link, shared: Shared) -> None:
@@ -58,6 +58,7 @@ class Driver:
         self._requests: dict[int, Pending] = {}
         self._outgoing: Outgoing | None = None
         self._retry_at = 0.0
+        self._problem = ""  # why the last attempt to open the link failed
         self._not_finite = 0  # snapshots refused for NaN or Inf since the last applied one
         self.when_turning: Callable[[float], None] = lambda now: None  # called several times a second
         self._thread = threading.Thread(target=self._run, name="ema-driver", daemon=True)
@@ -72,7 +73,7 @@ class Driver:
         self._link.wake()
 
     def lend(self, slots: tuple[Slot, ...]) -> None:
-        """The memory that offered snapshots lie in, by index. Before the first offer."""
+        """Set the memory of offered snapshots, by slot index; before the first offer."""
         self._slots = slots
 
     def ask(self, request: Callable[[], int]) -> Pending:
@@ -86,7 +87,7 @@ class Driver:
         return pending
 
     def stop(self, timeout_s: float) -> bool:
-        """Run what was commanded, write what can be written, end the thread; whether it ended, and ZeroMQ with it."""
+        """Run the pending commands, write what can be written, end the thread and ZeroMQ; whether they ended."""
         self._stopping = True
         self._link.wake()
         self._thread.join(timeout_s)
@@ -100,7 +101,7 @@ class Driver:
             self._write()
             self._settle()
         except Exception:
-            # The trainer goes on whatever happens here; a dead session is told by its state and by this line.
+            # The training goes on whatever happens here; the state and this line say that the session has ended.
             logger.exception("ema: the connection's thread failed; no more snapshots are sent")
             with self._shared.changed:
                 self._shared.refused = e.Refused(RejectCode.UNAVAILABLE, "the connection's thread failed, see the log")
@@ -143,8 +144,11 @@ class Driver:
             self._link.open()
         except OSError as error:
             self._retry_at = now + _REOPEN_S
-            logger.warning("ema: %s", error)
+            if self._shared.greeted and str(error) != self._problem:  # before that the constructor says it
+                logger.warning("ema: %s", error.strerror)
+            self._problem = str(error)
         else:
+            self._problem = ""
             self._sender.opened(now)
 
     def _write(self) -> None:
@@ -166,7 +170,7 @@ class Driver:
         return self._link.send_payload(header, view, payload.slot)
 
     def _settle(self) -> None:
-        """Tell the other thread what the machine has to say, and which slots ZeroMQ has released."""
+        """Show the other thread the machine's events, and the slots that ZeroMQ has released."""
         with self._shared.changed:
             while self._sender.events:
                 self._take(self._sender.events.popleft())
@@ -180,6 +184,7 @@ class Driver:
         match event:
             case e.Greeted():
                 self._shared.greeted = True
+                self._link.prefer()
             case e.JoinAccepted(joined):
                 self._take_joined(joined)
             case e.Refused():
@@ -202,7 +207,9 @@ class Driver:
         if self._shared.joined is not None:
             self._shared.reconnects += 1
             # As loud as the line that says the connection broke: most scripts show warnings only.
-            logger.warning("ema: connected again; the server is at step %s", joined.last_step)
+            level = logging.WARNING if self._shared.outage_logged else logging.INFO
+            logger.log(level, "ema: connected again; the server is at step %s", joined.last_step)
+            self._shared.outage, self._shared.outage_logged = None, False
         self._shared.joined = joined
         self._shared.last_published = joined.published_step
 
@@ -211,7 +218,7 @@ class Driver:
         self._outgoing = None
         self._retry_at = event.retry_at
         if self._shared.streaming:  # once for each time it was up, not for each attempt
-            logger.warning("ema: %s; steps are skipped until %s answers again", event.reason, self._link.endpoint)
+            self._shared.outage = event.reason
 
     def _take_done(self, event: e.SnapshotDone) -> None:
         self._shared.in_flight -= 1

@@ -1,7 +1,7 @@
-"""The DEALER socket: the only file of the trainer's side that knows ZeroMQ. One thread may use a link.
+"""The DEALER socket: the only file of the trainer's side that imports ZeroMQ. One thread may use a link.
 
-Comes in: frames to write, without copying payloads. Goes out: frames read, and what became of the connection. A socket
-is never reused after its connection broke: a DEALER keeps its queue across reconnections, and stale frames with it.
+Payloads are sent from where they are, without a copy. A socket is not reused after its connection broke: a DEALER keeps
+its queue across reconnections, and stale frames with it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 import weakref
 from dataclasses import dataclass
 
@@ -17,9 +18,12 @@ import zmq.utils.garbage  # loaded now, so that its exit function, which ends se
 from zmq.utils.monitor import recv_monitor_message
 
 from ema_proto.limits import CREDIT_WINDOW_CHUNKS, FRAME_BYTES_MAX
+from trainer_client.connection.addresses import resolve
 
 _CONNECT_RETRY_MS = 100
 _CONNECT_RETRY_MAX_MS = 1000
+_CONNECT_TIMEOUT_MS = 2000  # of one address among several: one that drops packets must not hold up the others
+_ROTATE_S = 0.5  # between attempts at the addresses of a host, once each was tried
 _FAREWELL_MS = 200  # how long a BYE may take to leave the process
 _KEEPALIVE_IDLE_S = 30  # finds half-open connections of hosts that vanished
 
@@ -35,11 +39,25 @@ class Received:
 
 
 class Link:
-    """One connection at a time to `endpoint`; `wake` ends a wait from any thread."""
+    """One connection at a time to `endpoint`; `wake` ends a wait from any thread.
+
+    A host with several addresses (both families, for example) is tried at each in turn.
+
+    Attributes:
+        endpoint: as given.
+        refused: every attempt so far was refused: nothing listens there.
+        unresolved: why the host name cannot be resolved, None if it can.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
         self.refused = False
+        self.unresolved: str | None = None
+        self._addresses: list[str] = []
+        self._attempts = 0  # at the addresses, the current one included
+        self._address = ""
+        self._preferred = ""
+        self._rotated_at = 0.0
         self._reached = False
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
@@ -55,8 +73,24 @@ class Link:
         """Start connecting on a fresh socket.
 
         Raises:
-            OSError: the endpoint cannot be used.
+            OSError: the endpoint cannot be used; the text says why.
         """
+        try:
+            self._addresses = resolve(self.endpoint)
+        except OSError as error:
+            self.unresolved = error.strerror
+            raise
+        self.unresolved = None
+        preferred = self._preferred if self._preferred in self._addresses else None
+        self._connect(preferred or self._addresses[self._attempts % len(self._addresses)])
+
+    def prefer(self) -> None:
+        """The server answered at the current address: begin with it from now on."""
+        self._preferred = self._address
+
+    def _connect(self, address: str) -> None:
+        self._attempts += 1
+        self._address, self._rotated_at = address, time.monotonic()
         dealer = self._context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.LINGER, 0)
         dealer.setsockopt(zmq.IMMEDIATE, 1)  # without it an absent server swallows messages, then blocks for ever
@@ -66,14 +100,17 @@ class Link:
         dealer.setsockopt(zmq.RECONNECT_IVL_MAX, _CONNECT_RETRY_MAX_MS)
         dealer.setsockopt(zmq.TCP_KEEPALIVE, 1)
         dealer.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_IDLE_S)
+        dealer.setsockopt(zmq.IPV6, "[" in address)
+        if len(self._addresses) > 1:
+            dealer.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_TIMEOUT_MS)
         events = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
         self._monitor = dealer.get_monitor_socket(events)
         self._socket = dealer
         try:
-            dealer.connect(self.endpoint)
+            dealer.connect(address)
         except zmq.ZMQError as error:
             self.close()
-            raise OSError(error.errno, f"{self.endpoint}: {error.strerror}") from None
+            raise OSError(error.errno, f"{address} cannot be used: {error.strerror}") from None
 
     def close(self, *, farewell: bool = False) -> None:
         """Close the connection; with `farewell`, what was written last gets a moment to leave."""
@@ -134,7 +171,7 @@ class Link:
 
     def wake(self) -> None:
         """End a `wait`, now or the next one. Any thread may call it."""
-        # A full pipe means that a wake is pending already; a closed one that nobody waits any more.
+        # A full pipe means that a wake is pending already; a closed one, that the thread has ended.
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_writer.send(b"\0")
 
@@ -154,18 +191,28 @@ class Link:
         return messages
 
     def _is_broken(self) -> bool:
-        broken = False
+        broken, retrying = False, False
         while self._monitor is not None and self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)
             if event["event"] == zmq.EVENT_CONNECTED:
-                self.refused, self._reached = False, True
+                self.refused, self._reached, retrying = False, True, False
                 self._descriptors.add(int(event["value"]))
             elif event["event"] == zmq.EVENT_DISCONNECTED:
                 self._descriptors.discard(int(event["value"]))
                 broken = True
             else:
-                self.refused = not self._reached  # a stranger that hangs up is retried too, but something listens
+                self.refused = not self._reached  # a peer that hangs up is retried too, but something listens
+                retrying = True
+        if retrying and not broken:
+            self._try_next_address()
         return broken
+
+    def _try_next_address(self) -> None:
+        """The current address refused: go on to the next one, at once in the first round, and then at intervals."""
+        count = len(self._addresses)
+        if count > 1 and (self._attempts < count or time.monotonic() - self._rotated_at >= _ROTATE_S):
+            self.close()
+            self._connect(self._addresses[self._attempts % count])
 
 
 def _leave_all_to_parent() -> None:

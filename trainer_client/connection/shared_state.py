@@ -1,7 +1,6 @@
 """What the training thread and the connection's thread both see. Every field is read and written under `changed`.
 
-Comes in: slots and offers from one side, outcomes from the other. Goes out: whatever a waiter waits for. Neither side
-holds the condition while it talks to a socket or copies weights.
+Neither side holds the condition while it uses a socket or copies weights.
 """
 
 from __future__ import annotations
@@ -39,6 +38,8 @@ class Shared:
         self.changed = threading.Condition()
         self.state = SenderState.DISCONNECTED
         self.down_since: float | None = time.monotonic()
+        self.outage: str | None = None  # why the connection was lost, until it is back
+        self.outage_logged = False
         self.greeted = False
         self.joined: Joined | None = None
         self.refused: Refused | None = None
@@ -58,7 +59,7 @@ class Shared:
         return self.state is SenderState.STREAMING
 
     def show(self, state: SenderState, now: float) -> None:
-        """Note where the sender is, and since when the server has not been heard of."""
+        """Set the sender's state, and since when the server is unreachable."""
         self.state = state
         if state not in (SenderState.DISCONNECTED, SenderState.GREETING):
             self.down_since = None
@@ -66,7 +67,7 @@ class Shared:
             self.down_since = now
 
     def is_down_for(self, seconds: float) -> bool:
-        """Whether no server has answered for so long."""
+        """Whether the server has been unreachable for `seconds`."""
         return self.down_since is not None and time.monotonic() - self.down_since >= seconds
 
     def wait(self, until: Callable[[], object], timeout_s: float) -> bool:

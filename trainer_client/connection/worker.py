@@ -5,6 +5,7 @@ The connection has a thread of its own, the driver; this side reaches it through
 
 from __future__ import annotations
 
+import logging
 import random
 import secrets
 import time
@@ -17,6 +18,7 @@ from ema_proto.limits import SLOTS
 from ema_proto.sender.events import Answered
 from ema_proto.sender.machine import Sender, SenderState
 from ema_proto.wire import messages as m
+from trainer_client.connection.addresses import identify
 from trainer_client.connection.driver import Driver
 from trainer_client.connection.link import Link
 from trainer_client.connection.shared_state import Shared, WorkerStats
@@ -26,6 +28,8 @@ from trainer_client.errors import ConnectError, JoinError, RewindError
 from trainer_client.staging.device import DeviceOf, device_of
 from trainer_client.staging.slots import Pins, Slot, make_slots
 from trainer_client.staging.transfer import AsyncCopy
+
+log = logging.getLogger("ema")
 
 _RESTORE_S = 600.0  # a server that is alive may read averages of 100 GB back from its disk before it answers a JOIN
 
@@ -85,7 +89,9 @@ class Worker:
             refused = shared.refused
         if refused is not None:
             raise ConnectError(f"the server at {self._endpoint} refused this client: {refused.text}")
-        what = "nothing listens" if self._link.refused else "no ema server answered"
+        if self._link.unresolved is not None:
+            raise ConnectError(f"{self._link.unresolved}: correct the endpoint {self._endpoint} (EMA_ENDPOINT)")
+        what = "nothing listens" if self._link.refused else identify(self._endpoint)
         raise ConnectError(
             f"{what} at {self._endpoint} ({timeout_s:g} s waited): start one with `ema serve`, or correct the endpoint "
             '(EMA_ENDPOINT); it is the address that the server prints as "zmq"'
@@ -147,6 +153,14 @@ class Worker:
         with self._shared.changed:
             self._shared.free.append(slot)
             self._shared.changed.notify_all()
+
+    def log_outage(self) -> None:
+        """Log that the connection is lost, once for each time: when a step is skipped for it, and not at the end."""
+        with self._shared.changed:
+            outage, logged = self._shared.outage, self._shared.outage_logged
+            self._shared.outage_logged = outage is not None
+        if outage is not None and not logged:
+            log.warning("ema: %s; steps are skipped until %s answers again", outage, self._endpoint)
 
     def offer(self, slot: Slot, step: int, mode: m.Mode = "update", transfer: AsyncCopy | None = None) -> None:
         """Send the snapshot of `step` that `slot` holds, or will hold once `transfer` is done. Steps must grow."""
