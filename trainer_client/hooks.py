@@ -109,10 +109,12 @@ class Attachment:
 
     def settle(self) -> None:
         """Take the snapshot of the last step now, if it waits for optimizers that may not step again."""
-        is_followed = self._rounds.current is not None and self._rounds.current >= self._given
-        if self._uncounted and not self._rounds.pending and (is_followed or self._is_counter_gone()):
-            self._count_by(self._rounds.current or 0)
-            self._rounds.pending = True
+        rounds = self._rounds
+        is_followed = rounds.current is not None and rounds.current >= self._given
+        is_idle = rounds.counter not in rounds.stepped or self._is_counter_gone()
+        if self._uncounted and not rounds.pending and (is_followed or is_idle):
+            self._count_by(rounds.current or 0)
+            rounds.pending = True
         if self._rounds.pending:
             self._take()
         # Not said before the client is asked for something: one that was forgotten sees the steps of later models.

@@ -22,6 +22,7 @@ class Rounds:
         counter: the optimizer whose steps are counted.
         members: the number of optimizers.
         current: the one that stepped last.
+        stepped: those that have stepped at all.
         pending: the counter has stepped, and the snapshot of that step is still to be taken.
     """
 
@@ -32,7 +33,7 @@ class Rounds:
         self._first: int | None = None  # began the first round, and so begins each
         self.current: int | None = None
         self._length = 0  # steps of the current one in a row
-        self._stepped: set[int] = set()
+        self.stepped: set[int] = set()
         # For each optimizer, how many steps in a row it took recently, and which one followed.
         self._ended: defaultdict[int, deque[tuple[int, int]]] = defaultdict(lambda: deque(maxlen=_REMEMBERED))
 
@@ -46,7 +47,7 @@ class Rounds:
         """`member` has stepped; whether a snapshot is due now."""
         if self.members == 1:
             self._first, self.current, self._length = member, member, 1
-            self._stepped.add(member)
+            self.stepped.add(member)
             return True
         if self._first is None:
             self._first = member
@@ -56,7 +57,7 @@ class Rounds:
                 self._ended[self.current].append((length, member))
             self.current, self._length = member, 0
         self._length += 1
-        self._stepped.add(member)
+        self.stepped.add(member)
         self.pending = self.pending or member == self.counter
         due = self.pending and not self._may_go_on(member)
         self.pending = self.pending and not due
@@ -66,7 +67,7 @@ class Rounds:
         """Whether the next step may belong to the same round."""
         ended, begins = self._ended[member], {self.counter, self._first}
         if not ended:
-            is_last = member == self.counter and len(self._stepped) == self.members
+            is_last = member == self.counter and len(self.stepped) == self.members
             return not is_last and self._length <= PATIENCE
         longest = max(length for length, _ in ended)
         if member not in begins and self._length < longest:

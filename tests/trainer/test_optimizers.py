@@ -323,6 +323,25 @@ def test_idle_first_optimizer_hands_the_count_over() -> None:
     assert client.worker.steps[-1] >= 149
 
 
+@pytest.mark.parametrize("ending", ["finish", "checkpoint"])
+def test_first_optimizer_that_never_steps_does_not_lose_the_others_steps(
+    ending: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    gan = Gan()
+    first, second = SGD(gan.critic.parameters(), lr=0.1), SGD(gan.generator.parameters(), lr=0.1)
+    client = _client()
+    client.attach(gan, [first, second])
+    for _ in range(5):
+        gan.zero_grad()
+        _loss(gan).backward()
+        second.step()
+
+    assert client.checkpoint(5) if ending == "checkpoint" else client.finish()
+    assert client.worker.steps == [5]
+    assert _is_last(client, gan)
+    assert ["steps are now counted by SGD" in text for text in _errors(caplog)] == [True]
+
+
 def test_optimizer_of_another_model_is_not_followed(caplog: pytest.LogCaptureFixture) -> None:
     model, other = _model(), nn.Linear(9, 9)
     optimizer, foreign = SGD(model.parameters(), lr=0.1), SGD(other.parameters(), lr=0.1)
