@@ -74,7 +74,7 @@ def best(
         found = reader.best(named("run", run), by, lower=lower)
         version = found.version
         if found.better_deleted:
-            typer.echo(f"ema: warning: {found.better_deleted} better versions are no longer stored", err=True)
+            typer.echo(f"ema: warning: better versions that are no longer stored: {found.better_deleted}", err=True)
         path = None if folder is None else reader.download(version, folder)
         if json:
             shown = {"version": version, "metric": found.metric, "value": found.value, "direction": found.direction}

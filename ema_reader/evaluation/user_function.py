@@ -55,7 +55,7 @@ def _import_failure(module_name: str, here: str, error: BaseException) -> str:
     first = error  # the original error, where a module raises another one from it
     while first.__cause__ is not None:
         first = first.__cause__
-    frames = [frame for frame in traceback.extract_tb(first.__traceback__) if _is_users(frame.filename)]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
     chain = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-_FRAMES_SHOWN:])
     where = f" (at {'... > ' if len(frames) > _FRAMES_SHOWN else ''}{chain})" if chain else ""
     text = f"{type(error).__name__}: {error}" if str(error) else repr(error)

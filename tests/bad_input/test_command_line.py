@@ -91,6 +91,11 @@ def test_an_unknown_option_is_one_line_that_names_it(
         (["synthesize"], "RUN"),
         (["synthesize", "a/b", "--sigma-rel", "0.1"], "run name 'a/b'"),
         (["synthesize", "r", "--sigma-rel", "nan"], "sigma_rel is nan"),
+        (["synthesize", "r", "--sigma-rel", "0.1", "--gamma", "7"], "give one of them"),
+        (["synthesize", "r", "--sigma-rel", "0.1", "--sigma-rel", "0.2", "--name", "x"], "--name names one average"),
+        (["metrics"], "RUN"),
+        (["metrics", "r", "--by"], "ema metrics: Option '--by' requires an argument"),
+        (["best", "a/b"], "run name 'a/b'"),
         (["validate"], "RUN/AVERAGE"),
         (["validate", "digits"], "'digits' is not RUN/AVERAGE"),
         (["recalibrate", "digits/raw"], "--bn"),
@@ -157,6 +162,34 @@ def test_a_module_that_cannot_be_imported_is_one_line(
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1
     assert "broken_evaluation" in said.err
+
+
+def test_an_import_that_fails_far_below_shows_the_way_there_and_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "far_evaluation.py").write_text("import far_training\n")
+    (tmp_path / "far_training.py").write_text(
+        "\ntry:\n    import zmq\nexcept ImportError as e:\n    raise OSError('no') from e"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "zmq", None)
+
+    assert ema(monkeypatch, "evaluate", "far_evaluation:f", "--run", "r") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "far_evaluation.py:1 > far_training.py:" in line
+    assert "OSError: no" in line
+    assert "zmq" in line
+    assert "pip install 'ema-sidecar[trainer]'" in line
+
+
+def test_a_module_that_is_not_there_is_named_with_the_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert ema(monkeypatch, "evaluate", "no_such_evaluation:f") == 2
+    assert f"there is no such module, also not in {tmp_path}" in capsys.readouterr().err
 
 
 @contextmanager

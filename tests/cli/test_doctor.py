@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+import typer
 
 from ema_cli import doctor
+from ema_cli.app import build
 from ema_cli.doctor import Check, State
 from support.command import ema
+from support.served import Served
 
 
 @contextmanager
@@ -111,3 +116,30 @@ def test_a_missing_package_is_a_note_that_names_what_brings_it() -> None:
     report = {check["name"]: check for check in json.loads(told.stdout)["checks"]}
     assert report["gpu"]["state"] == report["libzmq"]["state"] == "note"
     assert told.returncode == 0
+
+
+def test_a_server_is_checked_by_its_url(tmp_path: Path) -> None:
+    served = Served(tmp_path / "data", token="s3cret")
+    with served.listening() as url:
+        unready = ema("doctor", "--url", url, "--token", "s3cret", "--json")
+        served.beat()
+        ready = ema("doctor", "--url", url, "--token", "s3cret")
+        without = ema("doctor", "--url", url)
+    served.close()
+    nowhere = ema("doctor", "--url", url)
+
+    failing = {check["name"] for check in json.loads(unready.stdout)["checks"] if check["state"] == "problem"}
+    assert (unready.returncode, ready.returncode, without.returncode, nowhere.returncode) == (1, 0, 1, 1)
+    assert {"server", "ingest", "averager"} <= failing
+    assert f"server: {url} is ready" in ready.stdout
+    assert "runs: 0 on this server" in ready.stdout
+    assert "requires a token" in without.stdout
+    assert "nothing answers" in nowhere.stdout
+
+
+def test_the_doctors_defaults_are_those_of_the_server() -> None:
+    group: Any = typer.main.get_command(build())
+    defaults = [{param.name: param.default for param in group.commands[name].params} for name in ("doctor", "serve")]
+
+    for name in ("zmq", "http", "data"):
+        assert defaults[0][name] == defaults[1][name]

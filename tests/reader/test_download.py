@@ -203,6 +203,22 @@ def test_a_version_that_was_pruned_leaves_no_partial_file(
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_deleted_version_leaves_no_folder_and_is_said_to_be_deleted(
+    served: Served, reader: Reader, version: Version, tmp_path: Path, exists: bool
+) -> None:
+    folder = tmp_path / "a" / "out"
+    if exists:
+        folder.mkdir(parents=True)
+    served.catalog.remove(served.catalog.generations("digits")[0], force=True)
+
+    with pytest.raises(NotFound, match="is no longer on the server: it was deleted or pruned"):
+        reader.download(version, folder)
+
+    assert folder.exists() == exists
+    assert names(tmp_path) == (["a"] if exists else [])
+
+
 def test_a_folder_that_cannot_be_made_is_reported_by_name(reader: Reader, version: Version, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 

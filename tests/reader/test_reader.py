@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,31 @@ def test_loaded_weights_are_the_published_ones(served: Served, reader: Reader) -
     expected = weights("ema-0.9", 100, 500)
     assert sorted(loaded) == sorted(expected)
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("rev", ["", "@latest", "@step-100", "@{short}", "@{id}"])
+def test_a_version_is_also_given_as_text(served: Served, reader: Reader, tmp_path: Path, rev: str) -> None:
+    version = served.publish("digits", 100).versions[0]
+    target = "digits/ema-0.9" + rev.format(short=version.id[:7], id=version.id)
+
+    assert sorted(reader.load(target)) == ["bias", "weight"]
+    assert (reader.download(target, tmp_path / "out") / "version.json").is_file()
+    assert reader.report(target, {"accuracy": 0.9}).version == version.id
+
+
+@pytest.mark.parametrize("target", ["digits", "digits/a/b", "digits/raw@", "", 7, None])
+def test_what_is_no_version_and_no_target_is_a_usage_error(reader: Reader, tmp_path: Path, target: Any) -> None:
+    for use in (lambda: reader.load(target), lambda: reader.download(target, tmp_path / "out")):
+        with pytest.raises(UsageError, match="RUN/AVERAGE"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_beginning_of_an_id_that_no_version_has_is_not_found(served: Served, reader: Reader) -> None:
+    served.publish("digits", 100)
+
+    with pytest.raises(NotFound, match="fffffff"):
+        reader.version("digits", "ema-0.9", "fffffff")
 
 
 def test_reported_metrics_come_back_with_their_version(served: Served, reader: Reader) -> None:

@@ -195,6 +195,9 @@ def test_the_command_prints_it(streamed: tuple[ServerProcess, _Walk]) -> None:
     assert f"estimated error {made['estimated_error']:.2%}" in shown.stdout
     assert ("warning" in shown.stderr) == (made["warning"] is not None)
 
+    both = _ema(server, "synthesize", "pair", "--sigma-rel", "0.21", "--sigma-rel", "0.22").stdout
+    assert [line.split()[0] for line in both.splitlines()] == ["pair/power-0.21", "pair/power-0.22"]
+
     refused = _ema(server, "synthesize", "pair", "--sigma-rel", "0.25", "--step", str(_EVERY))
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "What is stored of the run does not suffice: run 'pair': " in refused.stderr
