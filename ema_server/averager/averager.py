@@ -181,14 +181,18 @@ class Averager:
         if isinstance(item, PublishDone):
             with self._contained(item.run):
                 self._on_published(item)
-            self._runs.settle(item.run)
+            self._settle(item.run)
             for job in self._runs.released(item.run):
                 self._carry_out(job)
         elif not self._runs.hold_if_busy(item):
             self._carry_out(item)
-        self._runs.settle(item.run)
-        if self._runs.get(item.run) is None:
-            self._device.trim()
+        self._settle(item.run)
+
+    def _settle(self, run: str) -> None:
+        with self._contained(run):
+            self._runs.settle(run)
+            if self._runs.get(run) is None:
+                self._device.trim()
 
     def _on_published(self, done: PublishDone) -> None:
         active = self._runs.get(done.run)
@@ -205,13 +209,13 @@ class Averager:
 
     @contextmanager
     def _contained(self, run: str, job: Job | None = None) -> Iterator[None]:
-        """Confine an unexpected error to its run and its job: other runs go on, and so does the thread."""
+        """Confine an unexpected error to its run and its job: other runs and the thread continue."""
         try:
             yield
         except Exception as error:
             self._telemetry.internal_errors.inc()
             logger.exception("run %s: internal error: the run is taken out of memory", run)
-            text = f"internal error of the server, its log says more: {error!r}; join run {run!r} again to go on"
+            text = f"internal error of the server, its log says more: {error!r}; join run {run!r} again to continue"
             active = self._runs.get(run)
             if active is not None:
                 self._runs.fail(active, text)

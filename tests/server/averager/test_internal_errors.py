@@ -145,3 +145,19 @@ def test_an_internal_error_of_the_publisher_fails_its_generation_alone(
         assert isinstance(core.apply("r", 2, _weights(2)), Applied)
         assert durable(core.publish("r")).step == 2
         assert _errors(core) == 1
+
+
+def test_an_internal_error_while_a_run_is_freed_harms_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_core(tmp_path) as core:
+        for run in ("r", "other"):
+            joined(core.join(run, _MANIFEST))
+            core.apply(run, 1, _weights(1))
+            durable(core.publish(run))
+        with monkeypatch.context() as broken:
+            broken.setattr("ema_server.averager.active_runs.ActiveRuns.forget", _raise)
+            core.leave("r")
+            assert isinstance(core.apply("other", 2, _weights(2)), Applied)
+        assert _errors(core) == 1
+        assert joined(core.join("r", _MANIFEST, first_step=2)).last_step == 1
