@@ -11,7 +11,7 @@ from ema_proto.names import RESERVED, check_name
 
 
 @pytest.mark.parametrize("name", ["a", "resnet34", "ema-0.9999", "A_b.C-d", "x" * 96, "0", "_", "v10", "apis"])
-def test_a_good_name_is_returned_as_it_is(name: str) -> None:
+def test_a_valid_name_is_returned_unchanged(name: str) -> None:
     assert check_name("run", name) == name
 
 

@@ -54,7 +54,7 @@ def test_credit_never_exceeds_free_staging() -> None:
     assert not trainer.committed
 
 
-def test_a_lost_connection_resends_what_was_not_answered() -> None:
+def test_a_lost_connection_resends_unanswered_snapshots() -> None:
     world = World()
     trainer = world.trainer()
     world.turn()
@@ -92,7 +92,7 @@ def test_a_commit_whose_answer_was_lost_is_not_applied_twice() -> None:
     assert trainer.joined[-1].recent == (1,)
 
 
-def test_a_restarted_server_is_noticed_and_the_run_goes_on_from_its_durable_state() -> None:
+def test_a_restarted_server_is_detected_and_the_run_continues_from_its_generation() -> None:
     world = World()
     trainer = world.trainer()
     for _ in range(10):
@@ -165,7 +165,7 @@ def test_a_rewind_starts_steps_again_after_the_generation() -> None:
     assert world.server.applied[-1][1] == trainer.sent[5]
 
 
-def test_offering_a_step_twice_is_the_callers_fault() -> None:
+def test_offering_a_step_twice_is_a_local_error() -> None:
     world = World()
     trainer = world.trainer()
     trainer.train(0.0)
@@ -174,7 +174,7 @@ def test_offering_a_step_twice_is_the_callers_fault() -> None:
         trainer.sender.offer(1, 1, 0.0)
 
 
-def test_a_silent_server_costs_the_connection_and_nothing_else() -> None:
+def test_a_silent_server_loses_the_connection_only() -> None:
     world = World()
     trainer = world.trainer()
     world.turn()
@@ -204,7 +204,7 @@ def test_the_right_token_is_proved_without_being_sent() -> None:
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])
-def test_a_missing_or_wrong_token_is_final_and_says_what_to_set(token: str | None) -> None:
+def test_a_missing_or_wrong_token_is_final_and_names_the_variable(token: str | None) -> None:
     world = World(token="secret-token")
     trainer = world.trainer(token=token)
     world.run(8)
@@ -244,7 +244,7 @@ def test_a_lower_incarnation_is_refused() -> None:
     assert old.sender.state is SenderState.STREAMING
 
 
-def test_an_equal_incarnation_is_refused_while_the_older_trainer_lives() -> None:
+def test_an_equal_incarnation_is_refused_while_the_older_trainer_is_alive() -> None:
     world, old, new = joined_pair(0, 0)
     world.run(20)
 
@@ -253,7 +253,7 @@ def test_an_equal_incarnation_is_refused_while_the_older_trainer_lives() -> None
     assert old.sender.state is SenderState.STREAMING
 
 
-def test_a_killed_trainer_that_comes_back_at_once_takes_over_after_the_probe() -> None:
+def test_a_killed_trainer_that_returns_takes_over_after_the_probe() -> None:
     world, old, new = joined_pair(0, 0)
     world.trainers.remove(old)
     started = world.now
@@ -267,7 +267,7 @@ def test_a_killed_trainer_that_comes_back_at_once_takes_over_after_the_probe() -
     assert world.server.applied[-1] == (2, new.sent[2])
 
 
-def test_leftover_frames_of_a_killed_trainer_are_no_sign_of_life() -> None:
+def test_buffered_frames_of_a_killed_trainer_do_not_answer_a_probe() -> None:
     world, old, new = joined_pair(0, 0)
     old.train(world.now)
     old.write()

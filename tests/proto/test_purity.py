@@ -25,7 +25,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_the_protocol_imports_the_standard_library_only_and_nothing_that_touches_the_world() -> None:
+def test_the_protocol_imports_the_standard_library_only_and_no_io() -> None:
     assert FILES
     for path in FILES:
         others = imported(path) - {"ema_proto", "__future__"}

@@ -12,7 +12,7 @@ from ema_server.config import ServerConfig
 _DATA = Path("data")
 
 
-def test_the_defaults_are_valid_and_reach_this_machine_alone() -> None:
+def test_the_defaults_are_valid_and_local() -> None:
     config = ServerConfig(_DATA)
 
     assert (config.http_host, config.http_port) == ("127.0.0.1", 8080)
@@ -72,7 +72,7 @@ def test_a_wrong_value_is_named_with_what_to_do(settings: dict[str, Any], says: 
         {"http": "192.168.0.7:8080"},
     ],
 )
-def test_an_address_that_others_can_reach_needs_a_token_or_a_clear_word(settings: dict[str, Any]) -> None:
+def test_an_address_that_others_can_reach_needs_a_token_or_insecure(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"set a token .EMA_TOKEN., listen on 127\.0\.0\.1, or say --insecure"):
         ServerConfig(_DATA, **settings)
 
@@ -84,7 +84,7 @@ def test_an_address_that_others_can_reach_needs_a_token_or_a_clear_word(settings
     "settings",
     [{"zmq": "tcp://[::1]:0"}, {"zmq": "ipc:///tmp/ema.sock"}, {"http": "localhost:0"}, {"http": "127.9.9.9:1"}],
 )
-def test_loopback_and_local_sockets_need_none(settings: dict[str, Any]) -> None:
+def test_loopback_and_local_sockets_need_no_token(settings: dict[str, Any]) -> None:
     ServerConfig(_DATA, **settings)
 
 

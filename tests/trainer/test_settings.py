@@ -1,4 +1,4 @@
-"""What a client may be told, and what it is told in return."""
+"""The settings of a client: arguments, variables, and errors."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_step_units_come_from_arguments_or_variables() -> None:
 
 
 @pytest.mark.parametrize("wrong", [5, [5], [""], ["a,b"]], ids=str)
-def test_what_is_no_pattern_is_refused_with_the_argument(wrong: object) -> None:
+def test_an_invalid_pattern_is_refused_with_the_argument(wrong: object) -> None:
     assert _settings(include="head.*", exclude=["*.bias", "*.mask"]).exclude == ("*.bias", "*.mask")
     with pytest.raises(SettingsError, match="exclude="):
         _settings(exclude=wrong)
 
 
-def test_environment_stands_in_for_what_is_not_given() -> None:
+def test_variables_apply_if_arguments_are_not_given() -> None:
     environ = {"EMA_ENDPOINT": "tcp://ema:1", "EMA_RUN": "from-env", "EMA_TOKEN": "s3cret"}
 
     settings = _settings(environ, endpoint=None, run=None)
@@ -64,7 +64,7 @@ def test_environment_stands_in_for_what_is_not_given() -> None:
     assert not settings.run_generated
 
 
-def test_arguments_win_over_the_environment() -> None:
+def test_arguments_take_precedence_over_variables() -> None:
     environ = {"EMA_ENDPOINT": "tcp://ema:1", "EMA_RUN": "from-env", "EMA_TOKEN": "s3cret"}
 
     settings = _settings(environ, token="other")
@@ -79,7 +79,7 @@ def test_an_empty_variable_counts_as_unset() -> None:
     assert settings.run_generated
 
 
-def test_a_generated_run_name_is_a_legal_name_and_differs_each_time() -> None:
+def test_a_generated_run_name_is_valid_and_unique() -> None:
     names = {_settings(run=None).run for _ in range(8)}
 
     assert all(check_name("run", name) == name for name in names)
@@ -125,7 +125,7 @@ def test_a_token_never_appears_in_the_repr() -> None:
         ({"config": {"x": "y" * (1 << 20)}}, "over the limit"),
     ],
 )
-def test_a_wrong_argument_is_refused_with_its_value_or_the_way_out(given: dict[str, Any], said: str) -> None:
+def test_a_wrong_argument_is_refused_with_its_value_and_what_to_do(given: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError) as caught:
         _settings(**given)
 

@@ -25,39 +25,42 @@ SHOWN_CHARS = 80
 _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
-class Kind(Protocol):
+class Kind:
     """The values that a parameter may have; `what` names the parameter in messages (`"ema gamma"`).
 
     `checked` and `read` raise LocalProtocolError with the value and what is allowed.
     """
 
-    def checked(self, what: str, value: object) -> Any:
+    __slots__ = ()
+
+    def checked(self, what: str, value: Any) -> Any:
         """The canonical value."""
+        raise NotImplementedError
 
     def read(self, what: str, text: str) -> Any:
         """The value that a text means."""
+        return text
 
     def written(self, value: Any) -> str:
         """The text of a value."""
+        return str(value)
 
 
 @dataclass(frozen=True, slots=True)
-class Number:
-    """A float that is allowed by `low` and `high`, as text in `range`; `infinite` allows infinity, written `inf`."""
+class Number(Kind):
+    """A float in [`low`, `high`), as text in `range`; `infinite` allows infinity, written `inf`."""
 
     range: str
     example: str
     low: float = 0.0
     high: float = math.inf
-    closed_low: bool = False
     infinite: bool = False
 
     def checked(self, what: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise LocalProtocolError(f"{what} {str(value)[:SHOWN_CHARS]!r} is not a number: use {self.example}")
-        is_low = value < self.low or (value == self.low and not self.closed_low)
         is_high = value >= self.high and not (self.infinite and value == math.inf)
-        if is_low or is_high or value != value or not (value == math.inf or value <= sys.float_info.max):
+        if not value >= self.low or is_high or not (value == math.inf or value <= sys.float_info.max):
             raise LocalProtocolError(f"{what} {str(value)[:SHOWN_CHARS]} is not {self.range}: use {self.example}")
         return float(value) + 0.0  # -0.0 becomes 0.0
 
@@ -77,7 +80,7 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class Count(Kind):
     """A whole number from `low` to `high`, of `unit`."""
 
     example: str
@@ -86,9 +89,7 @@ class Count:
     unit: str = "steps"
 
     def checked(self, what: str, value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self._wrong(what, value)
-        if not self.low <= value <= self.high:
+        if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
             raise self._wrong(what, value)
         return value
 
@@ -97,9 +98,6 @@ class Count:
             raise self._wrong(what, text)
         return int(text)
 
-    def written(self, value: int) -> str:
-        return str(value)
-
     def _wrong(self, what: str, value: object) -> LocalProtocolError:
         shown = repr(value[:SHOWN_CHARS] if isinstance(value, str) else value)
         allowed = f"{self.low} or more" if self.high == STEP_MAX else f"{self.low} to {self.high}"
@@ -107,7 +105,7 @@ class Count:
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class Word(Kind):
     """One of a few words."""
 
     words: tuple[str, ...]
@@ -118,15 +116,9 @@ class Word:
             raise LocalProtocolError(f"{what} {str(value)[:SHOWN_CHARS]!r} is unknown: use {allowed}")
         return str(value)
 
-    def read(self, what: str, text: str) -> str:
-        return text
-
-    def written(self, value: str) -> str:
-        return value
-
 
 @dataclass(frozen=True, slots=True)
-class Patterns:
+class Patterns(Kind):
     """A tuple of patterns of tensor names; as text joined by `|`."""
 
     def checked(self, what: str, value: object) -> tuple[str, ...]:

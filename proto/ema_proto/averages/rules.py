@@ -37,7 +37,6 @@ def _quantity(example: str, *, infinite: bool = False) -> Number:
         f"for example {example}",
         low=QUANTITY_MIN,
         high=QUANTITY_MAX,
-        closed_low=True,
         infinite=infinite,
     )
 
@@ -48,9 +47,8 @@ _SIGMA_REL = Number(
     "for example power:sigma_rel=0.05",
     low=SIGMA_REL_MIN,
     high=SIGMA_REL_MAX,
-    closed_low=True,
 )
-_GAMMA = Number(f"in [0, {GAMMA_MAX:.0f})", "for example power:gamma=6.94", high=GAMMA_MAX, closed_low=True)
+_GAMMA = Number(f"in [0, {GAMMA_MAX:.0f})", "for example power:gamma=6.94", high=GAMMA_MAX)
 _EVERY = Count("for example every=100", low=1)
 
 
@@ -99,9 +97,7 @@ class Ema(Treatment):
     KEYWORD: ClassVar[str] = "ema"
     LEADING: ClassVar[str] = "decay"
 
-    decay: float | None = field(
-        default=None, metadata=of_kind(Number(_SHARE, "for example 0.9999", high=1.0, closed_low=True))
-    )
+    decay: float | None = field(default=None, metadata=of_kind(Number(_SHARE, "for example 0.9999", high=1.0)))
     name: str = ""
     _: KW_ONLY
     half_life: float | None = field(default=None, metadata=of_kind(_quantity("half_life=5000", infinite=True)))
@@ -112,9 +108,7 @@ class Ema(Treatment):
     )
     gamma: float = field(default=1.0, metadata=of_kind(_quantity("gamma=1")))
     power: float = field(default=2 / 3, metadata=of_kind(_quantity("power=0.75")))
-    min_decay: float = field(
-        default=0.0, metadata=of_kind(Number(_SHARE, "for example min=0.5", high=1.0, closed_low=True), "min")
-    )
+    min_decay: float = field(default=0.0, metadata=of_kind(Number(_SHARE, "for example min=0.5", high=1.0), "min"))
     tau: float = field(default=2000.0, metadata=of_kind(_quantity("tau=2000")))
     fraction: float = field(default=0.05, metadata=of_kind(_quantity("fraction=0.05")))
     update_after: int = field(default=0, metadata=of_kind(Count("for example update_after=100")))

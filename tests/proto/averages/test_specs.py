@@ -52,9 +52,7 @@ def test_a_decay_is_never_in_exponent_form(decay: float) -> None:
     st.fixed_dictionaries({}, optional={"buffers": st.sampled_from(["average", "copy"]), "acc": st.just("float64")}),
     st.floats(0.01, 0.28),
 )
-def test_a_preset_is_its_parameters_and_what_is_given_beside_it_wins(
-    name: str, own: dict[str, str], length: float
-) -> None:
+def test_parameters_beside_a_preset_take_precedence(name: str, own: dict[str, str], length: float) -> None:
     preset = PRESETS[name]
     own |= {"ema": {"decay": str(length)}, "power": {"sigma_rel": str(length)}}.get(preset.rule, {})
     meant = dict(preset.parameters) | own
@@ -85,7 +83,7 @@ def _text(rule: str, parameters: dict[str, str]) -> str:
         ("power:gamma=7,preset=edm2,name=p", "power:gamma=7,buffers=copy", "p"),
     ],
 )
-def test_a_preset_leaves_no_trace(text: str, spec: str, name: str) -> None:
+def test_a_preset_does_not_appear_in_the_spec(text: str, spec: str, name: str) -> None:
     average = parse_average(text)
 
     assert (average.spec, average.name) == (spec, name)
@@ -99,7 +97,7 @@ def test_every_preset_reads_alone_or_with_a_decay() -> None:
 
 
 @given(st.floats(1e-60, 1.0, exclude_max=True))
-def test_a_default_name_is_a_name_and_says_the_decay(decay: float) -> None:
+def test_a_default_name_is_valid_and_contains_the_decay(decay: float) -> None:
     assert float(Ema(decay).name.removeprefix("ema-")) == decay
 
 
@@ -278,9 +276,7 @@ def test_strings_and_values_mix_and_a_comma_separates() -> None:
         ([Ema(0.1, name="Fast"), Ema(0.2, name="fast")], "two averages are named 'fast'"),
     ],
 )
-def test_a_list_of_averages_is_not_empty_not_endless_and_has_no_name_twice(
-    given_averages: list[Ema | str], text: str
-) -> None:
+def test_a_list_of_averages_is_bounded_and_has_unique_names(given_averages: list[Ema | str], text: str) -> None:
     with pytest.raises(LocalProtocolError, match=text):
         parse_averages(given_averages)
 
@@ -293,13 +289,13 @@ def test_a_default_name_that_gets_too_long_asks_for_one() -> None:
         parse_average(spec)
 
 
-def test_a_name_of_ones_own_is_kept_and_checked() -> None:
+def test_a_given_name_is_kept_and_checked() -> None:
     assert parse_average("raw", name="last").name == "last"
     with pytest.raises(LocalProtocolError, match="average name 'a/b'"):
         Ema(0.5, name="a/b")
 
 
-def test_a_name_within_a_string_and_one_beside_it_are_not_two() -> None:
+def test_a_name_in_a_string_and_a_name_argument_must_agree() -> None:
     assert parse_average("swa:name=mean", name="mean") == parse_average("swa", name="mean")
     with pytest.raises(LocalProtocolError, match="name it once"):
         parse_average("swa:name=mean", name="other")
@@ -378,9 +374,7 @@ def test_an_exponent_out_of_range_is_refused(gamma: float) -> None:
         (Ema(half_life_epochs=9), StepUnits(samples_per_step=5), "steps_per_epoch="),
     ],
 )
-def test_a_rule_in_a_unit_that_was_not_told_is_refused_with_what_to_pass(
-    rule: Ema, units: StepUnits, missing: str
-) -> None:
+def test_a_rule_in_an_unknown_unit_is_refused_with_what_to_pass(rule: Ema, units: StepUnits, missing: str) -> None:
     with pytest.raises(LocalProtocolError, match=missing):
         check_step_units([Raw(), rule], units)
     check_step_units([Raw(), Uniform(), Window(3), Wsd(1, 2), rule], StepUnits(5, 5))
@@ -392,7 +386,7 @@ def test_step_units_out_of_range_are_refused(value: float) -> None:
         StepUnits(steps_per_epoch=value)
 
 
-def test_patterns_choose_whole_names_case_by_case() -> None:
+def test_patterns_match_whole_names_case_sensitively() -> None:
     names = ["head.weight", "Head.weight", "body.0.weight", "body.10.bias"]
 
     assert [name for name in names if is_chosen(name, (), ())] == names
@@ -404,7 +398,7 @@ def test_patterns_choose_whole_names_case_by_case() -> None:
 @pytest.mark.parametrize(
     "value", [5, ["a"] * 257, [""], [5], [" a"], ["a,b"], ["a|b"], ["a\n"]], ids=lambda v: str(v)[:9]
 )
-def test_what_cannot_be_a_pattern_is_refused(value: object) -> None:
+def test_an_invalid_pattern_is_refused(value: object) -> None:
     with pytest.raises(LocalProtocolError, match="include"):
         check_patterns("include", value)
     assert check_patterns("include", "a.*") == ("a.*",)
@@ -416,7 +410,7 @@ def test_step_units_keep_what_newer_ones_leave_unset() -> None:
     assert StepUnits().updated(StepUnits(steps_per_epoch=7)) == StepUnits(None, 7)
 
 
-def test_a_join_that_does_not_tell_the_unit_of_an_average_is_refused() -> None:
+def test_a_join_without_the_unit_of_an_average_is_refused() -> None:
     asked = replace(JOIN, averages=(Ema(half_life_samples=9), Raw()))
 
     with pytest.raises(RemoteProtocolError, match="samples_per_step=") as caught:
@@ -425,7 +419,7 @@ def test_a_join_that_does_not_tell_the_unit_of_an_average_is_refused() -> None:
     check_join(replace(asked, samples_per_step=32))
 
 
-def test_a_join_of_an_average_whose_pattern_means_no_tensor_is_refused_with_names_that_there_are() -> None:
+def test_a_join_with_a_pattern_that_matches_no_tensor_is_refused_with_known_names() -> None:
     name = JOIN.manifest.tensors[0].name
 
     for what in ("include", "exclude"):

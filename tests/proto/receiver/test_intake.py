@@ -80,7 +80,7 @@ def test_chunks_beyond_credit_never_reach_a_slot_that_is_held() -> None:
     assert intake.credit_limit <= 2 * 3
 
 
-def test_a_set_may_repeat_the_newest_step_and_no_earlier_one() -> None:
+def test_a_set_may_repeat_the_newest_step_only() -> None:
     intake = new_intake(last_step=5, recent=(4, 5))
 
     assert send(intake, 5, 1) is None, "an update of an applied step counts once"
@@ -99,7 +99,7 @@ def test_a_set_may_repeat_a_step_that_is_still_with_the_averager() -> None:
     assert send(intake, 1, 2, mode="set") == 1
 
 
-def test_a_doubled_chunk_is_received_once() -> None:
+def test_a_repeated_chunk_is_received_once() -> None:
     intake = new_intake()
     intake.begin(m.Begin(1, 1))
 
@@ -160,7 +160,7 @@ def test_a_new_begin_abandons_what_was_filling() -> None:
     assert codes(intake) == [RejectCode.OUT_OF_ORDER]
 
 
-def test_a_step_that_was_applied_is_acknowledged_again_and_one_that_was_passed_is_not() -> None:
+def test_an_applied_step_is_acknowledged_again_and_a_passed_one_is_not() -> None:
     intake = new_intake(last_step=10, recent=(8, 10))
     for step in (8, 9, 10):
         assert send(intake, step, step) is None
@@ -170,7 +170,7 @@ def test_a_step_that_was_applied_is_acknowledged_again_and_one_that_was_passed_i
     assert codes(intake) == [RejectCode.STEP_PASSED]
 
 
-def test_between_rewind_and_its_answer_no_step_is_judged() -> None:
+def test_no_snapshot_is_accepted_between_rewind_and_its_answer() -> None:
     """Step 9 was applied before the rewind; a new step 9 must not be taken for it."""
     intake = new_intake(last_step=10, recent=(9, 10))
     intake.begin_rewind()
@@ -181,7 +181,7 @@ def test_between_rewind_and_its_answer_no_step_is_judged() -> None:
     assert send(intake, 9, 2) == 0
 
 
-def test_after_a_rewind_that_failed_the_steps_are_what_they_were() -> None:
+def test_a_failed_rewind_leaves_the_steps_unchanged() -> None:
     intake = new_intake(last_step=10, recent=(9, 10))
     intake.begin_rewind()
     intake.cancel_rewind()
@@ -198,7 +198,7 @@ def room(intake: Intake, chunks: int, filled: int | None, held: int) -> int:
 
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32), chunks=st.sampled_from([1, 2, 3, 8, 9, 40]))
-def test_credit_never_promises_more_than_staging_has_room_for_and_never_dries_up(seed: int, chunks: int) -> None:
+def test_credit_never_exceeds_the_slots_and_never_runs_out(seed: int, chunks: int) -> None:
     """A correct sender against an averager that answers at any time."""
     rng = random.Random(seed)
     intake = new_intake(chunks)

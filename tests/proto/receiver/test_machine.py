@@ -13,7 +13,7 @@ from ema_proto.wire import messages as m
 from support.peers import JOIN, OTHER, SESSION, Peer, accept, ends, joined_peer, new_receiver
 
 
-def test_another_session_on_a_connection_is_refused_and_gets_nothing_of_the_first_ones_run() -> None:
+def test_a_second_session_on_a_connection_is_refused() -> None:
     receiver = new_receiver()
     peer = joined_peer(receiver)
     peer.session = OTHER
@@ -23,13 +23,13 @@ def test_another_session_on_a_connection_is_refused_and_gets_nothing_of_the_firs
     assert not receiver.events
 
 
-def test_a_session_of_zeros_is_none() -> None:
+def test_a_session_of_zeros_is_refused() -> None:
     peer = Peer(new_receiver(), session=bytes(16))
 
     assert peer.codes(peer.say(m.Hello())) == [RejectCode.BAD_MESSAGE]
 
 
-def test_a_hello_that_is_repeated_is_answered_again_and_changes_nothing() -> None:
+def test_a_repeated_hello_gets_the_same_answer() -> None:
     receiver = new_receiver()
     peer = joined_peer(receiver)
     assert [type(answer) for answer in peer.say(m.Hello())] == [m.Welcome]
@@ -37,7 +37,7 @@ def test_a_hello_that_is_repeated_is_answered_again_and_changes_nothing() -> Non
     assert not peer.say(m.Begin(1, 1)), "still joined"
 
 
-def test_a_doubled_challenge_asks_for_one_proof() -> None:
+def test_a_repeated_challenge_asks_for_one_proof() -> None:
     peer = Peer(new_receiver(token="secret"))
     challenges = peer.say(m.Hello()) + peer.say(m.Hello())
     assert challenges == [m.Challenge("nonce 0")] * 2
@@ -47,7 +47,7 @@ def test_a_doubled_challenge_asks_for_one_proof() -> None:
         assert [type(answer) for answer in peer.say(m.Hello(proof=proof))] == [m.Welcome]
 
 
-def test_a_nonce_is_good_for_one_wrong_proof_only() -> None:
+def test_a_nonce_is_valid_for_one_proof() -> None:
     peer = Peer(new_receiver(token="secret"))
     peer.say(m.Hello())
     assert peer.codes(peer.say(m.Hello(proof="0" * 64))) == [RejectCode.UNAUTHORIZED]
@@ -56,7 +56,7 @@ def test_a_nonce_is_good_for_one_wrong_proof_only() -> None:
     assert peer.say(m.Hello(proof=late)) == [m.Challenge("nonce 1")]
 
 
-def test_a_proof_of_another_connection_is_worth_nothing() -> None:
+def test_a_proof_of_another_connection_is_refused() -> None:
     receiver = new_receiver(token="secret")
     first, second = Peer(receiver, b"first"), Peer(receiver, b"second")
     first.say(m.Hello())
@@ -75,7 +75,7 @@ def test_before_the_token_is_proved_only_hello_bodies_are_read() -> None:
     assert not receiver.events
 
 
-def test_a_flood_of_frames_from_a_stranger_is_answered_once_and_counted() -> None:
+def test_a_flood_of_frames_without_hello_is_answered_once_and_counted() -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     answers = [answer for _ in range(100) for answer in peer.say(m.Heartbeat(reply=True))]
@@ -94,12 +94,12 @@ def test_a_second_join_on_a_connection_is_refused_without_an_event() -> None:
     assert [type(event) for event in receiver.events] == [e.JoinRequested]
 
 
-def test_a_body_without_its_header_is_the_callers_fault() -> None:
+def test_a_body_without_its_header_is_a_local_error() -> None:
     with pytest.raises(LocalProtocolError):
         new_receiver().control(b"{}")
 
 
-def test_connections_of_strangers_are_bounded_and_those_with_a_run_survive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_without_a_run_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "CONNECTIONS_MAX", 10)
     receiver = new_receiver()
     owner = joined_peer(receiver)

@@ -1,4 +1,4 @@
-"""Who owns a run when trainers die, come back, and fight."""
+"""Ownership of runs: crashed, restarted and competing trainers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ema_proto.wire import messages as m
 from support.peers import JOIN, OTHER, SESSION, Peer, accept, ends, joined_peer, new_receiver
 
 
-def test_who_streamed_a_run_last_is_remembered_for_a_bounded_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_session_is_remembered_for_a_bounded_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ema_proto.receiver.ownership.RUNS_REMEMBERED_MAX", 5)
     ownership = Ownership(Connections(epoch=1, token=None, nonce=str, chunk_bytes=CHUNK_BYTES_MIN), deque())
     for number in range(20):
@@ -44,7 +44,7 @@ def test_a_refused_newcomer_ends_the_session_that_it_replaced() -> None:
     assert [(ended.ticket, ended.lost) for ended in ends(receiver)] == [(1, True)]
 
 
-def test_a_refused_join_of_a_run_that_nobody_streamed_ends_nothing() -> None:
+def test_a_refused_join_of_a_run_without_a_session_ends_nothing() -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     peer.say(m.Hello())
@@ -80,7 +80,7 @@ def probed(receiver: Receiver) -> tuple[Peer, Peer]:
     return owner, rival
 
 
-def test_an_owner_that_reconnects_while_it_is_probed_has_shown_that_it_lives() -> None:
+def test_an_owner_that_reconnects_while_probed_keeps_the_run() -> None:
     receiver = new_receiver()
     _, rival = probed(receiver)
     again = Peer(receiver, b"again")
@@ -92,7 +92,7 @@ def test_an_owner_that_reconnects_while_it_is_probed_has_shown_that_it_lives() -
     assert not again.heard(), "nobody takes the run from it"
 
 
-def test_a_rival_that_reconnects_goes_on_waiting_and_not_longer() -> None:
+def test_a_rival_that_reconnects_does_not_wait_longer() -> None:
     receiver = new_receiver()
     owner, _ = probed(receiver)
     again = Peer(receiver, b"again", OTHER)
@@ -119,7 +119,7 @@ def test_a_higher_incarnation_wins_over_an_owner_and_a_waiting_rival() -> None:
     assert [type(message) for message in third.heard()] == [m.Joined]
 
 
-def test_only_an_answer_counts_as_life_not_the_owners_other_frames() -> None:
+def test_only_a_heartbeat_answers_a_probe() -> None:
     receiver = new_receiver()
     owner, rival = probed(receiver)
     owner.say(m.Begin(1, 1))
@@ -132,7 +132,7 @@ def test_only_an_answer_counts_as_life_not_the_owners_other_frames() -> None:
     assert rival.codes(rival.heard()) == [RejectCode.RUN_IN_USE]
 
 
-def test_frames_of_a_sessions_older_connection_do_not_count_any_more() -> None:
+def test_frames_of_a_sessions_older_connection_are_ignored() -> None:
     receiver = new_receiver()
     old = joined_peer(receiver)
     new = joined_peer(receiver, join=replace(JOIN, reconnect=True), name=b"new")
@@ -142,7 +142,7 @@ def test_frames_of_a_sessions_older_connection_do_not_count_any_more() -> None:
     assert not new.say(m.Begin(1, 1)), "the new connection's run is untouched"
 
 
-def test_an_evicted_session_that_reconnects_is_told_so() -> None:
+def test_an_evicted_session_that_reconnects_is_refused() -> None:
     receiver = new_receiver()
     joined_peer(receiver)
     newer = joined_peer(receiver, join=replace(JOIN, incarnation=1), name=b"new", session=OTHER)

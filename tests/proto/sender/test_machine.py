@@ -15,7 +15,7 @@ from ema_proto.wire import messages as m
 from support.peers import EPOCH, JOIN, SESSION, alive, answered, done, drain, give, kinds, rejoin, sender_in
 
 
-def test_frames_of_another_session_or_server_start_are_not_taken() -> None:
+def test_frames_of_another_session_or_server_start_are_ignored() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 1, 0.0)
     assert kinds(sender) == ["Begin", "Commit"]
@@ -27,7 +27,7 @@ def test_frames_of_another_session_or_server_start_are_not_taken() -> None:
     assert done(sender) == [e.SnapshotDone(0, 1)]
 
 
-def test_a_reject_is_taken_from_a_server_that_does_not_know_the_session() -> None:
+def test_a_reject_without_the_session_is_accepted() -> None:
     sender = sender_in("streaming")
     give(sender, m.Reject(RejectCode.STALE_EPOCH, "restarted"), session=bytes(16), epoch=EPOCH + 1)
 
@@ -35,14 +35,14 @@ def test_a_reject_is_taken_from_a_server_that_does_not_know_the_session() -> Non
 
 
 @pytest.mark.parametrize("code", [RejectCode.STALE_EPOCH, RejectCode.UNKNOWN_CONNECTION])
-def test_a_server_that_restarts_between_welcome_and_join_costs_a_connection_not_the_run(code: RejectCode) -> None:
+def test_a_server_restart_between_welcome_and_join_loses_the_connection_only(code: RejectCode) -> None:
     sender = sender_in("joining")
     give(sender, m.Reject(code, "who are you"))
 
     assert sender.state is SenderState.DISCONNECTED
 
 
-def test_an_answer_to_what_was_not_sent_yet_ends_the_connection_and_keeps_the_slot() -> None:
+def test_an_answer_to_an_unsent_snapshot_ends_the_connection_and_keeps_the_slot() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 1, 0.0)
     sender.next_frame()
@@ -64,7 +64,7 @@ def test_answers_to_unknown_snapshots_and_requests_change_nothing() -> None:
     assert not answered(sender)
 
 
-def test_a_finished_that_answers_nothing_of_ours_does_not_close_the_session() -> None:
+def test_an_unrelated_finished_does_not_close_the_session() -> None:
     sender = sender_in("streaming")
     sender.request_finish()
     give(sender, m.Finished(1, 1))
@@ -72,7 +72,7 @@ def test_a_finished_that_answers_nothing_of_ours_does_not_close_the_session() ->
     assert sender.state is SenderState.STREAMING, "FINISH was not even written"
 
 
-def test_a_server_that_chooses_a_version_we_do_not_speak_is_final() -> None:
+def test_an_unsupported_version_chosen_by_the_server_is_final() -> None:
     sender = sender_in("greeting")
     give(sender, m.Welcome(EPOCH, CHUNK_BYTES_MIN, major=2))
 
@@ -89,7 +89,7 @@ def test_a_checksum_that_the_server_cannot_check_is_refused_not_dropped() -> Non
     assert "CRC-32" in refused.text
 
 
-def test_a_fresh_connection_asks_for_the_run_with_the_next_step_and_never_rewinds() -> None:
+def test_a_reconnect_joins_with_the_next_step_and_never_rewinds() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 5, 0.0)
     (join,) = (message for message in rejoin(sender, m.Joined(None, None, (), "new", 8)) if isinstance(message, m.Join))
@@ -152,7 +152,7 @@ def test_credit_never_falls() -> None:
         give(sender, m.Committed(step, step))
 
 
-def test_silence_before_welcome_and_after_it_costs_the_connection() -> None:
+def test_silence_before_or_after_welcome_ends_the_connection() -> None:
     greeting, streaming = sender_in("greeting"), sender_in("streaming")
     for sender in (greeting, streaming):
         sender.tick(limits.HANDSHAKE_S + 0.1)
@@ -162,7 +162,7 @@ def test_silence_before_welcome_and_after_it_costs_the_connection() -> None:
     assert streaming.state is SenderState.DISCONNECTED
 
 
-def test_a_snapshot_that_is_not_answered_costs_the_connection_although_the_server_lives() -> None:
+def test_an_unanswered_snapshot_ends_the_connection_to_a_live_server() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 1, 0.0)
     alive(sender, limits.STALL_S + 2)
@@ -171,7 +171,7 @@ def test_a_snapshot_that_is_not_answered_costs_the_connection_although_the_serve
 
 
 @pytest.mark.parametrize("state", ["greeting", "greeted", "joining", "streaming"])
-def test_a_closed_session_gives_everything_back_and_says_goodbye_where_it_asked_for_a_run(state: str) -> None:
+def test_a_closed_session_returns_every_slot_and_sends_bye_after_join(state: str) -> None:
     sender = sender_in(state)
     if state in ("joining", "streaming"):
         sender.offer(0, 1, 0.0)
@@ -194,7 +194,7 @@ def test_heartbeats_do_not_pile_up_while_nothing_can_be_written() -> None:
     assert len(drain(sender)) <= limits.SERVER_SILENT_S / limits.HEARTBEAT_S
 
 
-def test_a_second_join_or_transport_is_the_callers_fault() -> None:
+def test_a_second_join_or_transport_is_a_local_error() -> None:
     sender = sender_in("streaming")
     with pytest.raises(LocalProtocolError, match="has joined run 'run' already"):
         sender.join(JOIN)

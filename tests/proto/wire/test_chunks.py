@@ -37,7 +37,7 @@ def test_coverage_is_whole_after_every_chunk_in_any_order_however_often(
     assert coverage.first_missing() is None
 
 
-def test_the_first_missing_byte_is_told() -> None:
+def test_the_first_missing_byte_is_known() -> None:
     coverage = Coverage(250, 100)
     coverage.add(0)
     coverage.add(200)
@@ -48,7 +48,7 @@ def test_the_first_missing_byte_is_told() -> None:
 @pytest.mark.parametrize(
     ("offset", "length"), [(1, 99), (0, 99), (0, 101), (200, 100), (250, 1), (300, 100), (10**19, 1)]
 )
-def test_a_range_that_is_no_chunk_is_refused(offset: int, length: int) -> None:
+def test_a_range_that_is_not_a_chunk_is_refused(offset: int, length: int) -> None:
     with pytest.raises(RemoteProtocolError, match=f"bytes {offset} to") as caught:
         Coverage(250, 100).holds(offset, length)
     assert caught.value.code is RejectCode.BAD_CHUNK

@@ -1,4 +1,4 @@
-"""Messages to frames and back; whatever a stranger sends is a message or one named error."""
+"""Messages to frames and back; untrusted frames are a message or one named error."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_paired_surrogate_escape_is_a_character() -> None:
     assert decode_body(b'{"a":"\\ud83d\\ude00"}') == {"a": "\N{GRINNING FACE}"}
 
 
-def test_a_text_that_a_server_says_can_always_be_read() -> None:
+def test_any_text_of_a_server_can_be_read() -> None:
     for text in ("x" * 100_000, "bad path \udcff", "\N{GRINNING FACE}" * 5000):
         for message in (m.Reject(RejectCode.UNAVAILABLE, text), m.Published(None, 1, text), m.Rewound(1, None, text)):
             frames = encode(message, session=SESSION, epoch=EPOCH)
@@ -171,7 +171,7 @@ def test_a_text_that_a_server_says_can_always_be_read() -> None:
             assert type(decode_frames(frames)[1]) is type(message)
 
 
-def test_a_join_too_large_to_send_is_the_senders_own_fault() -> None:
+def test_a_join_too_large_to_send_is_a_local_error() -> None:
     names = [f"{number:06d}{'x' * 1000}" for number in range(17_000)]
     manifest = layout([TensorSpec(name, "U8", (1,), Role.PARAM, 0) for name in names])
     join = m.Join(run="run", first_step=1, manifest=manifest, averages=(Raw(),))
@@ -183,7 +183,7 @@ def test_a_join_too_large_to_send_is_the_senders_own_fault() -> None:
     assert [getattr(event, "code", None) for event in sender.events][-1] is RejectCode.MANIFEST_INVALID
 
 
-def test_a_foreign_major_is_told_by_its_number_but_hello_and_reject_are_read() -> None:
+def test_another_major_is_refused_except_in_hello_and_reject() -> None:
     for kind in CONTROL_MESSAGES:
         frame = encode_header(Header(kind, SESSION, EPOCH, 2, major=9))
         if kind in (m.Hello.type, m.Reject.type):
@@ -214,7 +214,7 @@ def test_unknown_flags_and_reserved_bytes_are_ignored() -> None:
     assert decode_frames((bytes(header), b"{}"))[1] == m.Bye()
 
 
-def test_an_empty_chunk_is_none() -> None:
+def test_an_empty_chunk_is_refused() -> None:
     with pytest.raises(RemoteProtocolError) as caught:
         decode_chunk(Header(m.Chunk.type, SESSION, EPOCH, 0))
     assert caught.value.code is RejectCode.BAD_CHUNK

@@ -60,7 +60,7 @@ def refusal(value: object) -> str:
         ({"shape": [0]}, "there is nothing to average"),
     ],
 )
-def test_a_tensor_that_breaks_a_rule_is_refused_in_words(change: dict[str, Any], text: str) -> None:
+def test_an_invalid_tensor_is_refused_with_a_description(change: dict[str, Any], text: str) -> None:
     assert text in refusal([GOOD | change])
 
 
@@ -158,7 +158,7 @@ def test_the_work_for_30_000_tensors_grows_with_their_number_not_its_square() ->
     assert seconds_for(30_000) < 40 * few, "ten times the tensors; the square would be a hundred times the work"
 
 
-def test_the_digest_knows_names_dtypes_shapes_order_and_ties_but_not_roles() -> None:
+def test_the_digest_covers_names_dtypes_shapes_order_and_ties_but_not_roles() -> None:
     base = layout([spec("a"), spec("b")])
     frozen = layout([spec("a", role=Role.FROZEN), spec("b", role=Role.BUFFER)])
     others = [
@@ -189,5 +189,5 @@ def test_the_digest_knows_names_dtypes_shapes_order_and_ties_but_not_roles() -> 
         ),
     ],
 )
-def test_the_first_difference_is_told_in_words(other: Manifest, text: str) -> None:
+def test_the_first_difference_is_described(other: Manifest, text: str) -> None:
     assert layout([spec("a"), spec("b")]).first_difference(other) == text

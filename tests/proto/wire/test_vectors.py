@@ -85,7 +85,7 @@ def transcripts() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", transcripts(), ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_transcript_is_what_the_machines_say(path: Path) -> None:
+def test_the_machines_reproduce_each_transcript(path: Path) -> None:
     expected = path.read_text()
     said = play(expected)
     if REWRITE:
@@ -95,7 +95,7 @@ def test_a_transcript_is_what_the_machines_say(path: Path) -> None:
     assert said.splitlines() == expected.splitlines()
 
 
-def test_every_reject_code_has_an_exchange_in_which_the_receiver_says_it() -> None:
+def test_every_reject_code_has_a_transcript() -> None:
     assert {path.stem for path in (VECTORS / "rejects").iterdir()} == {code.value for code in RejectCode}
     for path in (VECTORS / "rejects").iterdir():
         assert f'"code":"{path.stem}"' in path.read_text(), path.name
