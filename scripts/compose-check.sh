@@ -15,18 +15,19 @@ AVERAGE=ema-0.99
 WAIT_S=300
 INDEX=https://download.pytorch.org/whl/cpu
 
-export COMPOSE_PROJECT_NAME=ema-check-$$ COMPOSE_FILE=docker-compose.yml
+export COMPOSE_PROJECT_NAME=ema-check-$$ COMPOSE_FILE=docker-compose.yml:scripts/compose-check.yml COMPOSE_PATH_SEPARATOR=:
 EMA_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-export EMA_TOKEN DEMO_RUN=demo HTTP_PORT=0 ZMQ_PORT=0 DEMO_STEPS=$STEPS EMA_PUBLISH_EVERY_STEPS=$((STEPS / 5))
+export EMA_TOKEN HTTP_PORT=0 ZMQ_PORT=0 CHECK_STEPS=$STEPS DEMO_STEPS=$STEPS EMA_PUBLISH_EVERY_STEPS=$((STEPS / 5))
 export EMA_PUBLISH_EVERY_SECONDS=0 # so that what is published at the end is the end's doing
 unset EMA_KEEP_GENERATIONS EMA_RING_SIZE EMA_RING_EVERY_STEPS EMA_RING_DTYPE EMA_LOST_AFTER_SECONDS EMA_CHUNK_BYTES
 unset EMA_DEVICE EMA_KERNEL EMA_EVALUATE EMA_EVALUATE_DEVICE EMA_EVALUATE_EVERY_VERSIONS EMA_LOG_LEVEL
 
 if docker compose version >/dev/null 2>&1; then
-  compose() { docker compose --profile demo "$@"; }
+  compose() { docker compose "$@"; }
 else
-  compose() { docker-compose --profile demo "$@"; }
+  compose() { docker-compose "$@"; }
 fi
+demo_compose() { COMPOSE_PROJECT_NAME=ema-check-demo-$$ COMPOSE_FILE=docker-compose.demo.yml compose "$@"; }
 
 started_s=$SECONDS
 folder=$(mktemp -d)
@@ -40,7 +41,9 @@ fail() {
 clean_up() {
   local code=$?
   ((code == 0)) || say "ended with exit code $code; what it made is removed"
-  compose down --volumes --remove-orphans >"$folder/down.log" 2>&1 || cat "$folder/down.log" >&2
+  for each in compose demo_compose; do
+    $each down --volumes --remove-orphans >"$folder/down.log" 2>&1 || cat "$folder/down.log" >&2
+  done
   rm -rf "$folder"
 }
 trap clean_up EXIT
@@ -88,6 +91,7 @@ build() {
   fi
   say "building the images"
   quietly compose build
+  quietly demo_compose build
   for image in ema-sidecar ema-sidecar-demo; do
     say "  $image: $(($(docker image inspect --format '{{.Size}}' $image) / 1000000)) MB"
   done
@@ -105,10 +109,10 @@ contained() {
   say "  user 10001, read-only root, ports on 127.0.0.1 only, 401 without the token"
 }
 
-demo() {
-  quietly compose up --detach demo-trainer demo-evaluator
+trained() {
+  quietly compose up --detach trainer evaluator
   local service id
-  for service in demo-trainer demo-evaluator; do
+  for service in trainer evaluator; do
     id=$(container $service)
     await "the end of the $service" has_ended "$id"
     [[ $(state "$id" ExitCode) == 0 ]] || fail "the $service ended with exit code $(state "$id" ExitCode)"
@@ -140,10 +144,10 @@ print(accuracy(load(sys.stdin.buffer.read()))["accuracy"])' <"$1")
 }
 
 interrupted() { # SIGTERM in the middle of a run
-  quietly compose run --detach demo-trainer --run interrupted --steps 1000000 --seed 1
+  quietly compose run --detach trainer --run interrupted --steps 1000000 --seed 1
   await "step 300 of a second run" has_passed interrupted 300
   quietly docker kill "$(docker ps --quiet --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" \
-    --filter "label=com.docker.compose.service=demo-trainer")"
+    --filter "label=com.docker.compose.service=trainer")"
   local step published grace_s term_s
   step=$(run_field interrupted step) published=$(run_field interrupted published_step)
   [[ $published != "$step" ]] || fail "step $step is published already: nothing is left to show"
@@ -163,7 +167,7 @@ with_evaluation() { # the server gets an evaluation of its own, by a file over t
   mkdir "$folder/evaluation"
   echo 'def evaluate(state): return {"tensors": len(state), "loss": 1.0}' >"$folder/evaluation/my_evaluation.py"
   printf '%s\n' 'services:' '  ema:' '    volumes:' "      - $folder/evaluation:/evaluation:ro" >"$folder/evaluation.yml"
-  export COMPOSE_FILE=docker-compose.yml:$folder/evaluation.yml EMA_EVALUATE=my_evaluation:evaluate
+  export COMPOSE_FILE=$COMPOSE_FILE:$folder/evaluation.yml EMA_EVALUATE=my_evaluation:evaluate
 }
 
 validated() { # by the server itself
@@ -173,6 +177,13 @@ validated() { # by the server itself
   say "  the server evaluates with a function that was mounted"
 }
 
+demo_beside() { # ends by itself with its table, and leaves the server alone
+  demo_compose up --abort-on-container-exit >"$folder/demo.log" 2>&1 || { cat "$folder/demo.log" >&2; fail "the demo"; }
+  grep -q "$STEPS steps taken, $STEPS updates applied, 0 gaps" "$folder/demo.log" || fail "the demo printed no table"
+  [[ $(container ema) == "$ema" ]] && is_healthy || fail "the demo changed the server"
+  say "  the demo ended with its table; the server beside it is untouched"
+}
+
 docker info >/dev/null
 quietly compose -f docker-compose.yml -f docker-compose.gpu.yml config
 build
@@ -180,7 +191,7 @@ say "up"
 up
 contained
 say "training and evaluating"
-demo
+trained
 say "downloading $AVERAGE with curl"
 download "$folder/first.safetensors"
 loads "$folder/first.safetensors"
@@ -194,6 +205,8 @@ cmp "$folder/first.safetensors" "$folder/second.safetensors" || fail "the run ca
 cmp "$folder/first.safetensors.json" "$folder/second.safetensors.json" || fail "the run came back as another version"
 say "  the run is still there, byte for byte"
 validated
+say "the demo beside the server"
+demo_beside
 say "SIGTERM in the middle of a run"
 interrupted
 say "all of it held; to remove the images: docker image rm ema-sidecar ema-sidecar-demo"

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
+from ema_cli.app import build
 from ema_cli.demo.train import parse
 from ema_reader.evaluation.user_function import import_function
 from ema_reader.reader import DEFAULT_URL
@@ -24,6 +26,9 @@ _ROOT = Path(__file__).parents[1]
 _DOCKERFILE = (_ROOT / "Dockerfile").read_text()
 _COMPOSE: Any = yaml.safe_load((_ROOT / "docker-compose.yml").read_text())
 _SERVICES: Any = _COMPOSE["services"]
+_DEMO: Any = yaml.safe_load((_ROOT / "docker-compose.demo.yml").read_text())
+_CHECKED: Any = yaml.safe_load((_ROOT / "scripts" / "compose-check.yml").read_text())
+_ALL = {**_SERVICES, **_DEMO["services"], **_CHECKED["services"]}
 _GPU: Any = yaml.safe_load((_ROOT / "docker-compose.gpu.yml").read_text())
 _CHECK = _ROOT / "scripts" / "compose-check.sh"
 _CONTAINERS = (_ROOT / "docs" / "guides" / "containers.md").read_text()
@@ -51,7 +56,7 @@ def _default(text: str) -> str:
 
 
 def _command(service: str) -> list[str]:
-    return [_default(word) for word in _SERVICES[service]["command"]]
+    return [_default(word) for word in _ALL[service]["command"]]
 
 
 def test_the_server_reads_what_the_image_sets() -> None:
@@ -78,7 +83,7 @@ def test_the_ports_are_those_of_the_image_and_open_to_this_machine_only() -> Non
 
     assert [_default(port) for port in _SERVICES["ema"]["ports"]] == [f"127.0.0.1:{port}:{port}" for port in inside]
     assert f"EXPOSE {' '.join(inside)}" in _DOCKERFILE
-    assert [name for name, service in _SERVICES.items() if "ports" in service] == ["ema"]
+    assert [name for name, service in _ALL.items() if "ports" in service] == ["ema"]
 
 
 def test_the_volume_is_the_data_folder() -> None:
@@ -89,7 +94,7 @@ def test_the_volume_is_the_data_folder() -> None:
     assert f"--owner=10001 --group=10001 {data}\n" in _DOCKERFILE  # a new volume takes its owner from there
 
 
-@pytest.mark.parametrize("name", ["ema", "demo-trainer", "demo-evaluator"])
+@pytest.mark.parametrize("name", _ALL)
 def test_every_service_is_contained(name: str) -> None:
     expected = {
         "init": True,
@@ -100,8 +105,7 @@ def test_every_service_is_contained(name: str) -> None:
         "security_opt": ["no-new-privileges:true"],
     }
 
-    assert set(_SERVICES) == {"ema", "demo-trainer", "demo-evaluator"}
-    assert {key: _SERVICES[name][key] for key in expected} == expected
+    assert {key: _ALL[name][key] for key in expected} == expected
 
 
 def test_the_grace_period_is_longer_than_the_longest_last_publish() -> None:
@@ -116,10 +120,10 @@ def test_the_server_does_not_start_without_a_token() -> None:
 
 
 def test_trainer_and_evaluator_are_those_of_the_demo() -> None:
-    job = parse(_command("demo-trainer"))
-    evaluate, function, option, run = _command("demo-evaluator")
+    job = parse([word.replace("${CHECK_STEPS}", "10") for word in _command("trainer")])
+    evaluate, function, option, run = _command("evaluator")
 
-    assert _SERVICES["demo-trainer"]["entrypoint"] == ["python", "-m", "ema_cli.demo.train"]
+    assert _ALL["trainer"]["entrypoint"] == ["python", "-m", "ema_cli.demo.train"]
     assert (job.endpoint, job.record) == (None, None)
     assert (evaluate, option, run) == ("evaluate", "--run", job.run)
     assert callable(import_function(function))
@@ -134,12 +138,22 @@ def test_the_defaults_of_the_image_are_the_same_in_every_file() -> None:
     assert re.search(rf"^TORCH +\?= {re.escape(arguments['TORCH_VERSION'])}$", makefile, flags=re.MULTILINE)
     for text in (makefile, _CHECK.read_text()):
         assert re.search(rf"^INDEX *:?= ?{re.escape(arguments['TORCH_INDEX'])}$", text, flags=re.MULTILINE)
-    assert {name: service["build"]["args"].get("EXTRAS") for name, service in _SERVICES.items()} == {
-        "ema": None,
-        "demo-trainer": "demo",
-        "demo-evaluator": "demo",
-    }
+    assert _DEMO["services"]["demo"]["build"]["args"] == _SERVICES["ema"]["build"]["args"] | {"EXTRAS": "demo"}
+    assert {_ALL[name]["image"] for name in ("trainer", "evaluator")} == {_DEMO["services"]["demo"]["image"]}
     assert {"server", "demo"} <= set(_PROJECT["project"]["optional-dependencies"])
+
+
+def test_the_demo_shares_nothing_with_a_server_beside_it() -> None:
+    (demo,) = _DEMO["services"].values()
+    command, *arguments = _command("demo")
+    group: Any = typer.main.get_command(build())
+    options = group.commands[command].make_context(command, arguments).params
+
+    assert set(_DEMO["services"]) & set(_SERVICES) == set()
+    assert set(_DEMO["volumes"]) & set(_COMPOSE["volumes"]) == set()
+    assert demo["image"] != _SERVICES["ema"]["image"]
+    assert demo["volumes"] == [f"demo-data:{options['folder']}"]
+    assert "restart" not in demo  # it ends by itself
 
 
 def test_the_build_context_is_the_content_of_the_wheel() -> None:
