@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from hypothesis import settings
 
 _TESTS = Path(__file__).parent
 # Most tests in these folders start servers, trainers or commands.
@@ -17,6 +18,8 @@ _PROCESS_FOLDERS = ("bad_input", "cli", "parity", "system", "timm")
 
 
 def pytest_configure() -> None:
+    settings.register_profile("ema", deadline=None)  # how long an example takes depends on what else runs
+    settings.load_profile("ema")
     # A shell starts what runs in its background with Ctrl-C ignored, and every process inherits that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

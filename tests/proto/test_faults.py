@@ -20,7 +20,7 @@ faults = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(seed=st.integers(0, 2**32), faults=faults, restarts=st.integers(0, 3), chunks=st.sampled_from([0.5, 2.5, 12.0]))
 def test_both_ends_agree_under_any_network_fault(seed: int, faults: Faults, restarts: int, chunks: float) -> None:
     rng = random.Random(seed)
@@ -43,7 +43,7 @@ def test_both_ends_agree_under_any_network_fault(seed: int, faults: Faults, rest
     check_agreement(world)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), faults=faults)
 def test_two_trainers_that_compete_for_a_run_never_mix_their_bytes(seed: int, faults: Faults) -> None:
     rng = random.Random(seed)
@@ -64,7 +64,7 @@ def test_two_trainers_that_compete_for_a_run_never_mix_their_bytes(seed: int, fa
     check_agreement(world)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), faults=faults, restarts=st.integers(0, 2))
 def test_both_ends_agree_on_every_step_after_repeated_rewinds(seed: int, faults: Faults, restarts: int) -> None:
     """A step number then names several snapshots, and each answer has to be about the right one."""

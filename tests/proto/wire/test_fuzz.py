@@ -55,7 +55,7 @@ def messages(draw: st.DrawFn) -> tuple[bytes, bytes]:
     return header, body
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(frames=messages())
 def test_arbitrary_frames_are_a_message_or_a_remote_protocol_error(frames: tuple[bytes, bytes]) -> None:
     code = None
@@ -68,7 +68,7 @@ def test_arbitrary_frames_are_a_message_or_a_remote_protocol_error(frames: tuple
     assert code is None or code.scope is not Scope.SNAPSHOT
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(conversation=st.lists(messages(), max_size=12), joined=st.booleans())
 def test_the_receiver_answers_arbitrary_input_in_messages(
     conversation: list[tuple[bytes, bytes]], joined: bool
@@ -80,7 +80,7 @@ def test_the_receiver_answers_arbitrary_input_in_messages(
         assert len(answers) <= 2
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     conversation=st.lists(messages(), max_size=12),
     state=st.sampled_from(["greeting", "greeted", "joining", "streaming"]),

@@ -256,6 +256,6 @@ class Sequences(RuleBasedStateMachine):
 
 
 Sequences.TestCase.settings = settings(
-    max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=15, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
 )
 TestSequences = pytest.mark.timeout(500)(Sequences.TestCase)

@@ -105,7 +105,7 @@ def _apply(run: Run, pool: WorkerPool, step: int, mode: Mode) -> None:
     run.apply(pool, step, mode, encode(_MANIFEST, _weights(step)), None)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     strides=st.lists(st.tuples(st.integers(1, 7), st.sampled_from(["update"] * 9 + ["set"])), min_size=2, max_size=25),
     breaks=st.sets(st.integers(1, 24), min_size=1, max_size=2),
