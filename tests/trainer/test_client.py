@@ -599,6 +599,7 @@ def test_the_time_spent_in_the_loop_is_measured() -> None:
     assert stats["offered"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # Python 3.13.0 only
 def test_a_compiled_model_streams_under_its_own_names() -> None:
     model, optimizer = _training()
     compiled: Any = torch.compile(model, backend="eager")
