@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import quote
+from urllib.request import proxy_bypass
 
 import httpx2
 
@@ -95,7 +96,7 @@ class Transport:
         if self._address.scheme not in ("http", "https") or not self._address.host:
             raise UsageError(f"{url!r} is not an http or https URL: use for example http://127.0.0.1:8080")
         context = _tls_context(self._address.scheme)
-        direct = httpx2.HTTPTransport(verify=context) if _is_this_machine(self._address.host) else None
+        direct = httpx2.HTTPTransport(verify=context) if _needs_no_proxy(self._address.host) else None
         self._proxies = [] if direct is not None else _proxy_variables(self._address.scheme)
         try:
             self._client = httpx2.Client(
@@ -263,6 +264,11 @@ class Transport:
 
 def _timeout(read_s: float) -> httpx2.Timeout:
     return httpx2.Timeout(READ_S, connect=CONNECT_S, read=read_s)
+
+
+def _needs_no_proxy(host: str) -> bool:
+    """Whether the host is this machine or in `NO_PROXY`: then a proxy that cannot be used does not matter."""
+    return _is_this_machine(host) or bool(proxy_bypass(host))
 
 
 def _is_this_machine(host: str) -> bool:

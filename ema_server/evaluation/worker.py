@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from ema_server.config import ServerConfig
 
@@ -109,7 +110,9 @@ class Evaluator:
         return ("-m", "ema_cli", "evaluate", str(config.evaluate), *options, *every)
 
     def _environment(self, url: str) -> dict[str, str]:
-        """This process's environment with the worker's settings in place of the server's."""
+        """This process's environment with the worker's settings instead of the server's, and no proxy to the server."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("EMA_")}
         token = {} if self._config.token is None else {"EMA_TOKEN": self._config.token}
-        return {**kept, "EMA_URL": url, **token}
+        known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        direct = ",".join(filter(None, (known, urlsplit(url).hostname)))
+        return {**kept, "EMA_URL": url, "NO_PROXY": direct, "no_proxy": direct, **token}

@@ -122,6 +122,14 @@ def test_a_proxy_that_cannot_be_used_is_one_line_that_names_the_variable(
     assert text in done.stderr.lower()
 
 
+def test_a_host_in_no_proxy_does_not_depend_on_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "nonsense://x:1")
+    monkeypatch.setenv("NO_PROXY", "example.org,198.51.100.7")
+
+    with Reader(_ELSEWHERE, token="") as reader:
+        assert reader._transport._proxies == []
+
+
 def test_a_proxy_that_does_not_answer_is_unreachable_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
 

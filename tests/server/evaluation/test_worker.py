@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ema_reader import Reader
 from ema_server.config import ServerConfig
 from ema_server.evaluation.worker import WORKER, Evaluator
 from support.waiting import eventually
@@ -58,3 +59,17 @@ def test_stopping_ends_the_worker_and_starts_no_other() -> None:
 
 def test_an_evaluator_that_was_never_started_can_be_stopped() -> None:
     asyncio.run(Evaluator(ServerConfig(Path("data"), evaluate="json:dumps"), print).stop())
+
+
+def test_the_worker_reaches_its_server_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Reader` needs no usable proxy for a host in NO_PROXY."""
+    monkeypatch.setenv("ALL_PROXY", "nonsense://x:1")
+    monkeypatch.setenv("no_proxy", "example.org")
+    evaluator = Evaluator(ServerConfig(Path("data"), evaluate="json:dumps"), print)
+
+    environment = evaluator._environment("http://198.51.100.7:8080")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    assert environment["NO_PROXY"] == environment["no_proxy"] == "example.org,198.51.100.7"
+    Reader().close()
