@@ -1,7 +1,6 @@
-"""The way back of an average, from the server to the trainer, over HTTP. The one place where a writer reads.
+"""Reads an average back from the server over HTTP: the only module of the trainer's side that reads.
 
-Comes in: run, average and step. Goes out: weights by name. The reader's side is imported when it is first needed: who
-only streams needs none of it.
+`ema_reader` is imported when it is first needed: a trainer that only streams does not need it.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Pull:
     """
 
     def __init__(self, url: str | None, token: str | None, run: str) -> None:
-        with _reader(url, token) as reader:  # opened anew for each look: hours may lie between two
+        with _reader(url, token) as reader:  # opened for each read: hours may lie between two
             self._url = reader.url
         self._token = token
         self._run = run
@@ -77,7 +76,7 @@ class Pull:
 
     def _text(self, what: str, error: Exception) -> str:
         return (
-            f"run {self._run}: {what} cannot be had from {self._url}: {error}; "
+            f"run {self._run}: cannot get {what} from {self._url}: {error}; "
             'url= or EMA_URL is the address that the server prints as "http"'
         )
 

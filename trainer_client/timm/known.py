@@ -1,7 +1,6 @@
-"""What this timm averages with, and whether we can take its place. Found by looking, not by version numbers.
+"""Finds timm's averaging class and every name that it has in timm's modules, and checks that it can be replaced.
 
-Comes in: the timm that is installed, and the text of a script. Goes out: the class to be replaced and every name that
-it is known by, or a refusal that says what is different. Nothing is replaced here.
+The interface is inspected, not the version number. Nothing is replaced here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""A module of the trainer's own kind that holds averaged weights: to look at, to validate, to save.
+"""A copy of the trained model, in eval mode, that holds averaged weights: to look at, validate and save.
 
-Comes in: the trained model, and weights by canonical name. Goes out: one module in eval mode, whose tensors are filled
-in place, so that whoever holds it sees the new weights. Knows no server and no steps.
+Its tensors are filled in place, so that references to it see the new weights.
 """
 
 from __future__ import annotations

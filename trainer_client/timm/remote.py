@@ -1,7 +1,6 @@
-"""`RemoteModelEma`: the averaged model of timm's ModelEma classes, kept by a server instead of by the trainer.
+"""`RemoteModelEma`: the averaged model of timm's ModelEma classes, kept by a server instead of the trainer.
 
-Comes in: the calls that a training script makes of timm's classes. Goes out: snapshots to the server, and, when someone
-looks, the average as a module. The arithmetic is the server's; only its parameters are known here.
+The server computes the average; the module is fetched when it is used.
 """
 
 from __future__ import annotations

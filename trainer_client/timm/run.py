@@ -1,7 +1,6 @@
-"""Puts `RemoteModelEma` in the place of timm's class, runs a script as Python would, and finishes what it began.
+"""Runs a script as Python would, with timm's averaging class replaced by `RemoteModelEma`, and finishes its runs.
 
-Comes in: a script's path and its arguments. Goes out: the script's own end. timm's files are not touched; the names are
-bound anew in this process only.
+timm's files are not changed: the names are rebound in this process only.
 """
 
 from __future__ import annotations
