@@ -130,7 +130,7 @@ def test_other_tensors_are_refused_by_name_and_the_run_keeps_what_it_has(
 ) -> None:
     model = Reassigning()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    client = EmaClient(server.zmq, run, ["raw"], when_behind="wait")
+    client = EmaClient(server.zmq, run, ["raw"], when_behind="wait", on_change="raise")
     client.attach(model, optimizer)
     for _ in range(3):
         train(model, optimizer)
@@ -151,7 +151,7 @@ def test_other_tensors_are_refused_by_name_and_the_run_keeps_what_it_has(
 
 def test_a_model_that_is_changed_back_is_streamed_again(server: ServerProcess, run: str) -> None:
     model = Reassigning()
-    with EmaClient(server.zmq, run, ["raw"], when_behind="wait") as client:
+    with EmaClient(server.zmq, run, ["raw"], when_behind="wait", on_change="raise") as client:
         client.update(model, 1)
         with pytest.raises(PlanError, match="the model has changed"):
             client.update(model.half(), 2)
