@@ -91,9 +91,7 @@ _UP = [b"..", b"%2e%2e", b"%2E.", b"..%2f..", b"..%5c..", b"%252e%252e", b"..%c0
         b"/v1/runs/digits/averages/raw/versions/%(id)s/files/%(up)s",
     ],
 )
-def test_a_path_that_climbs_is_a_problem_and_gives_nothing_away(
-    served: Served, url: str, path: bytes, up: bytes
-) -> None:
+def test_path_traversal_is_a_problem_without_file_content(served: Served, url: str, path: bytes, up: bytes) -> None:
     version = served.catalog.versions("digits", "raw")[0].id.encode()
     target = path % ({b"id": version, b"up": up} if b"%(" in path else up)
 
@@ -120,7 +118,7 @@ def test_a_path_that_climbs_is_a_problem_and_gives_nothing_away(
         b"secret",
     ],
 )
-def test_a_strange_address_is_the_clients_mistake_and_never_the_servers(url: str, target: bytes) -> None:
+def test_malformed_url_is_a_client_error(url: str, target: bytes) -> None:
     status, body = ask(url, "GET", target)
 
     assert 400 <= status < 500, (target[:60], status, body[:200])
@@ -130,7 +128,7 @@ def test_a_strange_address_is_the_clients_mistake_and_never_the_servers(url: str
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_no_name_of_a_run_or_average_gets_a_reader_somewhere_else(url: str, name: str) -> None:
+def test_invalid_run_or_average_name_is_refused_by_the_reader(url: str, name: str) -> None:
     with Reader(url) as reader:
         for ask_for in (
             lambda: reader.run(name),
@@ -144,7 +142,7 @@ def test_no_name_of_a_run_or_average_gets_a_reader_somewhere_else(url: str, name
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "\0" not in name and "/" not in name and name], ids=ascii)
-def test_no_name_on_the_command_line_makes_a_folder(
+def test_invalid_name_on_the_command_line_makes_no_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, url: str, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -157,7 +155,7 @@ def test_no_name_on_the_command_line_makes_a_folder(
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_no_such_name_gets_through_the_trainers_door(name: str) -> None:
+def test_trainer_refuses_invalid_names(name: str) -> None:
     with pytest.raises(LocalProtocolError):
         check_name("run", name)
 
@@ -173,7 +171,7 @@ def test_no_such_name_gets_through_the_trainers_door(name: str) -> None:
         b"GET /v1/runs\r\nHost x\r\n: :\r\n\r\n",
     ],
 )
-def test_what_is_not_even_http_is_refused_and_others_are_served(url: str, request_bytes: bytes) -> None:
+def test_non_http_bytes_are_refused_and_others_are_served(url: str, request_bytes: bytes) -> None:
     host, _, port = url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
         connection.sendall(request_bytes)
@@ -201,7 +199,7 @@ _BODIES = [
 
 
 @pytest.mark.parametrize("body", _BODIES, ids=lambda body: ascii(body[:40]))
-def test_a_report_that_is_none_is_a_problem_that_says_where(served: Served, url: str, body: bytes) -> None:
+def test_invalid_metrics_report_is_a_problem_with_its_location(served: Served, url: str, body: bytes) -> None:
     version = served.catalog.versions("digits", "raw")[0].id
     address = f"{url}/v1/runs/digits/averages/raw/versions/{version}/metrics"
     answer = httpx2.post(address, content=body, headers={"Content-Type": "application/json"}, timeout=WAIT_S)

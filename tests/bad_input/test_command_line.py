@@ -31,7 +31,7 @@ def ema(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_unknown_option_is_one_line_that_names_it(
+def test_unknown_option_is_named_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     code = ema(monkeypatch, command, "--colour", "red")
@@ -108,7 +108,7 @@ def test_an_unknown_option_is_one_line_that_names_it(
     ],
     ids=" ".join,
 )
-def test_wrong_arguments_are_one_line_that_names_them(
+def test_wrong_arguments_are_named_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
     code = ema(monkeypatch, *arguments)
@@ -120,7 +120,7 @@ def test_wrong_arguments_are_one_line_that_names_them(
 
 
 @pytest.mark.parametrize("rule", ["ema", "power", "swa", "window", "wsd", "raw"])
-def test_a_rule_given_wrongly_is_answered_with_an_example_of_that_rule(
+def test_invalid_rule_is_answered_with_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rule: str
 ) -> None:
     code = ema(monkeypatch, "averages", "r", "--add", f"{rule}:speed=5")
@@ -130,9 +130,7 @@ def test_a_rule_given_wrongly_is_answered_with_an_example_of_that_rule(
     assert rule == parse_average(example).KEYWORD
 
 
-def test_nothing_asked_is_answered_by_the_help(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_arguments_print_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code = ema(monkeypatch)
     said = capsys.readouterr()
 
@@ -140,9 +138,7 @@ def test_nothing_asked_is_answered_by_the_help(
     assert "serve" in said.out + said.err
 
 
-def test_a_variable_that_is_no_switch_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_switch_variable_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("EMA_INSECURE", "maybe")
 
     assert ema(monkeypatch, "serve") == 2
@@ -150,7 +146,7 @@ def test_a_variable_that_is_no_switch_is_named(
 
 
 @pytest.mark.parametrize("text", ["def f(:", "raise RuntimeError('no data')", "import no_such_package", "exit()"])
-def test_a_module_that_cannot_be_imported_is_one_line(
+def test_unimportable_module_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "broken_evaluation.py").write_text(text)
@@ -164,7 +160,7 @@ def test_a_module_that_cannot_be_imported_is_one_line(
     assert "broken_evaluation" in said.err
 
 
-def test_an_import_that_fails_far_below_shows_the_way_there_and_what_to_install(
+def test_nested_import_failure_shows_its_path_and_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "far_evaluation.py").write_text("import far_training\n")
@@ -183,7 +179,7 @@ def test_an_import_that_fails_far_below_shows_the_way_there_and_what_to_install(
     assert "pip install 'ema-sidecar[trainer]'" in line
 
 
-def test_a_module_that_is_not_there_is_named_with_the_folder(
+def test_missing_module_is_named_with_the_folder(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -222,7 +218,7 @@ _FOREIGN = [b"[]", b"{}", b'"hello"', b'{"runs": 3}', b'{"runs": [{}]}', b"<html
 
 @pytest.mark.parametrize("body", _FOREIGN)
 @pytest.mark.parametrize("arguments", [["status"], ["status", "r"], ["versions", "r/raw"], ["download", "r/raw"]])
-def test_an_answer_that_is_not_an_ema_servers_is_one_line(
+def test_answer_of_another_server_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], body: bytes
 ) -> None:
     with answering(body) as url:
@@ -237,7 +233,7 @@ def test_an_answer_that_is_not_an_ema_servers_is_one_line(
 @pytest.mark.parametrize(
     "arguments", [["status", "r"], ["download", "r/raw"], ["evaluate", "json:dumps", "--run", "r"]]
 )
-def test_a_404_that_is_not_an_ema_servers_is_one_line_and_not_waited_for(
+def test_404_of_another_server_is_one_line_without_retries(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], body: bytes
 ) -> None:
     with answering(body, status=404) as url:
@@ -249,7 +245,7 @@ def test_a_404_that_is_not_an_ema_servers_is_one_line_and_not_waited_for(
 
 
 @pytest.mark.parametrize("target", ["/raw", "r/", "r/raw/x"])
-def test_versions_of_what_is_no_name_of_a_run_or_an_average_are_a_usage_error(
+def test_versions_of_an_invalid_name_are_a_usage_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
 ) -> None:
     assert ema(monkeypatch, "versions", target) == 2
@@ -257,7 +253,7 @@ def test_versions_of_what_is_no_name_of_a_run_or_an_average_are_a_usage_error(
 
 
 @pytest.mark.parametrize("body", _FOREIGN)
-def test_a_server_that_answers_something_else_is_not_ready(
+def test_another_server_is_not_ready(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], body: bytes
 ) -> None:
     with answering(body, 503) as url:
@@ -267,7 +263,7 @@ def test_a_server_that_answers_something_else_is_not_ready(
 
 @pytest.mark.parametrize("key", ["run", "average", "file"])
 @pytest.mark.parametrize("name", ["..", "../../evil", "/etc/evil", "a\\b", "a\0b", ""])
-def test_names_from_a_server_never_lead_out_of_the_folder(
+def test_server_names_never_lead_out_of_the_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str, name: str
 ) -> None:
     inside = tmp_path / "inside"
@@ -335,7 +331,7 @@ def test_ctrl_c_ends_the_doctor(tmp_path: Path) -> None:
     assert not any("Traceback" in line for line in process.errors), list(process.errors)
 
 
-def test_ctrl_c_while_a_command_is_being_loaded_is_no_traceback(tmp_path: Path) -> None:
+def test_ctrl_c_during_imports_prints_no_traceback(tmp_path: Path) -> None:
     """The interruption comes from inside an import, which takes most of the time of a short command."""
     (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
@@ -346,7 +342,7 @@ def test_ctrl_c_while_a_command_is_being_loaded_is_no_traceback(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("arguments", [["doctor", "--zmq", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0"], ["--help"]])
-def test_a_full_disk_under_stdout_is_one_line(arguments: list[str]) -> None:
+def test_full_disk_under_stdout_is_one_line(arguments: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "ema_cli", *arguments]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=WAIT_S, check=False)
@@ -368,7 +364,7 @@ def test_a_full_disk_under_stdout_is_one_line(arguments: list[str]) -> None:
         ("--data", "/dev/null", "/dev/null is not a folder"),
     ],
 )
-def test_the_doctor_calls_a_setting_that_no_server_takes_a_problem(
+def test_doctor_reports_a_setting_that_no_server_accepts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str, says: str
 ) -> None:
     assert ema(monkeypatch, "doctor", option, value) == 1

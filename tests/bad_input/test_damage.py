@@ -32,7 +32,7 @@ def generations(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "data" / "runs" / "r" / "generations").iterdir())
 
 
-def test_what_is_damaged_is_neither_resumed_nor_downloaded(tmp_path: Path, generations: list[Path]) -> None:
+def test_damaged_files_are_neither_resumed_nor_downloaded(tmp_path: Path, generations: list[Path]) -> None:
     """The newest has a flipped byte, the one before is cut short, and a folder has only its name."""
     flipped = bytearray((generations[2] / WEIGHTS).read_bytes())
     flipped[-5] ^= 1

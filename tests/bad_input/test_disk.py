@@ -32,7 +32,7 @@ def get(url: str) -> tuple[int, Any]:
     return response.status_code, response.json()
 
 
-def test_a_full_disk_stops_publishing_alone_and_room_mends_it(tmp_path: Path) -> None:
+def test_full_disk_stops_only_publishing_until_space_is_freed(tmp_path: Path) -> None:
     with SmallDiskProcess(tmp_path / "data", "size=96m") as server:
         ready = server.ready()
         run_url, ready_url = f"{ready['http']}/v1/runs/r", f"{ready['http']}/readyz"
@@ -72,7 +72,7 @@ def test_a_full_disk_stops_publishing_alone_and_room_mends_it(tmp_path: Path) ->
         assert server.wait(WAIT_S) == 0
 
 
-def test_a_server_that_cannot_publish_when_it_is_stopped_ends_with_1_and_says_so(tmp_path: Path) -> None:
+def test_unpublished_steps_at_stop_exit_with_1(tmp_path: Path) -> None:
     with SmallDiskProcess(tmp_path / "data", "size=96m") as server:
         client = EmaClient(server.ready()["zmq"], "r", ["raw"])
         client.update(Toy().at(1), 1)
@@ -90,7 +90,7 @@ def test_a_server_that_cannot_publish_when_it_is_stopped_ends_with_1_and_says_so
 _FILL = 'dd if=/dev/zero of="$0/ballast" bs=4k >/dev/null 2>&1'
 
 
-def test_a_disk_that_is_full_at_the_first_start_is_one_line(tmp_path: Path) -> None:
+def test_full_disk_at_first_start_is_one_line(tmp_path: Path) -> None:
     with SmallDiskProcess(tmp_path / "data", "size=256k", _FILL) as server:
         code = server.wait(WAIT_S)
 
@@ -112,9 +112,7 @@ def written(tmp_path: Path) -> Path:
     return tmp_path / "written"
 
 
-def test_a_disk_that_is_full_at_a_restart_is_one_line_and_costs_nothing_of_what_is_there(
-    tmp_path: Path, written: Path
-) -> None:
+def test_full_disk_at_restart_is_one_line_and_loses_nothing(tmp_path: Path, written: Path) -> None:
     """The supervisor that starts the server again and again gets it up as soon as there is room."""
     prepare = f'cp -r {written}/. "$0"; {_FILL}; {sys.executable} -m ema_cli serve --data "$0" --http 127.0.0.1:0'
     with SmallDiskProcess(
@@ -130,7 +128,7 @@ def test_a_disk_that_is_full_at_a_restart_is_one_line_and_costs_nothing_of_what_
     assert about["step"] == 3
 
 
-def test_a_data_folder_that_is_read_only_is_one_line(tmp_path: Path, written: Path) -> None:
+def test_read_only_data_folder_is_one_line(tmp_path: Path, written: Path) -> None:
     prepare = f'cp -r {written}/. "$0"'
     with SmallDiskProcess(tmp_path / "data", "size=8m", prepare, remount="ro") as server:
         code = server.wait(WAIT_S)
@@ -141,7 +139,7 @@ def test_a_data_folder_that_is_read_only_is_one_line(tmp_path: Path, written: Pa
     assert "--data" in server.errors[0]
 
 
-def test_a_data_folder_of_a_newer_release_is_one_line_and_left_as_it_is(tmp_path: Path, written: Path) -> None:
+def test_newer_data_format_is_one_line_and_unchanged(tmp_path: Path, written: Path) -> None:
     (written / "format.json").write_text('{"format": 2}\n')
     before = {path: path.stat().st_mtime_ns for path in written.rglob("*") if path.name != "LOCK"}
     with Process("-m", "ema_cli", "serve", "--data", str(written), "--http", "127.0.0.1:0") as server:

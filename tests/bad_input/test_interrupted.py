@@ -43,7 +43,7 @@ def download(url: str, to: Path, *, largest_kib: int | None = None) -> subproces
 _DASH = "bash" not in str(Path("/bin/sh").resolve())
 
 
-def test_a_download_that_meets_a_full_disk_is_one_line_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_download_on_a_full_disk_is_one_line_and_resumes(tmp_path: Path) -> None:
     served = Served(tmp_path / "data")
     try:
         served.publish("r", 1, ["raw"], size=60_000)

@@ -74,7 +74,7 @@ def freeze(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [write_through_data, load_others, assign_others, freeze])
-def test_new_values_of_the_same_tensors_are_followed(
+def test_new_values_of_the_same_tensors_are_streamed(
     server: ServerProcess, run: str, tmp_path: Path, change: Callable[[nn.Module], None]
 ) -> None:
     """`raw` is bit for bit the model after the last step; the average is lerp over every step."""
@@ -125,7 +125,7 @@ def remove_a_parameter(model: Reassigning) -> None:
         (remove_a_parameter, "'linear.bias'"),
     ],
 )
-def test_other_tensors_are_refused_by_name_and_the_run_keeps_what_it_has(
+def test_other_tensors_are_refused_by_name_and_the_run_is_kept(
     server: ServerProcess, run: str, tmp_path: Path, change: Callable[[Reassigning], None], names: str
 ) -> None:
     model = Reassigning()
@@ -149,7 +149,7 @@ def test_other_tensors_are_refused_by_name_and_the_run_keeps_what_it_has(
     assert all(torch.equal(found[name], value) for name, value in before.items())
 
 
-def test_a_model_that_is_changed_back_is_streamed_again(server: ServerProcess, run: str) -> None:
+def test_restored_model_is_streamed_again(server: ServerProcess, run: str) -> None:
     model = Reassigning()
     with EmaClient(server.zmq, run, ["raw"], when_behind="wait", on_change="raise") as client:
         client.update(model, 1)
@@ -190,7 +190,7 @@ def stream(server: ServerProcess, run: str, model: Many) -> float:
     return (time.process_time() - started) / len(model.few)
 
 
-def test_fifty_thousand_small_tensors_cost_time_and_memory_in_proportion(server: ServerProcess, tmp_path: Path) -> None:
+def test_many_small_tensors_cost_linear_time_and_memory(server: ServerProcess, tmp_path: Path) -> None:
     few_s = stream(server, "few", Many(5_000))
     before_bytes = memory_bytes(server.popen.pid)
     many_s = stream(server, "many", Many(50_000))
@@ -206,7 +206,7 @@ def test_fifty_thousand_small_tensors_cost_time_and_memory_in_proportion(server:
     assert all(value.tolist() == [expected] * 3 for value in found.values())
 
 
-def test_a_refused_snapshot_of_fifty_thousand_tensors_is_told_in_a_few(server: ServerProcess) -> None:
+def test_refusal_of_many_tensors_names_only_a_few(server: ServerProcess) -> None:
     model = Many(50_000)
     with EmaClient(server.zmq, "unclean", ["raw"], when_behind="wait", connect_timeout_s=WAIT_S) as client:
         client.update(model.at(1), 1)

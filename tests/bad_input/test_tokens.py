@@ -23,7 +23,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.mark.parametrize("token", [None, *WRONG])
-def test_a_trainer_is_told_at_construction(server: ServerProcess, token: str | None) -> None:
+def test_trainer_raises_at_construction(server: ServerProcess, token: str | None) -> None:
     with pytest.raises(ConnectError, match="EMA_TOKEN") as caught:
         EmaClient(server.zmq, "r", token=token, connect_timeout_s=WAIT_S)
 
@@ -31,7 +31,7 @@ def test_a_trainer_is_told_at_construction(server: ServerProcess, token: str | N
 
 
 @pytest.mark.parametrize("token", ["read from a file\n", "two words", "schl\u00fcssel", "tab\t"])
-def test_a_token_that_no_server_can_have_is_refused_before_anything_is_sent(token: str) -> None:
+def test_invalid_token_is_refused_before_anything_is_sent(token: str) -> None:
     with pytest.raises(SettingsError, match="EMA_TOKEN") as caught:
         EmaClient("tcp://127.0.0.1:9", "r", token=token)
 
@@ -51,7 +51,7 @@ def test_a_token_that_no_server_can_have_is_refused_before_anything_is_sent(toke
     ],
     ids=" ".join,
 )
-def test_every_command_that_reads_ends_with_4(
+def test_every_reading_command_exits_with_4(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     server: ServerProcess,
@@ -69,14 +69,14 @@ def test_every_command_that_reads_ends_with_4(
     assert token is None or token not in said.err
 
 
-def test_a_healthcheck_needs_none(monkeypatch: pytest.MonkeyPatch, server: ServerProcess) -> None:
+def test_healthcheck_needs_no_token(monkeypatch: pytest.MonkeyPatch, server: ServerProcess) -> None:
     monkeypatch.setattr("sys.argv", ["ema", "healthcheck", "--url", server.http])
 
     assert run(build()) == 0
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", f"bearer{TOKEN}", f"Basic {TOKEN}", f"Bearer {TOKEN}x"])
-def test_no_other_header_opens_the_door(server: ServerProcess, header: str) -> None:
+def test_no_other_header_authorizes(server: ServerProcess, header: str) -> None:
     for path in ("/v1/runs", "/metrics", "/v1/runs/r/averages/raw/versions/latest/files/model.safetensors"):
         answer = httpx2.get(f"{server.http}{path}", headers={"Authorization": header}, timeout=WAIT_S)
         assert answer.status_code == 401

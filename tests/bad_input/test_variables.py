@@ -20,7 +20,7 @@ _TRAINER = {name for name in trainer_variables() if name.startswith("EMA_")}
 _ALL = _COMMANDS | _TRAINER
 
 
-def test_the_documentation_lists_every_variable() -> None:
+def test_documentation_lists_every_variable() -> None:
     reference = script("docs_reference")
     tables = reference.server_settings() + reference.trainer_settings() + reference.reader_settings()
 
@@ -28,7 +28,7 @@ def test_the_documentation_lists_every_variable() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(_ALL))
-def test_a_missing_or_extra_letter_is_found_in_every_name(name: str) -> None:
+def test_missing_or_extra_letter_is_found_in_every_name(name: str) -> None:
     stem = name.removeprefix("EMA_")
     wrong = sorted({f"EMA_{stem}S", f"EMA_{stem[:-1]}", f"EMA_{stem[1:]}", name.lower()} - _ALL)
 
@@ -59,7 +59,7 @@ def test_common_mistakes_are_found(name: str, meant: str) -> None:
 @pytest.mark.parametrize(
     ("known", "others"), [(_COMMANDS, _TRAINER), (_TRAINER, _COMMANDS)], ids=["commands", "trainer"]
 )
-def test_a_variable_of_another_process_is_not_a_mistake(known: set[str], others: set[str]) -> None:
+def test_variable_of_another_process_is_no_mistake(known: set[str], others: set[str]) -> None:
     assert list(misspelt(others, known)) == []
 
 
@@ -69,7 +69,7 @@ def test_other_variables_are_ignored(name: str) -> None:
 
 
 @pytest.mark.parametrize("command", [["serve", "--keep-generations", "0"], ["download", "digits"]], ids=" ".join)
-def test_a_command_warns_and_runs(
+def test_command_warns_and_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
     monkeypatch.setenv("EMA_TOKN", "hidden")
@@ -82,7 +82,7 @@ def test_a_command_warns_and_runs(
     assert len(rest) == 1
 
 
-def test_a_client_warns_and_connects(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_client_warns_and_connects(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("EMA_RUN_", "digits")
     monkeypatch.setenv("EMA_DECAY", "0.9")
     with caplog.at_level(logging.WARNING, "ema"), pytest.raises(ConnectError):

@@ -42,7 +42,7 @@ def check_run(server: ServerProcess, run: str, steps: int, to: Path) -> None:
     assert list(ledger_steps(about["ledger"])) == list(range(1, steps + 1))
 
 
-def test_a_frame_over_the_limit_cuts_its_sender_off_and_nobody_else(server: ServerProcess, tmp_path: Path) -> None:
+def test_oversized_frame_disconnects_only_its_sender(server: ServerProcess, tmp_path: Path) -> None:
     with EmaClient(server.zmq, "beside", ["ema:0.9"], when_behind="wait") as client, zmq.Context() as context:
         client.update(Toy().at(1), 1)
         for step, length in enumerate((FRAME_BYTES_MAX + 1, 4 * FRAME_BYTES_MAX), start=2):
@@ -59,7 +59,7 @@ def test_a_frame_over_the_limit_cuts_its_sender_off_and_nobody_else(server: Serv
     check_run(server, "beside", 3, tmp_path / "out")
 
 
-def test_bytes_that_are_not_even_zeromq_disturb_no_run(server: ServerProcess, tmp_path: Path) -> None:
+def test_non_zeromq_bytes_disturb_no_run(server: ServerProcess, tmp_path: Path) -> None:
     rng = random.Random(11)
     host, _, port = server.zmq.removeprefix("tcp://").rpartition(":")
     openings = [
@@ -127,7 +127,7 @@ def one_tensor(name: str, *shape: int) -> Manifest:
     [(one_tensor("second", 5), "'second'"), (one_tensor("third", 4), "'third'")],
     ids=["another shape", "another name"],
 )
-def test_a_trainer_that_reconnects_with_another_model_is_refused_and_its_run_goes_on(
+def test_reconnect_with_another_model_is_refused_and_the_run_goes_on(
     server: ServerProcess, tmp_path: Path, other: Manifest, says: str
 ) -> None:
     run = f"changed-{says.strip(chr(39))}"
@@ -179,9 +179,7 @@ for step in range(1, 10_000):
 
 
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "suspended"])
-def test_a_trainer_that_is_gone_is_replaced_at_once_and_harms_nothing_if_it_wakes(
-    server: ServerProcess, fate: signal.Signals
-) -> None:
+def test_dead_trainer_is_replaced_at_once_and_does_no_harm_later(server: ServerProcess, fate: signal.Signals) -> None:
     """The new one keeps to its default timeouts. The old one is evicted when it wakes, and its training goes on."""
     run = f"gone-{fate.name}"
     with Process("-c", _STREAMING, server.zmq, run) as old:

@@ -14,7 +14,7 @@ def _child(tmp_path: Path, program: str) -> Child:
     return Child("trainer", ["-c", program], tmp_path / "trainer.log")
 
 
-def test_lines_arrive_as_values_and_none_is_lost_at_the_end(tmp_path: Path) -> None:
+def test_lines_arrive_as_values_up_to_the_last(tmp_path: Path) -> None:
     with _child(tmp_path, "for n in range(1000): print(n)") as child:
         child.first_line(30.0)
         seen = 1
@@ -25,7 +25,7 @@ def test_lines_arrive_as_values_and_none_is_lost_at_the_end(tmp_path: Path) -> N
     assert seen == 1000
 
 
-def test_a_process_that_ends_early_is_named_with_its_code_and_its_last_words(tmp_path: Path) -> None:
+def test_early_exit_reports_code_and_last_lines(tmp_path: Path) -> None:
     with (
         _child(tmp_path, "import sys; sys.exit('no room on the disk')") as child,
         pytest.raises(ProcessFailed, match=r"(?s)the trainer ended with exit code 1.*no room on the disk"),
@@ -33,7 +33,7 @@ def test_a_process_that_ends_early_is_named_with_its_code_and_its_last_words(tmp
         child.first_line(30.0)
 
 
-def test_a_process_that_was_killed_is_named_with_the_signal(tmp_path: Path) -> None:
+def test_killed_process_reports_its_signal(tmp_path: Path) -> None:
     with _child(tmp_path, _READY + "import os, signal; os.kill(os.getpid(), signal.SIGKILL)") as child:
         child.first_line(30.0)
         while child.running:
@@ -43,7 +43,7 @@ def test_a_process_that_was_killed_is_named_with_the_signal(tmp_path: Path) -> N
             child.check()
 
 
-def test_a_process_that_says_nothing_is_given_up(tmp_path: Path) -> None:
+def test_silent_process_times_out(tmp_path: Path) -> None:
     with (
         _child(tmp_path, "import time; time.sleep(60)") as child,
         pytest.raises(ProcessFailed, match=r"printed nothing for 0\.2 s"),
@@ -60,7 +60,7 @@ def test_leaving_the_context_ends_the_process(tmp_path: Path) -> None:
     assert not child.running
 
 
-def test_stopping_a_process_that_ends_well_is_no_failure(tmp_path: Path) -> None:
+def test_stopping_a_process_that_exits_with_0_is_no_failure(tmp_path: Path) -> None:
     program = f"import signal, sys; signal.signal({int(signal.SIGTERM)}, lambda *_: sys.exit(0)); "
     with _child(tmp_path, program + _READY + "time.sleep(60)") as child:
         child.first_line(30.0)
@@ -69,9 +69,7 @@ def test_stopping_a_process_that_ends_well_is_no_failure(tmp_path: Path) -> None
         assert not child.running
 
 
-def test_settings_of_the_callers_shell_do_not_reach_the_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_callers_settings_do_not_reach_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMA_TOKEN", "of another server")
 
     with _child(tmp_path, "import json, os; print(json.dumps({'token': os.environ.get('EMA_TOKEN')}))") as child:

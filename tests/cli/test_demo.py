@@ -79,7 +79,7 @@ def test_every_average_is_complete_and_equals_its_replay(finished: tuple[Path, s
         assert 0.05 < result["accuracy"] <= 1.0
 
 
-def test_the_table_shows_what_was_measured(finished: tuple[Path, str, dict[str, Any]]) -> None:
+def test_table_shows_the_measurements(finished: tuple[Path, str, dict[str, Any]]) -> None:
     _, printed, report = finished
 
     for result in report["results"]:
@@ -88,7 +88,7 @@ def test_the_table_shows_what_was_measured(finished: tuple[Path, str, dict[str, 
     assert f"{_STEPS} steps taken, {_STEPS} updates applied, 0 gaps" in printed
 
 
-def test_the_large_record_is_gone_and_the_data_stays(finished: tuple[Path, str, dict[str, Any]]) -> None:
+def test_large_record_is_deleted_and_the_data_kept(finished: tuple[Path, str, dict[str, Any]]) -> None:
     folder, _, _ = finished
 
     assert sorted(path.name for path in (folder / "demos").iterdir()) == ["1", "2"]
@@ -110,7 +110,7 @@ def _served(folder: Path, arguments: list[str]) -> Iterator[str]:
             server.communicate(timeout=_WAIT_S)
 
 
-def test_the_commands_it_prints_fetch_the_checkpoint(finished: tuple[Path, str, dict[str, Any]]) -> None:
+def test_printed_commands_fetch_the_checkpoint(finished: tuple[Path, str, dict[str, Any]]) -> None:
     folder, printed, _ = finished
     lines = [shlex.split(line) for line in printed.splitlines() if line.startswith("  ")]
     serve, download, curl, validate = (line for line in lines if line and line[0] in ("ema", "curl"))
@@ -140,7 +140,7 @@ def test_the_commands_it_prints_fetch_the_checkpoint(finished: tuple[Path, str, 
     ("words", "name"),
     [("ema_cli.demo.train", "trainer"), (" serve ", "server"), (" evaluate ", "evaluation worker")],
 )
-def test_a_process_that_is_killed_ends_the_demo_with_its_name(tmp_path: Path, words: str, name: str) -> None:
+def test_killed_process_ends_the_demo_with_its_name(tmp_path: Path, words: str, name: str) -> None:
     demo = _demo(tmp_path, "--steps", "1000000")
     _await_child(demo, " evaluate ")  # the last of the three
     os.kill(_await_child(demo, words), signal.SIGKILL)
@@ -152,7 +152,7 @@ def test_a_process_that_is_killed_ends_the_demo_with_its_name(tmp_path: Path, wo
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_interrupted_demo_leaves_no_process_behind(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_interrupted_demo_leaves_no_process(tmp_path: Path, number: signal.Signals, code: int) -> None:
     demo = _demo(tmp_path, "--steps", "1000000")
     _await_child(demo, " evaluate ")
     started = _children(demo.pid)

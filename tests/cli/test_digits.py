@@ -6,7 +6,7 @@ from ema_cli.demo.digits import CLASSES, DigitNet, held_out_accuracy, load
 from ema_cli.demo.evaluate import accuracy
 
 
-def test_the_halves_share_no_image() -> None:
+def test_halves_share_no_image() -> None:
     digits = load()
 
     train = {image.numpy().tobytes() for image in digits.train_images}
@@ -22,7 +22,7 @@ def test_each_half_has_every_digit() -> None:
     assert set(digits.train_labels.tolist()) == set(digits.test_labels.tolist()) == set(range(CLASSES))
 
 
-def test_accuracy_is_that_of_the_weights_given() -> None:
+def test_accuracy_is_that_of_the_given_weights() -> None:
     model = DigitNet()
     with torch.no_grad():
         model.head.weight.zero_()
@@ -33,7 +33,7 @@ def test_accuracy_is_that_of_the_weights_given() -> None:
     assert accuracy(model.state_dict()) == {"accuracy": share, "samples": len(labels)}
 
 
-def test_evaluating_leaves_the_models_mode_as_it_was() -> None:
+def test_evaluation_keeps_the_models_mode() -> None:
     model = DigitNet().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 

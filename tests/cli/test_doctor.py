@@ -59,13 +59,13 @@ def _found(checks_: tuple[Check, ...], name: str) -> Check:
     return next(check for check in checks_ if check.name == name)
 
 
-def test_a_machine_in_order_has_no_problem(tmp_path: Path) -> None:
+def test_working_machine_has_no_problem(tmp_path: Path) -> None:
     examined = doctor.examine(f"tcp://{_free()}", _free(), tmp_path)
 
     assert [check for check in examined if check.state is State.PROBLEM] == []
 
 
-def test_the_command_exits_1_and_says_what_to_do_when_an_address_is_taken(tmp_path: Path) -> None:
+def test_taken_address_exits_1_with_advice(tmp_path: Path) -> None:
     with _taken() as address:
         told = ema("doctor", "--http", address, "--zmq", f"tcp://{_free()}", "--data", str(tmp_path), "--json")
 
@@ -76,14 +76,14 @@ def test_the_command_exits_1_and_says_what_to_do_when_an_address_is_taken(tmp_pa
     assert (report["ok"], told.returncode) == (False, 1)
 
 
-def test_the_command_exits_0_and_prints_a_line_for_each_check(tmp_path: Path) -> None:
+def test_success_exits_0_with_a_line_for_each_check(tmp_path: Path) -> None:
     told = ema("doctor", "--http", _free(), "--zmq", f"tcp://{_free()}", "--data", str(tmp_path))
 
     assert told.returncode == 0, told.stdout
     assert len(told.stdout.splitlines()) == len(doctor.examine("tcp://127.0.0.1:0", "127.0.0.1:0", tmp_path))
 
 
-def test_an_address_taken_by_an_ema_server_is_in_order(tmp_path: Path) -> None:
+def test_address_of_a_running_ema_server_is_no_problem(tmp_path: Path) -> None:
     with _server() as address:
         examined = doctor.examine(f"tcp://{_free()}", address, tmp_path)
 
@@ -91,18 +91,18 @@ def test_an_address_taken_by_an_ema_server_is_in_order(tmp_path: Path) -> None:
     assert "running" in _found(examined, "http address").found
 
 
-def test_an_address_that_is_none_is_a_problem() -> None:
+def test_invalid_address_is_a_problem() -> None:
     for address in ("127.0.0.1", "127.0.0.1:http", "127.0.0.1:70000", "192.0.2.1:0"):
         assert doctor.http_address(address, server_answers=False).state is State.PROBLEM, address
 
 
-def test_a_folder_that_cannot_be_written_is_a_problem() -> None:
+def test_unwritable_folder_is_a_problem() -> None:
     found = tuple(doctor.disk(Path("/proc")))
 
     assert _found(found, "durable write").state is State.PROBLEM
 
 
-def test_a_folder_that_does_not_exist_yet_is_judged_by_the_one_above_it(tmp_path: Path) -> None:
+def test_missing_folder_is_judged_by_its_parent(tmp_path: Path) -> None:
     found = tuple(doctor.disk(tmp_path / "not" / "yet"))
 
     assert str(tmp_path) in _found(found, "disk").found
@@ -110,7 +110,7 @@ def test_a_folder_that_does_not_exist_yet_is_judged_by_the_one_above_it(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_a_note_that_names_what_brings_it() -> None:
+def test_missing_package_is_a_note_that_names_its_extra() -> None:
     told = ema("doctor", "--zmq", f"tcp://{_free()}", "--http", _free(), "--json", missing=["torch", "zmq"])
 
     report = {check["name"]: check for check in json.loads(told.stdout)["checks"]}
@@ -118,7 +118,7 @@ def test_a_missing_package_is_a_note_that_names_what_brings_it() -> None:
     assert told.returncode == 0
 
 
-def test_a_server_is_checked_by_its_url(tmp_path: Path) -> None:
+def test_server_is_checked_by_its_url(tmp_path: Path) -> None:
     served = Served(tmp_path / "data", token="s3cret")
     with served.listening() as url:
         unready = ema("doctor", "--url", url, "--token", "s3cret", "--json")
@@ -137,7 +137,7 @@ def test_a_server_is_checked_by_its_url(tmp_path: Path) -> None:
     assert "nothing answers" in nowhere.stdout
 
 
-def test_the_doctors_defaults_are_those_of_the_server() -> None:
+def test_doctor_defaults_are_those_of_the_server() -> None:
     group: Any = typer.main.get_command(build())
     defaults = [{param.name: param.default for param in group.commands[name].params} for name in ("doctor", "serve")]
 

@@ -34,7 +34,7 @@ def _packages(extra: str) -> set[str]:
 
 
 @pytest.mark.parametrize("package", sorted(_packages("demo") - _SPEED_ONLY - {"torch"}))
-def test_a_missing_package_is_answered_with_an_extra_that_brings_it(package: str) -> None:
+def test_missing_package_names_its_extra(package: str) -> None:
     advice = missing_advice(ModuleNotFoundError(name=f"{package}.inner"))
 
     assert advice is not None
@@ -43,11 +43,11 @@ def test_a_missing_package_is_answered_with_an_extra_that_brings_it(package: str
     assert package in _packages(extra[1])
 
 
-def test_a_missing_module_of_ours_is_no_missing_extra() -> None:
+def test_missing_module_of_ours_is_not_a_missing_extra() -> None:
     assert missing_advice(ModuleNotFoundError(name="ema_server.gone")) is None
 
 
-def test_help_lists_every_command_in_the_order_of_the_flow() -> None:
+def test_help_lists_commands_in_workflow_order() -> None:
     shown = ema("--help")
 
     listed = re.findall(r"^\W*(\w+)  ", shown.stdout.partition("Commands")[2], flags=re.MULTILINE)
@@ -65,7 +65,7 @@ def test_help_lists_every_command_in_the_order_of_the_flow() -> None:
         ("typer", ["status"], "ema-sidecar[reader]"),
     ],
 )
-def test_without_its_extra_a_command_is_one_line_of_advice(
+def test_command_without_its_extra_prints_one_line_of_advice(
     tmp_path: Path, missing: str, arguments: list[str], says: str
 ) -> None:
     tried = ema(*arguments, missing=[missing], cwd=tmp_path)
@@ -77,14 +77,14 @@ def test_without_its_extra_a_command_is_one_line_of_advice(
     assert tried.returncode == EXIT_USAGE
 
 
-def test_a_missing_extra_leaves_the_other_commands_usable() -> None:
+def test_missing_extra_leaves_other_commands_usable() -> None:
     shown = ema("versions", "--help", missing=["zmq", "fastapi", "sklearn", "torch"])
 
     assert shown.returncode == 0, shown.stderr
     assert "RUN[/AVERAGE]" in shown.stdout
 
 
-def test_help_does_not_wait_for_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     program = "import sys; from ema_cli.app import build; build(); print(*sorted(sys.modules))"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
 

@@ -63,7 +63,7 @@ def _version(folder: Path, spec: str, ledger: dict[str, Any], weights: dict[str,
     ],
     ids=["every step", "gaps", "replaced on the way"],
 )
-def test_the_replay_is_exact_to_float64(tmp_path: Path, ledger: dict[str, Any], updates: list[int] | None) -> None:
+def test_replay_is_exact_to_float64(tmp_path: Path, ledger: dict[str, Any], updates: list[int] | None) -> None:
     steps = updates or [*range(1, 11), 13, 17, 21, 25, *range(26, 41)]
     states = _states()
     _write(tmp_path / "record", states)
@@ -95,7 +95,7 @@ def test_one_wrong_value_in_any_tensor_is_the_difference(tmp_path: Path, name: s
     assert largest_difference(version, tmp_path / "record") == pytest.approx(abs(wrong) / largest, rel=1e-5)
 
 
-def test_a_record_is_read_back_bit_for_bit(tmp_path: Path) -> None:
+def test_record_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     states = _states()
     _write(tmp_path / "record", states)
 

@@ -44,7 +44,7 @@ def _width(profile: Tensor) -> float:
     return float((profile * (steps - mean) ** 2).sum().sqrt() / STEPS)
 
 
-def test_ema_pytorchs_karras_ema_is_ours_with_its_first_step_lost(server: ServerProcess) -> None:
+def test_karras_ema_is_our_power_rule_without_its_first_step(server: ServerProcess) -> None:
     """It counts one step more than there were: as if a step 0 had been missed."""
     model = ProfileModel()
     karras = library("ema_pytorch").KarrasEMA(model, sigma_rel=0.05, update_every=1)
@@ -57,7 +57,7 @@ def test_ema_pytorchs_karras_ema_is_ours_with_its_first_step_lost(server: Server
     assert ((ours - theirs).abs() <= EPS32 * theirs + 1e-12).all()
 
 
-def test_a_power_function_keeps_its_width_at_every_cadence_and_in_ema_pytorch_it_does_not(
+def test_power_profile_keeps_its_width_at_every_cadence_unlike_ema_pytorch(
     server: ServerProcess,
 ) -> None:
     """A README's `update_every=10` makes of 0.05 a profile of 0.25, close to the mean of all weights."""
@@ -72,7 +72,7 @@ def test_a_power_function_keeps_its_width_at_every_cadence_and_in_ema_pytorch_it
     assert _width(ours) == pytest.approx(0.05, rel=0.02)
 
 
-def test_a_half_life_is_in_steps_at_every_cadence_and_in_ema_pytorch_in_updates(server: ServerProcess) -> None:
+def test_half_life_counts_steps_and_not_updates_as_in_ema_pytorch(server: ServerProcess) -> None:
     model = ProfileModel()
     ema = library("ema_pytorch").EMA(model, beta=0.99, update_after_step=0, update_every=_EVERY, min_value=0.99)
     for step in range(1, STEPS + 1):
@@ -86,7 +86,7 @@ def test_a_half_life_is_in_steps_at_every_cadence_and_in_ema_pytorch_in_updates(
     assert float(theirs[STEPS - 70 * _EVERY + 1 :].sum()) == pytest.approx(half)
 
 
-def test_a_stream_of_every_tenth_step_weighs_it_as_the_ten_steps_since_the_last(server: ServerProcess) -> None:
+def test_each_tenth_step_weighs_as_much_as_ten_steps(server: ServerProcess) -> None:
     """For every rule: what the dense stream gives, on weights that are constant over each ten steps."""
     dense = _streamed(server, "dense", range(1, STEPS + 1))
     sparse = _streamed(server, "sparse", range(1, STEPS + 1), every=_EVERY)

@@ -21,7 +21,7 @@ _ROWS = [
 ][1:]
 
 
-def test_every_preset_is_in_the_table_and_was_compared() -> None:
+def test_every_preset_is_documented_and_compared() -> None:
     compared = {name for peer in PEERS for name in re.findall(r"preset=([\w-]+)", peer.rule)}
 
     assert sorted(row[0].strip("`") for row in _ROWS) == sorted(PRESETS)
@@ -29,7 +29,7 @@ def test_every_preset_is_in_the_table_and_was_compared() -> None:
 
 
 @pytest.mark.parametrize("row", _ROWS, ids=lambda row: row[0])
-def test_a_preset_stands_for_what_the_table_says(row: list[str]) -> None:
+def test_preset_equals_its_table_row(row: list[str]) -> None:
     """With the length that the table shows: a preset has one of its own, or wants one."""
     name, shown = row[0].strip("`"), parse_average(row[2].strip("`"))
     text = row[2].strip("`")
@@ -41,7 +41,7 @@ def test_a_preset_stands_for_what_the_table_says(row: list[str]) -> None:
     assert row[2] == f"`{shown.spec}`"
 
 
-def test_every_rule_that_the_page_names_can_be_read() -> None:
+def test_every_documented_rule_parses() -> None:
     named = re.findall(r"`((?:ema|power|swa|window|wsd):[^`…]+)`", _PAGE)
 
     assert len(named) > 30
@@ -49,7 +49,7 @@ def test_every_rule_that_the_page_names_can_be_read() -> None:
         parse_average(text.replace("STEPS_PER_EPOCH", "100"))
 
 
-def test_the_drawings_are_of_rules_that_can_be_read() -> None:
+def test_every_plotted_rule_parses() -> None:
     panels = script("plot_profiles").PANELS
 
     assert all(parse_average(rule) for panel in panels for rule in panel.rules)

@@ -52,7 +52,7 @@ def _floats(state: Mapping[str, Tensor]) -> list[str]:
 
 
 @_each_peer
-def test_the_steps_have_the_weights_that_they_have_in_the_library(compared: Compared, peer: Peer) -> None:
+def test_step_weights_equal_the_librarys(compared: Compared, peer: Peer) -> None:
     """Both are averaged in float64; ours is published as float32.
 
     A decay that is known to a unit roundoff of float32 only makes a weight `1 - d` of at least 0.01 wrong by 100 of
@@ -68,7 +68,7 @@ def test_the_steps_have_the_weights_that_they_have_in_the_library(compared: Comp
 
 
 @_each_peer
-def test_every_tensor_of_the_library_is_ours(compared: Compared, peer: Peer) -> None:
+def test_every_tensor_equals_the_librarys(compared: Compared, peer: Peer) -> None:
     ours, theirs = compared.pair(peer)
     for name in set(_floats(theirs)) - set(peer.differs):
         largest = compared.walk.values(name).abs().max().item()
@@ -77,7 +77,7 @@ def test_every_tensor_of_the_library_is_ours(compared: Compared, peer: Peer) -> 
 
 
 @_each_peer
-def test_every_tensor_is_the_mean_that_its_weights_say(compared: Compared, peer: Peer) -> None:
+def test_every_tensor_is_the_mean_of_its_weights(compared: Compared, peer: Peer) -> None:
     """Also where the library's is not. Copied ones are as they were at the last step that is in the average."""
     ours, theirs = compared.pair(peer)
     newest = compared.walk.history[int(theirs["profile"].nonzero().max())]
@@ -92,7 +92,7 @@ def test_every_tensor_is_the_mean_that_its_weights_say(compared: Compared, peer:
 
 
 @_each_peer
-def test_where_the_library_is_said_to_be_wrong_it_is(compared: Compared, peer: Peer) -> None:
+def test_documented_faults_of_libraries_exist(compared: Compared, peer: Peer) -> None:
     """Otherwise an exception from the comparison above would be hiding something."""
     _, theirs = compared.pair(peer)
     for name in set(peer.differs) & set(theirs):
@@ -104,9 +104,7 @@ def test_where_the_library_is_said_to_be_wrong_it_is(compared: Compared, peer: P
 
 
 @pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.form is Form.SCALED], ids=lambda peer: peer.label)
-def test_a_library_whose_decays_do_not_add_up_to_1_scales_the_weights_and_ours_does_not(
-    compared: Compared, peer: Peer
-) -> None:
+def test_decays_that_do_not_sum_to_1_scale_the_librarys_weights_and_not_ours(compared: Compared, peer: Peer) -> None:
     ours, theirs = compared.pair(peer)
     exact = compared.walk.exact(theirs["profile"], "conv.weight")
 
@@ -121,7 +119,7 @@ _each_rule = pytest.mark.parametrize("rule", sorted({peer.rule for peer in PEERS
 
 
 @_each_rule
-def test_the_ledger_lists_the_weights_that_the_server_gave(compared: Compared, rule: str) -> None:
+def test_ledger_lists_the_weights_of_the_server(compared: Compared, rule: str) -> None:
     ledger = compared.ledgers[rule]
     listed = torch.zeros(STEPS + 2, dtype=torch.float64)
     for step, share in ledger.steps:
@@ -132,7 +130,7 @@ def test_the_ledger_lists_the_weights_that_the_server_gave(compared: Compared, r
 
 
 @_each_rule
-def test_the_drawings_of_the_docs_show_the_weights_that_the_server_gave(compared: Compared, rule: str) -> None:
+def test_plotted_weights_are_those_of_the_server(compared: Compared, rule: str) -> None:
     drawn = torch.from_numpy(script("plot_profiles").profile(parse_average(rule), STEPS))
 
     assert (compared.ours[rule]["profile"].double()[: STEPS + 1] - drawn).abs().max() <= EPS32

@@ -62,9 +62,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def test_a_power_average_made_after_the_run_is_the_one_that_was_asked_for(
-    server: ServerProcess, tmp_path: Path
-) -> None:
+def test_synthesized_power_average_is_the_requested_one(server: ServerProcess, tmp_path: Path) -> None:
     """And within the error that the answer names; ema-pytorch, which counts one step more, comes near to it too."""
     made, ours, theirs = _both(server, 50, tmp_path)
 

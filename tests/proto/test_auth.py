@@ -9,7 +9,7 @@ from ema_proto.auth import prove, verify
 SESSION = bytes(range(16))
 
 
-def test_the_proof_is_the_hmac_of_the_specification() -> None:
+def test_proof_is_the_hmac_of_the_specification() -> None:
     """HMAC by its definition, not by the library that the product uses."""
     key = b"secret".ljust(64, b"\0")
     inner = hashlib.sha256(bytes(b ^ 0x36 for b in key) + b"ema-sidecar hello 1\0" + SESSION + b"nonce").digest()
@@ -18,7 +18,7 @@ def test_the_proof_is_the_hmac_of_the_specification() -> None:
     assert prove("secret", nonce="nonce", session=SESSION) == expected
 
 
-def test_a_proof_is_valid_for_its_token_nonce_and_session_only() -> None:
+def test_proof_is_valid_only_for_its_token_nonce_and_session() -> None:
     proof = prove("secret", nonce="nonce", session=SESSION)
 
     assert verify("secret", proof, nonce="nonce", session=SESSION)
@@ -29,7 +29,7 @@ def test_a_proof_is_valid_for_its_token_nonce_and_session_only() -> None:
     assert not verify("secret", "größe", nonce="nonce", session=SESSION)
 
 
-def test_a_token_of_undecodable_bytes_from_the_environment_works() -> None:
+def test_token_of_undecodable_bytes_from_the_environment_works() -> None:
     token = b"caf\xe9".decode(errors="surrogateescape")
 
     assert verify(token, prove(token, nonce="n", session=SESSION), nonce="n", session=SESSION)

@@ -45,7 +45,7 @@ def test_both_ends_agree_under_any_network_fault(seed: int, faults: Faults, rest
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), faults=faults)
-def test_two_trainers_that_compete_for_a_run_never_mix_their_bytes(seed: int, faults: Faults) -> None:
+def test_competing_trainers_never_mix_their_bytes(seed: int, faults: Faults) -> None:
     rng = random.Random(seed)
     world = World(rng=rng)
     world.trainer("a")

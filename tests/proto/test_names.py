@@ -11,7 +11,7 @@ from ema_proto.names import RESERVED, check_name
 
 
 @pytest.mark.parametrize("name", ["a", "resnet34", "ema-0.9999", "A_b.C-d", "x" * 96, "0", "_", "v10", "apis"])
-def test_a_valid_name_is_returned_unchanged(name: str) -> None:
+def test_valid_name_is_returned_unchanged(name: str) -> None:
     assert check_name("run", name) == name
 
 
@@ -37,7 +37,7 @@ def test_a_valid_name_is_returned_unchanged(name: str) -> None:
         ("Docs", "is reserved"),
     ],
 )
-def test_a_bad_name_is_refused_with_its_kind_the_name_and_the_rule(name: str, problem: str) -> None:
+def test_invalid_name_is_refused_with_kind_name_and_rule(name: str, problem: str) -> None:
     with pytest.raises(LocalProtocolError) as caught:
         check_name("average", name)
     text = str(caught.value)
@@ -50,7 +50,7 @@ def test_a_bad_name_is_refused_with_its_kind_the_name_and_the_rule(name: str, pr
 
 
 @given(st.text(alphabet="aZ09_.-", min_size=1, max_size=100))
-def test_an_accepted_name_never_leaves_its_folder(name: str) -> None:
+def test_accepted_name_never_leaves_its_folder(name: str) -> None:
     try:
         check_name("run", name)
     except LocalProtocolError:

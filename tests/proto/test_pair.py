@@ -23,7 +23,7 @@ def test_snapshots_arrive_byte_equal_and_in_order() -> None:
 
 
 @pytest.mark.parametrize("chunks", [1 / 65536, 0.5, 1.0, 1.0001, 8.0, 30.0])
-def test_any_size_gets_through_the_credit_window(chunks: float) -> None:
+def test_any_size_passes_the_credit_window(chunks: float) -> None:
     world = World()
     trainer = world.trainer(chunks=chunks)
     for _ in range(30):
@@ -54,7 +54,7 @@ def test_credit_never_exceeds_free_staging() -> None:
     assert not trainer.committed
 
 
-def test_a_lost_connection_resends_unanswered_snapshots() -> None:
+def test_reconnect_resends_unanswered_snapshots() -> None:
     world = World()
     trainer = world.trainer()
     world.turn()
@@ -71,7 +71,7 @@ def test_a_lost_connection_resends_unanswered_snapshots() -> None:
     assert dict(world.server.applied) == trainer.sent
 
 
-def test_a_commit_whose_answer_was_lost_is_not_applied_twice() -> None:
+def test_commit_with_a_lost_answer_is_applied_once() -> None:
     world = World()
     trainer = world.trainer()
     world.turn()
@@ -92,7 +92,7 @@ def test_a_commit_whose_answer_was_lost_is_not_applied_twice() -> None:
     assert trainer.joined[-1].recent == (1,)
 
 
-def test_a_restarted_server_is_detected_and_the_run_continues_from_its_generation() -> None:
+def test_restarted_server_continues_the_run_from_its_generation() -> None:
     world = World()
     trainer = world.trainer()
     for _ in range(10):
@@ -116,7 +116,7 @@ def test_a_restarted_server_is_detected_and_the_run_continues_from_its_generatio
     check_agreement(world)
 
 
-def test_requests_are_answered_in_order_with_the_snapshots_before_them() -> None:
+def test_requests_are_answered_in_order_with_earlier_snapshots() -> None:
     world = World()
     trainer = world.trainer()
     world.turn()
@@ -145,7 +145,7 @@ def test_finish_closes_the_session_on_both_ends() -> None:
     assert world.server.durable == world.server.applied
 
 
-def test_a_rewind_starts_steps_again_after_the_generation() -> None:
+def test_rewind_starts_steps_after_the_generation() -> None:
     world = World()
     trainer = world.trainer()
     world.turn()
@@ -174,7 +174,7 @@ def test_offering_a_step_twice_is_a_local_error() -> None:
         trainer.sender.offer(1, 1, 0.0)
 
 
-def test_a_silent_server_loses_the_connection_only() -> None:
+def test_silent_server_loses_only_the_connection() -> None:
     world = World()
     trainer = world.trainer()
     world.turn()
@@ -191,7 +191,7 @@ def test_a_silent_server_loses_the_connection_only() -> None:
     assert trainer.committed == set(trainer.sent)
 
 
-def test_the_right_token_is_proved_without_being_sent() -> None:
+def test_token_is_proved_without_being_sent() -> None:
     world = World(token="secret-token")
     trainer = world.trainer(token="secret-token")
     world.turn()
@@ -204,7 +204,7 @@ def test_the_right_token_is_proved_without_being_sent() -> None:
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])
-def test_a_missing_or_wrong_token_is_final_and_names_the_variable(token: str | None) -> None:
+def test_missing_or_wrong_token_is_final_and_names_the_variable(token: str | None) -> None:
     world = World(token="secret-token")
     trainer = world.trainer(token=token)
     world.run(8)
@@ -226,7 +226,7 @@ def joined_pair(first: int, second: int) -> tuple[World, Trainer, Trainer]:
     return world, old, world.trainer("new", incarnation=second)
 
 
-def test_a_higher_incarnation_evicts_the_older_trainer_at_once() -> None:
+def test_higher_incarnation_evicts_the_older_trainer_at_once() -> None:
     world, old, new = joined_pair(0, 1)
     world.run(6)
 
@@ -235,7 +235,7 @@ def test_a_higher_incarnation_evicts_the_older_trainer_at_once() -> None:
     assert new.sender.state is SenderState.STREAMING
 
 
-def test_a_lower_incarnation_is_refused() -> None:
+def test_lower_incarnation_is_refused() -> None:
     world, old, new = joined_pair(1, 0)
     world.run(6)
 
@@ -244,7 +244,7 @@ def test_a_lower_incarnation_is_refused() -> None:
     assert old.sender.state is SenderState.STREAMING
 
 
-def test_an_equal_incarnation_is_refused_while_the_older_trainer_is_alive() -> None:
+def test_equal_incarnation_is_refused_while_the_older_trainer_lives() -> None:
     world, old, new = joined_pair(0, 0)
     world.run(20)
 
@@ -253,7 +253,7 @@ def test_an_equal_incarnation_is_refused_while_the_older_trainer_is_alive() -> N
     assert old.sender.state is SenderState.STREAMING
 
 
-def test_a_killed_trainer_that_returns_takes_over_after_the_probe() -> None:
+def test_killed_trainer_that_returns_takes_over_after_the_probe() -> None:
     world, old, new = joined_pair(0, 0)
     world.trainers.remove(old)
     started = world.now
@@ -267,7 +267,7 @@ def test_a_killed_trainer_that_returns_takes_over_after_the_probe() -> None:
     assert world.server.applied[-1] == (2, new.sent[2])
 
 
-def test_buffered_frames_of_a_killed_trainer_do_not_answer_a_probe() -> None:
+def test_buffered_frames_of_a_killed_trainer_answer_no_probe() -> None:
     world, old, new = joined_pair(0, 0)
     old.train(world.now)
     old.write()

@@ -25,7 +25,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def test_the_protocol_imports_the_standard_library_only_and_no_io() -> None:
+def test_protocol_imports_only_the_standard_library_and_no_io() -> None:
     assert FILES
     for path in FILES:
         others = imported(path) - {"ema_proto", "__future__"}
@@ -33,7 +33,7 @@ def test_the_protocol_imports_the_standard_library_only_and_no_io() -> None:
         assert not others & FORBIDDEN, path.name
 
 
-def test_the_protocol_opens_and_prints_nothing() -> None:
+def test_protocol_opens_and_prints_nothing() -> None:
     for path in FILES:
         calls = {
             node.func.id

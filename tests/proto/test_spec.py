@@ -40,7 +40,7 @@ def bare(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-def test_the_message_table_names_every_type_with_its_number_and_direction() -> None:
+def test_message_table_has_every_type_number_and_direction() -> None:
     rows = {int(row["type"]): row for row in table("## 3.", "type")}
 
     assert {number: row["message"] for number, row in rows.items()} == TYPES
@@ -49,7 +49,7 @@ def test_the_message_table_names_every_type_with_its_number_and_direction() -> N
         assert row["direction"] == ("both" if both else "T→S" if number < 64 else "S→T")
 
 
-def test_the_message_table_names_every_key_of_every_body() -> None:
+def test_message_table_names_every_key_of_every_body() -> None:
     rows = {row["message"]: bare(row["body keys"]) for row in table("## 3.", "type")}
     for message in EXAMPLES.values():
         if isinstance(message, m.Join):  # what is None is left out of the body
@@ -62,7 +62,7 @@ def test_the_message_table_names_every_key_of_every_body() -> None:
     assert described == {key for keys in rows.values() for key in keys}
 
 
-def test_the_message_table_names_the_messages_that_use_step_and_attempt() -> None:
+def test_message_table_names_uses_of_step_and_attempt() -> None:
     rows = {row["message"]: row["header"] for row in table("## 3.", "type")}
     for message in EXAMPLES.values():
         header, _ = codec.encode(message, session=bytes(16), epoch=1)
@@ -73,7 +73,7 @@ def test_the_message_table_names_the_messages_that_use_step_and_attempt() -> Non
             assert (used.step, used.attempt, used.offset, used.crc32) == (0, 0, 0, None)
 
 
-def test_the_header_table_adds_up_and_agrees_with_the_codec() -> None:
+def test_header_table_agrees_with_the_codec() -> None:
     rows = table("## 2.", "offset")
     position = 0
     for row in rows:
@@ -91,7 +91,7 @@ def test_the_header_table_adds_up_and_agrees_with_the_codec() -> None:
     assert {field: read[field] for field in expected} == expected
 
 
-def test_the_limits_table_is_limits_py_and_every_limit_has_a_reason() -> None:
+def test_limits_table_equals_limits_py_and_gives_reasons() -> None:
     rows = {row["limit"]: row for row in table("## 13.", "limit")}
     named = {name for name in vars(limits) if name.isupper()} - {"MAGIC", "VERSION_MAJOR", "VERSION_MINOR"}
 
@@ -101,7 +101,7 @@ def test_the_limits_table_is_limits_py_and_every_limit_has_a_reason() -> None:
         assert len(row["reason"]) > 3, name
 
 
-def test_the_version_and_the_time_table_are_those_of_limits_py() -> None:
+def test_version_and_time_tables_equal_limits_py() -> None:
     times = {row["what"]: row["seconds"] for row in table("## 10.", "what")}
 
     assert f"The version is {limits.VERSION_MAJOR}.{limits.VERSION_MINOR}." in SPEC
@@ -110,7 +110,7 @@ def test_the_version_and_the_time_table_are_those_of_limits_py() -> None:
     assert [float(value.split("…")[-1].split(",")[0]) for value in times.values()] == expected
 
 
-def test_the_reject_table_has_every_code_with_its_scope_and_cure() -> None:
+def test_reject_table_has_every_code_with_scope_and_cure() -> None:
     rows = {row["code"].strip("`"): (row["scope"], row["the sender"]) for row in table("## 12.", "code")}
 
     assert rows == {code.value: (code.scope.value, code.cure.value) for code in RejectCode}
@@ -127,7 +127,7 @@ SENDER_TABLE = table("### Sender", "from the server")
 RECEIVER_TABLE = table("### Receiver", "from the trainer")
 
 
-def test_the_state_tables_have_every_state_and_every_message() -> None:
+def test_state_tables_have_every_state_and_message() -> None:
     sender_states = {state.value for state in SenderState} - {"disconnected", "failed", "closed"}
     from_server = {name for kind, name in TYPES.items() if kind >= 64} | {"HEARTBEAT"}
     from_trainer = {name for kind, name in TYPES.items() if kind < 64}
@@ -143,7 +143,7 @@ def test_the_state_tables_have_every_state_and_every_message() -> None:
 
 @pytest.mark.parametrize("row", SENDER_TABLE, ids=lambda row: row["from the server"])
 @pytest.mark.parametrize("state", ["greeting", "greeted", "joining", "streaming"])
-def test_the_sender_does_what_its_state_table_says(row: dict[str, str], state: str) -> None:
+def test_sender_follows_its_state_table(row: dict[str, str], state: str) -> None:
     expected = row[state]
 
     assert sender_after(state, row["from the server"]) == (state if expected == NOTHING else expected)
@@ -151,5 +151,5 @@ def test_the_sender_does_what_its_state_table_says(row: dict[str, str], state: s
 
 @pytest.mark.parametrize("row", RECEIVER_TABLE, ids=lambda row: row["from the trainer"])
 @pytest.mark.parametrize("state", RECEIVER_STATES)
-def test_the_receiver_does_what_its_state_table_says(row: dict[str, str], state: str) -> None:
+def test_receiver_follows_its_state_table(row: dict[str, str], state: str) -> None:
     assert receiver_after(state, row["from the trainer"]) == row[state]

@@ -43,7 +43,7 @@ def test_every_rule_survives_its_string_exactly(rule: AverageSpec) -> None:
 
 
 @given(decays)
-def test_a_decay_is_never_in_exponent_form(decay: float) -> None:
+def test_decay_is_never_in_exponent_form(decay: float) -> None:
     assert "e" not in Ema(decay, name="x").spec.removeprefix("ema:").lower()
 
 
@@ -52,7 +52,7 @@ def test_a_decay_is_never_in_exponent_form(decay: float) -> None:
     st.fixed_dictionaries({}, optional={"buffers": st.sampled_from(["average", "copy"]), "acc": st.just("float64")}),
     st.floats(0.01, 0.28),
 )
-def test_parameters_beside_a_preset_take_precedence(name: str, own: dict[str, str], length: float) -> None:
+def test_explicit_parameters_override_a_preset(name: str, own: dict[str, str], length: float) -> None:
     preset = PRESETS[name]
     own |= {"ema": {"decay": str(length)}, "power": {"sigma_rel": str(length)}}.get(preset.rule, {})
     meant = dict(preset.parameters) | own
@@ -83,13 +83,13 @@ def _text(rule: str, parameters: dict[str, str]) -> str:
         ("power:gamma=7,preset=edm2,name=p", "power:gamma=7,buffers=copy", "p"),
     ],
 )
-def test_a_preset_does_not_appear_in_the_spec(text: str, spec: str, name: str) -> None:
+def test_preset_does_not_appear_in_the_spec(text: str, spec: str, name: str) -> None:
     average = parse_average(text)
 
     assert (average.spec, average.name) == (spec, name)
 
 
-def test_every_preset_reads_alone_or_with_a_decay() -> None:
+def test_every_preset_parses_alone_or_with_a_decay() -> None:
     for name, preset in PRESETS.items():
         needs = preset.rule == "ema" and not preset.length
         average = parse_average(f"{preset.rule}:{'0.99,' if needs else ''}preset={name}")
@@ -97,7 +97,7 @@ def test_every_preset_reads_alone_or_with_a_decay() -> None:
 
 
 @given(st.floats(1e-60, 1.0, exclude_max=True))
-def test_a_default_name_is_valid_and_contains_the_decay(decay: float) -> None:
+def test_default_name_is_valid_and_contains_the_decay(decay: float) -> None:
     assert float(Ema(decay).name.removeprefix("ema-")) == decay
 
 
@@ -144,7 +144,7 @@ def test_a_default_name_is_valid_and_contains_the_decay(decay: float) -> None:
         ),
     ],
 )
-def test_a_string_becomes_its_canonical_spec_and_default_name(text: str, spec: str, name: str) -> None:
+def test_string_becomes_its_canonical_spec_and_default_name(text: str, spec: str, name: str) -> None:
     average = parse_average(text)
 
     assert (average.spec, average.name) == (spec, name)
@@ -220,7 +220,7 @@ def test_a_string_becomes_its_canonical_spec_and_default_name(text: str, spec: s
         ("\ud800", "'\\ud800'"),
     ],
 )
-def test_a_wrong_string_is_refused_with_its_value_and_an_example(text: str, value: str) -> None:
+def test_invalid_string_is_refused_with_its_value_and_an_example(text: str, value: str) -> None:
     with pytest.raises(LocalProtocolError) as caught:
         parse_average(text)
 
@@ -230,7 +230,7 @@ def test_a_wrong_string_is_refused_with_its_value_and_an_example(text: str, valu
 
 
 @pytest.mark.parametrize("decay", [True, "0.9"])
-def test_a_decay_is_a_number(decay: object) -> None:
+def test_decay_must_be_a_number(decay: object) -> None:
     with pytest.raises(LocalProtocolError, match="is not a number"):
         Ema(decay)  # type: ignore[arg-type]
 
@@ -247,12 +247,12 @@ def test_a_decay_is_a_number(decay: object) -> None:
     ],
     ids=str,
 )
-def test_a_parameter_is_a_number_of_its_kind(wrong: dict[str, object]) -> None:
+def test_parameter_must_be_a_number_of_its_kind(wrong: dict[str, object]) -> None:
     with pytest.raises(LocalProtocolError, match="is not a number"):
         Ema(**({"decay": 0.9, "warmup": "timm"} | wrong))  # type: ignore[arg-type]
 
 
-def test_a_comma_that_a_parameter_follows_does_not_end_the_rule() -> None:
+def test_comma_before_a_parameter_does_not_end_the_rule() -> None:
     text = "raw,ema:0.9,warmup=timm,min=0.5, ema:0.9, buffers=copy ,ema:0.99"
 
     assert [average.spec for average in parse_averages(text)] == [
@@ -276,12 +276,12 @@ def test_strings_and_values_mix_and_a_comma_separates() -> None:
         ([Ema(0.1, name="Fast"), Ema(0.2, name="fast")], "two averages are named 'fast'"),
     ],
 )
-def test_a_list_of_averages_is_bounded_and_has_unique_names(given_averages: list[Ema | str], text: str) -> None:
+def test_list_of_averages_is_bounded_and_has_unique_names(given_averages: list[Ema | str], text: str) -> None:
     with pytest.raises(LocalProtocolError, match=text):
         parse_averages(given_averages)
 
 
-def test_a_default_name_that_gets_too_long_asks_for_one() -> None:
+def test_too_long_default_name_asks_for_a_name() -> None:
     spec = "ema:0." + "0" * 80 + "1,warmup=timm,gamma=2"
 
     assert parse_average(spec, name="slow").name == "slow"
@@ -289,20 +289,20 @@ def test_a_default_name_that_gets_too_long_asks_for_one() -> None:
         parse_average(spec)
 
 
-def test_a_given_name_is_kept_and_checked() -> None:
+def test_given_name_is_kept_and_checked() -> None:
     assert parse_average("raw", name="last").name == "last"
     with pytest.raises(LocalProtocolError, match="average name 'a/b'"):
         Ema(0.5, name="a/b")
 
 
-def test_a_name_in_a_string_and_a_name_argument_must_agree() -> None:
+def test_name_in_a_string_and_name_argument_must_agree() -> None:
     assert parse_average("swa:name=mean", name="mean") == parse_average("swa", name="mean")
     with pytest.raises(LocalProtocolError, match="name it once"):
         parse_average("swa:name=mean", name="other")
 
 
 @pytest.mark.parametrize("decay", [10**400, -(10**400), float("nan"), float("inf")])
-def test_a_number_that_no_float_holds_is_out_of_range(decay: float) -> None:
+def test_number_too_large_for_a_float_is_out_of_range(decay: float) -> None:
     with pytest.raises(LocalProtocolError, match=r"is not in \[0, 1\)"):
         Ema(decay)
     with pytest.raises(LocalProtocolError, match=r"is not a number in \[1e-9, 1e15\)"):
@@ -318,7 +318,7 @@ def test_a_number_that_no_float_holds_is_out_of_range(decay: float) -> None:
         {"decay": 0.9, "warmup": "exponential"},
     ],
 )
-def test_a_length_that_no_run_could_have_is_refused(others: dict[str, Any], value: float) -> None:
+def test_impossible_length_is_refused(others: dict[str, Any], value: float) -> None:
     """The quotient of two such numbers is 0 or infinite, and an average of it NaN."""
     keys = ("half_life_samples", "half_life_epochs")
     parameters = {"half_life": ("half_life", "fraction"), "timm": ("gamma", "power"), "exponential": ("tau",)}
@@ -349,20 +349,20 @@ def test_known_exponents_of_widths(sigma_rel: float, gamma: float) -> None:
 
 
 @given(st.floats(1e-6, 0.2886))
-def test_a_width_survives_its_exponent(sigma_rel: float) -> None:
+def test_width_survives_its_exponent(sigma_rel: float) -> None:
     assert sigma_rel_of(min(gamma_of(sigma_rel), 1e6)) == pytest.approx(
         sigma_rel, rel=4e-6 if sigma_rel < 2e-6 else 1e-12
     )
 
 
 @pytest.mark.parametrize("sigma_rel", [0.0, -1.0, 0.2887, float("nan")])
-def test_a_width_that_no_profile_has_is_refused(sigma_rel: float) -> None:
+def test_impossible_width_is_refused(sigma_rel: float) -> None:
     with pytest.raises(ValueError, match="is not in"):
         gamma_of(sigma_rel)
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1e7, float("nan")])
-def test_an_exponent_out_of_range_is_refused(gamma: float) -> None:
+def test_exponent_out_of_range_is_refused(gamma: float) -> None:
     with pytest.raises(ValueError, match="is not in"):
         sigma_rel_of(gamma)
 
@@ -374,7 +374,7 @@ def test_an_exponent_out_of_range_is_refused(gamma: float) -> None:
         (Ema(half_life_epochs=9), StepUnits(samples_per_step=5), "steps_per_epoch="),
     ],
 )
-def test_a_rule_in_an_unknown_unit_is_refused_with_what_to_pass(rule: Ema, units: StepUnits, missing: str) -> None:
+def test_unknown_unit_is_refused_with_what_to_pass(rule: Ema, units: StepUnits, missing: str) -> None:
     with pytest.raises(LocalProtocolError, match=missing):
         check_step_units([Raw(), rule], units)
     check_step_units([Raw(), Uniform(), Window(3), Wsd(1, 2), rule], StepUnits(5, 5))
@@ -398,7 +398,7 @@ def test_patterns_match_whole_names_case_sensitively() -> None:
 @pytest.mark.parametrize(
     "value", [5, ["a"] * 257, [""], [5], [" a"], ["a,b"], ["a|b"], ["a\n"]], ids=lambda v: str(v)[:9]
 )
-def test_an_invalid_pattern_is_refused(value: object) -> None:
+def test_invalid_pattern_is_refused(value: object) -> None:
     with pytest.raises(LocalProtocolError, match="include"):
         check_patterns("include", value)
     assert check_patterns("include", "a.*") == ("a.*",)
@@ -410,7 +410,7 @@ def test_step_units_keep_what_newer_ones_leave_unset() -> None:
     assert StepUnits().updated(StepUnits(steps_per_epoch=7)) == StepUnits(None, 7)
 
 
-def test_a_join_without_the_unit_of_an_average_is_refused() -> None:
+def test_join_without_the_unit_of_an_average_is_refused() -> None:
     asked = replace(JOIN, averages=(Ema(half_life_samples=9), Raw()))
 
     with pytest.raises(RemoteProtocolError, match="samples_per_step=") as caught:
@@ -419,7 +419,7 @@ def test_a_join_without_the_unit_of_an_average_is_refused() -> None:
     check_join(replace(asked, samples_per_step=32))
 
 
-def test_a_join_with_a_pattern_that_matches_no_tensor_is_refused_with_known_names() -> None:
+def test_join_with_an_unmatched_pattern_is_refused_with_known_names() -> None:
     name = JOIN.manifest.tensors[0].name
 
     for what in ("include", "exclude"):
@@ -430,7 +430,7 @@ def test_a_join_with_a_pattern_that_matches_no_tensor_is_refused_with_known_name
     check_join(replace(JOIN, averages=(Ema(0.9, "x", include=(name,)),)))
 
 
-def test_a_join_has_a_bounded_number_of_patterns() -> None:
+def test_join_has_a_bounded_number_of_patterns() -> None:
     name = JOIN.manifest.tensors[0].name
     rules = tuple(Ema(0.9, f"a{number}", include=(name,) * 128) for number in range(2))
 

@@ -48,7 +48,7 @@ def codes(intake: Intake) -> list[RejectCode]:
     return [reply.code for reply in intake.replies if isinstance(reply, m.Reject)]
 
 
-def test_a_snapshot_is_acknowledged_only_when_it_is_applied() -> None:
+def test_snapshot_is_acknowledged_only_when_applied() -> None:
     intake = new_intake()
     slot = send(intake, 5, 1)
     assert slot is not None
@@ -59,7 +59,7 @@ def test_a_snapshot_is_acknowledged_only_when_it_is_applied() -> None:
     assert list(intake.recent) == [5]
 
 
-def test_begin_without_a_free_slot_is_refused_and_its_chunks_are_dropped() -> None:
+def test_begin_without_a_free_slot_is_refused_and_its_chunks_dropped() -> None:
     intake = new_intake()
     held = {send(intake, step, step) for step in (1, 2)}
     assert held == {0, 1}
@@ -69,7 +69,7 @@ def test_begin_without_a_free_slot_is_refused_and_its_chunks_are_dropped() -> No
     assert put(intake, chunk(3, 3, 0)) is None
 
 
-def test_chunks_beyond_credit_never_reach_a_slot_that_is_held() -> None:
+def test_chunks_beyond_credit_never_reach_an_occupied_slot() -> None:
     intake = new_intake()
     held = [send(intake, step, step) for step in (1, 2)]
     for index in range(100):
@@ -80,7 +80,7 @@ def test_chunks_beyond_credit_never_reach_a_slot_that_is_held() -> None:
     assert intake.credit_limit <= 2 * 3
 
 
-def test_a_set_may_repeat_the_newest_step_only() -> None:
+def test_set_may_repeat_only_the_newest_step() -> None:
     intake = new_intake(last_step=5, recent=(4, 5))
 
     assert send(intake, 5, 1) is None, "an update of an applied step counts once"
@@ -92,14 +92,14 @@ def test_a_set_may_repeat_the_newest_step_only() -> None:
     assert m.Committed(5, 3) in intake.replies
 
 
-def test_a_set_may_repeat_a_step_that_is_still_with_the_averager() -> None:
+def test_set_may_repeat_a_step_that_is_being_applied() -> None:
     intake = new_intake()
 
     assert send(intake, 1, 1) == 0
     assert send(intake, 1, 2, mode="set") == 1
 
 
-def test_a_repeated_chunk_is_received_once() -> None:
+def test_repeated_chunk_is_received_once() -> None:
     intake = new_intake()
     intake.begin(m.Begin(1, 1))
 
@@ -107,7 +107,7 @@ def test_a_repeated_chunk_is_received_once() -> None:
     assert put(intake, chunk(1, 1, 0)) is None
 
 
-def test_a_chunk_of_the_wrong_length_or_place_refuses_the_attempt_once() -> None:
+def test_misplaced_chunk_refuses_the_attempt_once() -> None:
     intake = new_intake()
     intake.begin(m.Begin(1, 1))
     bad = Header(m.Chunk.type, bytes(16), 1, CHUNK, 1, 1, 7)
@@ -119,7 +119,7 @@ def test_a_chunk_of_the_wrong_length_or_place_refuses_the_attempt_once() -> None
     assert send(intake, 1, 2) == 0
 
 
-def test_a_payload_that_was_not_received_whole_refuses_the_attempt() -> None:
+def test_incomplete_payload_refuses_the_attempt() -> None:
     intake = new_intake()
     intake.begin(m.Begin(1, 1))
     header = chunk(1, 1, 0)
@@ -130,7 +130,7 @@ def test_a_payload_that_was_not_received_whole_refuses_the_attempt() -> None:
 
 
 @pytest.mark.parametrize("commit", [m.Commit(1, 1, 3, 300), m.Commit(1, 1, 2, 299), m.Commit(1, 1, 0, 0)])
-def test_a_commit_with_other_counts_is_incomplete_even_when_every_chunk_is_there(commit: m.Commit) -> None:
+def test_commit_with_other_counts_is_incomplete_despite_all_chunks(commit: m.Commit) -> None:
     intake = new_intake()
     intake.begin(m.Begin(1, 1))
     for index in range(3):
@@ -141,7 +141,7 @@ def test_a_commit_with_other_counts_is_incomplete_even_when_every_chunk_is_there
     assert intake.replies[-1] != m.Committed(1, 1)
 
 
-def test_a_missing_checksum_is_a_wrong_one_where_it_was_agreed() -> None:
+def test_missing_agreed_checksum_counts_as_wrong() -> None:
     intake = new_intake(checksum=True)
     intake.begin(m.Begin(1, 1))
     put(intake, chunk(1, 1, 0))
@@ -149,7 +149,7 @@ def test_a_missing_checksum_is_a_wrong_one_where_it_was_agreed() -> None:
     assert codes(intake) == [RejectCode.CHECKSUM]
 
 
-def test_a_new_begin_abandons_what_was_filling() -> None:
+def test_new_begin_abandons_the_incomplete_snapshot() -> None:
     intake = new_intake()
     intake.begin(m.Begin(1, 1))
     put(intake, chunk(1, 1, 0))
@@ -160,7 +160,7 @@ def test_a_new_begin_abandons_what_was_filling() -> None:
     assert codes(intake) == [RejectCode.OUT_OF_ORDER]
 
 
-def test_an_applied_step_is_acknowledged_again_and_a_passed_one_is_not() -> None:
+def test_applied_step_is_acknowledged_again_and_a_skipped_one_is_not() -> None:
     intake = new_intake(last_step=10, recent=(8, 10))
     for step in (8, 9, 10):
         assert send(intake, step, step) is None
@@ -181,7 +181,7 @@ def test_no_snapshot_is_accepted_between_rewind_and_its_answer() -> None:
     assert send(intake, 9, 2) == 0
 
 
-def test_a_failed_rewind_leaves_the_steps_unchanged() -> None:
+def test_failed_rewind_leaves_the_steps_unchanged() -> None:
     intake = new_intake(last_step=10, recent=(9, 10))
     intake.begin_rewind()
     intake.cancel_rewind()

@@ -13,7 +13,7 @@ from ema_proto.wire import messages as m
 from support.peers import JOIN, OTHER, SESSION, Peer, accept, ends, joined_peer, new_receiver
 
 
-def test_a_second_session_on_a_connection_is_refused() -> None:
+def test_second_session_on_a_connection_is_refused() -> None:
     receiver = new_receiver()
     peer = joined_peer(receiver)
     peer.session = OTHER
@@ -23,13 +23,13 @@ def test_a_second_session_on_a_connection_is_refused() -> None:
     assert not receiver.events
 
 
-def test_a_session_of_zeros_is_refused() -> None:
+def test_session_of_zeros_is_refused() -> None:
     peer = Peer(new_receiver(), session=bytes(16))
 
     assert peer.codes(peer.say(m.Hello())) == [RejectCode.BAD_MESSAGE]
 
 
-def test_a_repeated_hello_gets_the_same_answer() -> None:
+def test_repeated_hello_gets_the_same_answer() -> None:
     receiver = new_receiver()
     peer = joined_peer(receiver)
     assert [type(answer) for answer in peer.say(m.Hello())] == [m.Welcome]
@@ -37,7 +37,7 @@ def test_a_repeated_hello_gets_the_same_answer() -> None:
     assert not peer.say(m.Begin(1, 1)), "still joined"
 
 
-def test_a_repeated_challenge_asks_for_one_proof() -> None:
+def test_repeated_challenge_asks_for_one_proof() -> None:
     peer = Peer(new_receiver(token="secret"))
     challenges = peer.say(m.Hello()) + peer.say(m.Hello())
     assert challenges == [m.Challenge("nonce 0")] * 2
@@ -47,7 +47,7 @@ def test_a_repeated_challenge_asks_for_one_proof() -> None:
         assert [type(answer) for answer in peer.say(m.Hello(proof=proof))] == [m.Welcome]
 
 
-def test_a_nonce_is_valid_for_one_proof() -> None:
+def test_nonce_is_valid_for_one_proof() -> None:
     peer = Peer(new_receiver(token="secret"))
     peer.say(m.Hello())
     assert peer.codes(peer.say(m.Hello(proof="0" * 64))) == [RejectCode.UNAUTHORIZED]
@@ -56,7 +56,7 @@ def test_a_nonce_is_valid_for_one_proof() -> None:
     assert peer.say(m.Hello(proof=late)) == [m.Challenge("nonce 1")]
 
 
-def test_a_proof_of_another_connection_is_refused() -> None:
+def test_proof_of_another_connection_is_refused() -> None:
     receiver = new_receiver(token="secret")
     first, second = Peer(receiver, b"first"), Peer(receiver, b"second")
     first.say(m.Hello())
@@ -66,7 +66,7 @@ def test_a_proof_of_another_connection_is_refused() -> None:
     assert second.codes(second.say(m.Hello(proof=proof))) == [RejectCode.UNAUTHORIZED]
 
 
-def test_before_the_token_is_proved_only_hello_bodies_are_read() -> None:
+def test_only_hello_bodies_are_read_before_the_proof() -> None:
     receiver = new_receiver(token="secret")
     peer = Peer(receiver)
     peer.say(m.Hello())
@@ -75,7 +75,7 @@ def test_before_the_token_is_proved_only_hello_bodies_are_read() -> None:
     assert not receiver.events
 
 
-def test_a_flood_of_frames_without_hello_is_answered_once_and_counted() -> None:
+def test_frames_without_hello_are_answered_once_and_counted() -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     answers = [answer for _ in range(100) for answer in peer.say(m.Heartbeat(reply=True))]
@@ -84,7 +84,7 @@ def test_a_flood_of_frames_without_hello_is_answered_once_and_counted() -> None:
     assert receiver.rejects[RejectCode.UNKNOWN_CONNECTION] == 100
 
 
-def test_a_second_join_on_a_connection_is_refused_without_an_event() -> None:
+def test_second_join_on_a_connection_is_refused_without_an_event() -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     peer.say(m.Hello())
@@ -94,7 +94,7 @@ def test_a_second_join_on_a_connection_is_refused_without_an_event() -> None:
     assert [type(event) for event in receiver.events] == [e.JoinRequested]
 
 
-def test_a_body_without_its_header_is_a_local_error() -> None:
+def test_body_without_its_header_is_a_local_error() -> None:
     with pytest.raises(LocalProtocolError):
         new_receiver().control(b"{}")
 
@@ -124,7 +124,7 @@ def test_silent_connections_are_forgotten() -> None:
         assert known == (number > 25)
 
 
-def test_joined_names_at_most_the_newest_steps_that_the_wire_allows() -> None:
+def test_joined_lists_at_most_recent_steps() -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     peer.say(m.Hello())
@@ -136,7 +136,7 @@ def test_joined_names_at_most_the_newest_steps_that_the_wire_allows() -> None:
     assert joined.recent == tuple(range(93, 101))
 
 
-def test_a_long_text_of_the_server_is_cut_to_the_limit() -> None:
+def test_long_server_text_is_truncated() -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     peer.say(m.Hello())
@@ -146,7 +146,7 @@ def test_a_long_text_of_the_server_is_cut_to_the_limit() -> None:
     assert peer.codes(peer.heard()) == [RejectCode.MANIFEST_CHANGED]
 
 
-def test_a_connection_is_counted_once_it_is_greeted_and_only_once() -> None:
+def test_connection_is_counted_once_when_greeted() -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     peer.say(JOIN)
@@ -157,7 +157,7 @@ def test_a_connection_is_counted_once_it_is_greeted_and_only_once() -> None:
     assert receiver.greeted == 1
 
 
-def test_requests_after_finish_are_refused_and_goodbye_is_not() -> None:
+def test_requests_after_finish_are_refused_except_bye() -> None:
     receiver = new_receiver()
     peer = joined_peer(receiver)
     peer.say(m.Finish(1))
@@ -166,7 +166,7 @@ def test_requests_after_finish_are_refused_and_goodbye_is_not() -> None:
     assert [ended.lost for ended in ends(receiver)] == [False]
 
 
-def test_a_finish_that_failed_lets_the_session_go_on() -> None:
+def test_failed_finish_lets_the_session_go_on() -> None:
     receiver = new_receiver()
     peer = joined_peer(receiver)
     peer.say(m.Finish(1))

@@ -18,7 +18,7 @@ from ema_proto.wire import messages as m
 from support.peers import JOIN, OTHER, SESSION, Peer, accept, ends, joined_peer, new_receiver
 
 
-def test_the_last_session_is_remembered_for_a_bounded_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_session_is_remembered_for_a_bounded_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ema_proto.receiver.ownership.RUNS_REMEMBERED_MAX", 5)
     ownership = Ownership(Connections(epoch=1, token=None, nonce=str, chunk_bytes=CHUNK_BYTES_MIN), deque())
     for number in range(20):
@@ -28,7 +28,7 @@ def test_the_last_session_is_remembered_for_a_bounded_number_of_runs(monkeypatch
     assert len(ownership._streamed_by) == 5
 
 
-def test_a_refused_newcomer_ends_the_session_that_it_replaced() -> None:
+def test_refused_newcomer_ends_the_session_that_it_replaced() -> None:
     """Else the run would stay in memory, and be called active, without a trainer."""
     receiver = new_receiver()
     old = joined_peer(receiver)
@@ -44,7 +44,7 @@ def test_a_refused_newcomer_ends_the_session_that_it_replaced() -> None:
     assert [(ended.ticket, ended.lost) for ended in ends(receiver)] == [(1, True)]
 
 
-def test_a_refused_join_of_a_run_without_a_session_ends_nothing() -> None:
+def test_refused_join_of_a_run_without_a_session_ends_nothing() -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     peer.say(m.Hello())
@@ -57,7 +57,7 @@ def test_a_refused_join_of_a_run_without_a_session_ends_nothing() -> None:
 
 
 @pytest.mark.parametrize("leaves", [True, False])
-def test_a_trainer_that_leaves_while_the_averager_loads_its_run_ends_the_session(leaves: bool) -> None:
+def test_leaving_while_the_run_is_loaded_ends_the_session(leaves: bool) -> None:
     receiver = new_receiver()
     peer = Peer(receiver)
     peer.say(m.Hello())
@@ -80,7 +80,7 @@ def probed(receiver: Receiver) -> tuple[Peer, Peer]:
     return owner, rival
 
 
-def test_an_owner_that_reconnects_while_probed_keeps_the_run() -> None:
+def test_owner_that_reconnects_while_probed_keeps_the_run() -> None:
     receiver = new_receiver()
     _, rival = probed(receiver)
     again = Peer(receiver, b"again")
@@ -92,7 +92,7 @@ def test_an_owner_that_reconnects_while_probed_keeps_the_run() -> None:
     assert not again.heard(), "nobody takes the run from it"
 
 
-def test_a_rival_that_reconnects_does_not_wait_longer() -> None:
+def test_rival_that_reconnects_does_not_wait_longer() -> None:
     receiver = new_receiver()
     owner, _ = probed(receiver)
     again = Peer(receiver, b"again", OTHER)
@@ -105,7 +105,7 @@ def test_a_rival_that_reconnects_does_not_wait_longer() -> None:
     assert [type(message) for message in again.heard()] == [m.Joined]
 
 
-def test_a_higher_incarnation_wins_over_an_owner_and_a_waiting_rival() -> None:
+def test_higher_incarnation_wins_over_owner_and_rival() -> None:
     receiver = new_receiver()
     owner, rival = probed(receiver)
     third = Peer(receiver, b"third", b"the third session"[:16])
@@ -132,7 +132,7 @@ def test_only_a_heartbeat_answers_a_probe() -> None:
     assert rival.codes(rival.heard()) == [RejectCode.RUN_IN_USE]
 
 
-def test_frames_of_a_sessions_older_connection_are_ignored() -> None:
+def test_frames_of_an_older_connection_are_ignored() -> None:
     receiver = new_receiver()
     old = joined_peer(receiver)
     new = joined_peer(receiver, join=replace(JOIN, reconnect=True), name=b"new")
@@ -142,7 +142,7 @@ def test_frames_of_a_sessions_older_connection_are_ignored() -> None:
     assert not new.say(m.Begin(1, 1)), "the new connection's run is untouched"
 
 
-def test_an_evicted_session_that_reconnects_is_refused() -> None:
+def test_evicted_session_that_reconnects_is_refused() -> None:
     receiver = new_receiver()
     joined_peer(receiver)
     newer = joined_peer(receiver, join=replace(JOIN, incarnation=1), name=b"new", session=OTHER)
@@ -153,7 +153,7 @@ def test_an_evicted_session_that_reconnects_is_refused() -> None:
     assert zombie.codes(zombie.say(replace(JOIN, reconnect=True))) == [RejectCode.EVICTED]
 
 
-def test_answers_to_a_session_that_has_ended_are_ignored() -> None:
+def test_answers_to_an_ended_session_are_ignored() -> None:
     receiver = new_receiver()
     peer = joined_peer(receiver)
     peer.say(m.Begin(1, 1))

@@ -27,7 +27,7 @@ def test_frames_of_another_session_or_server_start_are_ignored() -> None:
     assert done(sender) == [e.SnapshotDone(0, 1)]
 
 
-def test_a_reject_without_the_session_is_accepted() -> None:
+def test_reject_without_the_session_is_accepted() -> None:
     sender = sender_in("streaming")
     give(sender, m.Reject(RejectCode.STALE_EPOCH, "restarted"), session=bytes(16), epoch=EPOCH + 1)
 
@@ -35,14 +35,14 @@ def test_a_reject_without_the_session_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("code", [RejectCode.STALE_EPOCH, RejectCode.UNKNOWN_CONNECTION])
-def test_a_server_restart_between_welcome_and_join_loses_the_connection_only(code: RejectCode) -> None:
+def test_server_restart_between_welcome_and_join_loses_only_the_connection(code: RejectCode) -> None:
     sender = sender_in("joining")
     give(sender, m.Reject(code, "who are you"))
 
     assert sender.state is SenderState.DISCONNECTED
 
 
-def test_an_answer_to_an_unsent_snapshot_ends_the_connection_and_keeps_the_slot() -> None:
+def test_answer_to_an_unsent_snapshot_ends_the_connection_and_keeps_the_slot() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 1, 0.0)
     sender.next_frame()
@@ -64,7 +64,7 @@ def test_answers_to_unknown_snapshots_and_requests_change_nothing() -> None:
     assert not answered(sender)
 
 
-def test_an_unrelated_finished_does_not_close_the_session() -> None:
+def test_unrelated_finished_does_not_close_the_session() -> None:
     sender = sender_in("streaming")
     sender.request_finish()
     give(sender, m.Finished(1, 1))
@@ -72,14 +72,14 @@ def test_an_unrelated_finished_does_not_close_the_session() -> None:
     assert sender.state is SenderState.STREAMING, "FINISH was not even written"
 
 
-def test_an_unsupported_version_chosen_by_the_server_is_final() -> None:
+def test_unsupported_version_of_the_server_is_final() -> None:
     sender = sender_in("greeting")
     give(sender, m.Welcome(EPOCH, CHUNK_BYTES_MIN, major=2))
 
     assert sender.state is SenderState.FAILED
 
 
-def test_a_checksum_that_the_server_cannot_check_is_refused_not_dropped() -> None:
+def test_uncheckable_checksum_is_refused_not_dropped() -> None:
     sender = sender_in("greeting")
     give(sender, m.Welcome(EPOCH, CHUNK_BYTES_MIN, capabilities=()))
     sender.join(replace(JOIN, checksum=True))
@@ -89,7 +89,7 @@ def test_a_checksum_that_the_server_cannot_check_is_refused_not_dropped() -> Non
     assert "CRC-32" in refused.text
 
 
-def test_a_reconnect_joins_with_the_next_step_and_never_rewinds() -> None:
+def test_reconnect_joins_with_the_next_step_and_never_rewinds() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 5, 0.0)
     (join,) = (message for message in rejoin(sender, m.Joined(None, None, (), "new", 8)) if isinstance(message, m.Join))
@@ -119,7 +119,7 @@ def test_joined_settles_every_unanswered_snapshot(
     assert [message.step for message in drain(sender) if isinstance(message, m.Begin)] == left
 
 
-def test_a_snapshot_that_fails_three_times_is_dropped() -> None:
+def test_snapshot_is_dropped_after_three_failures() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 1, 0.0)
     for attempt in range(1, limits.ATTEMPTS_MAX + 1):
@@ -131,7 +131,7 @@ def test_a_snapshot_that_fails_three_times_is_dropped() -> None:
     assert done(sender) == [e.SnapshotDone(0, 1, RejectCode.CHECKSUM, "bits")]
 
 
-def test_no_chunk_goes_beyond_credit_and_no_begin_without_any() -> None:
+def test_no_chunk_beyond_credit_and_no_begin_without_credit() -> None:
     sender = sender_in("joining")
     give(sender, m.Joined(None, None, (), "new", 0))
     sender.offer(0, 1, 0.0)
@@ -162,7 +162,7 @@ def test_silence_before_or_after_welcome_ends_the_connection() -> None:
     assert streaming.state is SenderState.DISCONNECTED
 
 
-def test_an_unanswered_snapshot_ends_the_connection_to_a_live_server() -> None:
+def test_unanswered_snapshot_ends_the_connection() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 1, 0.0)
     alive(sender, limits.STALL_S + 2)
@@ -171,7 +171,7 @@ def test_an_unanswered_snapshot_ends_the_connection_to_a_live_server() -> None:
 
 
 @pytest.mark.parametrize("state", ["greeting", "greeted", "joining", "streaming"])
-def test_a_closed_session_returns_every_slot_and_sends_bye_after_join(state: str) -> None:
+def test_closed_session_returns_every_slot_and_sends_bye(state: str) -> None:
     sender = sender_in(state)
     if state in ("joining", "streaming"):
         sender.offer(0, 1, 0.0)
@@ -186,7 +186,7 @@ def test_a_closed_session_returns_every_slot_and_sends_bye_after_join(state: str
     assert done(sender)[-1].code is RejectCode.UNAVAILABLE
 
 
-def test_heartbeats_do_not_pile_up_while_nothing_can_be_written() -> None:
+def test_heartbeats_do_not_pile_up_while_writes_block() -> None:
     sender = sender_in("streaming")
     for tenth in range(600):
         sender.tick(tenth / 10)
@@ -194,7 +194,7 @@ def test_heartbeats_do_not_pile_up_while_nothing_can_be_written() -> None:
     assert len(drain(sender)) <= limits.SERVER_SILENT_S / limits.HEARTBEAT_S
 
 
-def test_a_second_join_or_transport_is_a_local_error() -> None:
+def test_second_join_or_transport_is_a_local_error() -> None:
     sender = sender_in("streaming")
     with pytest.raises(LocalProtocolError, match="has joined run 'run' already"):
         sender.join(JOIN)

@@ -13,7 +13,7 @@ from ema_proto.wire import messages as m
 from support.peers import EPOCH, alive, answered, done, drain, give, kinds, rejoin, sender_in
 
 
-def test_requests_wait_until_the_snapshots_before_them_are_answered() -> None:
+def test_requests_wait_for_answers_to_earlier_snapshots() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 1, 0.0)
     sender.request_publish(pin=False)
@@ -23,7 +23,7 @@ def test_requests_wait_until_the_snapshots_before_them_are_answered() -> None:
     assert kinds(sender) == ["Publish"]
 
 
-def test_nothing_is_written_behind_a_rewind_or_a_finish_before_its_answer() -> None:
+def test_nothing_is_written_before_rewind_or_finish_is_answered() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 5, 0.0)
     drain(sender)
@@ -42,7 +42,7 @@ def test_nothing_is_written_behind_a_rewind_or_a_finish_before_its_answer() -> N
     assert kinds(sender) == ["Publish"]
 
 
-def test_a_refused_rewind_drops_snapshots_below_the_last_step() -> None:
+def test_refused_rewind_drops_snapshots_below_the_last_step() -> None:
     """The run still stands at step 5: a new step 4 or 5 would be taken for the old one."""
     sender = sender_in("streaming")
     sender.offer(0, 5, 0.0)
@@ -60,7 +60,7 @@ def test_a_refused_rewind_drops_snapshots_below_the_last_step() -> None:
     assert kinds(sender) == ["Begin", "Commit"]
 
 
-def test_after_a_refused_rewind_steps_continue_where_they_were() -> None:
+def test_steps_continue_after_a_refused_rewind() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 5, 0.0)
     drain(sender)
@@ -76,7 +76,7 @@ def test_after_a_refused_rewind_steps_continue_where_they_were() -> None:
     sender.offer(0, 6, 0.0)
 
 
-def test_a_rewind_whose_answer_was_lost_is_sent_again_first() -> None:
+def test_rewind_with_a_lost_answer_is_sent_again_first() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 5, 0.0)
     drain(sender)
@@ -89,7 +89,7 @@ def test_a_rewind_whose_answer_was_lost_is_sent_again_first() -> None:
     assert kinds(sender) == ["Rewind"]
 
 
-def test_a_slow_rewind_does_not_end_the_connection() -> None:
+def test_slow_rewind_does_not_end_the_connection() -> None:
     sender = sender_in("streaming")
     sender.request_rewind(0)
     sender.offer(0, 1, 0.0)
@@ -98,7 +98,7 @@ def test_a_slow_rewind_does_not_end_the_connection() -> None:
     assert sender.state is SenderState.STREAMING
 
 
-def test_a_request_whose_answer_was_lost_is_sent_again_on_a_new_connection() -> None:
+def test_request_with_a_lost_answer_is_sent_again_after_reconnect() -> None:
     sender = sender_in("streaming")
     sender.request_publish(pin=True)
     drain(sender)

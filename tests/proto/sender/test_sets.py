@@ -9,7 +9,7 @@ from ema_proto.wire import messages as m
 from support.peers import done, drain, give, rejoin, sender_in
 
 
-def test_a_set_may_repeat_the_step_offered_last_and_an_update_may_not() -> None:
+def test_set_may_repeat_the_last_step_and_update_may_not() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 3, 0.0)
     sender.offer(1, 3, 0.0, "set")
@@ -19,7 +19,7 @@ def test_a_set_may_repeat_the_step_offered_last_and_an_update_may_not() -> None:
         sender.offer(2, 2, 0.0, "set")
 
 
-def test_a_run_may_begin_with_a_set_of_step_0() -> None:
+def test_run_may_begin_with_a_set_of_step_0() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 0, 0.0, "set")
     sender.offer(1, 1, 0.0)
@@ -27,7 +27,7 @@ def test_a_run_may_begin_with_a_set_of_step_0() -> None:
     assert [type(message).__name__ for message in drain(sender)] == ["Begin", "Commit", "Begin", "Commit"]
 
 
-def test_after_a_lost_connection_a_set_of_the_last_applied_step_is_sent_again() -> None:
+def test_set_of_the_last_applied_step_is_sent_again_after_reconnect() -> None:
     """Whether the step was applied as an update or as this set cannot be told, and a set twice is a set once."""
     sender = sender_in("streaming")
     sender.offer(0, 3, 0.0)
@@ -47,9 +47,7 @@ def test_after_a_lost_connection_a_set_of_the_last_applied_step_is_sent_again() 
 
 
 @pytest.mark.parametrize(("recent", "code"), [((3, 4), None), ((4,), RejectCode.STEP_PASSED)])
-def test_a_set_behind_which_a_step_was_applied_is_settled_like_an_update(
-    recent: tuple[int, ...], code: RejectCode | None
-) -> None:
+def test_set_before_an_applied_step_is_settled_like_an_update(recent: tuple[int, ...], code: RejectCode | None) -> None:
     sender = sender_in("streaming")
     sender.offer(0, 3, 0.0, "set")
     sender.offer(1, 4, 0.0)

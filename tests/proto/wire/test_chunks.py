@@ -11,7 +11,7 @@ from ema_proto.wire.chunks import Coverage, count_chunks, cut
 
 
 @given(nbytes=st.integers(1, 5000), chunk_bytes=st.integers(1, 700))
-def test_chunks_follow_each_other_and_only_the_last_is_short(nbytes: int, chunk_bytes: int) -> None:
+def test_chunks_are_contiguous_and_only_the_last_is_short(nbytes: int, chunk_bytes: int) -> None:
     chunks = list(cut(nbytes, chunk_bytes))
 
     assert len(chunks) == count_chunks(nbytes, chunk_bytes)
@@ -21,9 +21,7 @@ def test_chunks_follow_each_other_and_only_the_last_is_short(nbytes: int, chunk_
 
 
 @given(st.data(), st.integers(1, 3000), st.integers(50, 700))
-def test_coverage_is_whole_after_every_chunk_in_any_order_however_often(
-    data: st.DataObject, nbytes: int, chunk_bytes: int
-) -> None:
+def test_coverage_is_complete_in_any_order_with_repeats(data: st.DataObject, nbytes: int, chunk_bytes: int) -> None:
     chunks = data.draw(st.permutations(list(cut(nbytes, chunk_bytes))))
     coverage = Coverage(nbytes, chunk_bytes)
     for seen, (offset, length) in enumerate(chunks):
@@ -37,7 +35,7 @@ def test_coverage_is_whole_after_every_chunk_in_any_order_however_often(
     assert coverage.first_missing() is None
 
 
-def test_the_first_missing_byte_is_known() -> None:
+def test_first_missing_byte_is_known() -> None:
     coverage = Coverage(250, 100)
     coverage.add(0)
     coverage.add(200)
@@ -48,13 +46,13 @@ def test_the_first_missing_byte_is_known() -> None:
 @pytest.mark.parametrize(
     ("offset", "length"), [(1, 99), (0, 99), (0, 101), (200, 100), (250, 1), (300, 100), (10**19, 1)]
 )
-def test_a_range_that_is_not_a_chunk_is_refused(offset: int, length: int) -> None:
+def test_range_that_is_not_a_chunk_is_refused(offset: int, length: int) -> None:
     with pytest.raises(RemoteProtocolError, match=f"bytes {offset} to") as caught:
         Coverage(250, 100).holds(offset, length)
     assert caught.value.code is RejectCode.BAD_CHUNK
 
 
-def test_a_snapshot_over_four_gibibytes_is_cut_at_exact_offsets() -> None:
+def test_snapshot_over_4_gib_is_cut_at_exact_offsets() -> None:
     nbytes, chunk_bytes = (1 << 33) + 5, 16 << 20
 
     assert list(cut(nbytes, chunk_bytes))[-1] == (1 << 33, 5)

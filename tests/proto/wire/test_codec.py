@@ -36,7 +36,7 @@ def code_of(header: bytes, body: bytes) -> RejectCode:
 
 
 @pytest.mark.parametrize("name", CONTROL)
-def test_a_message_truncated_anywhere_is_refused_as_a_frame(name: str) -> None:
+def test_truncated_message_is_refused_as_a_frame(name: str) -> None:
     header, body = encode(CONTROL[name], session=SESSION, epoch=EPOCH)
 
     for cut in range(len(header)):
@@ -48,13 +48,13 @@ def test_a_message_truncated_anywhere_is_refused_as_a_frame(name: str) -> None:
 
 
 @pytest.mark.parametrize("frames", [(), (b"",), (b"", b"", b"")])
-def test_a_message_has_two_frames(frames: tuple[bytes, ...]) -> None:
+def test_message_has_two_frames(frames: tuple[bytes, ...]) -> None:
     with pytest.raises(RemoteProtocolError, match=f"has {len(frames)} frames"):
         decode_frames(frames)
 
 
 @pytest.mark.parametrize("name", CONTROL)
-def test_keys_that_a_later_minor_adds_are_ignored(name: str) -> None:
+def test_keys_of_a_later_minor_version_are_ignored(name: str) -> None:
     message = CONTROL[name]
     header, body = encode(message, session=SESSION, epoch=EPOCH)
     longer = json.dumps(json.loads(body) | {"later": [1, {"deep": None}]}).encode()
@@ -74,7 +74,7 @@ def mangle(message: m.ControlMessage, key: str, value: object) -> RejectCode | N
 
 
 @pytest.mark.parametrize("value", [True, -1, 1.0, "1", [], {}, 1 << 200, [[[1]]], ""], ids=repr)
-def test_a_body_with_any_value_of_another_type_is_refused_by_a_named_code_or_read(value: object) -> None:
+def test_wrong_value_type_is_refused_by_a_named_code_or_read(value: object) -> None:
     for message in CONTROL.values():
         for key in message.body():
             code = mangle(message, key, value)
@@ -122,7 +122,7 @@ def test_a_body_with_any_value_of_another_type_is_refused_by_a_named_code_or_rea
         ("reject", "text", None),
     ],
 )
-def test_a_value_out_of_bounds_is_a_bad_message_that_names_the_key(name: str, key: str, value: object) -> None:
+def test_out_of_bounds_value_is_a_bad_message_that_names_the_key(name: str, key: str, value: object) -> None:
     message = CONTROL[name]
     body = json.dumps(message.body() | {key: value}).encode()
 
@@ -151,7 +151,7 @@ def test_a_value_out_of_bounds_is_a_bad_message_that_names_the_key(name: str, ke
     ],
     ids=range(14),
 )
-def test_what_json_leaves_open_is_refused(body: bytes) -> None:
+def test_json_ambiguities_are_refused(body: bytes) -> None:
     with pytest.raises(RemoteProtocolError) as caught:
         decode_body(body)
 
@@ -159,11 +159,11 @@ def test_what_json_leaves_open_is_refused(body: bytes) -> None:
     assert len(caught.value.text) < 200
 
 
-def test_a_paired_surrogate_escape_is_a_character() -> None:
+def test_paired_surrogate_escape_is_one_character() -> None:
     assert decode_body(b'{"a":"\\ud83d\\ude00"}') == {"a": "\N{GRINNING FACE}"}
 
 
-def test_any_text_of_a_server_can_be_read() -> None:
+def test_any_server_text_can_be_read() -> None:
     for text in ("x" * 100_000, "bad path \udcff", "\N{GRINNING FACE}" * 5000):
         for message in (m.Reject(RejectCode.UNAVAILABLE, text), m.Published(None, 1, text), m.Rewound(1, None, text)):
             frames = encode(message, session=SESSION, epoch=EPOCH)
@@ -171,7 +171,7 @@ def test_any_text_of_a_server_can_be_read() -> None:
             assert type(decode_frames(frames)[1]) is type(message)
 
 
-def test_a_join_too_large_to_send_is_a_local_error() -> None:
+def test_join_too_large_to_send_is_a_local_error() -> None:
     names = [f"{number:06d}{'x' * 1000}" for number in range(17_000)]
     manifest = layout([TensorSpec(name, "U8", (1,), Role.PARAM, 0) for name in names])
     join = m.Join(run="run", first_step=1, manifest=manifest, averages=(Raw(),))
@@ -195,12 +195,12 @@ def test_another_major_is_refused_except_in_hello_and_reject() -> None:
 
 
 @pytest.mark.parametrize("kind", [m.Chunk.type, m.Join.type, m.Begin.type, 255])
-def test_a_header_cannot_announce_more_than_the_limit_of_its_type(kind: int) -> None:
+def test_header_cannot_announce_more_than_its_types_limit(kind: int) -> None:
     with pytest.raises(RemoteProtocolError, match="is over"):
         decode_header(encode_header(Header(kind, SESSION, EPOCH, (1 << 32) - 1)))
 
 
-def test_an_unknown_type_and_a_step_beyond_the_limit_are_bad_messages() -> None:
+def test_unknown_type_and_too_large_step_are_bad_messages() -> None:
     assert code_of(encode_header(Header(99, SESSION, EPOCH, 2)), b"{}") is RejectCode.BAD_MESSAGE
     begin = encode_header(Header(m.Begin.type, SESSION, EPOCH, 17, step=STEP_MAX + 1))
     assert code_of(begin, b'{"mode":"update"}') is RejectCode.BAD_MESSAGE
@@ -214,7 +214,7 @@ def test_unknown_flags_and_reserved_bytes_are_ignored() -> None:
     assert decode_frames((bytes(header), b"{}"))[1] == m.Bye()
 
 
-def test_an_empty_chunk_is_refused() -> None:
+def test_empty_chunk_is_refused() -> None:
     with pytest.raises(RemoteProtocolError) as caught:
         decode_chunk(Header(m.Chunk.type, SESSION, EPOCH, 0))
     assert caught.value.code is RejectCode.BAD_CHUNK
@@ -223,7 +223,7 @@ def test_an_empty_chunk_is_refused() -> None:
 @given(
     crc32=st.integers(0, (1 << 32) - 1), offset=st.integers(0, (1 << 63) - 1), length=st.integers(1, CHUNK_BYTES_MAX)
 )
-def test_a_checksum_added_to_a_header_changes_nothing_else(crc32: int, offset: int, length: int) -> None:
+def test_adding_a_checksum_changes_nothing_else(crc32: int, offset: int, length: int) -> None:
     plain, _ = encode(m.Chunk(7, 8, offset, length), session=SESSION, epoch=EPOCH)
 
     assert decode_chunk(decode_header(with_crc32(plain, crc32))) == m.Chunk(7, 8, offset, length, crc32)

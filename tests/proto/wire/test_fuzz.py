@@ -70,9 +70,7 @@ def test_arbitrary_frames_are_a_message_or_a_remote_protocol_error(frames: tuple
 
 @settings(max_examples=200)
 @given(conversation=st.lists(messages(), max_size=12), joined=st.booleans())
-def test_the_receiver_answers_arbitrary_input_in_messages(
-    conversation: list[tuple[bytes, bytes]], joined: bool
-) -> None:
+def test_receiver_answers_arbitrary_input_with_messages(conversation: list[tuple[bytes, bytes]], joined: bool) -> None:
     receiver = new_receiver()
     peer = joined_peer(receiver, session=SESSION) if joined else Peer(receiver, session=SESSION)
     for header, body in conversation:
@@ -85,7 +83,7 @@ def test_the_receiver_answers_arbitrary_input_in_messages(
     conversation=st.lists(messages(), max_size=12),
     state=st.sampled_from(["greeting", "greeted", "joining", "streaming"]),
 )
-def test_the_sender_survives_arbitrary_input(conversation: list[tuple[bytes, bytes]], state: str) -> None:
+def test_sender_survives_arbitrary_input(conversation: list[tuple[bytes, bytes]], state: str) -> None:
     sender = sender_in(state)
     for frames in conversation:
         sender.receive(frames, 0.0)

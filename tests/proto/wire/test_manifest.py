@@ -60,12 +60,12 @@ def refusal(value: object) -> str:
         ({"shape": [0]}, "there is nothing to average"),
     ],
 )
-def test_an_invalid_tensor_is_refused_with_a_description(change: dict[str, Any], text: str) -> None:
+def test_invalid_tensor_is_refused_with_a_description(change: dict[str, Any], text: str) -> None:
     assert text in refusal([GOOD | change])
 
 
 @pytest.mark.parametrize("value", [None, {}, "w", [None], [["w"]], []], ids=repr)
-def test_a_manifest_is_a_list_of_tensors(value: object) -> None:
+def test_manifest_is_a_list_of_tensors(value: object) -> None:
     assert refusal(value)
 
 
@@ -78,7 +78,7 @@ def test_deeply_nested_values_do_not_overflow_the_error_text() -> None:
     assert refusal([nested])
 
 
-def test_two_tensors_of_one_name_are_refused() -> None:
+def test_duplicate_tensor_names_are_refused() -> None:
     with pytest.raises(LocalProtocolError, match="'w' appears twice"):
         layout([spec(), spec()])
 
@@ -87,7 +87,7 @@ def test_more_tensors_than_the_limit_are_refused() -> None:
     assert "1 to 100000 tensors, this one 100001" in refusal([GOOD] * 100_001)
 
 
-def test_tensors_lie_by_item_size_then_dtype_then_order() -> None:
+def test_tensors_are_ordered_by_item_size_dtype_and_order() -> None:
     manifest = layout(
         [
             spec("bool", "BOOL", (3,)),
@@ -115,7 +115,7 @@ def test_tensors_lie_by_item_size_then_dtype_then_order() -> None:
         max_size=12,
     )
 )
-def test_a_layout_has_no_holes_aligns_each_tensor_and_survives_json(
+def test_layout_is_gapless_aligned_and_survives_json(
     tensors: list[tuple[str, list[int], Role]],
 ) -> None:
     given_specs = [spec("x", "U8", (1,))]
@@ -133,7 +133,7 @@ def test_a_layout_has_no_holes_aligns_each_tensor_and_survives_json(
 
 
 @pytest.mark.parametrize("elements", [2**31 + 1, 2**40 + 1])
-def test_offsets_behind_a_huge_tensor_are_exact(elements: int) -> None:
+def test_offsets_after_a_huge_tensor_are_exact(elements: int) -> None:
     manifest = layout([spec("huge", "F32", (elements,)), spec("long", "I64", (1,)), spec("after", "BF16", (3,))])
     offsets = {tensor.name: tensor.offset for tensor in manifest.tensors}
 
@@ -152,13 +152,13 @@ def seconds_for(tensors: int) -> float:
     return time.process_time() - started
 
 
-def test_the_work_for_30_000_tensors_grows_with_their_number_not_its_square() -> None:
+def test_work_for_30_000_tensors_is_linear() -> None:
     few = max(seconds_for(3_000), 0.006)
 
     assert seconds_for(30_000) < 40 * few, "ten times the tensors; the square would be a hundred times the work"
 
 
-def test_the_digest_covers_names_dtypes_shapes_order_and_ties_but_not_roles() -> None:
+def test_digest_covers_everything_but_roles() -> None:
     base = layout([spec("a"), spec("b")])
     frozen = layout([spec("a", role=Role.FROZEN), spec("b", role=Role.BUFFER)])
     others = [
@@ -189,5 +189,5 @@ def test_the_digest_covers_names_dtypes_shapes_order_and_ties_but_not_roles() ->
         ),
     ],
 )
-def test_the_first_difference_is_described(other: Manifest, text: str) -> None:
+def test_first_difference_is_described(other: Manifest, text: str) -> None:
     assert layout([spec("a"), spec("b")]).first_difference(other) == text

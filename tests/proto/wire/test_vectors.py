@@ -48,7 +48,7 @@ def test_every_message_type_has_a_golden_frame() -> None:
 
 
 @pytest.mark.parametrize("frame", FRAMES, ids=lambda frame: frame["name"])
-def test_a_golden_frame_is_read_as_its_message_and_written_as_its_bytes(frame: dict[str, Any]) -> None:
+def test_golden_frame_reads_and_writes_identically(frame: dict[str, Any]) -> None:
     header = bytes.fromhex(frame["header"])
     expected = EXAMPLES[frame["name"]]
     if "payload" in frame:
@@ -63,7 +63,7 @@ def test_a_golden_frame_is_read_as_its_message_and_written_as_its_bytes(frame: d
 
 
 @pytest.mark.parametrize("frame", FRAMES, ids=lambda frame: frame["name"])
-def test_a_golden_header_has_each_field_at_its_offset(frame: dict[str, Any]) -> None:
+def test_golden_header_has_each_field_at_its_offset(frame: dict[str, Any]) -> None:
     header = bytes.fromhex(frame["header"])
 
     assert len(header) == 64
@@ -74,7 +74,7 @@ def test_a_golden_header_has_each_field_at_its_offset(frame: dict[str, Any]) -> 
         assert int.from_bytes(header[at : at + size], "little") == frame["fields"][field], field
 
 
-def test_the_golden_checksum_is_that_of_the_payload() -> None:
+def test_golden_checksum_is_that_of_the_payload() -> None:
     frame = next(frame for frame in FRAMES if frame["fields"]["flags"])
 
     assert frame["fields"]["crc32"] == crc32(bytes.fromhex(frame["payload"]))
@@ -85,7 +85,7 @@ def transcripts() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", transcripts(), ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_the_machines_reproduce_each_transcript(path: Path) -> None:
+def test_machines_reproduce_each_transcript(path: Path) -> None:
     expected = path.read_text()
     said = play(expected)
     if REWRITE:
@@ -101,7 +101,7 @@ def test_every_reject_code_has_a_transcript() -> None:
         assert f'"code":"{path.stem}"' in path.read_text(), path.name
 
 
-def test_the_transcripts_show_every_message_type() -> None:
+def test_transcripts_show_every_message_type() -> None:
     said = {line.split()[2] for path in transcripts() for line in path.read_text().splitlines() if line[2:4] in "-><-"}
 
     assert {TYPES[kind] for kind in CONTROL_MESSAGES} <= said
