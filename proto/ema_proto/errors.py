@@ -8,6 +8,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Self
 
+SHOWN_CHARS = 80  # of a wrong value in an error text
+
 
 class ProtocolError(Exception):
     """Base of the two kinds of fault; never raised itself."""
@@ -50,7 +52,6 @@ class RejectCode(StrEnum):
     cure: Cure
 
     def __new__(cls, value: str, scope: Scope, cure: Cure) -> Self:
-        """A code on the wire, with its fixed scope and cure."""
         code = str.__new__(cls, value)
         code._value_, code.scope, code.cure = value, scope, cure
         return code

@@ -10,14 +10,13 @@ import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from ema_proto.errors import LocalProtocolError
+from ema_proto.errors import SHOWN_CHARS, LocalProtocolError
 from ema_proto.limits import NAME_CHARS_MAX, PATTERNS_MAX, TENSOR_NAME_CHARS_MAX
 
 # First path segments of the HTTP API and of the Hub protocol served beside it.
 RESERVED = frozenset({"api", "v1", "ui", "docs", "metrics", "models", "datasets", "spaces"})
 
 _ALLOWED = re.compile(r"[A-Za-z0-9_.-]+")
-_SHOWN_CHARS = 80
 
 
 def check_name(kind: str, name: str) -> str:
@@ -77,7 +76,7 @@ def check_patterns(what: str, value: object) -> tuple[str, ...]:
     """
     patterns = (value,) if isinstance(value, str) else value
     if not isinstance(patterns, tuple | list) or len(patterns) > PATTERNS_MAX:
-        raise LocalProtocolError(f"{what} {str(value)[:_SHOWN_CHARS]!r} is not a list of up to {PATTERNS_MAX} patterns")
+        raise LocalProtocolError(f"{what} {str(value)[:SHOWN_CHARS]!r} is not a list of up to {PATTERNS_MAX} patterns")
     for pattern in patterns:
         if not isinstance(pattern, str) or not 0 < len(pattern) <= TENSOR_NAME_CHARS_MAX:
             problem = f"is not a text of 1 to {TENSOR_NAME_CHARS_MAX} characters"
@@ -85,5 +84,5 @@ def check_patterns(what: str, value: object) -> tuple[str, ...]:
             problem = "has a character that separates parameters: leave out , and | and blanks at its ends"
         else:
             continue
-        raise LocalProtocolError(f"{what} pattern {str(pattern)[:_SHOWN_CHARS]!r} {problem}; use for example head.*")
+        raise LocalProtocolError(f"{what} pattern {str(pattern)[:SHOWN_CHARS]!r} {problem}; use for example head.*")
     return tuple(patterns)

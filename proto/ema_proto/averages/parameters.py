@@ -13,14 +13,12 @@ from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
-from ema_proto.errors import LocalProtocolError
+from ema_proto.errors import SHOWN_CHARS, LocalProtocolError
 from ema_proto.limits import NAME_CHARS_MAX, STEP_MAX
 from ema_proto.names import check_name, check_patterns
 
 Buffers: TypeAlias = Literal["average", "copy"]
 Accumulator: TypeAlias = Literal["float32", "float64"]
-
-SHOWN_CHARS = 80
 
 _DECIMAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -106,8 +104,6 @@ class Count(Kind):
 
 @dataclass(frozen=True, slots=True)
 class Word(Kind):
-    """One of a few words."""
-
     words: tuple[str, ...]
 
     def checked(self, what: str, value: object) -> str:
@@ -144,8 +140,10 @@ class Rule(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
-    def name(self) -> str:
-        """Name of the average."""
+    def name(self) -> str: ...
+
+    @property
+    def spec(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,16 +164,25 @@ class Treatment:
     accumulator: Accumulator = field(default="float32", metadata=of_kind(Word(("float32", "float64")), "acc"))
 
     def __post_init__(self) -> None:
-        """Validate the parameters and fill in the default name."""
         rule = cast(Rule, self)  # a subclass, which has a keyword and a name
-        check_fields(rule)
+        for key, parameter in parameters_of(rule).items():
+            value = getattr(rule, parameter.name)
+            if value is not None or parameter.default is not None:
+                checked = parameter.metadata["kind"].checked(f"{rule.KEYWORD} {key}", value)
+                object.__setattr__(self, parameter.name, checked)
         self.check_together()
-        settle_name(rule)
+        object.__setattr__(self, "name", check_name("average", rule.name) if rule.name else _default_name(rule.spec))
 
     @property
     def spec(self: Rule) -> str:
         """The rule as a string, without the name: what differs from the defaults, in a fixed order."""
-        return spec_of(self)
+        parts: list[str] = []
+        for key, parameter in parameters_of(self).items():
+            value = getattr(self, parameter.name)
+            if value != parameter.default:
+                text = parameter.metadata["kind"].written(value)
+                parts.append(text if parameter.name == self.LEADING else f"{key}={text}")
+        return f"{self.KEYWORD}:{','.join(parts)}" if parts else self.KEYWORD
 
     def check_together(self) -> None:
         """Refuse combinations of parameters; most rules allow all."""
@@ -189,40 +196,8 @@ def parameters_of(rule: Rule | type[Rule]) -> dict[str, Field[Any]]:
     return {str(each.metadata["key"] or each.name): each for each in ordered}
 
 
-def check_fields(rule: Rule) -> None:
-    """Check each parameter and keep its canonical value; None stays where it is the default.
-
-    Raises:
-        LocalProtocolError: one is not of its kind.
-    """
-    for key, parameter in parameters_of(rule).items():
-        value = getattr(rule, parameter.name)
-        if value is not None or parameter.default is not None:
-            checked = parameter.metadata["kind"].checked(f"{rule.KEYWORD} {key}", value)
-            object.__setattr__(rule, parameter.name, checked)
-
-
-def settle_name(rule: Rule) -> None:
-    """Check the name, or derive it from the spec: `swa:start=1000` is `swa-start-1000`.
-
-    Raises:
-        LocalProtocolError: it is not allowed, or none can be derived; the text asks for one.
-    """
-    object.__setattr__(rule, "name", check_name("average", rule.name) if rule.name else _default_name(spec_of(rule)))
-
-
-def spec_of(rule: Rule) -> str:
-    """The rule as a string, without the name: what differs from the defaults, in a fixed order."""
-    parts: list[str] = []
-    for key, parameter in parameters_of(rule).items():
-        value = getattr(rule, parameter.name)
-        if value != parameter.default:
-            text = parameter.metadata["kind"].written(value)
-            parts.append(text if parameter.name == rule.LEADING else f"{key}={text}")
-    return f"{rule.KEYWORD}:{','.join(parts)}" if parts else rule.KEYWORD
-
-
 def _default_name(spec: str) -> str:
+    """`swa:start=1000` is named `swa-start-1000`."""
     name = re.sub(r"[:,=]", "-", spec.replace(":sigma_rel=", ":"))
     shown = f"average {spec[:SHOWN_CHARS]!r}"
     if len(name) > NAME_CHARS_MAX:

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ema_proto.errors import LocalProtocolError
+from ema_proto.errors import SHOWN_CHARS, LocalProtocolError
 
-_SHOWN_CHARS = 80
 _LENGTHS = {
     "ema": ("decay", "half_life", "half_life_samples", "half_life_epochs"),
     "power": ("sigma_rel", "gamma"),
@@ -69,7 +68,7 @@ def expanded(rule: str, given: Mapping[str, str]) -> dict[str, str]:
     name = given["preset"]
     preset = PRESETS.get(name)
     if preset is None:
-        raise LocalProtocolError(f"preset {name[:_SHOWN_CHARS]!r} is unknown: use {', '.join(PRESETS)}")
+        raise LocalProtocolError(f"preset {name[:SHOWN_CHARS]!r} is unknown: use {', '.join(PRESETS)}")
     if preset.rule != rule:
         raise LocalProtocolError(
             f"preset {name!r} is one of {preset.rule}, not of {rule}: use {preset.rule}:…,preset={name}"

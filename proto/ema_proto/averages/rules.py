@@ -10,16 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal, TypeAlias, cast
 
-from ema_proto.averages.parameters import (
-    SHOWN_CHARS,
-    Count,
-    Number,
-    Treatment,
-    Word,
-    of_kind,
-)
+from ema_proto.averages.parameters import Count, Number, Treatment, Word, of_kind
 from ema_proto.averages.profiles import GAMMA_MAX, SIGMA_REL_MAX, SIGMA_REL_MIN, gamma_of, sigma_rel_of
-from ema_proto.errors import LocalProtocolError
+from ema_proto.errors import SHOWN_CHARS, LocalProtocolError
 from ema_proto.limits import PATTERNS_MAX, QUANTITY_MAX, QUANTITY_MIN, WINDOW_MAX
 from ema_proto.names import check_name, unmatched
 
@@ -265,7 +258,6 @@ class Raw:
     name: str = "raw"
 
     def __post_init__(self) -> None:
-        """Validate the name."""
         object.__setattr__(self, "name", check_name("average", self.name or "raw"))
 
     @property

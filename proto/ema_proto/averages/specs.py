@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import MISSING
 from typing import Any
 
-from ema_proto.averages.parameters import SHOWN_CHARS, parameters_of
+from ema_proto.averages.parameters import parameters_of
 from ema_proto.averages.presets import expanded
 from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Raw, Uniform, Window, Wsd
-from ema_proto.errors import LocalProtocolError
+from ema_proto.errors import SHOWN_CHARS, LocalProtocolError
 from ema_proto.limits import AVERAGES_MAX
 
 __all__ = [

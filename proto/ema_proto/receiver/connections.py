@@ -31,14 +31,7 @@ class Connection:
 
 
 class Connections:
-    """All connections, the longest silent one first.
-
-    Args:
-        epoch: random number of this server start, not 0.
-        token: shared secret, or None.
-        nonce: returns fresh random text for a challenge.
-        chunk_bytes: how snapshots are to be cut.
-    """
+    """All connections, the longest silent one first. The arguments are those of `Receiver`."""
 
     def __init__(self, *, epoch: int, token: str | None, nonce: Callable[[], str], chunk_bytes: int) -> None:
         self.outbox: deque[tuple[bytes, tuple[bytes, bytes]]] = deque()
@@ -120,7 +113,6 @@ class Connections:
             connection.welcomed, connection.run = False, None
 
     def leave(self, peer: bytes) -> None:
-        """The connection no longer has a run."""
         connection = self._by_peer.get(peer)
         if connection is not None:
             connection.run = None

@@ -24,15 +24,6 @@ class _Filling:
     refused: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class WholeSnapshot:
-    """A snapshot whose every byte is in its slot."""
-
-    slot: int
-    step: int
-    mode: m.Mode
-
-
 class Intake:
     """Staging of one session.
 
@@ -106,31 +97,23 @@ class Intake:
             filling.coverage.add(header.offset)
         self._grant()
 
-    def commit(self, commit: m.Commit) -> WholeSnapshot | None:
-        """The sender has sent everything; returns the snapshot if it is whole."""
+    def commit(self, commit: m.Commit) -> tuple[int, m.Begin] | None:
+        """The sender has sent everything; returns the slot and the BEGIN of the snapshot if it is whole."""
         filling = self._filling
         if filling is None or self._is_other(filling, commit.step, commit.attempt):
             self._answer_unexpected(commit)
             return None
         self._filling = None
-        coverage = filling.coverage
-        if filling.refused:
-            self._grant()
-            return None
-        if coverage.missing or (commit.chunks, commit.nbytes) != (coverage.chunks, self._nbytes):
-            text = f"{coverage.missing} of {coverage.chunks} chunks are missing"
-            text += f", the first at byte {coverage.first_missing()}"
-            if not coverage.missing:
-                text = f"COMMIT says {commit.chunks} chunks and {commit.nbytes} bytes"
-                text += f", the snapshot has {coverage.chunks} and {self._nbytes}"
-            self._reject(commit, RejectCode.INCOMPLETE, text)
-            self._grant()
-            return None
-        self._held[filling.slot] = filling.begin
-        return WholeSnapshot(filling.slot, commit.step, filling.begin.mode)
+        if not filling.refused:
+            problem = self._incomplete(commit, filling.coverage)
+            if problem is None:
+                self._held[filling.slot] = filling.begin
+                return filling.slot, filling.begin
+            self._reject(commit, RejectCode.INCOMPLETE, problem)
+        self._grant()
+        return None
 
     def applied(self, slot: int) -> None:
-        """The snapshot held in `slot` is in the averages."""
         held = self._held.pop(slot)
         self._last_step = held.step
         if held.step not in self.recent:
@@ -139,7 +122,6 @@ class Intake:
         self._grant()
 
     def quarantined(self, slot: int, text: str) -> None:
-        """The snapshot held in `slot` was not finite and was not applied."""
         self._reject(self._held.pop(slot), RejectCode.NOT_FINITE, text)
         self._grant()
 
@@ -153,7 +135,6 @@ class Intake:
         self._rewinds -= 1
 
     def rewound(self, last_step: int | None, recent: tuple[int, ...]) -> None:
-        """The run was rewound to `last_step`."""
         self._rewinds -= 1
         self._last_step = last_step
         self.recent = deque(recent, maxlen=RECENT_STEPS)
@@ -169,6 +150,15 @@ class Intake:
 
     def _is_other(self, filling: _Filling, step: int, attempt: int) -> bool:
         return (filling.begin.step, filling.begin.attempt) != (step, attempt)
+
+    def _incomplete(self, commit: m.Commit, coverage: Coverage) -> str | None:
+        missing, chunks = coverage.missing, coverage.chunks
+        if missing:
+            return f"{missing} of {chunks} chunks are missing, the first at byte {coverage.first_missing()}"
+        if (commit.chunks, commit.nbytes) == (chunks, self._nbytes):
+            return None
+        said = f"COMMIT says {commit.chunks} chunks and {commit.nbytes} bytes"
+        return f"{said}, the snapshot has {chunks} and {self._nbytes}"
 
     def _answer_unexpected(self, commit: m.Commit) -> None:
         if any((held.step, held.attempt) == (commit.step, commit.attempt) for held in self._held.values()):

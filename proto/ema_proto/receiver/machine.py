@@ -237,7 +237,8 @@ class Receiver:
             case m.Commit():
                 whole = intake.commit(message)
                 if whole is not None:
-                    self.events.append(e.SnapshotReady(claim.run, claim.ticket, whole.slot, whole.step, whole.mode))
+                    slot, begin = whole
+                    self.events.append(e.SnapshotReady(claim.run, claim.ticket, slot, begin.step, begin.mode))
             case m.Publish():
                 self.events.append(e.PublishRequested(claim.run, claim.ticket, message.request, message.pin))
             case m.Rewind():

@@ -20,8 +20,6 @@ from ema_proto.wire.body import shown
 
 
 class ClaimState(Enum):
-    """The state of a session's claim to its run."""
-
     PROBING = "probing"
     JOINING = "joining"
     STREAMING = "streaming"
@@ -48,7 +46,6 @@ class Claim:
 
     @property
     def run(self) -> str:
-        """Name of the run."""
         return self.join.run
 
 
@@ -77,7 +74,6 @@ class Ownership:
         return None
 
     def owner(self, run: str | None) -> Claim | None:
-        """The run's owner."""
         return None if run is None else self._owners.get(run)
 
     def by_ticket(self, run: str, ticket: int) -> Claim | None:
@@ -144,7 +140,6 @@ class Ownership:
             self._report_end(claim, lost=lost)
 
     def end(self, claim: Claim, code: RejectCode, text: str) -> None:
-        """Refuse the session the run."""
         self._connections.send(claim.peer, m.Reject(code, text))
         self.drop(claim)
 

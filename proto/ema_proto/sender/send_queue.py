@@ -168,18 +168,15 @@ class StreamQueue:
         return Outgoing(header, b"", Payload(snapshot.slot, offset, length), self.checksum)
 
     def find(self, step: int, attempt: int) -> Snapshot | None:
-        """The unanswered snapshot of this step and attempt."""
         for item in self._items:
             if isinstance(item, Snapshot) and (item.step, item.attempt) == (step, attempt):
                 return item
         return None
 
     def remove(self, item: Snapshot | Request) -> None:
-        """Forget an item."""
         self._items.remove(item)
 
     def is_oldest(self, snapshot: Snapshot) -> bool:
-        """Whether no earlier snapshot is unanswered."""
         return next(item for item in self._items if isinstance(item, Snapshot)) is snapshot
 
     def take_answered(self, number: int | None) -> Request | None:
@@ -245,7 +242,6 @@ class StreamQueue:
         return before_rewind
 
     def clear(self) -> list[Snapshot | Request]:
-        """Remove and return everything."""
         items = list(self._items)
         self._items.clear()
         return items

@@ -13,12 +13,10 @@ class Timeouts:
         self._request: int | None = None
 
     def restart(self, now: float) -> None:
-        """A fresh connection was opened."""
         self._opened_at = self._heard_at = self._progress_at = self._beat_at = now
         self._request = None
 
     def heard(self, now: float) -> None:
-        """A message from the server arrived."""
         self._heard_at = now
 
     def progressed(self, now: float) -> None:

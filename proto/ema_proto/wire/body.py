@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, NoReturn, Self, get_type_hints
 
-from ema_proto.errors import RejectCode, RemoteProtocolError
+from ema_proto.errors import SHOWN_CHARS, RejectCode, RemoteProtocolError
 from ema_proto.limits import QUANTITY_MAX, QUANTITY_MIN, TEXT_CHARS_MAX
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-_SHOWN_CHARS = 80
 
 
 def encode_body(values: Mapping[str, Any]) -> bytes:
@@ -50,7 +49,7 @@ def shown(value: object) -> str:
         return f"a list of {len(value)} items"
     if isinstance(value, dict):
         return f"an object of {len(value)} keys"
-    return json.dumps(value)[:_SHOWN_CHARS]
+    return json.dumps(value)[:SHOWN_CHARS]
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -131,8 +130,6 @@ def list_of(kind: Kind, length_max: int) -> Kind:
 
 
 def choice(*options: str) -> Kind:
-    """One of `options`."""
-
     def read(value: Any) -> str:
         for option in options:
             if value == option:
@@ -168,7 +165,6 @@ class WithBody:
         }
 
     def header(self) -> dict[str, Any]:
-        """The message's fields that travel in the header."""
         return {name: getattr(self, name) for name in _layout_of(self.__class__).header}
 
     @classmethod

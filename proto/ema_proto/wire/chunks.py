@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from ema_proto.errors import RejectCode, RemoteProtocolError
 
 
 def count_chunks(nbytes: int, chunk_bytes: int) -> int:
-    """How many chunks a snapshot of `nbytes` has."""
     return -(-nbytes // chunk_bytes)
-
-
-def cut(nbytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield (offset, length) of each chunk in order; only the last may be short."""
-    for offset in range(0, nbytes, chunk_bytes):
-        yield offset, min(chunk_bytes, nbytes - offset)
 
 
 class Coverage:
@@ -29,7 +20,6 @@ class Coverage:
 
     @property
     def chunks(self) -> int:
-        """Number of chunks of the whole snapshot."""
         return len(self._seen)
 
     def holds(self, offset: int, length: int) -> bool:
@@ -53,7 +43,6 @@ class Coverage:
             self._seen[index] = 1
             self.missing -= 1
 
-    def first_missing(self) -> int | None:
-        """Offset of the first missing chunk."""
-        index = self._seen.find(0)
-        return None if index < 0 else index * self._chunk_bytes
+    def first_missing(self) -> int:
+        """Offset of the first missing chunk; call it only while one is `missing`."""
+        return self._seen.index(0) * self._chunk_bytes

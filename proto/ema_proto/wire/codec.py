@@ -36,8 +36,6 @@ CONTROL_MESSAGES: dict[int, type[m.ControlMessage]] = {message.type: message for
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The fields of a header frame."""
-
     type: int
     session: bytes
     epoch: int
@@ -51,7 +49,6 @@ class Header:
 
 
 def encode_header(header: Header) -> bytes:
-    """The 64 bytes of a header."""
     flags, crc32 = (0, 0) if header.crc32 is None else (_FLAG_CRC32, header.crc32)
     return _LAYOUT.pack(
         MAGIC,
@@ -102,7 +99,6 @@ def decode_header(frame: bytes) -> Header:
 
 
 def body_bytes_max(kind: int) -> int:
-    """Largest body of a message type."""
     if kind == m.Chunk.type:
         return CHUNK_BYTES_MAX
     return JOIN_BODY_BYTES_MAX if kind == m.Join.type else CONTROL_BODY_BYTES_MAX

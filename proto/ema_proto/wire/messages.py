@@ -91,7 +91,7 @@ _Byte: TypeAlias = Annotated[int, integer(0, _U8)]
 _Step: TypeAlias = Annotated[int, integer(0, STEP_MAX)]
 _OptionalStep: TypeAlias = Annotated[int | None, optional(integer(0, STEP_MAX))]
 _Quantity: TypeAlias = Annotated[float | None, optional(QUANTITY)]
-_Request: TypeAlias = Annotated[int, integer(0, STEP_MAX)]
+_Request: TypeAlias = _Step
 _Capabilities: TypeAlias = Annotated[tuple[str, ...], list_of(text(CAPABILITY_CHARS_MAX), CAPABILITIES_MAX)]
 _Error: TypeAlias = Annotated[str | None, optional(MESSAGE_TEXT)]
 _InHeader: TypeAlias = Annotated[int, HEADER]
@@ -142,7 +142,6 @@ class Join(WithBody):
 
     @property
     def step_units(self) -> StepUnits:
-        """A step in samples and epochs."""
         return StepUnits(self.samples_per_step, self.steps_per_epoch)
 
 
@@ -323,7 +322,6 @@ class Reject(WithBody):
 
     @property
     def scope(self) -> Scope:
-        """What has ended."""
         return self.code.scope
 
     def body(self) -> dict[str, Any]:

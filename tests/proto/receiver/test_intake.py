@@ -41,7 +41,7 @@ def send(intake: Intake, step: int, attempt: int, chunks: int = 3, *, mode: m.Mo
     for index in range(chunks):
         put(intake, chunk(step, attempt, index, chunks))
     whole = intake.commit(m.Commit(step, attempt, chunks, chunks * CHUNK - 1))
-    return None if whole is None else whole.slot
+    return None if whole is None else whole[0]
 
 
 def codes(intake: Intake) -> list[RejectCode]:
@@ -220,7 +220,7 @@ def test_credit_never_exceeds_the_slots_and_never_runs_out(seed: int, chunks: in
         else:
             whole = intake.commit(m.Commit(step, step, chunks, chunks * CHUNK - 1))
             assert whole is not None
-            held.append(whole.slot)
+            held.append(whole[0])
             filled = None
         while intake.replies:
             reply = intake.replies.popleft()
