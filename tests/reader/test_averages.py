@@ -35,7 +35,7 @@ def _with_ledger(served: Served) -> Version:
     return version
 
 
-def test_averages_are_a_table_for_people_and_json_for_programs(served: Served, url: str) -> None:
+def test_averages_print_as_a_table_or_json(served: Served, url: str) -> None:
     served.show("digits", 100, ["raw", "ema-0.9"])
     served.show("young", None, ["ema-0.9"])
 
@@ -49,7 +49,7 @@ def test_averages_are_a_table_for_people_and_json_for_programs(served: Served, u
     assert json.loads(told)["averages"][1]["initial_share"] == 0.25
 
 
-def test_a_rule_without_end_leaves_the_table_readable() -> None:
+def test_long_rule_leaves_the_table_readable() -> None:
     average = Average("x", f"ema:0.9,include={'a' * 300}", 9, 0, 9, "float32", 0.9, 6.6, 4.5, 0.25)
 
     lines = averages_text([average]).splitlines()
@@ -74,7 +74,7 @@ class _Foreign(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def test_an_answer_that_no_ema_server_gives_is_an_error_that_says_so() -> None:
+def test_answer_of_another_server_is_a_clear_error() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Foreign)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -95,7 +95,7 @@ def test_an_answer_that_no_ema_server_gives_is_an_error_that_says_so() -> None:
         server.server_close()
 
 
-def test_a_ledger_is_a_table_with_what_was_left_out(served: Served, url: str) -> None:
+def test_ledger_is_a_table_with_its_gaps(served: Served, url: str) -> None:
     version = _with_ledger(served)
 
     _, table, _ = _ema("ledger", "digits/ema-0.9", "--url", url)
@@ -126,7 +126,7 @@ def test_a_ledger_is_a_table_with_what_was_left_out(served: Served, url: str) ->
         (("ledger", "digits/swa"), 3, "swa"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_an_exit_code(
+def test_invalid_request_is_one_line_and_an_exit_code(
     served: Served, url: str, arguments: tuple[str, ...], code: int, text: str
 ) -> None:
     served.show("digits", 100, ["raw"])
@@ -139,7 +139,7 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(
     assert len(errors.splitlines()) == 1
 
 
-def test_a_reader_adds_and_removes_and_is_told_why_not(tmp_path: Path) -> None:
+def test_reader_adds_and_removes_and_reports_refusals(tmp_path: Path) -> None:
     served = Served(tmp_path / "data")
     asked: list[Job] = []
 

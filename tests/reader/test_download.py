@@ -72,7 +72,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_version_becomes_a_folder_with_its_files_and_nothing_else(
+def test_version_becomes_a_folder_with_only_its_files(
     reader: Reader, version: Version, content: bytes, tmp_path: Path
 ) -> None:
     folder = reader.download(version, tmp_path / "a" / "out")
@@ -82,9 +82,7 @@ def test_a_version_becomes_a_folder_with_its_files_and_nothing_else(
     assert (folder / "model.safetensors").read_bytes() == content
 
 
-def test_a_partial_file_is_continued_where_it_stopped(
-    reader: Reader, version: Version, content: bytes, tmp_path: Path
-) -> None:
+def test_partial_file_is_resumed(reader: Reader, version: Version, content: bytes, tmp_path: Path) -> None:
     partial(tmp_path, version).write_bytes(content[:100_001])
     progress: Progress = Recorded()
 
@@ -97,9 +95,7 @@ def test_a_partial_file_is_continued_where_it_stopped(
 
 
 @pytest.mark.process
-def test_a_killed_process_leaves_a_partial_file_that_the_next_process_continues(
-    served: Served, url: str, reader: Reader, tmp_path: Path
-) -> None:
+def test_partial_file_of_a_killed_process_is_resumed(served: Served, url: str, reader: Reader, tmp_path: Path) -> None:
     served.publish("digits", 100, size=200_000)
     version = reader.version("digits", "ema-0.9")
     folder = tmp_path / "out"
@@ -117,7 +113,7 @@ def test_a_killed_process_leaves_a_partial_file_that_the_next_process_continues(
     assert names(folder) == ["model.safetensors", "version.json"]
 
 
-def test_a_flipped_byte_fails_verification_and_nothing_is_put_in_place(
+def test_flipped_byte_fails_verification_and_leaves_no_file(
     reader: Reader, version: Version, content: bytes, tmp_path: Path
 ) -> None:
     damaged = bytearray(content[:100_000])
@@ -132,7 +128,7 @@ def test_a_flipped_byte_fails_verification_and_nothing_is_put_in_place(
     assert (tmp_path / "model.safetensors").read_bytes() == content
 
 
-def test_a_byte_flipped_on_the_servers_disk_fails_verification(
+def test_byte_flipped_on_the_servers_disk_fails_verification(
     served: Served, reader: Reader, version: Version, content: bytes, tmp_path: Path
 ) -> None:
     damaged = bytearray(content)
@@ -145,9 +141,7 @@ def test_a_byte_flipped_on_the_servers_disk_fails_verification(
     assert names(tmp_path / "out") == []
 
 
-def test_a_partial_file_longer_than_the_file_starts_over(
-    reader: Reader, version: Version, content: bytes, tmp_path: Path
-) -> None:
+def test_too_long_partial_file_starts_over(reader: Reader, version: Version, content: bytes, tmp_path: Path) -> None:
     partial(tmp_path, version).write_bytes(b"x" * (len(content) + 1))
 
     reader.download(version, tmp_path)
@@ -155,7 +149,7 @@ def test_a_partial_file_longer_than_the_file_starts_over(
     assert (tmp_path / "model.safetensors").read_bytes() == content
 
 
-def test_another_version_in_the_folder_is_replaced_and_its_partial_file_is_not_used(
+def test_another_version_is_replaced_without_its_partial_file(
     served: Served, reader: Reader, version: Version, tmp_path: Path
 ) -> None:
     reader.download(version, tmp_path)
@@ -170,9 +164,7 @@ def test_another_version_in_the_folder_is_replaced_and_its_partial_file_is_not_u
         assert (tmp_path / name).read_bytes() == (expected / name).read_bytes()
 
 
-def test_files_that_are_there_already_are_not_downloaded_again(
-    reader: Reader, version: Version, tmp_path: Path
-) -> None:
+def test_existing_files_are_not_downloaded_again(reader: Reader, version: Version, tmp_path: Path) -> None:
     reader.download(version, tmp_path)
     before = (tmp_path / "model.safetensors").stat().st_ino
     progress = Recorded()
@@ -183,7 +175,7 @@ def test_files_that_are_there_already_are_not_downloaded_again(
     assert (tmp_path / "model.safetensors").stat().st_ino == before
 
 
-def test_a_second_download_into_the_same_folder_is_refused(reader: Reader, version: Version, tmp_path: Path) -> None:
+def test_second_download_into_the_same_folder_is_refused(reader: Reader, version: Version, tmp_path: Path) -> None:
     with partial(tmp_path, version).open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
 
@@ -191,7 +183,7 @@ def test_a_second_download_into_the_same_folder_is_refused(reader: Reader, versi
             reader.download(version, tmp_path)
 
 
-def test_a_version_that_was_pruned_leaves_no_partial_file(
+def test_pruned_version_leaves_no_partial_file(
     served: Served, reader: Reader, version: Version, tmp_path: Path
 ) -> None:
     partial(tmp_path, version).write_bytes(b"a part")
@@ -204,7 +196,7 @@ def test_a_version_that_was_pruned_leaves_no_partial_file(
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_deleted_version_leaves_no_folder_and_is_said_to_be_deleted(
+def test_deleted_version_leaves_no_folder_and_is_reported(
     served: Served, reader: Reader, version: Version, tmp_path: Path, exists: bool
 ) -> None:
     folder = tmp_path / "a" / "out"
@@ -219,14 +211,14 @@ def test_a_deleted_version_leaves_no_folder_and_is_said_to_be_deleted(
     assert names(tmp_path) == (["a"] if exists else [])
 
 
-def test_a_folder_that_cannot_be_made_is_reported_by_name(reader: Reader, version: Version, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_made_is_named(reader: Reader, version: Version, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     with pytest.raises(ReaderError, match="file"):
         reader.download(version, tmp_path / "file" / "out")
 
 
-def test_a_download_outlasts_a_restart_of_the_server(served: Served, tmp_path: Path) -> None:
+def test_download_survives_a_server_restart(served: Served, tmp_path: Path) -> None:
     served.publish("digits", 100, size=20_000)
     with served.listening() as url, Reader(url) as reader:
         version = reader.version("digits", "ema-0.9")
@@ -242,7 +234,7 @@ def test_a_download_outlasts_a_restart_of_the_server(served: Served, tmp_path: P
     assert names(tmp_path / "out") == ["model.safetensors", "version.json"]
 
 
-def test_a_server_that_stays_away_is_unreachable_and_the_part_is_kept(served: Served, tmp_path: Path) -> None:
+def test_unreachable_server_is_reported_and_the_partial_file_kept(served: Served, tmp_path: Path) -> None:
     served.publish("digits", 100, size=20_000)
     with served.listening() as url, Reader(url) as reader:
         version = reader.version("digits", "ema-0.9")

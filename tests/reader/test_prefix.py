@@ -176,7 +176,7 @@ def test_every_command_works_behind_a_prefix(
 
 
 @pytest.mark.process
-def test_a_body_over_the_limit_of_nginx_is_an_error_that_names_nginx_and_its_setting(
+def test_body_over_the_limit_of_nginx_is_an_error_that_names_its_setting(
     served: Served, url: str, tmp_path: Path
 ) -> None:
     served.publish("digits", 100)

@@ -29,7 +29,7 @@ def test_runs_versions_and_one_version_are_frozen_values(served: Served, reader:
     assert reader.version("digits", "ema-0.9", old.id).step == 100
 
 
-def test_what_does_not_exist_is_not_found(served: Served, reader: Reader) -> None:
+def test_missing_run_average_or_version_is_not_found(served: Served, reader: Reader) -> None:
     served.publish("digits", 100)
 
     for missing in (
@@ -42,13 +42,13 @@ def test_what_does_not_exist_is_not_found(served: Served, reader: Reader) -> Non
             missing()
 
 
-def test_nobody_at_the_address_is_unreachable_and_says_where() -> None:
+def test_unreachable_server_is_named_with_its_address() -> None:
     with Reader("http://127.0.0.1:1") as reader, pytest.raises(Unreachable, match=r"http://127\.0\.0\.1:1"):
         reader.runs()
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8080", "ftp://host", "http://", "http://[::1"])
-def test_an_address_that_is_no_url_is_refused_at_construction(url: str) -> None:
+def test_invalid_url_is_refused_at_construction(url: str) -> None:
     with pytest.raises(UsageError):
         Reader(url)
 
@@ -65,7 +65,7 @@ def test_address_and_token_come_from_the_environment(tmp_path: Path, monkeypatch
     served.close()
 
 
-def test_waiting_returns_the_newest_version_that_is_not_the_known_one(served: Served, reader: Reader) -> None:
+def test_wait_returns_the_newest_unknown_version(served: Served, reader: Reader) -> None:
     first = served.publish("digits", 100).versions[0]
     later = threading.Timer(0.2, served.publish, ("digits", 200))
 
@@ -79,9 +79,7 @@ def test_waiting_returns_the_newest_version_that_is_not_the_known_one(served: Se
     assert (known.id, newer.step) == (first.id, 200)
 
 
-def test_waiting_ends_with_none_when_the_run_is_finished_and_its_last_version_is_known(
-    served: Served, reader: Reader
-) -> None:
+def test_wait_returns_none_after_the_last_version_of_a_finished_run(served: Served, reader: Reader) -> None:
     served.publish("digits", 100)
     known = reader.wait("digits", "ema-0.9", timeout_s=WAIT_S)
     finish = threading.Timer(0.2, served.show, ("digits", 100, ["ema-0.9"], RunState.FINISHED))
@@ -95,7 +93,7 @@ def test_waiting_ends_with_none_when_the_run_is_finished_and_its_last_version_is
     assert reader.wait("digits", "ema-0.9", timeout_s=WAIT_S) == known
 
 
-def test_waiting_outlasts_a_run_that_has_not_begun_and_a_server_that_is_not_up(served: Served, tmp_path: Path) -> None:
+def test_wait_covers_a_missing_run_and_a_missing_server(served: Served, tmp_path: Path) -> None:
     with served.listening() as url:
         port = int(url.rsplit(":", 1)[1])
     found: list[Version | None] = []
@@ -113,7 +111,7 @@ def test_waiting_outlasts_a_run_that_has_not_begun_and_a_server_that_is_not_up(s
     assert [version.step for version in found if version] == [100]
 
 
-def test_waiting_too_long_says_what_was_missing(served: Served, reader: Reader) -> None:
+def test_wait_timeout_says_what_was_missing(served: Served, reader: Reader) -> None:
     version = served.publish("digits", 100).versions[0]
 
     with pytest.raises(WaitTimeout, match=f"no version after {version.id[:12]}"):
@@ -133,7 +131,7 @@ def test_loaded_weights_are_the_published_ones(served: Served, reader: Reader) -
 
 
 @pytest.mark.parametrize("rev", ["", "@latest", "@step-100", "@{short}", "@{id}"])
-def test_a_version_is_also_given_as_text(served: Served, reader: Reader, tmp_path: Path, rev: str) -> None:
+def test_version_is_also_accepted_as_text(served: Served, reader: Reader, tmp_path: Path, rev: str) -> None:
     version = served.publish("digits", 100).versions[0]
     target = "digits/ema-0.9" + rev.format(short=version.id[:7], id=version.id)
 
@@ -143,21 +141,21 @@ def test_a_version_is_also_given_as_text(served: Served, reader: Reader, tmp_pat
 
 
 @pytest.mark.parametrize("target", ["digits", "digits/a/b", "digits/raw@", "", 7, None])
-def test_what_is_no_version_and_no_target_is_a_usage_error(reader: Reader, tmp_path: Path, target: Any) -> None:
+def test_invalid_version_or_target_is_a_usage_error(reader: Reader, tmp_path: Path, target: Any) -> None:
     for use in (lambda: reader.load(target), lambda: reader.download(target, tmp_path / "out")):
         with pytest.raises(UsageError, match="RUN/AVERAGE"):
             use()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_beginning_of_an_id_that_no_version_has_is_not_found(served: Served, reader: Reader) -> None:
+def test_unknown_id_prefix_is_not_found(served: Served, reader: Reader) -> None:
     served.publish("digits", 100)
 
     with pytest.raises(NotFound, match="fffffff"):
         reader.version("digits", "ema-0.9", "fffffff")
 
 
-def test_reported_metrics_come_back_with_their_version(served: Served, reader: Reader) -> None:
+def test_reported_metrics_are_returned_with_their_version(served: Served, reader: Reader) -> None:
     served.publish("digits", 100)
     version = reader.version("digits", "ema-0.9")
 
@@ -167,7 +165,7 @@ def test_reported_metrics_come_back_with_their_version(served: Served, reader: R
     assert (row.version, row.step, row.task, row.metrics) == (version.id, 100, "val", {"accuracy": 0.9})
 
 
-def test_a_report_must_have_either_finite_metrics_or_an_error(served: Served, reader: Reader) -> None:
+def test_report_needs_either_finite_metrics_or_an_error(served: Served, reader: Reader) -> None:
     served.publish("digits", 100)
     version = reader.version("digits", "ema-0.9")
 
@@ -181,7 +179,7 @@ def test_a_report_must_have_either_finite_metrics_or_an_error(served: Served, re
         reader.report(version, {"x" * 300: 1.0})
 
 
-def test_readiness_is_told_check_by_check(served: Served, reader: Reader) -> None:
+def test_readiness_is_reported_per_check(served: Served, reader: Reader) -> None:
     unready, checks = reader.ready()
     served.beat()
 

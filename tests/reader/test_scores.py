@@ -30,7 +30,7 @@ def _row(
         "rmse",
     ],
 )
-def test_lower_is_better_where_the_name_says_so(name: str) -> None:
+def test_lower_is_better_for_such_names(name: str) -> None:
     assert direction_of(name).lower
 
 
@@ -39,7 +39,7 @@ def test_higher_is_better_for_every_other_name(name: str) -> None:
     assert not direction_of(name).lower
 
 
-def test_a_direction_as_asked_wins_over_the_name_and_every_direction_has_a_reason() -> None:
+def test_requested_direction_overrides_the_name_and_has_a_reason() -> None:
     assert str(direction_of("loss", lower=False)) == "higher is better (as asked)"
     assert str(direction_of("val_loss")) == "lower is better (its name has 'loss')"
     assert str(direction_of("top1")).startswith("higher is better (")
@@ -61,20 +61,20 @@ def test_tasks_are_merged_and_the_newest_report_counts() -> None:
     assert metric_names([first, second]) == ("loss", "val/accuracy")
 
 
-def test_a_later_success_replaces_a_failure() -> None:
+def test_later_success_replaces_a_failure() -> None:
     (score,) = scores_of([_row(1, {}, error="no", at="1"), _row(1, {"loss": 1.0}, at="2")])
 
     assert (score.metrics, score.errors) == ({"loss": 1.0}, {})
 
 
-def test_ranking_is_by_value_and_of_equal_values_the_later_step_is_first() -> None:
+def test_ranking_is_by_value_then_by_later_step() -> None:
     scores = scores_of([_row(step, {"loss": loss}) for step, loss in ((1, 0.5), (2, 0.1), (3, 0.5), (4, 0.9))])
 
     assert [score.step for score in ranked(scores, "loss", direction_of("loss"))] == [2, 3, 1, 4]
     assert [score.step for score in ranked(scores, "loss", direction_of("loss", lower=False))] == [4, 3, 1, 2]
 
 
-def test_a_metric_is_chosen_only_where_there_is_one() -> None:
+def test_metric_is_chosen_only_if_unambiguous() -> None:
     one, two = scores_of([_row(1, {"loss": 0.5})]), scores_of([_row(1, {"loss": 0.5, "accuracy": 1.0})])
 
     assert chosen_metric("r", one, None) == "loss"

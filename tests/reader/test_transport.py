@@ -73,7 +73,7 @@ def _answering(status: int, body: bytes, headers: dict[str, str]) -> Iterator[st
 
 @pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1", "nonsense://x", "http://[::1"])
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
-def test_this_machine_is_never_reached_through_a_proxy(
+def test_loopback_never_uses_a_proxy(
     monkeypatch: pytest.MonkeyPatch, served: Served, url: str, variable: str, proxy: str
 ) -> None:
     served.beat()
@@ -99,7 +99,7 @@ def test_this_machine_is_never_reached_through_a_proxy(
         ("localhost.example.org", False),
     ],
 )
-def test_addresses_of_this_machine_are_recognised(host: str, is_here: bool) -> None:
+def test_loopback_addresses_are_recognised(host: str, is_here: bool) -> None:
     assert transport._is_this_machine(host) is is_here
 
 
@@ -107,7 +107,7 @@ def test_addresses_of_this_machine_are_recognised(host: str, is_here: bool) -> N
     ("proxy", "text"), [("socks5://127.0.0.1:1", "socksio"), ("nonsense://x:1", "scheme"), ("http://[::1", "port")]
 )
 @pytest.mark.parametrize("arguments", [["healthcheck"], *_COMMANDS], ids=lambda arguments: arguments[0])
-def test_a_proxy_that_cannot_be_used_is_one_line_that_names_the_variable(
+def test_unusable_proxy_is_one_line_that_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], proxy: str, text: str
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", proxy)
@@ -122,7 +122,7 @@ def test_a_proxy_that_cannot_be_used_is_one_line_that_names_the_variable(
     assert text in done.stderr.lower()
 
 
-def test_a_host_in_no_proxy_does_not_depend_on_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_in_no_proxy_does_not_depend_on_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "nonsense://x:1")
     monkeypatch.setenv("NO_PROXY", "example.org,198.51.100.7")
 
@@ -130,14 +130,14 @@ def test_a_host_in_no_proxy_does_not_depend_on_the_proxy(monkeypatch: pytest.Mon
         assert reader._transport._proxies == []
 
 
-def test_a_proxy_that_does_not_answer_is_unreachable_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_proxy_is_unreachable_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
 
     with Reader(_ELSEWHERE, token="") as reader, pytest.raises(Unreachable, match=r"through the proxy of HTTP_PROXY"):
         reader.runs()
 
 
-def test_other_machines_are_reached_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_hosts_are_reached_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     with _answering(200, b'{"runs": []}', {"Content-Type": "application/json"}) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy)
         with Reader(_ELSEWHERE, token="") as reader:
@@ -146,7 +146,7 @@ def test_other_machines_are_reached_through_the_proxy(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("variable", _TLS)
 @pytest.mark.parametrize("arguments", [["healthcheck"], *_ONCE], ids=lambda arguments: arguments[0])
-def test_a_tls_variable_that_points_nowhere_does_not_matter_for_plain_http(
+def test_invalid_tls_variable_is_ignored_for_plain_http(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], variable: str
 ) -> None:
     monkeypatch.setenv(variable, str(tmp_path / "nowhere" / "file"))
@@ -159,7 +159,7 @@ def test_a_tls_variable_that_points_nowhere_does_not_matter_for_plain_http(
 
 
 @pytest.mark.parametrize("content", [None, "no certificate"])
-def test_certificates_that_cannot_be_read_are_an_error_that_names_the_variable(
+def test_unreadable_certificates_are_an_error_that_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None
 ) -> None:
     path = tmp_path / "certificates.pem"
@@ -185,7 +185,7 @@ def test_certificates_that_cannot_be_read_are_an_error_that_names_the_variable(
         (418, "a teapot"),
     ],
 )
-def test_an_error_page_of_a_proxy_is_one_line_that_says_from_whom_and_what_it_means(status: int, text: str) -> None:
+def test_proxy_error_page_is_one_line_with_its_sender_and_meaning(status: int, text: str) -> None:
     page = b"<html><head><title>no</title><style>p {}</style></head>\r\n<body><p>a teapot</p></body></html>"
     with (
         _answering(status, page, {"Content-Type": "text/html", "Server": "nginx/1.22.1"}) as url,
@@ -202,7 +202,7 @@ def test_an_error_page_of_a_proxy_is_one_line_that_says_from_whom_and_what_it_me
             assert isinstance(caught.value, Unreachable) == (status in (502, 504))
 
 
-def test_a_redirect_to_another_server_is_named() -> None:
+def test_redirect_to_another_server_is_named() -> None:
     with (
         _answering(401, b'{"title": "t", "detail": "d", "code": "unauthorized"}', {}) as target,
         _answering(301, b"", {"Location": f"{target}/v1/runs"}) as url,
@@ -212,7 +212,7 @@ def test_a_redirect_to_another_server_is_named() -> None:
         reader.runs()
 
 
-def test_a_missing_and_a_wrong_token_are_told_apart(tmp_path: Path) -> None:
+def test_missing_and_wrong_token_are_distinguished(tmp_path: Path) -> None:
     served = Served(tmp_path / "data", token="s3cret")
     with served.listening() as url:
         with Reader(url, token="") as reader, pytest.raises(Unauthorized, match="requires a token, and none was given"):
@@ -222,7 +222,7 @@ def test_a_missing_and_a_wrong_token_are_told_apart(tmp_path: Path) -> None:
     served.close()
 
 
-def test_the_port_for_trainers_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainer_port_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     zmq = pytest.importorskip("zmq")
     monkeypatch.setattr(transport, "_timeout", lambda _: httpx2.Timeout(0.3))
     context = zmq.Context()
@@ -239,7 +239,7 @@ def test_the_port_for_trainers_is_recognised(monkeypatch: pytest.MonkeyPatch) ->
         context.term()
 
 
-def test_a_server_that_does_not_answer_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_server_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "_timeout", lambda _: httpx2.Timeout(0.3))
     monkeypatch.setattr(transport, "_GREETING_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:

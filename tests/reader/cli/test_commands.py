@@ -51,9 +51,7 @@ def process(*arguments: str | Path, cwd: Path) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def test_status_and_versions_are_tables_for_people_and_json_for_programs(
-    served: Served, url: str, tmp_path: Path
-) -> None:
+def test_status_and_versions_print_tables_or_json(served: Served, url: str, tmp_path: Path) -> None:
     version = served.publish("digits", 100, ["raw"]).versions[0]
 
     table = ema("status", "--url", url)
@@ -70,7 +68,7 @@ def test_status_and_versions_are_tables_for_people_and_json_for_programs(
     assert [item["id"] for item in versions["versions"]] == [version.id]
 
 
-def test_download_prints_the_folder_and_nothing_else(
+def test_download_prints_only_the_folder(
     served: Served, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served.publish("digits", 100, ["raw"])
@@ -86,7 +84,7 @@ def test_download_prints_the_folder_and_nothing_else(
 
 
 @pytest.mark.process
-def test_a_flipped_byte_ends_with_6_and_nothing_in_place(served: Served, url: str, tmp_path: Path) -> None:
+def test_flipped_byte_exits_with_6_and_leaves_no_file(served: Served, url: str, tmp_path: Path) -> None:
     version = served.publish("digits", 100, ["raw"]).versions[0]
     path = version.folder / "model.safetensors"
     damaged = bytearray(path.read_bytes())
@@ -111,7 +109,7 @@ def test_a_flipped_byte_ends_with_6_and_nothing_in_place(served: Served, url: st
         (["evaluate", "json:dumps", "--run", "digits", "--averages", "nope"], 3),
     ],
 )
-def test_a_failure_is_one_line_on_stderr_and_an_exit_code(
+def test_failure_is_one_line_on_stderr_and_an_exit_code(
     served: Served, url: str, tmp_path: Path, arguments: list[str], code: int
 ) -> None:
     served.publish("digits", 100, ["raw"])
@@ -124,14 +122,14 @@ def test_a_failure_is_one_line_on_stderr_and_an_exit_code(
 
 
 @pytest.mark.parametrize("command", [["status"], ["versions", "a/b"], ["download", "a/b"]])
-def test_a_server_that_is_not_there_ends_with_5(command: list[str], tmp_path: Path) -> None:
+def test_missing_server_exits_with_5(command: list[str], tmp_path: Path) -> None:
     done = ema(*command, "--url", NOWHERE)
 
     assert done.returncode == 5
     assert NOWHERE in done.stderr
 
 
-def test_a_wrong_token_ends_with_4_and_is_never_shown(tmp_path: Path) -> None:
+def test_wrong_token_exits_with_4_and_is_never_shown(tmp_path: Path) -> None:
     served = Served(tmp_path / "data", token="s3cret")
     with served.listening() as url:
         missing = ema("status", "--url", url)
@@ -143,7 +141,7 @@ def test_a_wrong_token_ends_with_4_and_is_never_shown(tmp_path: Path) -> None:
     assert "guess-me" not in wrong.stderr
 
 
-def test_healthcheck_ends_with_0_or_1(served: Served, url: str, tmp_path: Path) -> None:
+def test_healthcheck_exits_with_0_or_1(served: Served, url: str, tmp_path: Path) -> None:
     unready = ema("healthcheck", "--url", url, "--json")
     nowhere = ema("healthcheck", "--url", NOWHERE)
     served.beat()
@@ -155,9 +153,7 @@ def test_healthcheck_ends_with_0_or_1(served: Served, url: str, tmp_path: Path) 
 
 
 @pytest.mark.process
-def test_evaluate_finds_a_function_beside_it_reports_and_ends_with_the_run(
-    served: Served, url: str, tmp_path: Path
-) -> None:
+def test_evaluate_imports_a_local_function_and_ends_with_the_run(served: Served, url: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(EVALUATION)
     served.publish("digits", 100, ["raw", "ema-0.9"])
     served.show("digits", 100, ["raw", "ema-0.9"], RunState.FINISHED)
@@ -174,7 +170,7 @@ def test_evaluate_finds_a_function_beside_it_reports_and_ends_with_the_run(
 
 
 @pytest.mark.process
-def test_evaluate_ends_with_1_when_the_last_version_failed(served: Served, url: str, tmp_path: Path) -> None:
+def test_evaluate_exits_with_1_when_the_last_version_failed(served: Served, url: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(EVALUATION)
     served.publish("digits", 100, ["raw"])
     served.show("digits", 100, ["raw"], RunState.FINISHED)
@@ -187,7 +183,7 @@ def test_evaluate_ends_with_1_when_the_last_version_failed(served: Served, url: 
 
 
 @pytest.mark.process
-def test_an_interrupted_worker_ends_with_130(served: Served, url: str, tmp_path: Path) -> None:
+def test_interrupted_worker_exits_with_130(served: Served, url: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(EVALUATION)
     served.publish("digits", 100, ["raw"])
     command = [sys.executable, "-m", "ema_cli", "evaluate", "mine:evaluate", "--run", "digits", "--url", url]
@@ -203,18 +199,18 @@ def test_an_interrupted_worker_ends_with_130(served: Served, url: str, tmp_path:
 
 
 @pytest.mark.parametrize("target", ["a", "a/", "/b", "a/b/c", "a/b@", ""])
-def test_a_target_without_run_and_average_is_refused(target: str) -> None:
+def test_incomplete_target_is_refused(target: str) -> None:
     with pytest.raises(UsageError):
         parse_target(target)
 
 
-def test_a_target_names_run_average_and_revision() -> None:
+def test_target_names_run_average_and_revision() -> None:
     assert parse_target("a/b") == ("a", "b", "latest")
     assert parse_target("a/b@step-7") == ("a", "b", "step-7")
 
 
 @pytest.mark.process
-def test_a_reading_command_does_not_wait_for_torch(tmp_path: Path) -> None:
+def test_reading_command_does_not_import_torch(tmp_path: Path) -> None:
     program = "import sys; from ema_cli.app import build; build(); print('torch' in sys.modules)"
 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

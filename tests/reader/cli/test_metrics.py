@@ -33,7 +33,7 @@ def scored(served: Served, reader: Reader) -> Served:
     return served
 
 
-def test_the_table_has_a_column_for_each_metric_and_marks_its_best_value(scored: Served, url: str) -> None:
+def test_table_has_a_column_per_metric_and_marks_the_best_value(scored: Served, url: str) -> None:
     code, table, _ = _ema("metrics", "digits", "--url", url)
 
     lines = [line.split() for line in table.splitlines()]
@@ -47,7 +47,7 @@ def test_the_table_has_a_column_for_each_metric_and_marks_its_best_value(scored:
     assert "* best accuracy: higher is better" in table
 
 
-def test_by_a_metric_the_best_version_comes_first(scored: Served, url: str) -> None:
+def test_by_metric_sorts_the_best_version_first(scored: Served, url: str) -> None:
     def order(*options: str) -> list[str]:
         return [line.split()[3] for line in _ema("metrics", "digits", "--url", url, *options)[1].splitlines()[1:5]]
 
@@ -88,9 +88,7 @@ def test_best_prints_the_version_and_downloads_it(scored: Served, url: str, tmp_
     assert json.loads(lowest)["version"]["average"] == "raw"
 
 
-def test_best_is_among_the_stored_versions_and_says_when_a_better_one_is_gone(
-    scored: Served, url: str, reader: Reader
-) -> None:
+def test_best_is_of_stored_versions_and_reports_a_better_deleted_one(scored: Served, url: str, reader: Reader) -> None:
     scored.catalog.remove(scored.catalog.generations("digits")[0], force=True)  # step 200
 
     code, shown, warning = _ema("best", "digits", "--by", "accuracy", "--url", url)
@@ -113,7 +111,7 @@ def test_best_is_among_the_stored_versions_and_says_when_a_better_one_is_gone(
         (("best", ","), 2, "run name ','"),
     ],
 )
-def test_a_wrong_request_is_one_line(
+def test_invalid_request_is_one_line(
     scored: Served, url: str, arguments: tuple[str, ...], code: int, text: str
 ) -> None:
     found, out, error = _ema(*arguments, "--url", url)
@@ -122,7 +120,7 @@ def test_a_wrong_request_is_one_line(
     assert text in error
 
 
-def test_a_run_without_metrics_has_an_empty_table_and_no_best_version(served: Served, url: str, reader: Reader) -> None:
+def test_run_without_metrics_has_an_empty_table_and_no_best_version(served: Served, url: str, reader: Reader) -> None:
     served.publish("digits", 100, ["raw"])
 
     assert _ema("metrics", "digits", "--url", url)[:2] == (0, "no metrics yet\n")
@@ -131,7 +129,7 @@ def test_a_run_without_metrics_has_an_empty_table_and_no_best_version(served: Se
         reader.best("digits")
 
 
-def test_a_failed_evaluation_is_a_line_below_the_table(served: Served, url: str, reader: Reader) -> None:
+def test_failed_evaluation_is_a_line_below_the_table(served: Served, url: str, reader: Reader) -> None:
     served.publish("digits", 100, ["raw"])
     reader.report(reader.version("digits", "raw"), error="ValueError: no data\nin line 3")
 
@@ -140,7 +138,7 @@ def test_a_failed_evaluation_is_a_line_below_the_table(served: Served, url: str,
     assert table.splitlines()[-1] == "raw at step 100: task default failed: ValueError: no data"
 
 
-def test_status_of_a_run_and_versions_show_the_newest_metrics(scored: Served, url: str) -> None:
+def test_status_and_versions_show_the_newest_metrics(scored: Served, url: str) -> None:
     _, status, _ = _ema("status", "digits", "--url", url)
     _, versions, _ = _ema("versions", "digits", "--url", url)
     in_status = json.loads(_ema("status", "digits", "--url", url, "--json")[1])["runs"][0]["averages"]

@@ -42,7 +42,7 @@ def test_tables_fit_into_80_columns(narrow: None) -> None:
         assert max(map(len, table.splitlines())) <= 80, table
 
 
-def test_a_heading_that_is_too_wide_is_broken_at_its_underscores(narrow: None) -> None:
+def test_wide_heading_breaks_at_underscores(narrow: None) -> None:
     lines = render.status_text([_run("resnet34-on-imagenet")]).splitlines()
 
     assert [line.split()[0] for line in lines[:2]] == ["run", "step"]

@@ -54,7 +54,7 @@ def _unit(value: float) -> dict[str, Tensor]:
     return {"w": torch.full((3,), value)}
 
 
-def test_thousand_steps_with_gaps_equal_a_float64_replay_of_the_ledger(core: ServerCore) -> None:
+def test_1000_steps_with_gaps_equal_a_float64_replay_of_the_ledger(core: ServerCore) -> None:
     """Steps are left out one by one and in long rows; the bound follows from float32's eps (`support.oracle.bound`)."""
     chance = random.Random(3)
     decays = {"ema-0.9": 0.9, "ema-0.99": 0.99, "ema-0.999": 0.999, "ema-0.9999": 0.9999, "ema-0": 0.0}
@@ -74,7 +74,7 @@ def test_thousand_steps_with_gaps_equal_a_float64_replay_of_the_ledger(core: Ser
     assert largest_difference(_weights(step), core.load(versions["raw"])) == 0
 
 
-def test_it_equals_timm_model_ema_v3(core: ServerCore) -> None:
+def test_average_equals_timm_model_ema_v3(core: ServerCore) -> None:
     """ModelEmaV3 as timm defines it, written here with torch alone.
 
     A copy of the model at first, then `lerp` of every float entry of the state dict by 1 - decay, other entries copied;
@@ -102,7 +102,7 @@ def test_it_equals_timm_model_ema_v3(core: ServerCore) -> None:
     assert largest_difference(shadow, core.load(version)) <= bound(_ledger(version), 0.98, 4.0)
 
 
-def test_a_unit_step_weighs_one_minus_the_product_of_the_decays(core: ServerCore) -> None:
+def test_unit_step_weighs_1_minus_the_product_of_decays(core: ServerCore) -> None:
     joined(core.join("r", manifest_of(_unit(0.0)), ["ema:0.9"]))
     core.apply("r", 1, _unit(0.0))
     for step, expected in ((2, 1 - 0.9), (3, 1 - 0.9**2), (10, 1 - 0.9**9)):
@@ -136,7 +136,7 @@ def test_steps_before_the_first_snapshot_are_not_a_gap(core: ServerCore) -> None
     assert (status.first_step, status.step, status.gap_steps, status.applied) == (107, 109, 1, 2)
 
 
-def test_a_set_replaces_the_averages_and_is_recorded(core: ServerCore) -> None:
+def test_set_replaces_the_averages_and_is_recorded(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
     for step in (1, 2, 3):
         core.apply("r", step, _weights(step))
@@ -151,7 +151,7 @@ def test_a_set_replaces_the_averages_and_is_recorded(core: ServerCore) -> None:
     _check(core, version, 0.9)
 
 
-def test_a_set_may_repeat_the_last_step_but_not_precede_it(core: ServerCore) -> None:
+def test_set_may_repeat_the_last_step_but_not_precede_it(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9"]))
     core.apply("r", 4, _weights(4))
     core.apply("r", 5, _weights(5))
@@ -164,7 +164,7 @@ def test_a_set_may_repeat_the_last_step_but_not_precede_it(core: ServerCore) -> 
     assert largest_difference(_weights(6), core.load(version)) == 0
 
 
-def test_a_repeated_step_is_acknowledged_and_not_applied_again(core: ServerCore) -> None:
+def test_repeated_step_is_acknowledged_and_not_applied_again(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9"]))
     for step in (1, 2, 3):
         core.apply("r", step, _weights(step))
@@ -178,7 +178,7 @@ def test_a_repeated_step_is_acknowledged_and_not_applied_again(core: ServerCore)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_nonfinite_snapshot_changes_nothing_and_its_step_is_a_gap(core: ServerCore, bad: float) -> None:
+def test_nonfinite_snapshot_changes_nothing_and_is_a_gap(core: ServerCore, bad: float) -> None:
     joined(core.join("r", _MANIFEST, ["raw", "ema:0.9"]))
     core.apply("r", 1, _weights(1))
     core.apply("r", 2, _weights(2))
@@ -203,7 +203,7 @@ def test_a_nonfinite_snapshot_changes_nothing_and_its_step_is_a_gap(core: Server
     _check(core, version, 0.9)
 
 
-def test_a_first_snapshot_with_a_nonfinite_parameter_is_quarantined(core: ServerCore) -> None:
+def test_nonfinite_first_snapshot_is_quarantined(core: ServerCore) -> None:
     tensors = {"w": torch.tensor([math.nan]), "mask": torch.tensor([-math.inf])}
     joined(core.join("r", manifest_of(tensors, {"mask": Role.BUFFER}), ["ema:0.9"]))
 
@@ -212,7 +212,7 @@ def test_a_first_snapshot_with_a_nonfinite_parameter_is_quarantined(core: Server
     assert core.apply("r", 2, {**tensors, "w": torch.ones(1)}) == Applied(2, frozenset({"mask"}))
 
 
-def test_a_mask_of_infinities_is_copied_and_reported(core: ServerCore) -> None:
+def test_mask_of_infinities_is_copied_and_reported(core: ServerCore) -> None:
     def masked(step: int) -> dict[str, Tensor]:
         return {"w": torch.tensor([float(step)]), "mask": torch.tensor([0.0, -math.inf, float(step)])}
 
@@ -228,7 +228,7 @@ def test_a_mask_of_infinities_is_copied_and_reported(core: ServerCore) -> None:
     assert loaded["w"].item() == 0.5 * (0.5 * 1 + 0.5 * 2) + 0.5 * 3
 
 
-def test_a_gap_counts_from_the_refused_step_on_and_each_spell_is_logged_twice(
+def test_gap_counts_from_the_refused_step_and_each_spell_is_logged_twice(
     core: ServerCore, caplog: pytest.LogCaptureFixture
 ) -> None:
     def gaps() -> tuple[int, int]:
@@ -259,7 +259,7 @@ def test_a_gap_counts_from_the_refused_step_on_and_each_spell_is_logged_twice(
     ]
 
 
-def test_refused_steps_at_the_end_of_a_run_are_gaps_after_a_restart_too(tmp_path: Path) -> None:
+def test_refused_last_steps_are_gaps_after_a_restart(tmp_path: Path) -> None:
     bad = {**_weights(3), "walk": torch.full_like(_weights(3)["walk"], math.nan)}
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["ema:0.9"]))
@@ -298,7 +298,7 @@ _BUFFERED = manifest_of(_buffered(0.0, 0.0), {"running_mean": Role.BUFFER, "half
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_buffer_that_is_not_finite_stays_at_its_last_finite_value_and_the_weights_go_on(
+def test_nonfinite_buffer_keeps_its_last_finite_value(
     core: ServerCore, caplog: pytest.LogCaptureFixture, bad: float
 ) -> None:
     """Compared with a run whose buffer does not change meanwhile: only `raw` holds what was sent."""
@@ -327,7 +327,7 @@ def test_a_buffer_that_is_not_finite_stays_at_its_last_finite_value_and_the_weig
     ]
 
 
-def test_an_average_that_begins_while_a_buffer_is_not_finite_takes_it_from_another(core: ServerCore) -> None:
+def test_average_added_during_a_nonfinite_buffer_copies_it_from_another(core: ServerCore) -> None:
     joined(core.join("r", _BUFFERED, ["raw", "ema:0.5"]))
     core.apply("r", 1, _buffered(1.0, 4.0, 2.0))
     for spec in ("swa", "window:2", "power:sigma_rel=0.1,acc=float64"):
@@ -341,7 +341,7 @@ def test_an_average_that_begins_while_a_buffer_is_not_finite_takes_it_from_anoth
         assert loaded["half"].tolist() == [2.0] * 3, name
 
 
-def test_where_no_average_has_a_finite_value_of_a_buffer_it_is_copied_from_then_on(core: ServerCore) -> None:
+def test_buffer_without_a_finite_value_is_copied_from_then_on(core: ServerCore) -> None:
     joined(core.join("r", _BUFFERED, ["raw"]))
     core.apply("r", 1, _buffered(1.0, 4.0))
     assert core.apply("r", 2, _buffered(2.0, math.nan)) == Applied(2, frozenset())
@@ -353,7 +353,7 @@ def test_where_no_average_has_a_finite_value_of_a_buffer_it_is_copied_from_then_
     assert (loaded["running_mean"].tolist(), loaded["w"].tolist()) == ([4.0] * 5, [3.5] * 3)
 
 
-def test_a_set_with_a_buffer_that_is_not_finite_replaces_the_rest(core: ServerCore) -> None:
+def test_set_with_a_nonfinite_buffer_replaces_the_rest(core: ServerCore) -> None:
     joined(core.join("r", _BUFFERED, _BUFFERED_RULES))
     core.apply("r", 1, _buffered(1.0, 4.0))
     core.apply("r", 2, _buffered(5.0, math.nan), mode="set")
@@ -365,7 +365,7 @@ def test_a_set_with_a_buffer_that_is_not_finite_replaces_the_rest(core: ServerCo
             assert loaded["running_mean"].tolist() == [4.0] * 5, name
 
 
-def test_a_parameter_that_is_not_finite_is_refused_whatever_the_buffers_are(core: ServerCore) -> None:
+def test_nonfinite_parameter_is_refused_whatever_the_buffers_are(core: ServerCore) -> None:
     joined(core.join("r", _BUFFERED, ["ema:0.5"]))
     core.apply("r", 1, _buffered(1.0, 4.0))
 
@@ -386,7 +386,7 @@ def test_structural_buffers_are_copied_and_not_averaged(core: ServerCore) -> Non
     assert (loaded["w"].item(), loaded["u"].item()) == (0.5, 1.0)
 
 
-def test_bfloat16_weights_that_creep_are_followed(core: ServerCore) -> None:
+def test_slowly_changing_bfloat16_weights_are_followed(core: ServerCore) -> None:
     """An average kept in bfloat16 would not move at all here: each step is far below its resolution."""
     joined(core.join("r", manifest_of({"w": torch.zeros(4, dtype=torch.bfloat16)}), ["ema:0.999"]))
     core.apply("r", 1, {"w": torch.ones(4, dtype=torch.bfloat16)})
@@ -397,7 +397,7 @@ def test_bfloat16_weights_that_creep_are_followed(core: ServerCore) -> None:
     torch.testing.assert_close(loaded["w"], torch.full((4,), 1.25 - 0.25 * 0.999**200), rtol=0, atol=1e-5)
 
 
-def test_a_first_snapshot_below_the_origin_is_quarantined(core: ServerCore) -> None:
+def test_first_snapshot_below_the_origin_is_quarantined(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9"], first_step=5))
     for step, mode in ((3, "set"), (3, "update"), (4, "update")):
         answer = core.apply("r", step, _weights(step), mode)  # type: ignore[arg-type]

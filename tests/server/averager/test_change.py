@@ -66,7 +66,7 @@ def _check(core: ServerCore, average: str, decay: float) -> None:
     assert largest_difference(replay(ledger, decay, _weights), core.load(version)) <= bound(ledger, decay, 1.0)
 
 
-def test_an_added_average_begins_with_the_next_snapshot(core: ServerCore) -> None:
+def test_added_average_begins_with_the_next_snapshot(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9"]))
     _stream(core, 1, 2, 3)
 
@@ -83,7 +83,7 @@ def test_an_added_average_begins_with_the_next_snapshot(core: ServerCore) -> Non
     assert (added.updates, added.gap_steps, status.gap_steps) == (2, 0, 2)
 
 
-def test_an_added_average_survives_a_restart_before_its_first_snapshot(tmp_path: Path) -> None:
+def test_added_average_survives_a_restart_before_its_first_snapshot(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["ema:0.9"]))
         _stream(core, 1, 2)
@@ -99,7 +99,7 @@ def test_an_added_average_survives_a_restart_before_its_first_snapshot(tmp_path:
         _check(core, "ema-0.9", 0.9)
 
 
-def test_a_removed_average_is_gone_and_its_versions_stay(core: ServerCore) -> None:
+def test_removed_average_keeps_its_versions(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9", "window:5"]))
     _stream(core, 1, 2)
     before = versions_by_average(core.publish("r"))["window-5"]
@@ -117,7 +117,7 @@ def test_a_removed_average_is_gone_and_its_versions_stay(core: ServerCore) -> No
     _check(core, "ema-0.9", 0.9)
 
 
-def test_the_first_average_can_be_removed(core: ServerCore) -> None:
+def test_first_average_can_be_removed(core: ServerCore) -> None:
     """The steps of a run and its acknowledgements depend on no single average."""
     joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"]))
     _stream(core, 1, 2)
@@ -131,7 +131,7 @@ def test_the_first_average_can_be_removed(core: ServerCore) -> None:
     _check(core, "ema-0.5", 0.5)
 
 
-def test_a_trainer_may_join_with_a_removed_average(tmp_path: Path) -> None:
+def test_trainer_may_join_with_a_removed_average(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5"]))
         _stream(core, 1)
@@ -147,7 +147,7 @@ def test_a_trainer_may_join_with_a_removed_average(tmp_path: Path) -> None:
         assert isinstance(answer, Refused)
 
 
-def test_a_removed_name_can_be_added_again(core: ServerCore) -> None:
+def test_removed_name_can_be_added_again(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5,name=short"]))
     _stream(core, 1, 2)
     assert isinstance(core.remove("r", "short"), Changed)
@@ -167,7 +167,7 @@ def test_a_removed_name_can_be_added_again(core: ServerCore) -> None:
         ("ema:half_life_samples=1000", "needs to know samples per step"),
     ],
 )
-def test_a_refused_addition_says_what_to_do(core: ServerCore, spec: str, text: str) -> None:
+def test_refused_addition_says_what_to_do(core: ServerCore, spec: str, text: str) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
     _stream(core, 1)
 
@@ -178,7 +178,7 @@ def test_a_refused_addition_says_what_to_do(core: ServerCore, spec: str, text: s
     assert _names(core) == ["ema-0.9", "raw"]
 
 
-def test_a_run_has_at_most_64_averages(core: ServerCore) -> None:
+def test_run_has_at_most_64_averages(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, [f"ema:0.9,name=a{index}" for index in range(64)]))
     _stream(core, 1)
 
@@ -198,7 +198,7 @@ def test_patterns_of_added_averages_count_with_existing_ones(core: ServerCore) -
     assert core.add("r", f"ema:0.9,name=b,exclude={'|'.join(['w'] * 56)}") == Changed("b")
 
 
-def test_a_change_matches_only_the_patterns_of_the_added_average(
+def test_change_matches_only_the_patterns_of_the_added_average(
     core: ServerCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9,include=w*,name=c", "ema:0.8,exclude=w*,name=d"]))
@@ -216,7 +216,7 @@ def test_a_change_matches_only_the_patterns_of_the_added_average(
     assert len(asked) <= len(_MANIFEST.tensors)
 
 
-def test_an_average_that_does_not_fit_is_refused_and_the_run_continues(
+def test_average_that_does_not_fit_is_refused_and_the_run_continues(
     core: ServerCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9"]))
@@ -244,7 +244,7 @@ def test_averages_change_only_while_a_run_streams(core: ServerCore) -> None:
         assert answer.why is WhyNot.NOT_STREAMING
 
 
-def test_the_last_average_with_weights_cannot_be_removed(core: ServerCore) -> None:
+def test_last_average_with_weights_cannot_be_removed(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9"]))
     _stream(core, 1)
     assert isinstance(core.add("r", "swa"), Changed)
@@ -262,7 +262,7 @@ def test_the_last_average_with_weights_cannot_be_removed(core: ServerCore) -> No
     )
 
 
-def test_a_change_that_cannot_be_made_durable_is_undone(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_change_that_cannot_be_made_durable_is_undone(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
     joined(core.join("r", _MANIFEST, ["ema:0.9", "raw"]))
     _stream(core, 1, 2)
     durable(core.publish("r"))
@@ -283,7 +283,7 @@ def test_a_change_that_cannot_be_made_durable_is_undone(core: ServerCore, monkey
     _check(core, "ema-0.9", 0.9)
 
 
-def test_a_rewind_keeps_the_current_set_of_averages(tmp_path: Path) -> None:
+def test_rewind_keeps_the_current_set_of_averages(tmp_path: Path) -> None:
     """Back at step 2: one added since starts over, one removed since stays removed, one added again is a new one."""
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["ema:0.9", "ema:0.5", "ema:0.7"]))
@@ -307,7 +307,7 @@ def test_a_rewind_keeps_the_current_set_of_averages(tmp_path: Path) -> None:
         assert _ledger(core, "swa") == {"origin": 2, "set": [3], "ranges": [[3, 4, 1]]}
 
 
-def test_a_rewind_before_all_averages_began(tmp_path: Path) -> None:
+def test_rewind_before_all_averages_began(tmp_path: Path) -> None:
     """At step 2 there was only an average that has been removed: the run has no weights there, and starts over."""
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["ema:0.9"]))

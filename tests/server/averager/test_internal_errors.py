@@ -55,7 +55,7 @@ _PLACES: dict[str, tuple[str, Callable[[ServerCore], object]]] = {
 
 
 @pytest.mark.parametrize("place", _PLACES)
-def test_an_internal_error_fails_its_job_and_quarantines_its_run_alone(
+def test_internal_error_fails_its_job_and_quarantines_only_its_run(
     tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     target, act = _PLACES[place]
@@ -91,7 +91,7 @@ def test_an_internal_error_fails_its_job_and_quarantines_its_run_alone(
             assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-def test_an_internal_error_during_a_draft_answers_everyone_and_leaves_no_file(
+def test_internal_error_during_a_draft_answers_all_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers: Queue[Durable | Failed] = Queue()
@@ -121,7 +121,7 @@ def test_an_internal_error_during_a_draft_answers_everyone_and_leaves_no_file(
         assert core.averager.is_alive()
 
 
-def test_an_answer_that_cannot_be_delivered_harms_no_run(tmp_path: Path) -> None:
+def test_undeliverable_answer_harms_no_run(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST))
         core.averager.submit(core.apply_job("r", 1, _weights(1), _raise))
@@ -130,7 +130,7 @@ def test_an_answer_that_cannot_be_delivered_harms_no_run(tmp_path: Path) -> None
         assert _errors(core) == 1
 
 
-def test_an_internal_error_of_the_publisher_fails_its_generation_alone(
+def test_internal_error_of_the_publisher_fails_only_its_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_core(tmp_path) as core:
@@ -147,7 +147,7 @@ def test_an_internal_error_of_the_publisher_fails_its_generation_alone(
         assert _errors(core) == 1
 
 
-def test_an_internal_error_while_a_run_is_freed_harms_no_other_run(
+def test_internal_error_while_a_run_is_freed_harms_no_other_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_core(tmp_path) as core:

@@ -70,7 +70,7 @@ def test_resume_must_needs_a_run_to_continue() -> None:
 
 
 @pytest.mark.parametrize("resume", ["auto", "must"])
-def test_a_rewind_needs_an_older_generation(resume: Resume) -> None:
+def test_rewind_needs_an_older_generation(resume: Resume) -> None:
     refused = _decide(_KNOWN, resume=resume, first_step=60)
 
     assert isinstance(refused, Refused)
@@ -86,7 +86,7 @@ def test_a_rewind_needs_an_older_generation(resume: Resume) -> None:
         assert part in refused.text
 
 
-def test_a_refused_rewind_names_a_bounded_number_of_generations() -> None:
+def test_refused_rewind_names_a_bounded_number_of_generations() -> None:
     refused = _decide(Known(100, _MANIFEST, {"raw": "raw", "ema-0.9": "ema:0.9"}, tuple(range(20, 60))), first_step=1)
 
     assert isinstance(refused, Refused)
@@ -94,7 +94,7 @@ def test_a_refused_rewind_names_a_bounded_number_of_generations() -> None:
 
 
 @pytest.mark.parametrize("reconnect", [False, True])
-def test_a_changed_model_is_refused_with_the_tensor_that_differs(reconnect: bool) -> None:
+def test_changed_model_is_refused_with_the_differing_tensor(reconnect: bool) -> None:
     refused = _decide(_KNOWN, other=True, reconnect=reconnect)
 
     assert isinstance(refused, Refused)
@@ -103,15 +103,15 @@ def test_a_changed_model_is_refused_with_the_tensor_that_differs(reconnect: bool
     assert "another run name, or resume='never'" in refused.text
 
 
-def test_a_changed_model_may_follow_a_run_that_is_set_aside() -> None:
+def test_changed_model_may_follow_a_run_that_is_set_aside() -> None:
     assert _decide(_KNOWN, other=True, resume="never") == SetAside()
 
 
-def test_a_join_may_list_some_of_the_averages() -> None:
+def test_join_may_list_some_of_the_averages() -> None:
     assert _decide(_KNOWN, averages="raw") == Continue()
 
 
-def test_an_unknown_average_is_refused() -> None:
+def test_unknown_average_is_refused() -> None:
     refused = _decide(_KNOWN, averages="raw,ema:0.5")
 
     assert isinstance(refused, Refused)
@@ -119,14 +119,14 @@ def test_an_unknown_average_is_refused() -> None:
     assert "no average 'ema-0.5', it has raw, ema-0.9: join with these, and add others" in refused.text
 
 
-def test_an_unknown_average_is_refused_with_a_quoted_shell_command() -> None:
+def test_unknown_average_is_refused_with_a_quoted_shell_command() -> None:
     refused = _decide(_KNOWN, averages="raw,ema:0.5,include=a|b*,name=half")
 
     assert isinstance(refused, Refused)
     assert "(ema averages r --add 'ema:0.5,include=a|b*' --name half)" in refused.text
 
 
-def test_a_known_name_with_another_rule_is_refused() -> None:
+def test_known_name_with_another_rule_is_refused() -> None:
     known = Known(100, _MANIFEST, {"raw": "raw", "ema-0.9": "ema:0.8"}, ())
     refused = _decide(known)
 
@@ -136,7 +136,7 @@ def test_a_known_name_with_another_rule_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("spec", "is_let_in"), [("ema:0.5", True), ("ema:0.6,name=ema-0.5", False)])
-def test_a_removed_average_may_still_be_listed(spec: str, is_let_in: bool) -> None:
+def test_removed_average_may_still_be_listed(spec: str, is_let_in: bool) -> None:
     known = Known(100, _MANIFEST, {"raw": "raw"}, (), frozenset({("ema-0.5", "ema:0.5")}))
 
     assert (_decide(known, averages=f"raw,{spec}") == Continue()) is is_let_in

@@ -58,7 +58,7 @@ def _check(core: ServerCore, steps: list[int]) -> None:
     assert largest_difference(replay(ledger, 0.9, _weights), core.load(version)) <= bound(ledger, 0.9, 1.0)
 
 
-def test_a_restarted_server_continues_bit_for_bit(tmp_path: Path) -> None:
+def test_restarted_server_continues_bit_for_bit(tmp_path: Path) -> None:
     """One server with a restart in the middle publishes the same ids, that is the same bytes, as one without."""
     ids = []
     for restarts in (False, True):
@@ -78,7 +78,7 @@ def test_a_restarted_server_continues_bit_for_bit(tmp_path: Path) -> None:
     assert ids[0] == ids[1]
 
 
-def test_after_a_restart_statuses_and_catalog_list_every_run(tmp_path: Path) -> None:
+def test_statuses_and_catalog_list_every_run_after_a_restart(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         _apply(core, 1, 3)
@@ -108,7 +108,7 @@ def test_exempt_tensors_stay_exempt_after_a_restart(tmp_path: Path) -> None:
         assert torch.equal(core.load(versions_by_average(core.publish("r"))["ema-0.9"])["mask"], masked(2)["mask"])
 
 
-def test_a_rejoin_may_change_every_and_config_but_not_roles(tmp_path: Path) -> None:
+def test_rejoin_may_change_every_and_config_but_not_roles(tmp_path: Path) -> None:
     frozen = manifest_of(_weights(1), {"w": Role.FROZEN})
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _AVERAGES, config='{"width": 1}\r\n'))
@@ -133,7 +133,7 @@ def test_a_rejoin_may_change_every_and_config_but_not_roles(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_trainer_that_starts_earlier_rewinds_the_run(tmp_path: Path, restart: bool) -> None:
+def test_trainer_that_starts_earlier_rewinds_the_run(tmp_path: Path, restart: bool) -> None:
     core = ServerCore(tmp_path)
     core.start()
     _join(core)
@@ -155,7 +155,7 @@ def test_a_trainer_that_starts_earlier_rewinds_the_run(tmp_path: Path, restart: 
 
 
 @pytest.mark.parametrize("first_step", [2, 7, 20])
-def test_a_rewind_far_beyond_the_newest_generations_leaves_a_gap(tmp_path: Path, first_step: int) -> None:
+def test_rewind_far_beyond_the_newest_generations_leaves_a_gap(tmp_path: Path, first_step: int) -> None:
     """The server does not know of its checkpoint; the average is exact over the remaining steps and the new one."""
     with running_core(tmp_path, keep_generations=2) as core:
         _join(core)
@@ -173,7 +173,7 @@ def test_a_rewind_far_beyond_the_newest_generations_leaves_a_gap(tmp_path: Path,
         assert status.gap_steps == first_step - 1 - last_step
 
 
-def test_a_rewind_survives_a_restart_with_later_steps_on_disk(tmp_path: Path) -> None:
+def test_rewind_survives_a_restart_with_later_steps_on_disk(tmp_path: Path) -> None:
     with running_core(tmp_path, keep_generations=10) as core:
         _join(core)
         for step in (10, 20, 30):
@@ -199,7 +199,7 @@ def test_a_rewind_survives_a_restart_with_later_steps_on_disk(tmp_path: Path) ->
         _check(core, [10, 11])
 
 
-def test_after_a_rewind_a_step_published_again_is_a_new_version(tmp_path: Path) -> None:
+def test_step_published_again_after_a_rewind_is_a_new_version(tmp_path: Path) -> None:
     with running_core(tmp_path, keep_generations=10) as core:
         _join(core)
         _apply(core, 1, 2)
@@ -216,7 +216,7 @@ def test_after_a_rewind_a_step_published_again_is_a_new_version(tmp_path: Path) 
         assert len(core.catalog.versions("r", "raw")) == 3, "the version that was rewound to is listed once"
 
 
-def test_a_rewind_to_the_current_step_publishes_and_changes_nothing(tmp_path: Path) -> None:
+def test_rewind_to_the_current_step_publishes_and_changes_nothing(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         assert isinstance(core.rewind("r", 5), Failed), "there is nothing yet"
@@ -225,7 +225,7 @@ def test_a_rewind_to_the_current_step_publishes_and_changes_nothing(tmp_path: Pa
         assert core.catalog.generations("r")[0].step == 2
 
 
-def test_a_rewind_without_an_older_generation_fails_and_keeps_the_run(tmp_path: Path) -> None:
+def test_rewind_without_an_older_generation_fails_and_keeps_the_run(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         _apply(core, 5, 6)
@@ -259,7 +259,7 @@ def test_resume_never_sets_the_old_run_aside_with_its_last_state(tmp_path: Path)
         assert (back.continuation, back.last_step) == ("continued", 3)
 
 
-def test_resume_never_twice_in_one_second_with_the_longest_name_keeps_both(tmp_path: Path) -> None:
+def test_resume_never_twice_in_one_second_keeps_both_runs(tmp_path: Path) -> None:
     name = "n" * 96
     with running_core(tmp_path, wall=lambda: 1_750_000_000.0) as core:
         for _ in range(3):
@@ -271,7 +271,7 @@ def test_resume_never_twice_in_one_second_with_the_longest_name_keeps_both(tmp_p
         assert max(len(run) for run in core.catalog.runs()) == 96
 
 
-def test_a_finished_run_stays_finished_and_can_be_continued(tmp_path: Path) -> None:
+def test_finished_run_stays_finished_and_can_be_continued(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         _apply(core, 1, 2)
@@ -299,7 +299,7 @@ def test_finishing_a_published_run_adds_no_version(tmp_path: Path) -> None:
         assert _state(core) is RunState.FINISHED
 
 
-def test_a_run_without_a_snapshot_can_be_finished(tmp_path: Path) -> None:
+def test_run_without_a_snapshot_can_be_finished(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         assert durable(core.finish("r")).step is None
@@ -307,7 +307,7 @@ def test_a_run_without_a_snapshot_can_be_finished(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_run_whose_trainer_left_is_published_and_freed(tmp_path: Path, lost: bool) -> None:
+def test_run_is_published_and_freed_when_its_trainer_leaves(tmp_path: Path, lost: bool) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         _apply(core, 1, 2)
@@ -320,7 +320,7 @@ def test_a_run_whose_trainer_left_is_published_and_freed(tmp_path: Path, lost: b
         _check(core, [1, 2, 3])
 
 
-def test_a_run_that_left_before_its_first_snapshot_leaves_nothing(tmp_path: Path) -> None:
+def test_run_without_a_snapshot_leaves_nothing(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         core.leave("r")
@@ -344,7 +344,7 @@ def test_two_runs_are_independent(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded["x"], torch.full((2,), expected))
 
 
-def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     huge = manifest_of({"w": torch.empty(1 << 46, dtype=torch.float32, device="meta")})
     with running_core(tmp_path) as core:
         answer = core.join("r", huge, ["ema:0.9", "raw"])
@@ -354,7 +354,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         assert _join(core)[0] == "new", "the name is free"
 
 
-def test_a_run_whose_folder_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def test_run_whose_folder_cannot_be_made_is_refused(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         (tmp_path / "runs" / "r").write_text("in the way")
         answer = core.join("r", _MANIFEST)

@@ -63,7 +63,7 @@ def test_versions_state_the_decay_of_a_rule_in_samples(tmp_path: Path) -> None:
     assert (content["decay"], content["half_life_steps"]) == (version.decay, version.half_life_steps)
 
 
-def test_new_step_units_apply_from_the_first_step_of_their_session_and_survive_a_restart(tmp_path: Path) -> None:
+def test_new_step_units_apply_from_their_session_and_survive_a_restart(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _begin(core)
         _stream(core, 11)
@@ -80,7 +80,7 @@ def test_new_step_units_apply_from_the_first_step_of_their_session_and_survive_a
         assert len(_step_units_history(core)) == 2, "a session that tells nothing changes nothing"
 
 
-def test_a_rewound_run_uses_the_step_units_of_the_session_that_streams(tmp_path: Path) -> None:
+def test_rewound_run_uses_the_step_units_of_its_new_session(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _begin(core)
         core.publish("r")
@@ -93,7 +93,7 @@ def test_a_rewound_run_uses_the_step_units_of_the_session_that_streams(tmp_path:
         assert _step_units_history(core) == [(1, 32.0, 5.0), (2, 64.0, 5.0)]
 
 
-def test_an_average_added_later_needs_known_step_units_and_patterns_that_match(tmp_path: Path) -> None:
+def test_added_average_needs_known_step_units_and_matching_patterns(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["raw"], step_units=StepUnits(samples_per_step=32)))
         _stream(core, 1)
@@ -107,7 +107,7 @@ def test_an_average_added_later_needs_known_step_units_and_patterns_that_match(t
         assert core.add("r", _SAMPLES) == Changed("samples")
 
 
-def test_a_rewind_of_a_run_on_disk_keeps_the_units_that_an_added_average_needs(tmp_path: Path) -> None:
+def test_rewind_from_disk_keeps_the_units_of_an_added_average(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["raw"]))
         _stream(core, 1)

@@ -38,7 +38,7 @@ def test_auto_uses_the_compiled_kernel_if_available() -> None:
 
 
 @pytest.mark.usefixtures("without_numba")
-def test_without_numba_auto_uses_torch_and_logs_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_without_numba_uses_torch_and_logs_why(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         chosen = choose("auto", _CPU)
 
@@ -48,14 +48,14 @@ def test_without_numba_auto_uses_torch_and_logs_why(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.usefixtures("without_numba")
-def test_without_numba_the_compiled_kernel_is_refused_with_what_to_do() -> None:
+def test_compiled_kernel_without_numba_is_refused_with_what_to_do() -> None:
     with pytest.raises(
         KernelUnavailableError, match=r"numba.*: pip install 'ema-sidecar\[fast\]', or use --kernel auto"
     ):
         choose("compiled", _CPU)
 
 
-def test_a_numba_with_wrong_results_counts_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numba_with_wrong_results_counts_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = pytest.importorskip("ema_server.compute.compiled", reason=WITHOUT_NUMBA)
     monkeypatch.setattr(compiled, "_lerp_same", lambda *_: None)
 
@@ -73,7 +73,7 @@ def test_averages_on_another_device_are_computed_by_torch() -> None:
 
 
 @pytest.mark.process
-def test_a_server_without_numba_ends_with_one_line_if_the_compiled_kernel_is_set(tmp_path: Path) -> None:
+def test_server_with_compiled_kernel_and_no_numba_ends_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text("raise ImportError('no numba here')\n")
     command = [sys.executable, "-m", "ema_cli", "serve", "--data", str(tmp_path / "data"), "--kernel", "compiled"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
@@ -86,7 +86,7 @@ def test_a_server_without_numba_ends_with_one_line_if_the_compiled_kernel_is_set
 
 @pytest.mark.parametrize("kernel", ["torch", "compiled"])
 @pytest.mark.process
-def test_a_server_says_what_it_computes_with(tmp_path: Path, kernel: str) -> None:
+def test_server_logs_its_kernel(tmp_path: Path, kernel: str) -> None:
     pytest.importorskip("numba", reason=WITHOUT_NUMBA)
     with ServerProcess(tmp_path / "data", "--kernel", kernel) as server:
         with EmaClient(server.zmq, "r", ["ema:0.5", "ema:0.9"], when_behind="wait") as client:

@@ -58,7 +58,7 @@ def _equal(averages: list[Weighted], expected: list[Tensor]) -> bool:
 
 @_pairs
 @pytest.mark.parametrize("number", [1, 2, 3, compiled.GROUP_MAX, compiled.GROUP_MAX + 3])
-def test_the_loops_give_torchs_bits(wire: torch.dtype, held: torch.dtype, number: int) -> None:
+def test_loops_give_the_bits_of_torch(wire: torch.dtype, held: torch.dtype, number: int) -> None:
     weights, loops = itertools.cycle(_WEIGHTS), compiled.ByLoops()
     for count in (1, 2, 7, 8, 15, 16, 31, 33, 63, 64, 65, 127, 1000, 4099):
         source = _values(count, count, wire)
@@ -71,7 +71,7 @@ def test_the_loops_give_torchs_bits(wire: torch.dtype, held: torch.dtype, number
 
 @_pairs
 @pytest.mark.parametrize("scale", [1e-44, 1e-39, 1e-37, 1e30, 1e38])
-def test_tiny_and_huge_values_give_torchs_bits(wire: torch.dtype, held: torch.dtype, scale: float) -> None:
+def test_tiny_and_huge_values_give_the_bits_of_torch(wire: torch.dtype, held: torch.dtype, scale: float) -> None:
     """Subnormals are not flushed to zero, and what overflows does so where torch's does."""
     source = _values(1, 1000, wire, scale)
     averages = [(_values(2 + k, 1000, held, scale), weight) for k, weight in enumerate(_WEIGHTS)]
@@ -83,7 +83,7 @@ def test_tiny_and_huge_values_give_torchs_bits(wire: torch.dtype, held: torch.dt
 
 @_pairs
 @pytest.mark.parametrize("weight", [0.001, 0.3])
-def test_the_loops_are_within_two_roundings_of_float64(wire: torch.dtype, held: torch.dtype, weight: float) -> None:
+def test_loops_are_within_two_roundings_of_float64(wire: torch.dtype, held: torch.dtype, weight: float) -> None:
     """Independent of torch: one rounding of the difference, one of the result; all values are below 8."""
     source, average = _values(3, 5000, wire), _values(4, 5000, held)
     expected = average.double() + weight * (source.double() - average.double())
@@ -103,7 +103,7 @@ def test_every_bfloat16_value_is_widened_exactly(held: torch.dtype) -> None:
 
 
 @_pairs
-def test_a_constant_is_a_fixed_point_bit_for_bit(wire: torch.dtype, held: torch.dtype) -> None:
+def test_constant_is_a_fixed_point_bit_for_bit(wire: torch.dtype, held: torch.dtype) -> None:
     source = _values(5, 1000, wire)
     averages = [(source.to(held), weight) for weight in _WEIGHTS]
     expected = [average.clone() for average, _ in averages]
@@ -132,7 +132,7 @@ def test_small_weights_do_not_go_to_torch(
     loops.lerp(_elements(_values(7, 100, wire)), [(_values(8, 100, held), weight) for weight in _SMALL])
 
 
-def test_threads_that_compile_at_the_same_time_compute_correctly() -> None:
+def test_concurrent_compilation_computes_correctly() -> None:
     loops, source = compiled.ByLoops(), _values(7, 999, torch.bfloat16)
     averages = [[(_values(k + j, 999, torch.float64), 0.1) for j in range(3)] for k in range(8)]
     expected = [_by_torch(source, pairs) for pairs in averages]
@@ -142,7 +142,7 @@ def test_threads_that_compile_at_the_same_time_compute_correctly() -> None:
     assert all(_equal(pairs, other) for pairs, other in zip(averages, expected, strict=True))
 
 
-def test_the_loops_release_the_interpreter_lock() -> None:
+def test_loops_release_the_interpreter_lock() -> None:
     """Nobody is made to hand Python's lock over here, so another thread moves on during a loop only if it lets go."""
     source, average, weight = torch.zeros(1 << 20).numpy(), torch.zeros(1 << 20).numpy(), np.float32(0.1)
     turns, seen, over = [0], [0], threading.Event()

@@ -129,7 +129,7 @@ def _life(data: Path, device: Device) -> list[Files]:
     return seen
 
 
-def test_a_run_on_a_device_is_the_run_on_the_host_bit_for_bit(tmp_path: Path, device: Device) -> None:
+def test_run_on_a_device_equals_the_host_bit_for_bit(tmp_path: Path, device: Device) -> None:
     """Float64, float32, both half floats, integers, masks, structural and NaN buffers; gaps, a set, a window."""
     ours, plain = _life(tmp_path / "device", device), _life(tmp_path / "host", HOST)
 
@@ -137,7 +137,7 @@ def test_a_run_on_a_device_is_the_run_on_the_host_bit_for_bit(tmp_path: Path, de
     assert len({files["ema-0.9", "model.safetensors"] for files in plain}) == len(plain)
 
 
-def test_the_late_device_was_late(tmp_path: Path) -> None:
+def test_late_device_was_late(tmp_path: Path) -> None:
     """The test above would show little if everything had been done at once."""
     backend = LateBackend()
     with running_core(
@@ -173,7 +173,7 @@ def test_many_small_tensors_are_moved_in_few_batches() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_device_memory_of_a_pool_does_not_depend_on_the_model(workers: int) -> None:
+def test_device_memory_of_a_pool_is_independent_of_the_model(workers: int) -> None:
     taken = []
     for count in (10, 5000):
         manifest, tensors = _tiny(count)
@@ -191,7 +191,7 @@ def test_the_device_memory_of_a_pool_does_not_depend_on_the_model(workers: int) 
     assert taken == [workers * 2 * 64 * 8] * 2
 
 
-def test_a_pass_that_fails_leaves_the_stages_usable() -> None:
+def test_failed_pass_leaves_the_stages_usable() -> None:
     manifest, tensors = _tiny(100)
     backend = LateBackend()
     upload = Upload(backend, 16)
@@ -236,7 +236,7 @@ def test_memory_is_shown_and_filled_in_order_and_errors_propagate(device: Device
     assert bytes(shown) == bytes(8) + content[8:997] + bytes(3)
 
 
-def test_a_run_that_does_not_fit_into_the_device_is_refused_and_others_continue(tmp_path: Path) -> None:
+def test_run_too_large_for_the_device_is_refused_and_others_continue(tmp_path: Path) -> None:
     backend = InlineBackend()
     with running_core(
         tmp_path, device=Accelerator("cuda:1", backend, block_elements=16, bounce_bytes=64), kernel="torch"
@@ -253,7 +253,7 @@ def test_a_run_that_does_not_fit_into_the_device_is_refused_and_others_continue(
         joined(core.join("other", _MANIFEST, _AVERAGES))
 
 
-def test_the_memory_of_a_run_that_left_is_returned_to_the_system(tmp_path: Path) -> None:
+def test_memory_of_an_ended_run_is_returned_to_the_system(tmp_path: Path) -> None:
     backend = InlineBackend()
     with running_core(tmp_path, device=Accelerator("test:0", backend, block_elements=16)) as core:
         joined(core.join("r", _MANIFEST, _AVERAGES))
@@ -273,7 +273,7 @@ def test_the_memory_of_a_run_that_left_is_returned_to_the_system(tmp_path: Path)
         ("12.6", 2, "cuda:2", "device is 'cuda:2': torch finds 2 CUDA devices: use cuda:0, cuda:1, or cpu"),
     ],
 )
-def test_a_device_that_cannot_be_used_is_named_with_what_to_do(
+def test_unusable_device_is_named_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch, built: str | None, devices: int, name: str, says: str
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", built)
@@ -284,7 +284,7 @@ def test_a_device_that_cannot_be_used_is_named_with_what_to_do(
         open_device(name)
 
 
-def test_a_device_without_room_to_compute_with_is_named_when_the_server_starts(tmp_path: Path) -> None:
+def test_device_without_working_memory_is_named_at_server_start(tmp_path: Path) -> None:
     class Full(InlineBackend):
         def allocate(self, nbytes: int) -> torch.Tensor:
             raise MemoryError("CUDA out of memory")
@@ -296,7 +296,7 @@ def test_a_device_without_room_to_compute_with_is_named_when_the_server_starts(t
         pass
 
 
-def test_a_gpu_without_averages_gets_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_without_averages_gets_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = CudaRuntime()
     monkeypatch.setattr(torch, "cuda", runtime)
     stream: Any = SimpleNamespace(device=GPU)
@@ -310,12 +310,12 @@ def test_a_gpu_without_averages_gets_no_context(monkeypatch: pytest.MonkeyPatch)
     assert runtime.contexts == {1}
 
 
-def test_the_cpu_is_the_host() -> None:
+def test_cpu_is_the_host() -> None:
     assert open_device("cpu") is HOST
 
 
 @pytest.mark.gpu
-def test_a_run_on_a_gpu_is_the_run_on_the_host_within_float32s_rounding(tmp_path: Path) -> None:
+def test_run_on_a_gpu_equals_the_host_within_float32_rounding(tmp_path: Path) -> None:
     """Values stay below 8; no update rounds by more than 9 eps of the largest, and there are fewer than 30."""
     device = Accelerator("cuda:0", CudaBackend(0), block_elements=16, bounce_bytes=64)
     bounds = {"model.safetensors": 30 * 9 * 8 * 2.0**-24, "state.safetensors": 30 * 9 * 8 * 2.0**-53}
@@ -331,7 +331,7 @@ def test_a_run_on_a_gpu_is_the_run_on_the_host_within_float32s_rounding(tmp_path
 
 
 @pytest.mark.gpu
-def test_a_whole_models_pass_on_a_gpu_equals_the_hosts(tmp_path: Path) -> None:
+def test_whole_model_pass_on_a_gpu_equals_the_hosts(tmp_path: Path) -> None:
     """Blocks and buffers of their true sizes, an odd count; twice, so that every stage is used again."""
     manifest = manifest_of({"w": torch.zeros(9_999_991), "b": torch.zeros(5_000_003, dtype=torch.bfloat16)})
     snapshots = [
@@ -350,7 +350,7 @@ def test_a_whole_models_pass_on_a_gpu_equals_the_hosts(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_too_large_an_allocation_on_a_gpu_is_refused_and_freed_memory_is_reused() -> None:
+def test_oversized_gpu_allocation_is_refused_and_freed_memory_reused() -> None:
     device = open_device("cuda")
     with pytest.raises(MemoryError, match=r"cannot allocate \d+ bytes on cuda:0: only \d+ are available"):
         device.allocate(1 << 50)
@@ -367,7 +367,7 @@ def test_too_large_an_allocation_on_a_gpu_is_refused_and_freed_memory_is_reused(
 
 
 @pytest.mark.gpu
-def test_the_buffers_of_a_gpu_are_pinned() -> None:
+def test_buffers_of_a_gpu_are_pinned() -> None:
     memory = CudaBackend(0).host(1 << 20)
     memory.view[:4] = b"abcd"
 
@@ -376,7 +376,7 @@ def test_the_buffers_of_a_gpu_are_pinned() -> None:
 
 
 @pytest.mark.gpu
-def test_a_server_on_a_gpu_serves_what_a_server_on_the_host_does(tmp_path: Path) -> None:
+def test_server_on_a_gpu_serves_what_a_server_on_the_host_does(tmp_path: Path) -> None:
     """As processes, over tcp, with three averages; each file is also held against a replay in float64."""
     specs, found = ("ema:0.9", "ema:0.99", "ema:0.999"), {}
     for name in ("cpu", "cuda"):

@@ -89,7 +89,7 @@ class _Recorder:
 
 @pytest.mark.parametrize("form", [Form.WIDE, Form.EXACT])
 @pytest.mark.parametrize("weight", [0.001, 0.3, 0.75, 1.0])
-def test_a_pass_equals_a_float64_loop(pool: WorkerPool, form: Form, weight: float) -> None:
+def test_pass_equals_a_float64_loop(pool: WorkerPool, form: Form, weight: float) -> None:
     """Within three roundings of values below 8: 3 * 8 * eps of the accumulator's dtype."""
     target = _filled(pool, form, weight, 1)
     pool.update(all_segments(_MANIFEST), encode(_MANIFEST, _tensors(2)), [target], None)
@@ -105,7 +105,7 @@ def test_a_pass_equals_a_float64_loop(pool: WorkerPool, form: Form, weight: floa
 
 
 @pytest.mark.parametrize("form", list(Form))
-def test_a_pass_without_weight_copies_exactly(pool: WorkerPool, form: Form) -> None:
+def test_pass_without_weight_copies_exactly(pool: WorkerPool, form: Form) -> None:
     target = _filled(pool, form, None, 3)
     held = _held(_MANIFEST, form, target.data)
     for name, value in _tensors(3).items():
@@ -114,7 +114,7 @@ def test_a_pass_without_weight_copies_exactly(pool: WorkerPool, form: Form) -> N
         assert torch.equal(target.data, encode(_MANIFEST, _tensors(3)))
 
 
-def test_averages_in_one_pass_equal_averages_in_separate_passes(pool: WorkerPool) -> None:
+def test_joint_pass_equals_separate_passes(pool: WorkerPool) -> None:
     plan = [(Form.WIDE, 0.1), (Form.WIRE, None), (Form.EXACT, 0.9), (Form.WIDE, None), (Form.EXACT, None)]
     together = [_filled(pool, form, weight, 5) for form, weight in plan]
     alone = [_filled(pool, form, weight, 5) for form, weight in plan]
@@ -126,7 +126,7 @@ def test_averages_in_one_pass_equal_averages_in_separate_passes(pool: WorkerPool
     assert all(torch.equal(one.data, other.data) for one, other in zip(together, alone, strict=True))
 
 
-def test_the_mean_of_a_window_is_that_of_its_snapshots_and_changes_no_other_average(pool: WorkerPool) -> None:
+def test_window_mean_is_that_of_its_snapshots_and_changes_no_other_average(pool: WorkerPool) -> None:
     """The newest snapshot comes in by the same pass, and half floats are widened for the window and for the others."""
     snapshots = [_filled(pool, Form.WIRE, 0.0, seed) for seed in (1, 2, 3)]
     snapshots[0] = Target(snapshots[0].data, Form.WIRE, None)  # the oldest gives its place to the newest, seed 6
@@ -155,7 +155,7 @@ def test_the_mean_of_a_window_is_that_of_its_snapshots_and_changes_no_other_aver
             torch.testing.assert_close(value.double(), expected, rtol=0, atol=48 * torch.finfo(value.dtype).eps)
 
 
-def test_a_constant_is_a_fixed_point_bit_for_bit(pool: WorkerPool) -> None:
+def test_constant_is_a_fixed_point_bit_for_bit(pool: WorkerPool) -> None:
     """The form `d * a + (1 - d) * p` drifts here: its two rounded factors do not add up to 1."""
     target = _filled(pool, Form.WIDE, 1 - 0.9998, 7)
     before, snapshot = target.data.clone(), encode(_MANIFEST, _tensors(7))
@@ -166,7 +166,7 @@ def test_a_constant_is_a_fixed_point_bit_for_bit(pool: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize("form", list(Form))
-def test_a_weight_of_zero_changes_no_byte(pool: WorkerPool, form: Form) -> None:
+def test_weight_of_zero_changes_no_byte(pool: WorkerPool, form: Form) -> None:
     target = _filled(pool, form, 0.0, 7)
     before = target.data.clone()
     pool.update(all_segments(_MANIFEST), encode(_MANIFEST, _tensors(8)), [target], None)
@@ -193,7 +193,7 @@ def test_blocks_outside_the_mask_are_copied(pool: WorkerPool) -> None:
     assert torch.equal(held[0]["single"], held[1]["single"])
 
 
-def test_the_sink_sees_every_byte_once_and_before_it_changes(pool: WorkerPool) -> None:
+def test_sink_sees_every_byte_once_and_before_it_changes(pool: WorkerPool) -> None:
     plan = [(Form.WIDE, 0.5), (Form.WIRE, None), (Form.EXACT, 0.5), (Form.WIDE, 0.0)]
     targets = [_filled(pool, form, weight, 1) for form, weight in plan]
     before = [target.data.clone() for target in targets]

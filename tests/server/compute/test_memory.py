@@ -45,7 +45,7 @@ def test_available_memory_is_none_if_nothing_reports_it(tmp_path: Path) -> None:
     assert available_bytes(tmp_path / "meminfo", tmp_path) is None
 
 
-def test_too_large_an_allocation_is_refused_before_a_page_is_touched() -> None:
+def test_oversized_allocation_is_refused_before_a_page_is_touched() -> None:
     """On this machine, for real: without the check the kernel would kill this process."""
     available = available_bytes()
     if available is None:
@@ -64,7 +64,7 @@ def test_memory_is_zeroed_and_tensor_and_view_share_bytes() -> None:
     assert bytes(memory.view[4:8]) == bytes([0, 7, 8, 0])
 
 
-def test_a_view_of_a_torch_tensor_shares_its_bytes() -> None:
+def test_view_of_a_torch_tensor_shares_its_bytes() -> None:
     data = torch.zeros(1000, dtype=torch.uint8)
     memory = host_memory(data)
     memory.view[10:14] = b"abcd"

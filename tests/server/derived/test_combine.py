@@ -79,7 +79,7 @@ def _stored(both: Afterwards, average: str, step: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_synthesized_average_is_the_sum_of_stored_ones_rounded_once(
+def test_synthesized_average_is_the_sum_of_stored_ones_rounded_once(
     both: Afterwards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(combining, "_CHUNK_ELEMENTS", 128)
@@ -111,7 +111,7 @@ def test_copied_tensors_come_from_the_newest_snapshot(both: Afterwards) -> None:
     }
 
 
-def test_a_variance_of_batch_norm_is_not_negative_with_shares_of_both_signs(tmp_path: Path) -> None:
+def test_batch_norm_variance_is_never_negative_with_mixed_shares(tmp_path: Path) -> None:
     """A channel that died in mid-run; `w` has the same values, so that the sum is seen to go below zero."""
 
     def dying(step: int) -> dict[str, Tensor]:
@@ -133,7 +133,7 @@ def test_a_variance_of_batch_norm_is_not_negative_with_shares_of_both_signs(tmp_
     assert least > 0
 
 
-def test_version_json_says_what_the_version_was_made_from(both: Afterwards) -> None:
+def test_version_json_lists_the_sources(both: Afterwards) -> None:
     version = both.deriving.synthesize("r", _RULE, 7).version
     record = _record(version)
 
@@ -153,7 +153,7 @@ def test_version_json_says_what_the_version_was_made_from(both: Afterwards) -> N
     assert derived["buffers_from"]["step"] == 7
 
 
-def test_a_synthesized_average_inherits_buffers_include_and_exclude(tmp_path: Path) -> None:
+def test_synthesized_average_inherits_buffers_include_and_exclude(tmp_path: Path) -> None:
     with afterwards(tmp_path) as both:
         rules = [f"power:sigma_rel={width},buffers=copy,exclude=w" for width in ("0.05", "0.1")]
         joined(both.core.join("r", _MANIFEST, rules))
@@ -165,7 +165,7 @@ def test_a_synthesized_average_inherits_buffers_include_and_exclude(tmp_path: Pa
         assert not both.deriving.synthesize("r", _RULE, None).is_new
 
 
-def test_the_same_request_gives_the_same_version(both: Afterwards) -> None:
+def test_same_request_gives_the_same_version(both: Afterwards) -> None:
     first = both.deriving.synthesize("r", _RULE, None)
     again = both.deriving.synthesize("r", _RULE, 8)
 
@@ -174,7 +174,7 @@ def test_the_same_request_gives_the_same_version(both: Afterwards) -> None:
     assert both.deriving.synthesize("r", _RULE, 7).version != first.version
 
 
-def test_after_a_rewind_the_same_step_gives_another_version(both: Afterwards) -> None:
+def test_same_step_after_a_rewind_gives_another_version(both: Afterwards) -> None:
     both.deriving.synthesize("r", _RULE, 5)
     late = both.deriving.synthesize("r", _RULE, 8).version
     assert isinstance(both.core.rewind("r", 7), Rewound)
@@ -188,7 +188,7 @@ def test_after_a_rewind_the_same_step_gives_another_version(both: Afterwards) ->
     assert not both.deriving.synthesize("r", _RULE, 5).is_new, "step 5 is of both histories"
 
 
-def test_a_flipped_byte_in_the_ring_is_found_and_nothing_is_written(both: Afterwards) -> None:
+def test_flipped_byte_in_the_ring_is_found_and_nothing_is_written(both: Afterwards) -> None:
     snapshot = both.core.ring.snapshots("r")[-2]
     path = snapshot.folder / "power-0.1.safetensors"
     data = bytearray(path.read_bytes())
@@ -202,14 +202,14 @@ def test_a_flipped_byte_in_the_ring_is_found_and_nothing_is_written(both: Afterw
     assert list(both.core.data_dir.derived_folder("r").iterdir()) == []
 
 
-def test_a_stopping_server_abandons_unfinished_versions(both: Afterwards) -> None:
+def test_stopping_server_abandons_unfinished_versions(both: Afterwards) -> None:
     both.stopping.set()
     with pytest.raises(Stopped):
         both.deriving.synthesize("r", _RULE, None)
     assert list(both.core.data_dir.derived_folder("r").iterdir()) == []
 
 
-def test_a_run_without_a_ring_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_run_without_a_ring_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with afterwards(tmp_path) as both:
         joined(both.core.join("r", _MANIFEST))
         _fill(both, 2)

@@ -36,7 +36,7 @@ def _ring(steps: Sequence[int], sigmas: Sequence[float] = _SIGMAS, dtype: RingDt
 _FULL = _ring(range(256, 8193, 256))
 
 
-def test_the_shares_are_the_solutions(tmp_path: Path) -> None:
+def test_shares_are_the_solutions(tmp_path: Path) -> None:
     plan = make_plan(_FULL, gamma_of(0.12), 8192)
     stored = [Profile(step, gamma_of(sigma)) for step in range(256, 8193, 256) for sigma in (0.05, 0.10)]
     blend = solve(stored, Profile(8192, gamma_of(0.12)))
@@ -58,7 +58,7 @@ def test_later_snapshots_are_not_used() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.25])
-def test_a_width_far_from_the_stored_ones_gives_a_warning(sigma: float) -> None:
+def test_width_far_from_the_stored_ones_gives_a_warning(sigma: float) -> None:
     plan = make_plan(_FULL, gamma_of(sigma), 8192)
 
     assert plan.error > ERROR_TRUSTED
@@ -67,7 +67,7 @@ def test_a_width_far_from_the_stored_ones_gives_a_warning(sigma: float) -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.03, 0.04, 0.07, 0.12, 0.20])
-def test_a_width_in_the_trusted_range_gives_no_warning(sigma: float) -> None:
+def test_width_in_the_trusted_range_gives_no_warning(sigma: float) -> None:
     assert make_plan(_FULL, gamma_of(sigma), 8192).warning is None
 
 
@@ -85,7 +85,7 @@ def test_a_width_in_the_trusted_range_gives_no_warning(sigma: float) -> None:
         (_ring([100, 8000, 9000]), 0.12, "the nearest is of step 8000 and of step 9000, it has 3 from 100 to 9000"),
     ],
 )
-def test_too_inexact_an_average_is_refused_with_what_to_do(ring: list[RingSnapshot], sigma: float, text: str) -> None:
+def test_too_inexact_average_is_refused_with_what_to_do(ring: list[RingSnapshot], sigma: float, text: str) -> None:
     with pytest.raises(CannotSynthesize, match=text):
         make_plan(ring, gamma_of(sigma), 512 if ring[-1].step == 512 else 8192)
 
@@ -115,7 +115,7 @@ def test_averages_of_different_origins_are_not_mixed() -> None:
     assert plan.origin == 0
 
 
-def test_an_average_added_during_the_run_counts_its_own_time() -> None:
+def test_average_added_during_the_run_counts_its_own_time() -> None:
     """Where only the later ones can do it, time counts from where they began."""
     ring = [
         _snapshot(step, _member(0.05, step), *(_member(sigma, step, origin=500, began=501) for sigma in (0.06, 0.11)))
@@ -153,7 +153,7 @@ def test_averages_that_copy_different_tensors_are_not_mixed() -> None:
     assert len({part.member.copied for part in plan.parts}) == 1
 
 
-def test_the_closest_of_many_averages_are_used() -> None:
+def test_closest_of_many_averages_are_used() -> None:
     sigmas = [0.01 * number for number in range(1, 16)]
     plan = make_plan(_ring(range(100, 1001, 100), sigmas), gamma_of(0.125), 1000)
 

@@ -78,12 +78,12 @@ def test_buffers_that_do_not_fit_are_refused_by_name(tmp_path: Path, buffers: di
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\xff" * 100, save(_NEW)[:-1]])
-def test_an_upload_that_is_not_safetensors_is_refused(data: bytes) -> None:
+def test_non_safetensors_upload_is_refused(data: bytes) -> None:
     with pytest.raises(BadBuffers, match="not a safetensors file"):
         checked(data, (), _manifest())
 
 
-def test_a_tied_buffer_is_replaced_under_all_its_names(tmp_path: Path) -> None:
+def test_tied_buffer_is_replaced_under_all_its_names(tmp_path: Path) -> None:
     manifest = _manifest({"mean": ("again.mean",)})
     one = _checked(tmp_path, {"again.mean": _NEW["mean"]}, manifest)
     both = _checked(tmp_path, {"mean": _NEW["mean"], "again.mean": _NEW["mean"].clone()}, manifest)
@@ -104,7 +104,7 @@ def _deriving(core: ServerCore) -> DerivationQueue:
 
 
 @pytest.mark.parametrize("average", ["raw", "ema-0.9"])
-def test_the_new_version_differs_only_in_these_buffers(tmp_path: Path, average: str) -> None:
+def test_new_version_differs_only_in_these_buffers(tmp_path: Path, average: str) -> None:
     with running_core(tmp_path) as core:
         base = _published(core)[average]
         deriving = _deriving(core)
@@ -128,7 +128,7 @@ def test_the_new_version_differs_only_in_these_buffers(tmp_path: Path, average: 
     }
 
 
-def test_a_damaged_version_is_not_copied(tmp_path: Path) -> None:
+def test_damaged_version_is_not_copied(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         base = _published(core)["raw"]
         file = base.folder / "model.safetensors"
@@ -140,7 +140,7 @@ def test_a_damaged_version_is_not_copied(tmp_path: Path) -> None:
         assert core.catalog.derived("r") == ()
 
 
-def test_a_deleted_version_cannot_be_recalibrated(tmp_path: Path) -> None:
+def test_deleted_version_cannot_be_recalibrated(tmp_path: Path) -> None:
     weights: dict[str, Any] = dict(_WEIGHTS)
     with running_core(tmp_path, keep_generations=1) as core:
         _published(core)

@@ -39,7 +39,7 @@ def _weights(profile: Profile, steps: int = _STEPS) -> numpy.ndarray[tuple[int],
         (0.28, "1.3e-01"),
     ],
 )
-def test_the_error_is_that_of_the_method_for_64_inputs(sigma: float, error: str) -> None:
+def test_error_is_that_of_the_method_for_64_inputs(sigma: float, error: str) -> None:
     assert f"{solve(_STORED, _wanted(sigma)).error:.1e}" == error
 
 
@@ -52,7 +52,7 @@ def test_rounding_is_amplified_by_the_sum_of_absolute_shares(sigma: float, ampli
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.10])
-def test_a_stored_profile_is_found_exactly_and_nothing_else_is_used(sigma: float) -> None:
+def test_stored_profile_is_found_exactly_and_used_alone(sigma: float) -> None:
     blend = solve(_STORED, _wanted(sigma))
 
     assert (blend.error, blend.amplification) == (0.0, 1.0)
@@ -60,7 +60,7 @@ def test_a_stored_profile_is_found_exactly_and_nothing_else_is_used(sigma: float
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.10])
-def test_the_error_next_to_a_stored_profile_is_float64s(sigma: float) -> None:
+def test_error_next_to_a_stored_profile_is_float64s(sigma: float) -> None:
     """At the very width the method's figures are 5e-15 and 1e-14: rounding alone."""
     nearly = Profile(_STEPS, gamma_of(sigma) * (1 + 1e-15))
     blend = solve(_STORED, nearly)
@@ -71,7 +71,7 @@ def test_the_error_next_to_a_stored_profile_is_float64s(sigma: float) -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.03, 0.06, 0.12, 0.15, 0.20, 0.28])
-def test_the_error_is_the_distance_between_the_weights_of_the_steps(sigma: float) -> None:
+def test_error_is_the_distance_between_the_step_weights(sigma: float) -> None:
     """As closely as steps tell it: the profiles of the first snapshots grow within one."""
     blend = solve(_STORED, _wanted(sigma))
     mixed = sum(share * _weights(profile) for share, profile in zip(blend.shares, _STORED, strict=True))
@@ -101,7 +101,7 @@ def _distance_in_closed_form(stored: Sequence[Profile], shares: Sequence[float],
 @pytest.mark.parametrize("widths", [(1e-5, 2e-5), (1e-6, 0.1), (1e-4, 1e-3), (0.05, 0.1)], ids=str)
 @pytest.mark.parametrize("sigma", [1e-6, 1.5e-5, 2e-4, 0.03, 0.15])
 @pytest.mark.parametrize("snapshots", [1, 8])
-def test_the_error_is_the_distance_however_narrow_the_profiles_are(
+def test_error_is_the_distance_for_narrow_profiles_too(
     widths: tuple[float, float], sigma: float, snapshots: int
 ) -> None:
     times = [_STEPS * number / snapshots for number in range(1, snapshots + 1)]
@@ -123,7 +123,7 @@ def test_no_other_shares_are_better(change: float) -> None:
         assert numpy.linalg.norm(mixed - target) / numpy.linalg.norm(target) > blend.error * (1 - 1e-6)
 
 
-def test_a_profile_given_twice_changes_nothing() -> None:
+def test_duplicate_profile_changes_nothing() -> None:
     once, twice = solve(_STORED, _wanted(0.15)), solve(_STORED + _STORED[::2], _wanted(0.15))
 
     assert twice.error == pytest.approx(once.error, rel=1e-6)
@@ -139,6 +139,6 @@ def test_shares_do_not_depend_on_the_unit_of_time() -> None:
 
 
 @pytest.mark.parametrize("stored", [(), (Profile(8193, 1.0),), (Profile(0, 1.0),)])
-def test_profiles_beyond_the_wanted_time_are_refused(stored: tuple[Profile, ...]) -> None:
+def test_profiles_beyond_the_requested_time_are_refused(stored: tuple[Profile, ...]) -> None:
     with pytest.raises(ValueError, match=r"need stored profiles at times in \(0, 8192\]"):
         solve(stored, _wanted(0.1))

@@ -53,7 +53,7 @@ def _folders(place: _Place) -> list[str]:
     return sorted(path.name for path in place.data_dir.derived_folder("r").iterdir())
 
 
-def test_a_derived_version_is_listed_like_any_other(place: _Place) -> None:
+def test_derived_version_is_listed_like_any_other(place: _Place) -> None:
     version = place.write()
 
     assert (version.average, version.spec, version.step, version.updates, version.gap_steps) == (
@@ -72,7 +72,7 @@ def test_a_derived_version_is_listed_like_any_other(place: _Place) -> None:
     assert place.store.provenance(version) == {"kind": "synthesized", "inputs": [1, 2]}
 
 
-def test_a_derived_version_survives_a_restart(place: _Place) -> None:
+def test_derived_version_survives_a_restart(place: _Place) -> None:
     version = place.write(config=None)
     again = _reopened(place)
 
@@ -95,7 +95,7 @@ def _fails() -> Iterator[bytes]:
     raise OSError(28, "No space left on device")
 
 
-def test_a_write_that_fails_leaves_nothing(place: _Place) -> None:
+def test_failed_write_leaves_nothing(place: _Place) -> None:
     with pytest.raises(OSError, match="No space left"):
         place.store.write(_WHAT, _fails(), None)
 
@@ -103,7 +103,7 @@ def test_a_write_that_fails_leaves_nothing(place: _Place) -> None:
     assert place.catalog.derived("r") == ()
 
 
-def test_a_name_with_a_path_is_refused(place: _Place) -> None:
+def test_name_with_a_path_is_refused(place: _Place) -> None:
     with pytest.raises(LocalProtocolError, match="average"):
         place.write(replace(_WHAT, average="../up"))
     assert not place.data_dir.derived_folder("r").exists()
@@ -120,7 +120,7 @@ def test_unfinished_versions_are_deleted_and_broken_ones_renamed(place: _Place) 
     assert again.write(replace(_WHAT, average="next")).seq == 3, "no number is given twice"
 
 
-def test_the_mark_of_a_superseded_version_is_durable(place: _Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mark_of_a_superseded_version_is_durable(place: _Place, monkeypatch: pytest.MonkeyPatch) -> None:
     version = place.write()
     synced: list[int] = []
     monkeypatch.setattr("os.fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
@@ -131,7 +131,7 @@ def test_the_mark_of_a_superseded_version_is_durable(place: _Place, monkeypatch:
     assert synced == [version.folder.stat().st_ino]
 
 
-def test_a_held_version_is_not_deleted(place: _Place) -> None:
+def test_held_version_is_not_deleted(place: _Place) -> None:
     version = place.write()
     with place.catalog.hold(version):
         assert not place.store.delete(version)
@@ -143,7 +143,7 @@ def test_a_held_version_is_not_deleted(place: _Place) -> None:
         pass
 
 
-def test_a_run_that_is_set_aside_during_a_write_gets_no_version(place: _Place) -> None:
+def test_run_set_aside_during_a_write_gets_no_version(place: _Place) -> None:
     place.write()
 
     def pieces() -> Iterator[bytes]:
@@ -159,7 +159,7 @@ def test_a_run_that_is_set_aside_during_a_write_gets_no_version(place: _Place) -
     assert load_file(moved.folder / "model.safetensors").keys() == {"w"}
 
 
-def test_derived_versions_survive_retention_and_rewinds_and_move_with_the_run(tmp_path: Path) -> None:
+def test_derived_versions_survive_retention_rewinds_and_renames(tmp_path: Path) -> None:
     weights: dict[str, Any] = {"w": torch.ones(3)}
     manifest = manifest_of(weights)
     with running_core(tmp_path, keep_generations=1) as core:

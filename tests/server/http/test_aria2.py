@@ -40,7 +40,7 @@ def content(served: Served) -> bytes:
     return (version.folder / "model.safetensors").read_bytes()
 
 
-def test_a_resumed_download_is_the_file(served: Served, url: str, tmp_path: Path) -> None:
+def test_resumed_download_is_the_file(served: Served, url: str, tmp_path: Path) -> None:
     served.publish("digits", 100, size=400_000)
     download_a_part(tmp_path / "model", url)
 

@@ -73,7 +73,7 @@ def test_each_average_has_a_status(client: TestClient, served: Served) -> None:
     assert client.get("/v1/runs/other/averages").json()["code"] == "run_not_found"
 
 
-def test_an_added_average_is_answered_with_its_address(
+def test_added_average_is_answered_with_its_address(
     changing: Callable[[Answer], tuple[TestClient, Served]],
 ) -> None:
     asked: list[tuple[str, str]] = []
@@ -96,7 +96,7 @@ def test_an_added_average_is_answered_with_its_address(
     assert asked == [("ema:0.9995", "ema-0.9995"), ("window:3,every=100", "last")]
 
 
-def test_a_removed_average_is_answered_with_nothing(changing: Callable[[Answer], tuple[TestClient, Served]]) -> None:
+def test_removed_average_is_answered_with_nothing(changing: Callable[[Answer], tuple[TestClient, Served]]) -> None:
     client, served = changing(lambda job: Changed("raw"))
     served.show("digits", 100, ["raw", "ema-0.9"])
 
@@ -117,7 +117,7 @@ def test_a_removed_average_is_answered_with_nothing(changing: Callable[[Answer],
         ({}, "spec"),
     ],
 )
-def test_an_invalid_rule_is_a_422_that_names_it(
+def test_invalid_rule_is_a_422_that_names_it(
     client: TestClient, served: Served, body: dict[str, object], text: str
 ) -> None:
     served.show("digits", 100, ["raw"])
@@ -138,7 +138,7 @@ def test_an_invalid_rule_is_a_422_that_names_it(
         (WhyNot.NOT_DURABLE, 503, "publish_failed"),
     ],
 )
-def test_a_refused_change_is_a_problem_with_its_text(
+def test_refused_change_is_a_problem_with_its_text(
     changing: Callable[[Answer], tuple[TestClient, Served]], why: WhyNot, status: int, code: str
 ) -> None:
     client, served = changing(lambda job: Unchanged(why, "because"))
@@ -149,14 +149,14 @@ def test_a_refused_change_is_a_problem_with_its_text(
         assert response.json()["detail"] == "because"
 
 
-def test_a_stopping_server_changes_nothing(client: TestClient, served: Served) -> None:
+def test_stopping_server_changes_nothing(client: TestClient, served: Served) -> None:
     served.show("digits", 100, ["raw"])
     served.stopping.set()
 
     assert client.post(BASE, json={"spec": "swa"}).json()["code"] == "not_ready"
 
 
-def test_a_ledger_lists_steps_and_shares_newest_first(client: TestClient, served: Served) -> None:
+def test_ledger_lists_steps_and_shares_newest_first(client: TestClient, served: Served) -> None:
     ledger = {"origin": 0, "set": [1], "ranges": [[1, 3, 1], [5, 5, 1]]}
     version = _write_ledger(served, ledger=ledger, paces=[])
 
@@ -172,7 +172,7 @@ def test_a_ledger_lists_steps_and_shares_newest_first(client: TestClient, served
     assert tail["rest"] == pytest.approx(shares[2] + shares[1])
 
 
-def test_an_alias_redirects_to_the_ledger_of_the_version(client: TestClient, served: Served) -> None:
+def test_alias_redirects_to_the_ledger_of_the_version(client: TestClient, served: Served) -> None:
     version = _write_ledger(served, ledger={"origin": 0, "set": [5], "ranges": [[5, 5, 1]]}, paces=[])
 
     response = client.get(f"{BASE}/ema-0.9/versions/latest/ledger?tail=7")
@@ -183,7 +183,7 @@ def test_an_alias_redirects_to_the_ledger_of_the_version(client: TestClient, ser
     assert followed.json()["steps"] == [[5, 1.0]]
 
 
-def test_a_half_life_in_samples_uses_the_step_units_of_each_step(client: TestClient, served: Served) -> None:
+def test_half_life_in_samples_uses_the_step_units_of_each_step(client: TestClient, served: Served) -> None:
     slow = {"from_step": 1, "samples_per_step": 10.0, "steps_per_epoch": None}
     fast = {"from_step": 3, "samples_per_step": 30.0, "steps_per_epoch": None}
     ledger = {"origin": 0, "set": [1], "ranges": [[1, 3, 1]]}
@@ -200,7 +200,7 @@ def test_a_half_life_in_samples_uses_the_step_units_of_each_step(client: TestCli
     assert dict(steps) == pytest.approx({3: 7 / 8, 2: 1 / 8 * 1 / 2, 1: 1 / 8 * 1 / 2})
 
 
-def test_a_derived_version_has_no_ledger(client: TestClient, served: Served) -> None:
+def test_derived_version_has_no_ledger(client: TestClient, served: Served) -> None:
     version = _write_ledger(served, derived={"kind": "synthesized"})
 
     response = client.get(f"{BASE}/ema-0.9/versions/{version}/ledger")
@@ -208,7 +208,7 @@ def test_a_derived_version_has_no_ledger(client: TestClient, served: Served) -> 
     assert (response.status_code, response.json()["code"]) == (409, "no_ledger")
 
 
-def test_a_ledger_pruned_during_the_request_is_a_404(client: TestClient, served: Served) -> None:
+def test_ledger_pruned_during_the_request_is_a_404(client: TestClient, served: Served) -> None:
     response = client.get(f"{BASE}/ema-0.9/versions/{'0' * 40}/ledger")
 
     assert response.status_code == 404
@@ -217,7 +217,7 @@ def test_a_ledger_pruned_during_the_request_is_a_404(client: TestClient, served:
 @pytest.mark.parametrize(
     "damage", [b"", b"{", b"[]", b"\xff", b'{"ledger": 3, "paces": []}', b'{"ledger": {}, "paces": [{"x": 1}]}', b"{}"]
 )
-def test_a_ledger_that_is_damaged_is_a_problem(client: TestClient, served: Served, damage: bytes) -> None:
+def test_damaged_ledger_is_a_problem(client: TestClient, served: Served, damage: bytes) -> None:
     version = served.publish("digits", 3).versions[0]
     (version.folder / "version.json").write_bytes(damage)
 
@@ -227,7 +227,7 @@ def test_a_ledger_that_is_damaged_is_a_problem(client: TestClient, served: Serve
     assert f"version.json of version {version.id} has no valid ledger: " in response.json()["detail"]
 
 
-def test_a_ledger_that_cannot_be_read_is_a_problem(client: TestClient, served: Served) -> None:
+def test_unreadable_ledger_is_a_problem(client: TestClient, served: Served) -> None:
     version = served.publish("digits", 3).versions[0]
     (version.folder / "version.json").unlink()
 
@@ -237,7 +237,7 @@ def test_a_ledger_that_cannot_be_read_is_a_problem(client: TestClient, served: S
     assert response.json()["detail"].endswith("could not be read: No such file or directory")
 
 
-def test_a_long_ledger_does_not_block_the_event_loop(
+def test_long_ledger_does_not_block_the_event_loop(
     client: TestClient, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A long read would stand in the way of every other request, the health check among them."""
@@ -254,7 +254,7 @@ def test_a_long_ledger_does_not_block_the_event_loop(
 
 
 @pytest.mark.parametrize("tail", ["0", "-3", "x", "9" * 30])
-def test_an_invalid_tail_is_a_422(client: TestClient, served: Served, tail: str) -> None:
+def test_invalid_tail_is_a_422(client: TestClient, served: Served, tail: str) -> None:
     version = _write_ledger(served, ledger={"origin": 0, "set": [5], "ranges": [[5, 5, 1]]}, paces=[])
 
     response = client.get(f"{BASE}/ema-0.9/versions/{version}/ledger?tail={tail}")

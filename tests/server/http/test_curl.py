@@ -53,7 +53,7 @@ def test_curl_resumes_a_partial_file_of_a_version(base: str, version: Version, c
     assert target.read_bytes() == content
 
 
-def test_curl_finds_a_complete_file_complete(base: str, version: Version, content: bytes, tmp_path: Path) -> None:
+def test_curl_accepts_a_complete_file(base: str, version: Version, content: bytes, tmp_path: Path) -> None:
     target = tmp_path / "model.safetensors"
     target.write_bytes(content)
 
@@ -64,7 +64,7 @@ def test_curl_finds_a_complete_file_complete(base: str, version: Version, conten
 
 
 @pytest.mark.parametrize("follow", [["-L"], []])
-def test_curl_refuses_to_resume_through_an_alias_and_leaves_the_partial_file_alone(
+def test_curl_does_not_resume_through_an_alias_and_keeps_the_partial_file(
     base: str, version: Version, tmp_path: Path, follow: list[str]
 ) -> None:
     target = tmp_path / "model.safetensors"
@@ -94,7 +94,7 @@ def test_curl_saves_a_file_under_the_name_of_its_version(base: str, version: Ver
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["digits-ema-0.9-step-100.safetensors"]
 
 
-def test_curl_gets_304_for_the_etag_it_kept(base: str, version: Version, tmp_path: Path) -> None:
+def test_curl_gets_304_for_a_known_etag(base: str, version: Version, tmp_path: Path) -> None:
     address = f"{base}/{version.id}/files/model.safetensors"
     curl("--etag-save", tmp_path / "etag", "-o", tmp_path / "model", address)
 
@@ -122,7 +122,7 @@ def begin_download(url: str, version: Version) -> tuple[HTTPConnection, HTTPResp
     return connection, connection.getresponse()
 
 
-def test_a_download_in_flight_is_finished_before_the_server_stops(served: Served) -> None:
+def test_stop_waits_for_a_running_download(served: Served) -> None:
     version = served.publish("big", 1, size=4_000_000).versions[0]
     with served.listening() as url:
         connection, response = begin_download(url, version)
@@ -135,7 +135,7 @@ def test_a_download_in_flight_is_finished_before_the_server_stops(served: Served
     assert b"".join(parts) == (version.folder / "model.safetensors").read_bytes()
 
 
-def test_a_client_that_stopped_reading_does_not_delay_the_stop_for_ever(served: Served) -> None:
+def test_stalled_client_does_not_block_the_stop(served: Served) -> None:
     version = served.publish("big", 1, size=4_000_000).versions[0]
     with served.listening(graceful_s=1) as url:
         connection, response = begin_download(url, version)
@@ -146,7 +146,7 @@ def test_a_client_that_stopped_reading_does_not_delay_the_stop_for_ever(served: 
     connection.close()
 
 
-def test_an_address_in_use_is_refused_with_what_to_do(served: Served) -> None:
+def test_address_in_use_is_refused_with_what_to_do(served: Served) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(HttpListenError, match=f"127.0.0.1:{port}.*in use.*--http"):

@@ -21,7 +21,7 @@ def version(served: Served) -> Version:
     return served.deriving.store.write(what, [save(weights("best", 90, 8))], None)
 
 
-def test_a_derived_version_is_listed_with_its_kind(client: TestClient, version: Version) -> None:
+def test_derived_version_is_listed_with_its_kind(client: TestClient, version: Version) -> None:
     run = client.get("/v1/runs/digits").json()
     assert [item["name"] for item in run["averages"]] == ["ema-0.9"]
     assert run["derived"] == ["best"]
@@ -47,14 +47,14 @@ def test_aliases_of_a_derived_version_redirect_to_its_files(client: TestClient, 
     assert client.get(path, headers={"If-None-Match": whole.headers["ETag"]}).status_code == 304
 
 
-def test_a_worker_for_every_tenth_version_gets_a_derived_one(client: TestClient, version: Version) -> None:
+def test_worker_for_every_tenth_version_gets_a_derived_one(client: TestClient, version: Version) -> None:
     asked = {"worker": "w", "every": 10}
     given = [client.post("/v1/leases", json=asked).json()["lease"]["version"]["average"] for _ in range(2)]
 
     assert sorted(given) == ["best", "ema-0.9"]
 
 
-def test_a_derived_version_is_deleted_by_its_id_alone(client: TestClient, served: Served, version: Version) -> None:
+def test_derived_version_is_deleted_by_its_id_alone(client: TestClient, served: Served, version: Version) -> None:
     refused = client.delete(f"{_BASE}/latest")
     assert (refused.status_code, refused.json()["code"]) == (422, "invalid")
     assert version.id in refused.json()["detail"]
@@ -66,9 +66,7 @@ def test_a_derived_version_is_deleted_by_its_id_alone(client: TestClient, served
     assert client.get("/v1/runs/digits").json()["derived"] == []
 
 
-def test_versions_that_are_read_or_of_a_generation_are_not_deleted(
-    client: TestClient, served: Served, version: Version
-) -> None:
+def test_held_or_generation_versions_are_not_deleted(client: TestClient, served: Served, version: Version) -> None:
     with served.catalog.hold(version):
         held = client.delete(f"{_BASE}/{version.id}")
     assert (held.status_code, held.json()["code"]) == (409, "version_held")

@@ -29,7 +29,7 @@ def address(version: Version, rev: str | None = None) -> str:
     return f"{BASE}/{rev or version.id}/files/model.safetensors"
 
 
-def test_a_file_is_served_whole_with_its_digest_as_validator(
+def test_file_is_served_whole_with_its_digest_as_validator(
     client: TestClient, version: Version, content: bytes
 ) -> None:
     response = client.get(address(version))
@@ -73,7 +73,7 @@ def test_head_sends_the_headers_of_get_and_no_body(client: TestClient, version: 
         ("bytes=5-999999999", slice(5, None)),
     ],
 )
-def test_a_range_is_exactly_the_bytes_asked_for(
+def test_range_is_exactly_the_requested_bytes(
     client: TestClient, version: Version, content: bytes, wanted: str, part: slice
 ) -> None:
     response = client.get(address(version), headers={"Range": wanted})
@@ -85,7 +85,7 @@ def test_a_range_is_exactly_the_bytes_asked_for(
 
 
 @pytest.mark.parametrize("tag", ["{}", "W/{}", '"other", {}', "*"])
-def test_a_client_that_has_the_file_gets_304_without_a_body(client: TestClient, version: Version, tag: str) -> None:
+def test_client_that_has_the_file_gets_304_without_a_body(client: TestClient, version: Version, tag: str) -> None:
     etag = f'"{version.files[0].sha256}"'
 
     response = client.get(address(version), headers={"If-None-Match": tag.format(etag)})
@@ -99,9 +99,7 @@ def test_another_validator_gets_the_file(client: TestClient, version: Version, c
     assert client.get(address(version), headers={"If-None-Match": '"other"'}).content == content
 
 
-def test_if_range_with_the_same_digest_resumes_and_with_another_starts_over(
-    client: TestClient, version: Version, content: bytes
-) -> None:
+def test_if_range_resumes_only_with_the_same_digest(client: TestClient, version: Version, content: bytes) -> None:
     etag = f'"{version.files[0].sha256}"'
 
     same = client.get(address(version), headers={"Range": "bytes=10-", "If-Range": etag})
@@ -111,7 +109,7 @@ def test_if_range_with_the_same_digest_resumes_and_with_another_starts_over(
     assert (other.status_code, other.content) == (200, content)
 
 
-def test_a_range_outside_the_file_is_a_416_problem_with_the_size(
+def test_range_outside_the_file_is_a_416_problem_with_the_size(
     client: TestClient, version: Version, content: bytes
 ) -> None:
     response = client.get(address(version), headers={"Range": "bytes=999999999-"})
@@ -125,7 +123,7 @@ def test_a_range_outside_the_file_is_a_416_problem_with_the_size(
 @pytest.mark.parametrize(
     "wanted", ["bytes=", "bytes=-", "bytes=1", "bytes=7-3", "bytes=a-b", "bytes=0-1,x", "bytes=1--2"]
 )
-def test_a_malformed_range_of_bytes_is_a_400_problem(client: TestClient, version: Version, wanted: str) -> None:
+def test_malformed_byte_range_is_a_400_problem(client: TestClient, version: Version, wanted: str) -> None:
     response = client.get(address(version), headers={"Range": f"bytes={wanted}"})
 
     assert response.status_code == 400
@@ -135,7 +133,7 @@ def test_a_malformed_range_of_bytes_is_a_400_problem(client: TestClient, version
 
 @pytest.mark.parametrize("rev", ["latest", "step-100"])
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_an_alias_is_redirected_by_a_relative_address_that_must_not_be_cached(
+def test_alias_redirect_is_relative_and_not_cacheable(
     client: TestClient, version: Version, rev: str, method: str
 ) -> None:
     response = client.request(method, address(version, rev))
@@ -145,7 +143,7 @@ def test_an_alias_is_redirected_by_a_relative_address_that_must_not_be_cached(
     assert response.headers["cache-control"] == "no-cache"
 
 
-def test_following_an_alias_ends_at_the_newest_version(client: TestClient, served: Served, version: Version) -> None:
+def test_alias_ends_at_the_newest_version(client: TestClient, served: Served, version: Version) -> None:
     newer = served.publish("digits", 200).versions[0]
 
     response = client.get(address(version, "latest"), follow_redirects=True)
@@ -155,7 +153,7 @@ def test_following_an_alias_ends_at_the_newest_version(client: TestClient, serve
 
 
 @pytest.mark.parametrize("wanted", ["bytes=1-", "bytes=-5", "bytes=0-4,10-20", "bytes=100-200"])
-def test_a_mid_file_range_on_an_alias_is_refused_and_names_the_version(
+def test_mid_file_range_on_an_alias_is_refused_and_names_the_version(
     client: TestClient, version: Version, wanted: str
 ) -> None:
     response = client.get(address(version, "latest"), headers={"Range": wanted})
@@ -174,13 +172,13 @@ def test_a_mid_file_range_on_an_alias_is_refused_and_names_the_version(
         {"Range": "bytes=5-", "If-Match": '"another version"'},
     ],
 )
-def test_an_alias_redirects_a_range_that_cannot_splice_two_versions(
+def test_alias_redirects_a_range_that_cannot_splice_two_versions(
     client: TestClient, version: Version, headers: dict[str, str]
 ) -> None:
     assert client.get(address(version, "latest"), headers=headers).status_code == 307
 
 
-def test_a_part_of_another_version_is_not_continued_through_an_alias(
+def test_part_of_another_version_is_not_continued_through_an_alias(
     client: TestClient, served: Served, version: Version
 ) -> None:
     old = f'"{version.files[0].sha256}"'
@@ -199,15 +197,13 @@ def test_a_part_of_another_version_is_not_continued_through_an_alias(
 
 
 @pytest.mark.parametrize("wanted", ["elephants=1-2", "items=0-", "nonsense", "bytes 0-5"])
-def test_a_range_of_another_unit_is_ignored(client: TestClient, version: Version, content: bytes, wanted: str) -> None:
+def test_range_of_another_unit_is_ignored(client: TestClient, version: Version, content: bytes, wanted: str) -> None:
     response = client.get(address(version), headers={"Range": wanted})
 
     assert (response.status_code, response.content) == (200, content)
 
 
-def test_of_several_ranges_those_outside_the_file_are_left_out(
-    client: TestClient, version: Version, content: bytes
-) -> None:
+def test_unsatisfiable_ranges_among_several_are_dropped(client: TestClient, version: Version, content: bytes) -> None:
     one = client.get(address(version), headers={"Range": "bytes=5-9,99999999-,-0"})
     two = client.get(address(version), headers={"Range": "bytes=5-9, 20-29, 99999999-99999999999"})
     none = client.get(address(version), headers={"Range": "bytes=99999999-,-0"})
@@ -259,7 +255,7 @@ _PAST, _FUTURE = "Mon, 01 Jan 2024 00:00:00 GMT", "Fri, 01 Jan 2100 00:00:00 GMT
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_preconditions_of_a_file_are_evaluated_in_the_order_of_rfc_9110(
+def test_preconditions_are_evaluated_in_rfc_9110_order(
     client: TestClient, version: Version, method: str, headers: dict[str, str], status: int
 ) -> None:
     modified = client.head(address(version)).headers["last-modified"]
@@ -280,7 +276,7 @@ def test_if_match_of_another_version_is_412(client: TestClient, version: Version
     assert client.get(place, headers={"If-Match": '"other"'}).json()["code"] == "precondition_failed"
 
 
-def test_a_file_cut_short_on_the_disk_is_reported_instead_of_served(client: TestClient, version: Version) -> None:
+def test_truncated_file_is_reported_instead_of_served(client: TestClient, version: Version) -> None:
     path = version.folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -289,7 +285,7 @@ def test_a_file_cut_short_on_the_disk_is_reported_instead_of_served(client: Test
     assert (response.status_code, response.json()["code"]) == (500, "damaged")
 
 
-def test_a_version_pruned_between_listing_and_download_is_not_found(
+def test_version_pruned_between_listing_and_download_is_not_found(
     client: TestClient, served: Served, version: Version
 ) -> None:
     (version.folder / "model.safetensors").unlink()
@@ -299,7 +295,7 @@ def test_a_version_pruned_between_listing_and_download_is_not_found(
     assert (response.status_code, response.json()["code"]) == (404, "version_not_found")
 
 
-def test_a_version_is_held_while_it_is_downloaded_and_a_minute_longer(
+def test_version_is_held_during_a_download_and_a_minute_longer(
     client: TestClient, served: Served, version: Version
 ) -> None:
     generation = served.catalog.generations("digits")[0]

@@ -31,7 +31,7 @@ def test_health_says_that_the_event_loop_is_alive(client: TestClient) -> None:
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
 
-def test_a_server_without_trainers_is_ready(client: TestClient, served: Served) -> None:
+def test_server_without_trainers_is_ready(client: TestClient, served: Served) -> None:
     served.beat()
 
     body = client.get("/readyz").json()
@@ -107,14 +107,14 @@ def test_readiness_names_a_run_that_cannot_be_published(client: TestClient, serv
     assert publishing["detail"] == "run digits: the generation could not be written: Disk quota exceeded"
 
 
-def test_a_server_that_is_stopping_is_not_ready(client: TestClient, served: Served) -> None:
+def test_stopping_server_is_not_ready(client: TestClient, served: Served) -> None:
     served.beat()
     served.stopping.set()
 
     assert client.get("/readyz").status_code == 503
 
 
-def test_metrics_show_what_the_other_threads_counted(client: TestClient, served: Served) -> None:
+def test_metrics_show_the_counts_of_other_threads(client: TestClient, served: Served) -> None:
     served.publish("digits", 100, ["raw", "ema-0.9"])
     served.telemetry.ingest_bytes.inc(4096)
     served.telemetry.update_seconds.inc(2.5)

@@ -38,7 +38,7 @@ def test_reported_metrics_are_listed_with_their_version(client: TestClient, vers
     }
 
 
-def test_a_failure_is_stored_as_text_and_replaced_by_a_later_success(client: TestClient, version: Version) -> None:
+def test_failure_is_stored_as_text_and_replaced_by_a_later_success(client: TestClient, version: Version) -> None:
     failed = client.post(f"{BASE}/{version.id}/metrics", json={"error": "ValueError: bad"})
     passed = client.post(f"{BASE}/{version.id}/metrics", json={"metrics": {"accuracy": 0.5}})
 
@@ -48,7 +48,7 @@ def test_a_failure_is_stored_as_text_and_replaced_by_a_later_success(client: Tes
     assert [(row["metrics"], row["error"]) for row in rows] == [({"accuracy": 0.5}, None)]
 
 
-def test_tasks_and_workers_have_rows_of_their_own(client: TestClient, version: Version) -> None:
+def test_tasks_and_workers_have_separate_rows(client: TestClient, version: Version) -> None:
     for task, worker in (("a", None), ("b", None), ("a", "w")):
         client.post(f"{BASE}/{version.id}/metrics", json={"metrics": {"x": 1.0}, "task": task, "worker": worker})
 
@@ -85,7 +85,7 @@ def test_metrics_for_an_alias_are_refused_and_name_the_version(client: TestClien
         b'{"error": "\\ud800"}',
     ],
 )
-def test_an_invalid_report_is_a_422_problem(client: TestClient, version: Version, body: bytes) -> None:
+def test_invalid_report_is_a_422_problem(client: TestClient, version: Version, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
 
     response = client.post(f"{BASE}/{version.id}/metrics", content=body, headers=headers)
@@ -96,7 +96,7 @@ def test_an_invalid_report_is_a_422_problem(client: TestClient, version: Version
 
 
 @pytest.mark.parametrize("body", [b"\xff", b"[" * 100_000])
-def test_a_body_that_cannot_be_read_is_a_400_problem(client: TestClient, version: Version, body: bytes) -> None:
+def test_unreadable_body_is_a_400_problem(client: TestClient, version: Version, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
 
     response = client.post(f"{BASE}/{version.id}/metrics", content=body, headers=headers)
@@ -104,13 +104,13 @@ def test_a_body_that_cannot_be_read_is_a_400_problem(client: TestClient, version
     assert (response.status_code, response.json()["code"]) == (400, "bad_request")
 
 
-def test_a_report_on_an_unknown_version_is_refused(client: TestClient, version: Version) -> None:
+def test_report_on_an_unknown_version_is_refused(client: TestClient, version: Version) -> None:
     response = client.post(f"{BASE}/{'0' * 40}/metrics", json={"metrics": {"x": 1.0}})
 
     assert (response.status_code, response.json()["code"]) == (404, "version_not_found")
 
 
-def test_a_report_on_a_version_pruned_during_its_evaluation_is_stored(
+def test_report_on_a_version_pruned_during_evaluation_is_stored(
     client: TestClient, served: Served, version: Version
 ) -> None:
     client.get(f"{BASE}/{version.id}/files/model.safetensors")
@@ -123,7 +123,7 @@ def test_a_report_on_a_version_pruned_during_its_evaluation_is_stored(
     assert (response.status_code, response.json()["step"]) == (201, 100)
 
 
-def test_a_database_that_cannot_be_read_is_a_503_problem(client: TestClient, served: Served, version: Version) -> None:
+def test_unreadable_database_is_a_503_problem(client: TestClient, served: Served, version: Version) -> None:
     served.metrics._run(lambda: served.metrics._connection.execute("DROP TABLE reports")).result(20)
 
     response = client.get("/v1/runs/digits/metrics")

@@ -12,13 +12,13 @@ from ema_server.http import openapi
 FILE = Path(__file__).parents[3] / "proto" / "openapi.json"
 
 
-def test_the_committed_description_is_current() -> None:
+def test_committed_description_is_current() -> None:
     assert FILE.read_text() == openapi.document(), (
         "the API has changed: python -m ema_server.http.openapi proto/openapi.json"
     )
 
 
-def test_the_server_gives_the_committed_description(client: TestClient) -> None:
+def test_server_serves_the_committed_description(client: TestClient) -> None:
     assert client.get("/openapi.json").json() == json.loads(FILE.read_text())
 
 

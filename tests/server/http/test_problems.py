@@ -37,7 +37,7 @@ NOWHERE = "0" * 40
         ("GET", "/docs", 404, "not_found"),
     ],
 )
-def test_an_error_is_a_problem_with_all_its_members(
+def test_error_is_a_problem_with_all_its_members(
     client: TestClient, served: Served, method: str, path: str, status: int, code: str
 ) -> None:
     served.publish("digits", 100)
@@ -65,13 +65,13 @@ def test_an_error_is_a_problem_with_all_its_members(
         (f"{VERSIONS}/latest/files/model.safetensors", "GET, HEAD"),
     ],
 )
-def test_a_wrong_method_is_answered_with_all_methods_of_the_address(client: TestClient, path: str, allow: str) -> None:
+def test_wrong_method_is_answered_with_the_allowed_methods(client: TestClient, path: str, allow: str) -> None:
     response = client.put(path)
 
     assert (response.status_code, response.headers["allow"]) == (405, allow)
 
 
-def test_an_average_without_versions_asks_to_try_again(client: TestClient, served: Served) -> None:
+def test_average_without_versions_asks_to_try_again(client: TestClient, served: Served) -> None:
     served.show("young", None, ["ema-0.9"], RunState.ACTIVE)
 
     response = client.get("/v1/runs/young/averages/ema-0.9/versions/latest")
@@ -81,7 +81,7 @@ def test_an_average_without_versions_asks_to_try_again(client: TestClient, serve
     assert client.get("/v1/runs/young/averages/ema-0.9/versions").json() == {"versions": []}
 
 
-def test_an_unexpected_failure_is_a_problem_without_its_traceback(client: TestClient, served: Served) -> None:
+def test_unexpected_failure_is_a_problem_without_its_traceback(client: TestClient, served: Served) -> None:
     served.publish("digits", 100)
 
     response = client.post("/v1/runs/digits/versions")  # the submit of this fixture raises
@@ -103,7 +103,7 @@ def guarded(tmp_path: Path) -> Iterator[TestClient]:
 
 @pytest.mark.parametrize("path", ["/v1/runs", "/metrics", "/openapi.json", "/nothing", f"{VERSIONS}/latest"])
 @pytest.mark.parametrize("given", [None, "Bearer wrong", "Basic s3cret", "s3cret", "Bearer", "Bearer s3crét"])
-def test_without_the_token_everything_is_401(guarded: TestClient, path: str, given: str | None) -> None:
+def test_everything_is_401_without_the_token(guarded: TestClient, path: str, given: str | None) -> None:
     response = guarded.get(path, headers={} if given is None else {b"Authorization": given.encode("latin-1")})
 
     assert (response.status_code, response.json()["code"]) == (401, "unauthorized")
@@ -113,7 +113,7 @@ def test_without_the_token_everything_is_401(guarded: TestClient, path: str, giv
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
-def test_the_token_opens_everything(guarded: TestClient, scheme: str) -> None:
+def test_everything_is_allowed_with_the_token(guarded: TestClient, scheme: str) -> None:
     assert guarded.get("/v1/runs", headers={"Authorization": f"{scheme} s3cret"}).status_code == 200
 
 
@@ -129,7 +129,7 @@ def test_responses_that_need_a_token_stay_out_of_shared_caches(guarded: TestClie
     assert response.headers["cache-control"].startswith("private,")
 
 
-def test_a_body_above_the_limit_is_refused(client: TestClient, served: Served) -> None:
+def test_body_above_the_limit_is_refused(client: TestClient, served: Served) -> None:
     version = served.publish("digits", 100).versions[0]
 
     response = client.post(f"{VERSIONS}/{version.id}/metrics", json={"metrics": {"a": 1.0}, "error": "x" * (2 << 20)})

@@ -77,7 +77,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_redirects_and_locations_stay_behind_the_prefix(prefix: str, served: Served) -> None:
+def test_redirects_and_locations_keep_the_prefix(prefix: str, served: Served) -> None:
     version = served.publish("digits", 100).versions[0]
     versions = f"{prefix}/v1/runs/digits/averages/ema-0.9/versions"
     with httpx2.Client(timeout=WAIT_S, trust_env=False, follow_redirects=True) as client:
@@ -98,7 +98,7 @@ def test_redirects_and_locations_stay_behind_the_prefix(prefix: str, served: Ser
             assert client.get(place).status_code == 200, place
 
 
-def test_texts_of_problems_name_no_path_without_the_prefix(prefix: str, served: Served) -> None:
+def test_problem_texts_name_no_path_without_the_prefix(prefix: str, served: Served) -> None:
     served.publish("digits", 100)
     served.show("digits", None, ["ema-0.9", "raw"])
     file = "v1/runs/digits/averages/ema-0.9/versions/latest/files/model.safetensors"

@@ -69,5 +69,5 @@ def _status(url: str, request: bytes) -> int:
         (b"GET /healthz HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
     ],
 )
-def test_one_host_is_required_since_http_1_1(url: str, request_head: bytes, status: int) -> None:
+def test_http_1_1_requires_exactly_one_host(url: str, request_head: bytes, status: int) -> None:
     assert _status(url, request_head) == status

@@ -29,7 +29,7 @@ def test_runs_are_listed_by_name_with_their_state(client: TestClient, served: Se
     assert [(run["run"], run["state"], run["step"]) for run in runs] == [("a", "waiting", None), ("b", "active", 2)]
 
 
-def test_a_run_has_steps_rates_gaps_and_averages(client: TestClient, served: Served) -> None:
+def test_run_has_steps_rates_gaps_and_averages(client: TestClient, served: Served) -> None:
     served.publish("digits", 100, ["raw", "ema-0.9"])
 
     run = client.get("/v1/runs/digits").json()
@@ -64,7 +64,7 @@ def test_versions_are_listed_newest_first_with_their_files(client: TestClient, s
     assert versions[0]["files"] == [{"name": file.name, "size": file.size, "sha256": file.sha256} for file in new.files]
 
 
-def test_after_a_rewind_step_n_names_the_newer_of_two_versions(client: TestClient, served: Served) -> None:
+def test_step_names_the_newer_of_two_versions_after_a_rewind(client: TestClient, served: Served) -> None:
     served.publish("digits", 100)
     again = served.publish("digits", 100).versions[0]
 
@@ -72,7 +72,7 @@ def test_after_a_rewind_step_n_names_the_newer_of_two_versions(client: TestClien
     assert client.get(f"{BASE}/step-100", follow_redirects=True).json()["id"] == again.id
 
 
-def test_a_version_is_immutable_json_with_a_validator(client: TestClient, served: Served) -> None:
+def test_version_is_immutable_json_with_a_validator(client: TestClient, served: Served) -> None:
     version = served.publish("digits", 100).versions[0]
 
     first = client.get(f"{BASE}/{version.id}")
@@ -105,7 +105,7 @@ def publishing(tmp_path: Path) -> Iterator[Callable[[Answer], tuple[TestClient, 
         served.close()
 
 
-def test_publishing_answers_201_with_the_new_versions(
+def test_publish_answers_201_with_the_new_versions(
     publishing: Callable[[Answer], tuple[TestClient, Served]],
 ) -> None:
     def answer(job: Publish) -> Durable:
@@ -121,7 +121,7 @@ def test_publishing_answers_201_with_the_new_versions(
     assert [version["average"] for version in response.json()["versions"]] == ["raw", "ema-0.9"]
 
 
-def test_publishing_answers_200_with_the_existing_versions_when_nothing_is_new(
+def test_publish_without_changes_answers_200_with_existing_versions(
     publishing: Callable[[Answer], tuple[TestClient, Served]],
 ) -> None:
     client, served = publishing(lambda job: Durable(100, generation.versions, new=False))
@@ -133,7 +133,7 @@ def test_publishing_answers_200_with_the_existing_versions_when_nothing_is_new(
     assert [version["id"] for version in response.json()["versions"]] == [generation.versions[0].id]
 
 
-def test_publishing_that_fails_is_a_503_with_the_reason(
+def test_failed_publish_is_a_503_with_the_reason(
     publishing: Callable[[Answer], tuple[TestClient, Served]],
 ) -> None:
     client, served = publishing(lambda job: Failed("No space left on device"))
@@ -145,9 +145,7 @@ def test_publishing_that_fails_is_a_503_with_the_reason(
     assert "No space left on device" in response.json()["detail"]
 
 
-def test_a_server_that_is_stopping_refuses_to_publish_instead_of_leaving_the_client_waiting(
-    client: TestClient, served: Served
-) -> None:
+def test_stopping_server_refuses_to_publish_without_delay(client: TestClient, served: Served) -> None:
     served.publish("digits", 100)
     served.stopping.set()
 
@@ -156,7 +154,7 @@ def test_a_server_that_is_stopping_refuses_to_publish_instead_of_leaving_the_cli
     assert (response.status_code, response.json()["code"]) == (503, "not_ready")
 
 
-def test_the_event_loop_answers_others_while_a_run_is_published(
+def test_event_loop_serves_others_while_a_run_is_published(
     publishing: Callable[[Answer], tuple[TestClient, Served]],
 ) -> None:
     release = threading.Event()

@@ -51,7 +51,7 @@ def _ask(client: TestClient, run: str = "r", **body: Any) -> Any:
     return client.post(f"/v1/runs/{run}/synthesize", json=body)
 
 
-def test_a_synthesized_version_has_its_accuracy(client: TestClient) -> None:
+def test_synthesized_version_has_its_accuracy(client: TestClient) -> None:
     answer = _ask(client, sigma_rel=0.08)
 
     made = answer.json()
@@ -71,7 +71,7 @@ def test_a_synthesized_version_has_its_accuracy(client: TestClient) -> None:
     assert client.get("/v1/runs/r").json()["derived"].count("power-0.08") == 1
 
 
-def test_the_same_request_again_gives_the_same_version(client: TestClient) -> None:
+def test_same_request_again_gives_the_same_version(client: TestClient) -> None:
     first, again = (_ask(client, sigma_rel=0.07, step=8) for _ in range(2))
 
     assert (first.status_code, again.status_code) == (201, 200)
@@ -79,7 +79,7 @@ def test_the_same_request_again_gives_the_same_version(client: TestClient) -> No
     assert again.headers["Location"] == first.headers["Location"]
 
 
-def test_a_width_may_be_given_as_an_exponent_and_a_name(client: TestClient) -> None:
+def test_width_may_be_given_as_an_exponent_and_a_name(client: TestClient) -> None:
     made = _ask(client, gamma=10, name="mine").json()
 
     assert (made["version"]["average"], made["version"]["spec"]) == ("mine", "power:gamma=10")
@@ -87,14 +87,14 @@ def test_a_width_may_be_given_as_an_exponent_and_a_name(client: TestClient) -> N
     assert made["sigma_rel"] == pytest.approx(0.0767, abs=1e-4)
 
 
-def test_an_inaccurate_synthesis_has_a_warning(client: TestClient) -> None:
+def test_inaccurate_synthesis_has_a_warning(client: TestClient) -> None:
     made = _ask(client, sigma_rel=0.15).json()
 
     assert 0.015 < made["estimated_error"] < 0.1
     assert f"off by an estimated {made['estimated_error']:.1%}" in made["warning"]
 
 
-def test_a_run_shows_its_ring(client: TestClient) -> None:
+def test_run_shows_its_ring(client: TestClient) -> None:
     ring = client.get("/v1/runs/r").json()["ring"]
 
     assert ring == {"snapshots": _STEPS, "first_step": 1, "last_step": _STEPS, "error": None}
@@ -124,7 +124,7 @@ def test_a_run_shows_its_ring(client: TestClient) -> None:
         ("r", {"sigma_rel": 0.08, "steps": 5}, 422, "invalid", "steps"),
     ],
 )
-def test_an_impossible_synthesis_is_a_problem_with_the_reason(
+def test_impossible_synthesis_is_a_problem_with_the_reason(
     client: TestClient, run: str, body: dict[str, Any], status: int, code: str, text: str
 ) -> None:
     answer = _ask(client, run, **body)
@@ -141,9 +141,7 @@ def test_two_rules_do_not_share_a_name(client: TestClient) -> None:
     assert "is already power:sigma_rel=0.08, not power:sigma_rel=0.07" in refused.json()["detail"]
 
 
-def test_a_derived_version_does_not_take_the_name_of_an_average_in_another_case(
-    client: TestClient, both: Afterwards
-) -> None:
+def test_derived_name_must_not_equal_an_average_in_another_case(client: TestClient, both: Afterwards) -> None:
     assert _ask(client, sigma_rel=0.09, name="made").status_code == 201
     refused = both.core.add("r", "ema:0.5,name=Made")
 
@@ -182,7 +180,7 @@ def test_synthesis_leaves_the_space_that_generations_need(
     assert "must stay free for the runs: delete what is not needed" in answer.json()["detail"]
 
 
-def test_a_disk_error_during_synthesis_is_a_problem_and_leaves_nothing(
+def test_disk_error_during_synthesis_is_a_problem_and_leaves_nothing(
     client: TestClient, both: Afterwards, tmp_path: Path
 ) -> None:
     folder = both.core.data_dir.derived_folder("r")

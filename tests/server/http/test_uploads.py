@@ -63,7 +63,7 @@ def _answer(connection: HTTPConnection) -> tuple[int, Any]:
         ("/v1/runs/digits/averages/ema-0.9/versions/latest/recalibrate", 422, "invalid"),
     ],
 )
-def test_an_impossible_upload_is_refused_before_its_body(
+def test_impossible_upload_is_refused_before_its_body(
     begin: Send, address: str, path: str, status: int, code: str
 ) -> None:
     found, problem = _answer(begin(path.format(id="0" * 40)))
@@ -71,7 +71,7 @@ def test_an_impossible_upload_is_refused_before_its_body(
     assert (found, problem["code"]) == (status, code)
 
 
-def test_the_name_of_an_average_is_refused_before_the_body(begin: Send, address: str, served: Served) -> None:
+def test_name_of_an_average_is_refused_before_the_body(begin: Send, address: str, served: Served) -> None:
     served.show("digits", 100, ["ema-0.9", "EMA-0.9-BN"])
 
     status, problem = _answer(begin(address))
@@ -79,7 +79,7 @@ def test_the_name_of_an_average_is_refused_before_the_body(begin: Send, address:
     assert (status, problem["code"]) == (409, "name_taken")
 
 
-def test_the_number_of_concurrent_uploads_is_bounded(begin: Send, address: str) -> None:
+def test_number_of_concurrent_uploads_is_bounded(begin: Send, address: str) -> None:
     stalled = [begin(address) for _ in range(3 * UPLOADS_MAX)]
     with ThreadPoolExecutor(len(stalled)) as pool:
         answers = [pool.submit(connection.getresponse) for connection in stalled]
@@ -100,7 +100,7 @@ def test_the_number_of_concurrent_uploads_is_bounded(begin: Send, address: str) 
     assert _answer(again)[0] != 503, "there is room again"
 
 
-def test_a_body_that_does_not_arrive_times_out(begin: Send, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_body_that_does_not_arrive_times_out(begin: Send, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recalibrate, "BODY_S", 0.05)
 
     status, problem = _answer(begin(address))
@@ -109,7 +109,7 @@ def test_a_body_that_does_not_arrive_times_out(begin: Send, address: str, monkey
     assert problem["detail"] == "the body has not arrived after 0.05 s: send it again"
 
 
-def test_the_queue_of_derived_versions_is_bounded(client: TestClient, served: Served, address: str) -> None:
+def test_queue_of_derived_versions_is_bounded(client: TestClient, served: Served, address: str) -> None:
     go_on = threading.Event()
     with ThreadPoolExecutor(QUEUE_MAX) as pool:
         entered = threading.Semaphore(0)

@@ -29,7 +29,7 @@ def take(client: Any, url: str = "", **wanted: object) -> dict[str, Any]:
     return found
 
 
-def test_without_a_worker_the_answer_says_how_to_start_one(client: TestClient, version: Version) -> None:
+def test_answer_without_a_worker_says_how_to_start_one(client: TestClient, version: Version) -> None:
     refused = client.post(PATH, json={"average": "raw"})
 
     assert (refused.status_code, refused.json()["code"]) == (503, "no_evaluator")
@@ -37,7 +37,7 @@ def test_without_a_worker_the_answer_says_how_to_start_one(client: TestClient, v
         assert words in refused.json()["detail"]
 
 
-def test_a_worker_for_another_task_does_not_count_and_its_task_is_named(
+def test_worker_for_another_task_does_not_count_and_its_task_is_named(
     client: TestClient, version: Version, served: Served
 ) -> None:
     served.publish("other", 5, ["raw"])
@@ -49,7 +49,7 @@ def test_a_worker_for_another_task_does_not_count_and_its_task_is_named(
     assert "--task robustness" in refused.json()["detail"]
 
 
-def test_a_request_is_accepted_and_its_result_is_where_location_says(client: TestClient, version: Version) -> None:
+def test_request_is_accepted_and_location_leads_to_its_result(client: TestClient, version: Version) -> None:
     take(client, averages=["raw"], run="digits", task="warm-up")
     lease = take(client)["lease"]
     accepted = client.post(PATH, json={"average": "raw", "rev": "step-100"})
@@ -66,7 +66,7 @@ def test_a_request_is_accepted_and_its_result_is_where_location_says(client: Tes
     assert client.get("/v1/runs/digits/metrics").json()["metrics"] == [settled.json()]
 
 
-def test_the_error_of_the_function_is_the_result(client: TestClient, version: Version) -> None:
+def test_functions_error_is_the_result(client: TestClient, version: Version) -> None:
     lease = take(client)["lease"]
     asked = client.post(PATH, json={"average": "raw"}).json()
     client.post(f"/v1/leases/{lease['id']}/result", json={"error": "ValueError: no data"})
@@ -75,7 +75,7 @@ def test_the_error_of_the_function_is_the_result(client: TestClient, version: Ve
     assert (found["state"], found["error"], found["metrics"]) == ("failed", "ValueError: no data", {})
 
 
-def test_a_version_with_metrics_is_200_with_them_and_needs_no_worker(client: TestClient, version: Version) -> None:
+def test_version_with_metrics_is_200_and_needs_no_worker(client: TestClient, version: Version) -> None:
     client.post(f"/v1/runs/digits/averages/raw/versions/{version.id}/metrics", json=RESULT)
     known = client.post(PATH, json={"average": "raw"})
     again = client.post(PATH, json={"average": "raw", "again": True})
@@ -91,7 +91,7 @@ def in_background(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
     return thread, found
 
 
-def test_waiting_for_a_result_ends_with_it_and_does_not_block_others(url: str, version: Version) -> None:
+def test_waiting_ends_with_the_result_and_does_not_block_others(url: str, version: Version) -> None:
     lease = take(httpx2, url)["lease"]
     place = urljoin(url + PATH, httpx2.post(url + PATH, json={"average": "raw"}).headers["location"])
     waits = [in_background(lambda: httpx2.get(place, headers={"Prefer": "wait=60"}, timeout=90)) for _ in range(50)]
@@ -108,7 +108,7 @@ def test_waiting_for_a_result_ends_with_it_and_does_not_block_others(url: str, v
     assert {answer.headers["preference-applied"] for answer in answers} == {"wait=60"}
 
 
-def test_waiting_is_bounded_by_the_preference_and_by_the_stop_of_the_server(
+def test_waiting_is_bounded_by_prefer_and_by_server_stop(
     url: str, client: TestClient, version: Version, served: Served
 ) -> None:
     take(client)
@@ -122,7 +122,7 @@ def test_waiting_is_bounded_by_the_preference_and_by_the_stop_of_the_server(
     assert stopping.headers["preference-applied"] == "wait=60"
 
 
-def test_a_validation_whose_worker_is_gone_says_so(client: TestClient, version: Version) -> None:
+def test_validation_reports_a_lost_worker(client: TestClient, version: Version) -> None:
     lease = take(client)["lease"]
     asked = client.post(PATH, json={"average": "raw"}).json()
     gone = client.delete(f"/v1/leases/{lease['id']}")
@@ -150,7 +150,7 @@ def test_a_validation_whose_worker_is_gone_says_so(client: TestClient, version: 
         ("/v1/leases/nope/result", {}, 422, "invalid"),
     ],
 )
-def test_a_wrong_request_is_a_problem(
+def test_invalid_request_is_a_problem(
     client: TestClient, version: Version, path: str, body: object, status: int, code: str
 ) -> None:
     refused = client.post(path, json=body)
@@ -158,13 +158,13 @@ def test_a_wrong_request_is_a_problem(
     assert (refused.status_code, refused.json()["code"]) == (status, code)
 
 
-def test_an_unknown_validation_is_not_found(client: TestClient, version: Version) -> None:
+def test_unknown_validation_is_not_found(client: TestClient, version: Version) -> None:
     refused = client.get(f"{PATH}/nope")
 
     assert (refused.status_code, refused.json()["code"]) == (404, "validation_not_found")
 
 
-def test_a_heartbeat_extends_a_lease_and_nothing_due_gives_none(client: TestClient, version: Version) -> None:
+def test_heartbeat_extends_a_lease_and_nothing_due_gives_none(client: TestClient, version: Version) -> None:
     granted = client.post("/v1/leases", json={"worker": "w", "lease_s": 5})
     lease = granted.json()["lease"]
     beat = client.post(f"/v1/leases/{lease['id']}/heartbeat")

@@ -46,7 +46,7 @@ def test_one_bad_value_names_only_its_tensor(dtype: torch.dtype, bad: float, chu
 
 
 @pytest.mark.parametrize("dtype", _FLOATS)
-def test_the_largest_finite_values_are_clean_though_their_sum_overflows(dtype: torch.dtype) -> None:
+def test_largest_finite_values_pass_though_their_sum_overflows(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     tensors = {"up": torch.full((1000,), largest, dtype=dtype), "down": torch.full((1000,), -largest, dtype=dtype)}
     manifest = manifest_of(tensors)
@@ -54,7 +54,7 @@ def test_the_largest_finite_values_are_clean_though_their_sum_overflows(dtype: t
     assert FiniteCheck(manifest).check(0, manifest.nbytes, encode(manifest, tensors)) == ()
 
 
-def test_infinities_that_would_cancel_are_found() -> None:
+def test_infinities_of_opposite_sign_are_found() -> None:
     tensors = {"a": torch.tensor([math.inf, 1.0]), "b": torch.tensor([-math.inf, 1.0])}
     manifest = manifest_of(tensors)
 

@@ -50,7 +50,7 @@ def _check_after_kill(data: Path, reported: list[str]) -> None:
 
 
 @pytest.mark.timeout(500)
-def test_a_kill_at_any_call_to_the_disk_leaves_whole_generations(tmp_path: Path) -> None:
+def test_kill_at_any_disk_call_leaves_complete_generations(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "support.crashing", str(tmp_path)]
     tests = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=tests, capture_output=True, text=True, timeout=400, check=False)

@@ -83,7 +83,7 @@ def _forbid_separate_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WorkerPool, "write", write)
 
 
-def test_a_draft_is_written_by_the_next_snapshots_pass_before_it_changes_anything(
+def test_draft_is_written_by_the_next_pass_before_it_changes_anything(
     core: ServerCore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _apply(core, 1, 2)
@@ -104,7 +104,7 @@ def test_a_draft_is_written_by_the_next_snapshots_pass_before_it_changes_anythin
     _check(core, versions_by_average(core.publish("r"))["ema-0.9"], [1, 2, 3, 4])
 
 
-def test_a_draft_does_not_wait_for_a_refused_or_repeated_snapshot(core: ServerCore) -> None:
+def test_draft_does_not_wait_for_a_refused_or_repeated_snapshot(core: ServerCore) -> None:
     _apply(core, 1, 2)
     answers: Queue[Durable | Failed] = Queue()
     dirty = {**_weights(3), "w": torch.full((70_000,), math.nan)}
@@ -131,7 +131,7 @@ def test_publish_during_publish_reports_its_own_step(core: ServerCore) -> None:
     assert [step for _, step in core.announced] == sorted({step for _, step in core.announced})
 
 
-def test_the_schedule_publishes_only_changed_runs(tmp_path: Path) -> None:
+def test_schedule_publishes_only_changed_runs(tmp_path: Path) -> None:
     clock = _Clock()
     with running_core(tmp_path, clock=clock, publish_every_seconds=0.2) as core:
         joined(core.join("r", _MANIFEST))
@@ -146,7 +146,7 @@ def test_the_schedule_publishes_only_changed_runs(tmp_path: Path) -> None:
         assert core.announced == [("r", 1), ("r", 2)]
 
 
-def test_the_first_generation_is_published_early(tmp_path: Path) -> None:
+def test_first_generation_is_published_early(tmp_path: Path) -> None:
     clock = _Clock()
     with running_core(tmp_path, clock=clock, publish_every_seconds=300) as core:
         joined(core.join("r", _MANIFEST))
@@ -182,7 +182,7 @@ def _largest_file(nbytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("nbytes", [0, 40, 100_000])
-def test_a_full_disk_stops_publishing_but_not_averaging(tmp_path: Path, nbytes: int) -> None:
+def test_full_disk_stops_publishing_but_not_averaging(tmp_path: Path, nbytes: int) -> None:
     """The write fails at the header, within the header, or within the weights; then, after 10 s, it is tried again."""
     clock = _Clock()
     with running_core(tmp_path, clock=clock) as core:
@@ -208,7 +208,7 @@ def test_a_full_disk_stops_publishing_but_not_averaging(tmp_path: Path, nbytes: 
         _check(core, core.catalog.versions("r", "ema-0.9")[0], [1, 2, 3, 4, 5])
 
 
-def test_a_run_that_left_during_a_full_disk_stays_in_memory_until_it_is_durable(tmp_path: Path) -> None:
+def test_ended_run_on_a_full_disk_stays_in_memory_until_durable(tmp_path: Path) -> None:
     clock = _Clock()
     with running_core(tmp_path, clock=clock) as core:
         joined(core.join("r", _MANIFEST))
@@ -236,7 +236,7 @@ def test_newest_pinned_and_first_generations_are_kept(tmp_path: Path) -> None:
         assert {int(folder.name.split("-")[1]) for folder in folders} == set(kept)
 
 
-def test_a_checkpoint_of_a_published_step_pins_it(tmp_path: Path) -> None:
+def test_checkpoint_of_a_published_step_pins_it(tmp_path: Path) -> None:
     with running_core(tmp_path, keep_generations=1) as core:
         joined(core.join("r", _MANIFEST))
         _apply(core, 1)
@@ -253,7 +253,7 @@ def test_a_checkpoint_of_a_published_step_pins_it(tmp_path: Path) -> None:
         assert core.catalog.generations("r")[0].pinned, "a rewind to a checkpoint leaves it one"
 
 
-def test_a_version_that_a_reader_holds_keeps_its_files(tmp_path: Path) -> None:
+def test_held_version_keeps_its_files(tmp_path: Path) -> None:
     clock = _Clock()
     with running_core(tmp_path, clock=clock, keep_generations=1) as core:
         joined(core.join("r", _MANIFEST))
@@ -290,7 +290,7 @@ def test_stopping_publishes_every_run(tmp_path: Path) -> None:
         assert {status.run: status.step for status in core.statuses.all()} == {"a": 2, "b": 1, "c": 1}
 
 
-def test_stopping_says_when_not_everything_is_durable(tmp_path: Path) -> None:
+def test_stopping_reports_what_is_not_durable(tmp_path: Path) -> None:
     core = ServerCore(tmp_path)
     core.start()
     joined(core.join("r", _MANIFEST))

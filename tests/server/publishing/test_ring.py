@@ -58,7 +58,7 @@ def _status(core: ServerCore) -> RingStatus | None:
     return core.ring.status("r")
 
 
-def test_a_snapshot_links_the_files_of_power_averages_and_outlives_them(tmp_path: Path) -> None:
+def test_snapshot_links_the_files_of_power_averages_and_outlives_them(tmp_path: Path) -> None:
     with running_core(tmp_path, keep_generations=1) as core:
         joined(core.join("r", _MANIFEST, _POWERS, config='{"a": 1}'))
         version = _publish(core, 1, 2)["wide"]
@@ -90,7 +90,7 @@ def test_no_ring_without_power_averages_or_with_size_zero(tmp_path: Path) -> Non
         assert not core.data_dir.ring_folder("r").exists()
 
 
-def test_a_full_ring_drops_the_snapshot_with_the_closest_neighbours() -> None:
+def test_full_ring_drops_the_snapshot_with_the_closest_neighbours() -> None:
     assert thinned([1, 5, 9], 3) == []
     assert thinned([10, 20, 30, 31, 40], 4) == [31]
     assert thinned([10, 20, 30, 40], 3) == [20], "of several the earliest"
@@ -98,7 +98,7 @@ def test_a_full_ring_drops_the_snapshot_with_the_closest_neighbours() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 5, 32])
-def test_a_ring_stays_spread_over_the_run(size: int) -> None:
+def test_ring_stays_spread_over_the_run(size: int) -> None:
     ring: list[int] = []
     for step in range(10, 10_010, 10):
         ring.append(step)
@@ -109,7 +109,7 @@ def test_a_ring_stays_spread_over_the_run(size: int) -> None:
     assert max(gaps) <= 4 * 10_000 / size or size == 2
 
 
-def test_a_ring_has_no_more_snapshots_than_its_size(tmp_path: Path) -> None:
+def test_ring_has_no_more_snapshots_than_its_size(tmp_path: Path) -> None:
     with running_core(tmp_path, ring_size=3) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         _publish(core, *range(1, 9))
@@ -118,7 +118,7 @@ def test_a_ring_has_no_more_snapshots_than_its_size(tmp_path: Path) -> None:
         assert _status(core) == RingStatus(3, 1, 8, None)
 
 
-def test_a_ring_is_not_thinned_out_while_it_is_read(tmp_path: Path) -> None:
+def test_ring_is_not_thinned_out_while_it_is_read(tmp_path: Path) -> None:
     with running_core(tmp_path, ring_size=2) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         with core.ring.reading("r"):
@@ -141,7 +141,7 @@ def test_ring_every_steps_makes_generations_due_and_skips_others(tmp_path: Path)
         assert _steps(core) == [10, 20, 30, 37], "the last one of a run is always kept"
 
 
-def test_ring_every_steps_does_not_publish_runs_without_power_averages(tmp_path: Path) -> None:
+def test_ring_every_steps_ignores_runs_without_power_averages(tmp_path: Path) -> None:
     with running_core(tmp_path, ring_every_steps=2) as core:
         joined(core.join("r", _MANIFEST))
         _apply(core, *range(1, 8))
@@ -149,7 +149,7 @@ def test_ring_every_steps_does_not_publish_runs_without_power_averages(tmp_path:
         assert core.announced == []
 
 
-def test_bfloat16_halves_averages_and_leaves_copied_tensors_whole(tmp_path: Path) -> None:
+def test_bfloat16_halves_averages_but_not_copied_tensors(tmp_path: Path) -> None:
     with running_core(tmp_path, ring_dtype="bfloat16") as core:
         joined(core.join("r", _MANIFEST, ["power:sigma_rel=0.05,buffers=copy"]))
         (version,) = _publish(core, 1, 2).values()
@@ -165,7 +165,7 @@ def test_bfloat16_halves_averages_and_leaves_copied_tensors_whole(tmp_path: Path
         assert path.stat().st_size < 0.6 * (version.folder / "model.safetensors").stat().st_size
 
 
-def test_bfloat16_leaves_frozen_tensors_whole_under_all_of_their_names(tmp_path: Path) -> None:
+def test_bfloat16_keeps_frozen_tensors_whole_under_all_names(tmp_path: Path) -> None:
     weights = {"w": torch.full((50,), 0.1234567), "fixed": torch.full((3,), 0.520894885)}
     manifest = manifest_of(weights, roles={"fixed": Role.FROZEN}, aliases={"fixed": ("tied",)})
     with running_core(tmp_path, ring_dtype="bfloat16") as core:
@@ -181,7 +181,7 @@ def test_bfloat16_leaves_frozen_tensors_whole_under_all_of_their_names(tmp_path:
     assert torch.equal(kept["tied"], weights["fixed"])
 
 
-def test_a_disk_error_stops_the_ring_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_disk_error_stops_only_the_ring(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         core.data_dir.ring_folder("r").touch()
@@ -200,7 +200,7 @@ def test_a_disk_error_stops_the_ring_alone(tmp_path: Path, caplog: pytest.LogCap
         assert _status(core) == RingStatus(1, 3, 3, None)
 
 
-def test_a_nearly_full_disk_is_left_to_the_generations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearly_full_disk_is_left_to_the_generations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         _publish(core, 1)
@@ -217,7 +217,7 @@ def test_a_nearly_full_disk_is_left_to_the_generations(tmp_path: Path, monkeypat
         assert _status(core) == RingStatus(2, 1, 3, None)
 
 
-def test_a_rewind_drops_later_snapshots_from_the_ring(tmp_path: Path) -> None:
+def test_rewind_drops_later_snapshots_from_the_ring(tmp_path: Path) -> None:
     with running_core(tmp_path, keep_generations=9) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         _publish(core, 1, 2, 3, 4, 5)
@@ -232,7 +232,7 @@ def test_a_rewind_drops_later_snapshots_from_the_ring(tmp_path: Path) -> None:
         assert [left[step] == now[step] for step in (1, 2, 3, 5)] == [True, True, True, False]
 
 
-def test_a_restart_keeps_the_ring_up_to_the_generation_that_is_resumed(tmp_path: Path) -> None:
+def test_restart_keeps_the_ring_up_to_the_resumed_generation(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         _publish(core, 1, 2, 3)
@@ -245,9 +245,7 @@ def test_a_restart_keeps_the_ring_up_to_the_generation_that_is_resumed(tmp_path:
         assert _steps(core) == [1, 2, 4]
 
 
-def test_snapshots_that_cannot_be_dropped_are_never_mixed_with_new_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_undroppable_snapshots_are_never_mixed_with_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         _publish(core, 1, 2, 3)
@@ -272,7 +270,7 @@ def test_snapshots_that_cannot_be_dropped_are_never_mixed_with_new_ones(
         assert _steps(core) == [1, 4]
 
 
-def test_a_run_that_is_set_aside_keeps_its_ring(tmp_path: Path) -> None:
+def test_run_that_is_set_aside_keeps_its_ring(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _POWERS))
         _publish(core, 1, 2)

@@ -57,7 +57,7 @@ def _error(core: ServerCore) -> str:
     return status.error
 
 
-def test_a_ring_that_cannot_be_listed_stops_the_ring_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlistable_ring_stops_only_the_ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         _publish(core, 1, 2)
@@ -74,7 +74,7 @@ def test_a_ring_that_cannot_be_listed_stops_the_ring_alone(tmp_path: Path, monke
         assert _steps(core) == [1, 4]
 
 
-def test_a_server_starts_over_a_ring_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restarted_server_replaces_an_unlistable_ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         _publish(core, 1)
@@ -87,7 +87,7 @@ def test_a_server_starts_over_a_ring_that_cannot_be_listed(tmp_path: Path, monke
             _publish(core, 2)
 
 
-def test_a_restart_drops_what_could_not_be_dropped_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restart_drops_what_could_not_be_dropped_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         _publish(core, 1, 2, 3)
@@ -108,7 +108,7 @@ def test_a_restart_drops_what_could_not_be_dropped_before(tmp_path: Path, monkey
     assert not (tmp_path / "runs/r/ring.cut").exists()
 
 
-def test_a_damaged_cut_file_drops_the_ring(tmp_path: Path) -> None:
+def test_damaged_cut_file_drops_the_ring(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         _join(core)
         _publish(core, 1, 2)
@@ -133,7 +133,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     go_on.set()
 
 
-def test_readers_of_the_ring_wait_for_it_and_publishing_does_not(tmp_path: Path, slow: threading.Event) -> None:
+def test_ring_readers_wait_for_it_and_publishing_does_not(tmp_path: Path, slow: threading.Event) -> None:
     with ThreadPoolExecutor(1) as pool, running_core(tmp_path) as core:
         _join(core)
         _publish(core, 1, 2)
@@ -145,9 +145,7 @@ def test_readers_of_the_ring_wait_for_it_and_publishing_does_not(tmp_path: Path,
         assert reading.result(WAIT_S) == [1, 2]
 
 
-def test_a_snapshot_missed_by_a_crash_is_added_at_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_snapshot_missed_by_a_crash_is_added_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_core(tmp_path, ring_every_steps=10) as core:
         _join(core)
         _publish(core, 1)

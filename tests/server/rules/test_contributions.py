@@ -46,7 +46,7 @@ def core(tmp_path: Path) -> Iterator[ServerCore]:
 
 
 @pytest.mark.parametrize("set_at", [None, 12, 31])
-def test_the_average_is_the_sum_of_weights_times_shares(core: ServerCore, set_at: int | None) -> None:
+def test_average_is_the_sum_of_weights_times_shares(core: ServerCore, set_at: int | None) -> None:
     """For every rule, with gaps, a set, and step units that change: in float64, within a few roundings of float32."""
     slow, fast = StepUnits(samples_per_step=5.0), StepUnits(samples_per_step=8.0)
     joined(core.join("r", manifest_of(_weights(1)), _RULES, first_step=3, step_units=slow))
@@ -66,7 +66,7 @@ def test_the_average_is_the_sum_of_weights_times_shares(core: ServerCore, set_at
         assert (core.load(version)["w"].double() - rebuilt).abs().max().item() <= 40 * EPS32, name
 
 
-def test_an_average_without_steps_has_no_shares() -> None:
+def test_average_without_steps_has_no_shares() -> None:
     assert list(shares_of(parse_average("window:3"), Ledger(5), lambda _: UNKNOWN)) == []
     assert list(shares_of(parse_average("ema:0.9"), Ledger(5), lambda _: UNKNOWN)) == []
 

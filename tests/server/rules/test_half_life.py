@@ -36,7 +36,7 @@ _ONE = {"w": torch.ones(3)}
     ],
     ids=lambda value: getattr(value, "spec", str(value)),
 )
-def test_the_current_decay_is_that_of_the_last_step(rule: AverageSpec, step: int, decay: float) -> None:
+def test_current_decay_is_that_of_the_last_step(rule: AverageSpec, step: int, decay: float) -> None:
     reach = reach_now(rule, step, 10, StepUnits(10, 50))
 
     assert reach is not None
@@ -47,14 +47,14 @@ def test_the_current_decay_is_that_of_the_last_step(rule: AverageSpec, step: int
         assert reach.decay**reach.half_life_steps == pytest.approx(0.5 if decay else 1.0, rel=1e-12)
 
 
-def test_the_half_life_of_a_decay_just_below_1_has_all_its_digits() -> None:
+def test_half_life_of_a_decay_just_below_1_is_precise() -> None:
     reach = reach_now(Ema(1 - 2.0**-50), 110, 10, UNKNOWN)
 
     assert reach is not None
     assert reach.half_life_steps == pytest.approx(2.0**50 * math.log(2), rel=1e-12)
 
 
-def test_a_rule_in_samples_has_the_decay_for_the_samples_per_step() -> None:
+def test_rule_in_samples_has_the_decay_for_the_samples_per_step() -> None:
     rule = Ema(half_life_samples=3200)
     slow, fast = (reach_now(rule, 110, 10, StepUnits(samples_per_step=samples)) for samples in (32, 64))
 
@@ -65,7 +65,7 @@ def test_a_rule_in_samples_has_the_decay_for_the_samples_per_step() -> None:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), OverflowError(), ValueError()], ids=repr)
-def test_a_decay_that_cannot_be_computed_is_left_out_and_averaging_continues(
+def test_uncomputable_decay_is_left_out_and_averaging_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def refuse(*_: object) -> None:

@@ -25,7 +25,7 @@ def _ledger(steps: list[int]) -> Ledger:
 
 
 @given(_STEPS)
-def test_a_ledger_lists_exactly_the_appended_steps(steps: list[int]) -> None:
+def test_ledger_lists_exactly_the_appended_steps(steps: list[int]) -> None:
     ledger = _ledger(steps)
 
     assert list(ledger.steps()) == ledger_steps(ledger.to_json()) == steps
@@ -34,12 +34,12 @@ def test_a_ledger_lists_exactly_the_appended_steps(steps: list[int]) -> None:
 
 
 @given(_STEPS, st.integers(1, 70))
-def test_the_tail_of_a_ledger_is_its_newest_steps(steps: list[int], count: int) -> None:
+def test_tail_of_a_ledger_is_its_newest_steps(steps: list[int], count: int) -> None:
     assert _ledger(steps).tail(count) == tuple(steps[-count:])
 
 
 @given(_STEPS, _STEPS)
-def test_a_ledger_read_back_continues_unchanged(before: list[int], after: list[int]) -> None:
+def test_ledger_read_back_continues_unchanged(before: list[int], after: list[int]) -> None:
     """Also: what was read back is no longer tied to what it was read from."""
     steps = before + [before[-1] + step for step in after]
     written = json.loads(json.dumps(_ledger(before).to_json()))
@@ -52,13 +52,13 @@ def test_a_ledger_read_back_continues_unchanged(before: list[int], after: list[i
     assert json.dumps(written) == kept
 
 
-def test_a_million_steps_are_one_range_and_a_stride_is_kept() -> None:
+def test_million_steps_are_one_range_and_a_stride_is_kept() -> None:
     assert _ledger(list(range(1, 1_000_001))).to_json()["ranges"] == [[1, 1_000_000, 1]]
     assert _ledger(list(range(50, 1001, 50))).to_json()["ranges"] == [[50, 1000, 50]]
     assert _ledger([1, 2, 3, 7, 8, 9, 20]).to_json()["ranges"] == [[1, 3, 1], [7, 9, 1], [20, 20, 1]]
 
 
-def test_a_replacement_is_listed_and_may_repeat_the_last_step() -> None:
+def test_replacement_is_listed_and_may_repeat_the_last_step() -> None:
     ledger = _ledger([1, 2])
     ledger.append(2, replaces=True)
     ledger.append(5, replaces=True)
@@ -67,7 +67,7 @@ def test_a_replacement_is_listed_and_may_repeat_the_last_step() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_step_must_be_above_the_last(step: int) -> None:
+def test_step_must_be_above_the_last(step: int) -> None:
     with pytest.raises(ValueError, match=f"step {step} does not follow step 2"):
         _ledger([1, 2]).append(step)
 

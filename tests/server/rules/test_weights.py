@@ -42,7 +42,7 @@ def _shares(rule: AverageSpec, origin: int, applied: list[int]) -> list[float]:
 
 
 @given(st.data(), st.sampled_from(_ORIGINS), st.lists(st.integers(1, 30), min_size=1, max_size=12))
-def test_a_sparse_stream_equals_a_dense_one_with_constant_weights_between_snapshots(
+def test_sparse_stream_equals_a_dense_one_with_constant_weights(
     data: st.DataObject, origin: int, gaps: list[int]
 ) -> None:
     """Each snapshot has the share of all the steps that it stands for; and the shares sum to 1."""
@@ -60,7 +60,7 @@ def test_a_sparse_stream_equals_a_dense_one_with_constant_weights_between_snapsh
 
 
 @given(st.data(), st.sampled_from(_ORIGINS), st.lists(st.integers(1, 30), min_size=2, max_size=8), st.integers(0, 7))
-def test_a_unit_step_decays_by_the_product_of_later_decays(
+def test_unit_step_decays_by_the_product_of_later_decays(
     data: st.DataObject, origin: int, gaps: list[int], place: int
 ) -> None:
     """Weights that are 0 until a snapshot and 1 from it on: the average is one minus what the dense stream keeps."""
@@ -78,7 +78,7 @@ def test_a_unit_step_decays_by_the_product_of_later_decays(
 
 
 @given(st.data(), st.sampled_from(_ORIGINS), st.lists(st.integers(1, 40), min_size=1, max_size=8))
-def test_an_average_of_constant_weights_is_constant(data: st.DataObject, origin: int, gaps: list[int]) -> None:
+def test_average_of_constant_weights_is_constant(data: st.DataObject, origin: int, gaps: list[int]) -> None:
     rule, average = data.draw(short_rules(origin)), 0.7
     for then, now in itertools.pairwise([origin, *(origin + moved for moved in itertools.accumulate(gaps))]):
         average += _weight(rule, then, now, origin) * (0.7 - average)
@@ -125,7 +125,7 @@ def test_known_decays_of_timms_warmup(power: float, step: int, decay: float) -> 
     ],
     ids=["timm-2/3", "timm-3/4", "tf"],
 )
-def test_a_warmup_reaches_known_decays_at_known_steps(rule: Ema, reached: tuple[int, ...]) -> None:
+def test_warmup_reaches_known_decays_at_known_steps(rule: Ema, reached: tuple[int, ...]) -> None:
     for step, rest in zip(reached, (1e-3, 2e-4, 1e-4), strict=True):
         bound = rest * (1 + 1e-9)
         assert _weight(rule, step - 1, step) <= bound < _weight(rule, step - 2, step - 1)
@@ -157,7 +157,7 @@ def test_warmups_have_the_known_widths_after_20_000_steps(spec: str, width: floa
     assert _moments(parse_average(spec), 20_000)[1] == pytest.approx(width, abs=digit)
 
 
-def test_a_power_average_has_a_power_profile() -> None:
+def test_power_average_has_a_power_profile() -> None:
     """Against `t ** gamma` at T = 1000, sigma_rel 0.05: the known largest difference, width and mean age."""
     rule = PowerEma(0.05)
     gamma, steps = rule.exponent, 1000
@@ -172,7 +172,7 @@ def test_a_power_average_has_a_power_profile() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 10, 100])
-def test_a_power_average_keeps_its_width_at_any_cadence(every: int) -> None:
+def test_power_average_keeps_its_width_at_any_cadence(every: int) -> None:
     assert _moments(PowerEma(0.05), 10_000, every)[1] == pytest.approx(0.05, abs=2e-4)
 
 
@@ -184,13 +184,13 @@ def test_torchvisions_adjusted_decay_is_a_decay_per_update() -> None:
 
 
 @pytest.mark.parametrize("delta", [1, 7, 10**6])
-def test_a_decay_just_below_1_loses_no_digits(delta: int) -> None:
+def test_decay_just_below_1_loses_no_digits(delta: int) -> None:
     assert _weight(Ema(1 - 2.0**-52), 5, 5 + delta) == pytest.approx(delta * 2.0**-52, rel=1e-9)
     assert _weight(Ema(half_life=1e14), 5, 5 + delta) == pytest.approx(delta * math.log(2) / 1e14, rel=1e-9)
 
 
 @pytest.mark.parametrize("decay", [0.25, 0.9, 1 - 2.0**-20, 1 - 2.0**-52])
-def test_a_debiased_average_is_exact_from_its_first_steps(decay: float) -> None:
+def test_debiased_average_is_exact_from_its_first_steps(decay: float) -> None:
     """An average from zero has the shares (1 - d) d**i / (1 - d**n): computed in fractions."""
     exact = Fraction(decay)
     for then, now in [(1, 2), (1, 5), (2, 3), (7, 40)]:
@@ -210,7 +210,7 @@ def test_a_debiased_average_is_exact_from_its_first_steps(decay: float) -> None:
     ],
 )
 @pytest.mark.parametrize(("then", "now"), [(10, 300), (60, 90), (70, 140), (150, 151)])
-def test_a_gap_across_the_end_of_a_warmup_has_the_product_of_its_decays(spec: str, then: int, now: int) -> None:
+def test_gap_across_the_end_of_a_warmup_multiplies_its_decays(spec: str, then: int, now: int) -> None:
     rule = parse_average(spec)
     kept = dense_shares(rule, 0, now, _STEP_UNITS)[now][: then + 1].sum()
 
@@ -228,7 +228,7 @@ def test_a_gap_across_the_end_of_a_warmup_has_the_product_of_its_decays(spec: st
     ],
     ids=lambda rule: rule.warmup,
 )
-def test_a_gap_within_a_long_warmup_has_the_product_of_its_decays_within_1e_8(rule: Ema, then: int) -> None:
+def test_gap_within_a_long_warmup_multiplies_its_decays_within_1e_8(rule: Ema, then: int) -> None:
     """The reference takes every step on its own, summed without rounding (`math.fsum`)."""
     delta = 100_000
     left = math.fsum(math.log1p(-_weight(rule, step - 1, step)) for step in range(then + 1, then + delta + 1))
@@ -244,14 +244,14 @@ def test_weights_are_copied_until_one_step_after_update_after(warmup: str | None
     assert weight_of(rule, Span(3, 10**6, 0)) is None
 
 
-def test_with_init_start_the_first_step_has_a_weight() -> None:
+def test_init_start_gives_the_first_step_a_weight() -> None:
     assert weight_of(Ema(0.75, init="start"), Span(9, 10, 9)) == 0.25
     assert weight_of(Ema(0.75, init="start", update_after=3), Span(12, 13, 9)) == 0.25
     assert weight_of(Ema(0.75, init="start", update_after=3), Span(11, 13, 9)) is None
     assert weight_of(Ema(0.75), Span(9, 10, 9)) is None
 
 
-def test_swa_follows_the_weights_until_its_start_and_counts_multiples_of_every() -> None:
+def test_swa_copies_until_its_start_and_counts_multiples_of_every() -> None:
     rule = Uniform(1000, 100)
 
     assert weight_of(rule, Span(900, 999, 0)) is None
@@ -261,7 +261,7 @@ def test_swa_follows_the_weights_until_its_start_and_counts_multiples_of_every()
     assert weight_of(rule, Span(1100, 1500, 0)) == 4 / 6
 
 
-def test_wsd_follows_the_weights_then_averages_then_stays_constant() -> None:
+def test_wsd_copies_then_averages_then_stays_constant() -> None:
     rule = Wsd(1000, 10)
 
     assert weight_of(rule, Span(999, 1000, 0)) is None
@@ -272,7 +272,7 @@ def test_wsd_follows_the_weights_then_averages_then_stays_constant() -> None:
 
 
 @given(st.integers(1, 60), st.sampled_from(["linear", "sqrt", "cosine"]), st.integers(0, 2**32 - 1))
-def test_wsd_gives_the_weights_that_a_decaying_learning_rate_gives(steps: int, shape: str, seed: int) -> None:
+def test_wsd_gives_the_weights_of_a_decaying_learning_rate(steps: int, shape: str, seed: int) -> None:
     """Each update of a random walk times the rate's factor at its step, against the average of the walk."""
     walk = np.cumsum(np.random.default_rng(seed).normal(size=steps + 2))
     factor: dict[str, Callable[[float], float]] = {
@@ -309,7 +309,7 @@ def test_wsd_gives_the_weights_that_a_decaying_learning_rate_gives(steps: int, s
     ],
     ids=lambda rule: rule.spec,
 )
-def test_a_huge_gap_takes_the_new_weights_in_bounded_time(rule: AverageSpec) -> None:
+def test_huge_gap_takes_the_new_weights_in_bounded_time(rule: AverageSpec) -> None:
     """Bounded in steps of arithmetic; the clock only tells a bounded loop from one over 2**52 steps."""
     started = time.monotonic()
 
@@ -338,7 +338,7 @@ def test_every_valid_rule_has_a_weight_and_a_decay_at_every_step(
     assert reach is None or (0.0 <= reach.decay <= 1.0 and reach.half_life_steps >= 0.0)
 
 
-def test_a_half_life_of_zero_is_a_decay_of_zero() -> None:
+def test_half_life_of_zero_is_a_decay_of_zero() -> None:
     rule = Ema(half_life_samples=9)
     object.__setattr__(rule, "half_life_samples", 5e-324)  # the bounds leave this to arithmetic: it must have an answer
 
@@ -346,7 +346,7 @@ def test_a_half_life_of_zero_is_a_decay_of_zero() -> None:
     assert reach_now(rule, 4, 0, _STEP_UNITS) == Reach(0.0, 0.0)
 
 
-def test_a_huge_gap_within_a_warmup_is_summed_in_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_gap_within_a_warmup_is_summed_in_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the thread that averages; while it sums, every run waits."""
     asked: list[object] = []
     curve = decays._timm
@@ -362,7 +362,7 @@ def test_a_huge_gap_within_a_warmup_is_summed_in_few_blocks(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("then", [11_985, 11_996, 12_001, 59_970, 59_999, 70_000])
-def test_no_step_of_a_gap_gets_the_decay_of_a_later_phase_of_the_warmup(then: int) -> None:
+def test_no_step_of_a_gap_gets_the_decay_of_a_later_warmup_phase(then: int) -> None:
     """The decay is held at 0.5 up to step 12,001, and at 0.75 from step 60,001 on."""
     rule = Ema(0.75, warmup="timm", gamma=4000.0, power=0.5, min_decay=0.5)
     left = math.fsum(math.log1p(-_weight(rule, step - 1, step)) for step in range(then + 1, then + 61))
@@ -385,12 +385,12 @@ def test_raw_always_takes_the_snapshot_and_a_window_has_no_weight() -> None:
 @pytest.mark.parametrize(
     ("spec", "needed"), [("ema:half_life_samples=9", "samples_per_step"), ("ema:half_life_epochs=9", "steps_per_epoch")]
 )
-def test_a_rule_whose_step_units_are_unknown_has_no_weight(spec: str, needed: str) -> None:
+def test_rule_with_unknown_step_units_has_no_weight(spec: str, needed: str) -> None:
     with pytest.raises(ValueError, match=needed):
         weight_of(parse_average(spec), Span(3, 7, 0))
 
 
 @pytest.mark.parametrize(("last", "step", "origin"), [(5, 5, 0), (5, 2, 0), (5, 6, 7)])
-def test_a_span_must_be_in_order(last: int, step: int, origin: int) -> None:
+def test_span_must_be_in_order(last: int, step: int, origin: int) -> None:
     with pytest.raises(ValueError, match=f"need origin <= last < step, got {origin}, {last}, {step}"):
         Span(last, step, origin)

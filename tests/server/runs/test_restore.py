@@ -111,7 +111,7 @@ def _apply(run: Run, pool: WorkerPool, step: int, mode: Mode) -> None:
     breaks=st.sets(st.integers(1, 24), min_size=1, max_size=2),
     origin=st.integers(0, 9),
 )
-def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
+def test_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
     pool: WorkerPool, strides: Sequence[tuple[int, Mode]], breaks: set[int], origin: int
 ) -> None:
     """For every rule, with gaps and sets, at any place: bytes, ledgers, ages and shares."""
@@ -129,7 +129,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
     assert all(torch.equal(one, other) for one, other in zip(_content(broken), _content(whole), strict=True))
 
 
-def test_a_window_is_read_back_oldest_first(pool: WorkerPool, tmp_path: Path) -> None:
+def test_window_is_read_back_oldest_first(pool: WorkerPool, tmp_path: Path) -> None:
     run = _new_run(0)
     for step in (1, 2, 3, 4, 5):
         _apply(run, pool, step, "update")
@@ -157,7 +157,7 @@ def test_ages_and_shares_follow_the_weights_of_the_rule(pool: WorkerPool) -> Non
     assert {(average.age_steps, average.initial_share) for average in run.averages} == {(0.0, 1.0)}
 
 
-def test_above_0_99999_only_a_float64_accumulator_still_moves(tmp_path: Path) -> None:
+def test_only_a_float64_accumulator_moves_above_0_99999(tmp_path: Path) -> None:
     """Weights 5 % away from an average at 1: each update is below half a unit in the last place of float32."""
     there = {"w": torch.full((50,), 1.05)}
     with running_core(tmp_path) as core:
@@ -174,7 +174,7 @@ def test_above_0_99999_only_a_float64_accumulator_still_moves(tmp_path: Path) ->
     assert expected[0] - 1 > 10 * EPS32
 
 
-def test_a_float64_average_is_published_as_float32_and_restored_as_float64(tmp_path: Path) -> None:
+def test_float64_average_is_published_as_float32_and_restored_as_float64(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["ema:0.9,acc=float64", "ema:0.9"]))
         for step in (1, 2, 3):
@@ -190,7 +190,7 @@ def test_a_float64_average_is_published_as_float32_and_restored_as_float64(tmp_p
     assert (published["single"].double() - exact).abs().max().item() <= 4 * EPS32
 
 
-def test_a_parameter_that_does_not_change_stays_bit_for_bit(tmp_path: Path) -> None:
+def test_constant_parameter_stays_bit_for_bit(tmp_path: Path) -> None:
     """Frozen parameters are averaged like others: nothing happens to one, until it is unfrozen; then it is averaged."""
     frozen = {"w": torch.rand(500) * 8 - 4}
     rules = ["ema:0.999", "power:sigma_rel=0.1", "swa", "window:3", "ema:0.99,acc=float64"]
@@ -206,7 +206,7 @@ def test_a_parameter_that_does_not_change_stays_bit_for_bit(tmp_path: Path) -> N
     torch.testing.assert_close(thawed, frozen["w"] + 0.001, rtol=0, atol=1e-5)
 
 
-def test_a_nonfinite_snapshot_changes_no_average(tmp_path: Path) -> None:
+def test_nonfinite_snapshot_changes_no_average(tmp_path: Path) -> None:
     """For every rule: the same version as before, though the snapshots of a window move about."""
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _NAMED))
@@ -219,7 +219,7 @@ def test_a_nonfinite_snapshot_changes_no_average(tmp_path: Path) -> None:
         assert versions_by_average(core.publish("r")) == before
 
 
-def test_generations_without_a_format_in_their_files_are_resumed_from(tmp_path: Path) -> None:
+def test_generations_without_a_format_in_their_files_are_resumed(tmp_path: Path) -> None:
     """As releases before `format=pt` wrote them: the data of each file begins earlier."""
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, _NAMED))

@@ -77,7 +77,7 @@ def test_blending_entry_by_entry_gives_their_mean() -> None:
 
 
 @pytest.mark.parametrize("kept", [[(1, 1), (1, 1)], [(2, 1), (1, 1)], [(1, 0)], [(1, 2), (2, 2)]])
-def test_an_invalid_window_is_not_restored(kept: list[tuple[int, int]]) -> None:
+def test_invalid_window_is_not_restored(kept: list[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="are not the steps and counts of a window of 3 snapshots"):
         restored(kept, 3)
 
@@ -89,7 +89,7 @@ def core(tmp_path: Path) -> Iterator[ServerCore]:
 
 
 @pytest.mark.parametrize(("k", "every"), [(1, 1), (4, 1), (3, 5), (7, 4)])
-def test_the_published_mean_is_that_of_its_snapshots(core: ServerCore, k: int, every: int) -> None:
+def test_published_mean_is_that_of_its_snapshots(core: ServerCore, k: int, every: int) -> None:
     """Against a mean in float64, within a rounding of values below 4 for each of the k - 1 blends."""
     chance = random.Random(k)
     names = [f"window:{k},every={every},name=single", f"window:{k},every={every},acc=float64,name=double"]
@@ -112,7 +112,7 @@ def test_the_published_mean_is_that_of_its_snapshots(core: ServerCore, k: int, e
         assert core.load(versions["single"])["seen"] == inside[-1]
 
 
-def test_before_its_first_point_a_window_copies_the_weights(core: ServerCore) -> None:
+def test_window_copies_the_weights_before_its_first_point(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["window:3,every=10"]))
     for step in (4, 7, 11, 12):
         core.apply("r", step, _weights(step))
@@ -121,7 +121,7 @@ def test_before_its_first_point_a_window_copies_the_weights(core: ServerCore) ->
         assert torch.equal(core.load(version)["single"], expected)
 
 
-def test_a_set_empties_the_window(core: ServerCore) -> None:
+def test_set_empties_the_window(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["window:3"]))
     for step in (1, 2, 3, 4):
         core.apply("r", step, _weights(step))
@@ -147,7 +147,7 @@ def test_window_snapshots_are_in_the_generation_but_not_in_the_version(core: Ser
     assert {file.name for file in version.files} == {"model.safetensors", "version.json"}
 
 
-def test_a_window_takes_memory_for_its_snapshots_and_its_mean(core: ServerCore) -> None:
+def test_window_takes_memory_for_its_snapshots_and_its_mean(core: ServerCore) -> None:
     joined(core.join("r", _MANIFEST, ["window:3", "ema:0.9"]))
     core.apply("r", 1, _weights(1))
 
@@ -157,7 +157,7 @@ def test_a_window_takes_memory_for_its_snapshots_and_its_mean(core: ServerCore) 
     assert status.memory_bytes == 2 * wide + 3 * _MANIFEST.nbytes
 
 
-def test_a_window_survives_a_restart_and_a_rewind(tmp_path: Path) -> None:
+def test_window_survives_a_restart_and_a_rewind(tmp_path: Path) -> None:
     """The mean of steps 4, 5, 6 after a restart at 5; after a rewind to 3, that of 2, 3 and the new 4."""
     with running_core(tmp_path) as core:
         joined(core.join("r", _MANIFEST, ["window:3"]))
@@ -181,7 +181,7 @@ def _check_mean(core: ServerCore, seeds: tuple[int, ...]) -> None:
     torch.testing.assert_close(core.load(version)["single"].double(), exact, rtol=0, atol=96 * EPS32)
 
 
-def test_a_window_that_does_not_fit_is_refused_with_its_size(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_window_that_does_not_fit_is_refused_with_its_size(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
     left = iter(range(100 * _MANIFEST.nbytes, 0, -_MANIFEST.nbytes))
     monkeypatch.setattr("ema_server.compute.memory.available_bytes", lambda: next(left, 0))
     answer = core.join("r", _MANIFEST, ["window:200"])
@@ -192,7 +192,7 @@ def test_a_window_that_does_not_fit_is_refused_with_its_size(core: ServerCore, m
 
 
 @pytest.mark.process
-def test_a_long_window_is_published_with_few_open_files(tmp_path: Path) -> None:
+def test_long_window_is_published_with_few_open_files(tmp_path: Path) -> None:
     """As in `ema serve`: the limit that programs with select() need is lifted first."""
     script = """
         import resource, sys, torch
