@@ -1,8 +1,8 @@
 """The evaluation worker: takes a lease of a version, loads and evaluates it, reports, and repeats.
 
-The server decides which version is due: a requested validation first, else the newest version of an average without
-metrics for the task. The worker survives a function that raises, an unreachable server, and versions pruned before it
-loads them. When it is killed, another worker takes over its version.
+The server decides which version is due: a requested validation first, else the rest of the step that was begun, else
+the newest step's versions without metrics for the task. The worker survives a function that raises, an unreachable
+server, and versions pruned before it loads them. When it is killed, another worker takes over its version.
 """
 
 from __future__ import annotations

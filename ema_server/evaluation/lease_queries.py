@@ -1,7 +1,8 @@
 """Queries on leases and validations; `MetricStore.submit` runs each as one transaction.
 
 There is one lease row for each version and task: a worker that takes a version over replaces the row, and with it the
-id that the worker before it knows. Times are seconds since the epoch.
+id that the worker before it knows. A row of `scheduled` is a version of a set that has been begun, until it has a
+result. Times are seconds since the epoch.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import json
 import secrets
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ema_server.evaluation.leases import Ask, Finding, Grant, Lease, Validation
+from ema_server.evaluation.leases import Ask, Due, Finding, Grant, Lease, Validation
 from ema_server.evaluation.metric_store import Report, Subject, insert_report, latest_report
 from ema_server.storage.records import rfc3339
 
@@ -29,6 +30,10 @@ CREATE TABLE IF NOT EXISTS validations (
     version TEXT NOT NULL, step INTEGER NOT NULL, task TEXT NOT NULL, again INTEGER NOT NULL, created TEXT NOT NULL,
     result TEXT
 );
+CREATE TABLE IF NOT EXISTS scheduled (
+    number INTEGER PRIMARY KEY, run TEXT NOT NULL, average TEXT NOT NULL, version TEXT NOT NULL, step INTEGER NOT NULL,
+    task TEXT NOT NULL, UNIQUE (run, version, task)
+);
 """
 
 _COLUMNS = "id, run, average, version, step, task, worker, lease_s, expires"
@@ -40,21 +45,18 @@ def live(db: sqlite3.Connection, now: float) -> tuple[Lease, ...]:
     return tuple(_lease(*row) for row in db.execute(query, (now,)))
 
 
-def grant(
-    db: sqlite3.Connection, ask: Ask, due: Sequence[Subject], exists: Callable[[Subject], bool], now: float
-) -> Grant:
-    """Give the worker a version: one that was asked for, oldest first, else the first of `due` without metrics.
+def grant(db: sqlite3.Connection, ask: Ask, due: Due, exists: Callable[[Subject], bool], now: float) -> Grant:
+    """Give the worker a version: a requested one, else one of a set that was begun, else the first of the next set.
 
     Args:
         db: the connection.
-        ask: what the worker would take.
-        due: versions that are to be evaluated without being asked for.
-        exists: whether a version that was asked for still exists.
+        ask: what the worker accepts.
+        due: versions to evaluate without a request.
+        exists: whether a version that was requested or scheduled still exists.
         now: the time.
     """
     held = set()
-    unmeasured = [item for item in due if latest_report(db, item, ask.task) is None]
-    for subject in (*_requested(db, ask, exists, now), *unmeasured):
+    for subject in _candidates(db, ask, due, exists, now):
         key = (subject.run, subject.version, ask.task)
         row = db.execute(
             "SELECT worker, expires, attempts, done FROM leases WHERE run = ? AND version = ? AND task = ?", key
@@ -64,9 +66,52 @@ def grant(
             held.add(subject)
         elif attempts < ATTEMPTS_MAX:
             return Grant(_lend(db, subject, ask, 1 if done else attempts + 1, now), len(held))
-        elif not done:
-            _give_up(db, subject, ask.task, worker, now)
+        else:
+            _unschedule(db, subject, ask.task)
+            if not done:
+                _give_up(db, subject, ask.task, worker, now)
     return Grant(None, len(held))
+
+
+def _candidates(
+    db: sqlite3.Connection, ask: Ask, due: Due, exists: Callable[[Subject], bool], now: float
+) -> Iterator[Subject]:
+    """The versions that the worker may be given, in order; a set of `due` is scheduled when it is reached."""
+    yield from _requested(db, ask, exists, now)
+    yield from _scheduled(db, ask, due, exists)
+    for subjects in due.sets:
+        yield from _schedule(db, subjects, ask.task)
+
+
+def _scheduled(db: sqlite3.Connection, ask: Ask, due: Due, exists: Callable[[Subject], bool]) -> list[Subject]:
+    """The versions of sets that were begun and that this worker may take, in the order of the sets."""
+    query = "SELECT run, average, version, step FROM scheduled WHERE task = ? ORDER BY number"
+    found = []
+    for row in db.execute(query, (ask.task,)).fetchall():
+        subject = Subject(*row)
+        if not exists(subject) or latest_report(db, subject, ask.task) is not None:  # pruned, or reported by hand
+            _unschedule(db, subject, ask.task)
+        elif (
+            subject.run in due.runs
+            and subject.version not in due.skip
+            and ask.covers(subject.run, subject.average, ask.task)
+        ):
+            found.append(subject)
+    return found
+
+
+def _schedule(db: sqlite3.Connection, subjects: Sequence[Subject], task: str) -> list[Subject]:
+    """Begin a set: schedule its versions that have no metrics, and return them."""
+    found = [subject for subject in subjects if latest_report(db, subject, task) is None]
+    for subject in found:
+        row = (subject.run, subject.average, subject.version, subject.step, task)
+        db.execute("INSERT OR IGNORE INTO scheduled VALUES (NULL, ?, ?, ?, ?, ?)", row)
+    return found
+
+
+def _unschedule(db: sqlite3.Connection, subject: Subject, task: str) -> None:
+    key = (subject.run, subject.version, task)
+    db.execute("DELETE FROM scheduled WHERE run = ? AND version = ? AND task = ?", key)
 
 
 def _requested(db: sqlite3.Connection, ask: Ask, exists: Callable[[Subject], bool], now: float) -> list[Subject]:
@@ -115,10 +160,13 @@ def beat(db: sqlite3.Connection, lease_id: str, now: float) -> Lease | None:
     return None if done else lease
 
 
-def settle(db: sqlite3.Connection, lease_id: str, finding: Finding, now: float) -> tuple[Report, bool] | None:
-    """Store a result and end its lease and the waits for it; the report and whether it is new, None if it is lost.
+def settle(db: sqlite3.Connection, lease_id: str, finding: Finding, now: float) -> tuple[Report, bool, bool] | None:
+    """Store a result, and end its lease and the waits for it. None if the lease is lost.
 
     The same result may come twice: the answer to the first may have been lost.
+
+    Returns:
+        The report; whether it is new; whether other versions of its step are scheduled.
     """
     lease, _ = _by_id(db, lease_id)
     if lease is None:
@@ -127,7 +175,10 @@ def settle(db: sqlite3.Connection, lease_id: str, finding: Finding, now: float) 
     first = insert_report(db, report)
     db.execute("UPDATE leases SET done = 1 WHERE id = ?", (lease_id,))
     _end_all(db, report)
-    return report, first
+    _unschedule(db, lease.subject, lease.task)
+    query = "SELECT 1 FROM scheduled WHERE run = ? AND step = ? AND task = ?"
+    rest = db.execute(query, (lease.subject.run, lease.subject.step, lease.task)).fetchone()
+    return report, first, rest is not None
 
 
 def give_back(db: sqlite3.Connection, lease_id: str) -> Lease | None:
@@ -198,7 +249,8 @@ def _end(db: sqlite3.Connection, validation_id: str, report: Report) -> None:
 
 
 def rename(db: sqlite3.Connection, run: str, new_run: str) -> None:
-    """Move every row of a run to its new name."""
+    """Move every row of a run to its new name. What was scheduled is not: the run has been set aside."""
+    db.execute("DELETE FROM scheduled WHERE run = ?", (run,))
     db.execute("UPDATE OR REPLACE leases SET run = ? WHERE run = ?", (new_run, run))
     db.execute("UPDATE validations SET run = ? WHERE run = ?", (new_run, run))
 

@@ -25,6 +25,19 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class Due:
+    """What a worker may evaluate without a request.
+
+    `runs`: whose versions it may take. `skip`: ids of versions that it has failed on. `sets`: the versions to evaluate,
+    grouped; a group is begun only when the groups before it, and those begun earlier, have no free version left.
+    """
+
+    runs: tuple[str, ...]
+    skip: frozenset[str]
+    sets: tuple[tuple[Subject, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """A worker's claim to one version for one task, until `expires` (the server's clock, seconds since the epoch).
 

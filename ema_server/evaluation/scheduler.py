@@ -1,18 +1,23 @@
 """Schedules evaluations: which versions are due, which workers ask, which versions must stay meanwhile.
 
+The unit is a set: the versions of all averages at one step. A set that was begun is completed before another one
+begins, and then the newest set begins. So an evaluation that is slower than publishing skips steps, never averages,
+and every result has that of `raw` at the same step beside it.
+
 Everything runs on the event loop, except `_is_needed` and `_exists`, which other threads call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Concatenate, ParamSpec, TypeVar
 
 from ema_server.evaluation import lease_queries
-from ema_server.evaluation.leases import Ask, Finding, Grant, Lease, Validation
+from ema_server.evaluation.leases import Ask, Due, Finding, Grant, Lease, Validation
 from ema_server.evaluation.metric_store import MetricStore, Report, Subject, log_failure
 from ema_server.runs.status_store import RunState, StatusStore
 from ema_server.storage.catalog import Catalog, Version
@@ -46,6 +51,8 @@ class Validations:
         self._needed_until: dict[tuple[str, str], float] = {}  # by version and task
         self._present_until: dict[Ask, float] = {}
         self._asks: dict[str, Ask] = {}  # by lease
+        self._granted: dict[str, int] = {}  # by run: the number of its last grant
+        self._grants = itertools.count(1)
         metrics.submit(lambda db: db.executescript(lease_queries.SCHEMA)).result()
         for lease in metrics.submit(lease_queries.live, clock()).result():
             self._keep(lease)
@@ -65,10 +72,11 @@ class Validations:
             MetricStoreError: the leases could not be read or written; so for every method below.
         """
         self._present_until[ask] = self._clock() + 2 * poll_s + _LATE_S
-        due = [item for item in self._due(ask, every) if item.version not in skip]
+        due = self._due(ask, every, skip)
         grant = await self._query(lease_queries.grant, ask, due, self._exists, self._clock())
         if grant.lease is not None:
             self._asks[grant.lease.id] = ask
+            self._granted[grant.lease.subject.run] = next(self._grants)
             self._present_until[ask] = grant.lease.expires + _LATE_S
             self._keep(grant.lease)
         return grant
@@ -88,9 +96,12 @@ class Validations:
         """End a lease by its result; the report and whether it is new, None if the lease is lost."""
         settled = await self._query(lease_queries.settle, lease_id, finding, self._clock())
         self._asks.pop(lease_id, None)
-        if settled is not None:
-            self._needed_until.pop((settled[0].subject.version, settled[0].task), None)
-        return settled
+        if settled is None:
+            return None
+        report, first, has_rest = settled
+        if not has_rest:  # else its hold, until the lease would expire, keeps the generation and so the rest of the set
+            self._needed_until.pop((report.subject.version, report.task), None)
+        return report, first
 
     async def give_back(self, lease_id: str) -> None:
         """End a lease without a result: other workers may have its version at once."""
@@ -108,8 +119,7 @@ class Validations:
     async def request(self, version: Version, task: str, *, again: bool, possible: bool) -> Validation | None:
         """Ask for a validation; None if it is not done already and not `possible`."""
         now = self._clock()
-        subject = Subject(version.run, version.average, version.id, version.step)
-        found = await self._query(lease_queries.request, subject, task, now, again=again, possible=possible)
+        found = await self._query(lease_queries.request, _subject(version), task, now, again=again, possible=possible)
         if found is not None and found.finding is None:
             self._need(version.id, task, now + REQUEST_HOLD_S)
         return found
@@ -140,17 +150,29 @@ class Validations:
             del self._present_until[ask]
         return list(self._present_until)
 
-    def _due(self, ask: Ask, every: int) -> Iterable[Subject]:
-        for run in self._current_runs() if ask.run is None else (ask.run,):
-            status = self._statuses.get(run)
-            finished = status is not None and status.state is RunState.FINISHED
-            names = (*self._catalog.averages(run), *self._catalog.derived_averages(run))
-            for average in ask.averages or names:
-                versions = self._catalog.versions(run, average)
-                ends = versions[:1] if finished else ()
-                taken = (item for item in versions if item.derived or (item.seq - 1) % every == 0 or item in ends)
-                for version in list(taken)[:1]:
-                    yield Subject(run, average, version.id, version.step)
+    def _due(self, ask: Ask, every: int, skip: frozenset[str]) -> Due:
+        """The newest set of each run, first that of the run of which a version was given longest ago.
+
+        Derived versions come before them, one by one: new sets keep coming while a run streams.
+        """
+        runs = self._current_runs() if ask.run is None else (ask.run,)
+        derived, sets = [], []
+        for run in sorted(runs, key=lambda run: self._granted.get(run, 0)):
+            newest = [version for version in self._newest(run, ask, every) if version.id not in skip]
+            derived += [(_subject(version),) for version in newest if version.derived]
+            sets.append(tuple(_subject(version) for version in newest if not version.derived))
+        return Due(runs, skip, (*derived, *sets))
+
+    def _newest(self, run: str, ask: Ask, every: int) -> Iterator[Version]:
+        """The newest version of each average of a run that is to be evaluated."""
+        status = self._statuses.get(run)
+        finished = status is not None and status.state is RunState.FINISHED
+        names = (*self._catalog.averages(run), *self._catalog.derived_averages(run))
+        for average in ask.averages or names:
+            versions = self._catalog.versions(run, average)
+            ends = versions[:1] if finished else ()
+            taken = (item for item in versions if item.derived or (item.seq - 1) % every == 0 or item in ends)
+            yield from itertools.islice(taken, 1)
 
     def _current_runs(self) -> tuple[str, ...]:
         """The runs that had a trainer since the server started: workers for all runs may not know older models."""
@@ -171,3 +193,7 @@ class Validations:
     def _is_needed(self, version: Version) -> bool:
         now, needed = self._clock(), tuple(self._needed_until.items())
         return any(name == version.id and until > now for (name, _), until in needed)
+
+
+def _subject(version: Version) -> Subject:
+    return Subject(version.run, version.average, version.id, version.step)

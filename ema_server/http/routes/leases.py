@@ -65,7 +65,7 @@ class BeatOut(Out):
     responses={200: {"model": GrantOut, "description": "Nothing is due for this worker now"}},
 )
 async def ask(body: AskIn, response: Response, services: ServicesDep) -> GrantOut:
-    """Lease a version to evaluate: a requested one, else the newest of an average without metrics."""
+    """Lease a version to evaluate: a requested one, else one of the set in progress, else one of the newest set."""
     if body.run is not None:
         run_status(services, body.run)
     wanted = Ask(body.worker, body.task, body.run, body.averages, body.lease_s)

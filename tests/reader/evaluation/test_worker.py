@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -87,6 +88,35 @@ def test_each_version_is_evaluated_once_while_it_is_the_newest_and_the_final_one
     thread.join(WAIT_S)
 
     assert sorted(o.version.step for o in found) == [100, 100, 200, 200, 300, 300]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_slow_evaluation_gives_every_average_the_same_number_of_results(
+    served: Served, reader: Reader, workers: int
+) -> None:
+    names = ["raw", "ema-0.9", "ema-0.99"]
+
+    def slow(state: dict[str, torch.Tensor]) -> dict[str, float]:
+        time.sleep(0.3)
+        return bias(state)
+
+    served.publish("digits", 100, names)
+    threads = [in_thread(worker(reader, slow, worker=f"w{number}")) for number in range(workers)]
+    for step in range(200, 2000, 100):
+        time.sleep(0.1)
+        served.publish("digits", step, names)
+        for old in served.catalog.generations("digits")[2:]:
+            served.catalog.remove(old)
+    served.show("digits", step, names, RunState.FINISHED)
+    for thread, _ in threads:
+        thread.join(WAIT_S)
+
+    rows = reader.metrics("digits")
+    by_step = Counter(row.step for row in rows)
+    assert set(Counter(row.average for row in rows).values()) == {len(by_step)}
+    assert set(by_step.values()) == {3}, "each step that was evaluated is complete"
+    assert max(by_step) == step
+    assert len(by_step) < step // 100, "some steps were skipped: evaluation was slower than publishing"
 
 
 def test_a_run_that_has_not_begun_is_waited_for(served: Served, reader: Reader) -> None:

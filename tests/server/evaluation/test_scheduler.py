@@ -1,10 +1,13 @@
-"""Leases and requested validations: one worker for each version and task, whoever dies, on the server's clock alone."""
+"""Leases and validations: one worker for each version and task, whole steps in turn, on the server's clock alone."""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+from collections import Counter
 from collections.abc import Coroutine, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -192,6 +195,153 @@ def test_every_nth_version_is_due_and_the_last_one_of_a_finished_run(desk: Desk)
 
     assert found == [100, 400]
     assert last.subject.step == 600
+
+
+def evaluate_while_publishing(desk: Desk, workers: int, until: float) -> list[tuple[float, str, int]]:
+    """Publish three averages every 10 s and evaluate each version in about 6 s; returns time, average, step of results.
+
+    Retention keeps three generations, as far as their versions are not held.
+    """
+    averages, start, results, step = ["raw", "ema-0.9", "ema-0.99"], desk.now, [], 100
+    events: list[tuple[float, int, Lease | None]] = [(start + 0.1 * number, number, None) for number in range(workers)]
+    next_publish = start
+    while events:
+        desk.now, number, lease = heapq.heappop(events)
+        while next_publish <= desk.now and next_publish < start + until:
+            step, next_publish = step + 100, next_publish + 10
+            desk.served.publish("digits", step, averages)
+            for old in desk.served.catalog.generations("digits")[3:]:
+                desk.served.catalog.remove(old)
+        if next_publish >= start + until:
+            desk.served.show("digits", step, averages, RunState.FINISHED)
+        if lease is not None:
+            assert desk.settle(lease)
+            results.append((desk.now, lease.subject.average, lease.subject.step))
+        lease = desk.ask(f"w{number}")
+        if lease is not None:
+            heapq.heappush(events, (desk.now + 6 + 0.1 * number, number, lease))
+        elif desk.now < start + until:
+            heapq.heappush(events, (desk.now + 1, number, None))
+    return results
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_averages_are_evaluated_equally_often_when_evaluation_is_slower_than_publishing(
+    desk: Desk, workers: int
+) -> None:
+    results = evaluate_while_publishing(desk, workers, 300.0)
+
+    counts: Counter[str] = Counter()
+    for _, average, _ in results:
+        counts[average] += 1
+        if workers == 1:
+            assert max(counts.values()) - min(counts[name] for name in ("raw", "ema-0.9", "ema-0.99")) <= 1
+    assert len(set(counts.values())) == 1, counts
+    by_step = Counter(step for _, _, step in results)
+    assert set(by_step.values()) == {3}, "every result has its control beside it"
+    assert max(by_step) == 100 + 30 * 100, "the last step"
+    assert len(by_step) >= 300 / 18 - 1, "the worker was never idle"
+
+
+def test_a_step_that_was_begun_is_completed_before_the_newest_one_begins(desk: Desk) -> None:
+    names = ["raw", "ema-0.9", "ema-0.99"]
+    desk.served.publish("digits", 200, names)
+    first = desk.take()
+    desk.served.publish("digits", 300, names)
+    desk.served.publish("digits", 400, names)
+    desk.settle(first)
+    rest = [desk.take("w2").subject, desk.take("w3").subject]
+    newest = desk.take("w4").subject
+
+    assert [(item.average, item.step) for item in (first.subject, *rest)] == [(name, 200) for name in names]
+    assert (newest.average, newest.step) == ("raw", 400)
+
+
+def test_requests_come_before_the_rest_of_a_step_and_do_not_begin_one(desk: Desk) -> None:
+    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
+    desk.served.publish("digits", 300, ["raw", "ema-0.9"])
+    begun = desk.take()
+    desk.request(200)
+    requested = desk.take("w2")
+    for lease in (begun, requested):
+        desk.settle(lease)
+    desk.served.publish("digits", 400, ["raw", "ema-0.9"])
+    after = [desk.take(f"w{number}").subject for number in range(3)]
+
+    assert (begun.subject.step, requested.subject.step) == (300, 200)
+    assert [(item.average, item.step) for item in after] == [("ema-0.9", 300), ("raw", 400), ("ema-0.9", 400)]
+
+
+def test_the_rest_of_a_step_is_not_pruned_between_two_evaluations_but_once_leases_expire(desk: Desk) -> None:
+    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
+    desk.settle(desk.take())
+    between = desk.prune(200)
+    desk.settle(desk.take())
+    desk.now += 31
+
+    assert (between, desk.prune(200)) == (False, True)
+
+
+def test_the_rest_of_a_step_without_a_worker_is_pruned_and_not_offered(desk: Desk) -> None:
+    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
+    desk.settle(desk.take())
+    desk.now += 31
+    assert desk.prune(200)
+    desk.served.publish("digits", 300, ["raw"])
+
+    assert desk.take().subject.step == 300
+
+
+def test_a_version_that_fails_completes_its_step_for_every_worker(desk: Desk) -> None:
+    desk.served.publish("digits", 200, ["raw"])
+    failed = desk.take()
+    desk.settle(failed, Finding(error="ValueError: no"))
+    desk.served.publish("digits", 300, ["raw"])
+
+    assert desk.take("another").subject.step == 300
+
+
+def test_a_step_that_was_begun_is_completed_after_a_restart(desk: Desk) -> None:
+    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
+    desk.settle(desk.take())
+    desk.served.publish("digits", 300, ["raw", "ema-0.9"])
+    with closing(MetricStore(desk.served.data / "metrics.sqlite")) as reopened:
+        restarted = Desk(desk.served, reopened)
+
+        assert [restarted.take(name).subject.step for name in ("w1", "w2", "w3")] == [200, 300, 300]
+
+
+def test_a_step_begun_by_a_worker_for_one_average_is_not_completed_by_it(desk: Desk) -> None:
+    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
+    desk.settle(desk.take(averages=("raw",)))
+    desk.served.publish("digits", 300, ["raw", "ema-0.9"])
+
+    assert desk.take(averages=("raw",)).subject.step == 300
+
+
+def test_a_derived_version_does_not_wait_for_the_end_of_the_run(desk: Desk) -> None:
+    folder = desk.served.data / "runs" / "digits" / "derived" / "00000001-000000000100"
+    folder.mkdir(parents=True)
+    base = desk.served.catalog.versions("digits", "raw")[0]
+    desk.served.catalog.add_derived(
+        replace(base, id="d" * 40, average="power-0.05", folder=folder, seq=1, derived="synthesized")
+    )
+    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
+
+    assert desk.take().subject.average == "power-0.05"
+    assert desk.take("another").subject.step == 200
+
+
+def test_runs_take_turns_when_a_worker_for_all_runs_is_slower_than_they_publish(desk: Desk) -> None:
+    given = []
+    for step in range(200, 1000, 100):
+        for name in ("digits", "other"):
+            desk.served.publish(name, step, ["raw", "ema-0.9"])
+        lease = desk.take(run=None)
+        given.append(lease.subject.run)
+        desk.settle(lease)
+
+    assert given == ["digits", "digits", "other", "other"] * 2
 
 
 def test_a_lease_holds_its_version_against_pruning_until_it_ends_or_expires(desk: Desk) -> None:
