@@ -127,7 +127,7 @@ def build(
         deriving = DerivationQueue(DerivedStore(data_dir, catalog), ring, stopping)
         undo.callback(deriving.stop)
         publisher = Publisher(
-            data_dir, catalog, keep_generations=config.keep_generations, telemetry=telemetry, ring=ring
+            data_dir, catalog, keep_generations=config.keep_generations, telemetry=telemetry, ring=ring, clock=clock
         )
         averager = Averager(
             config, data_dir, catalog, publisher, ring, statuses, telemetry, device=device, clock=clock, wall=wall

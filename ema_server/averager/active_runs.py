@@ -12,6 +12,7 @@ from ema_server.averager.active_run import ActiveRun, Resources
 from ema_server.averager.jobs import Job
 from ema_server.averager.status import status_on_disk
 from ema_server.publishing.publisher import CutRing
+from ema_server.publishing.retention import expired
 from ema_server.runs.restore import load_run
 from ema_server.runs.run import Run
 from ema_server.runs.status_store import Quarantine, RunState
@@ -123,6 +124,12 @@ class ActiveRuns:
         except Exception:
             logger.exception("run %s: what is left of it after an internal error is dropped", active.name)
             self._by_name.pop(active.name, None)
+
+    def kept(self, name: str) -> tuple[Generation, ...]:
+        """The generations of a run that retention keeps, newest first. The publisher may delete others at any time."""
+        generations = self.resources.catalog.generations(name)
+        gone = expired(generations, self.resources.config.keep_generations)
+        return tuple(generation for generation in generations if generation not in gone)
 
     def readable(self, name: str) -> Iterator[tuple[Generation, GenerationRecord, Manifest]]:
         """The generations of a run whose records can be read, newest first. Broken ones are set aside.

@@ -47,7 +47,7 @@ def _join(runs: ActiveRuns, job: Join) -> None:
 
 
 def _known(runs: ActiveRuns, name: str) -> Known | None:
-    steps = tuple(generation.step for generation in runs.resources.catalog.generations(name))
+    steps = tuple(generation.step for generation in runs.kept(name))
     active = runs.get(name)
     if active is not None and active.run.last_step is not None:
         return _known_by(active.run.record(active.run.last_step), active.run.manifest, steps)
@@ -91,7 +91,7 @@ def _go_back(runs: ActiveRuns, job: Join, step: int) -> None:
         begin_rewind(runs, active, _pending(active, job, step, is_loaded=False))
         return
     _, newest, _ = next(runs.readable(job.run))
-    source = next(g for g in runs.resources.catalog.generations(job.run) if g.step <= step)
+    source = next(g for g in runs.kept(job.run) if g.step <= step)
     active = _load(runs, job, source, newest.run)
     if active is not None:
         active.run.set_step_units(newest_step_units(newest.run.step_units_history))  # averages added since may need it

@@ -29,7 +29,7 @@ def rewind(runs: ActiveRuns, active: ActiveRun, job: Rewind) -> None:
 def begin_rewind(runs: ActiveRuns, active: ActiveRun, pending: PendingRewind) -> None:
     """Rewind an idle run with a snapshot, and call `pending.done` at the end."""
     now = active.run.record(active.run.last_step or 0)
-    for source in runs.resources.catalog.generations(active.name):
+    for source in runs.kept(active.name):
         if source.step <= pending.step:
             try:
                 record = carried_back(read_record(source.folder).run, now)

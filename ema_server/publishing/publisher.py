@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -23,6 +24,10 @@ from ema_server.storage.catalog import Catalog, Generation
 from ema_server.storage.datadir import DataDir
 from ema_server.storage.records import BrokenGeneration, GenerationInfo, RunRecord
 from ema_server.telemetry import Telemetry
+
+PRUNE_EVERY_S = 60.0  # a run that publishes no more is pruned once nobody reads its expired generations
+
+_TICK_S = 1.0  # how late that may be
 
 logger = logging.getLogger("ema")
 
@@ -88,16 +93,26 @@ class Publisher:
         keep_generations: how many of the newest generations of a run stay, and how many older ones at most.
         telemetry: counts generations.
         ring: keeps power averages besides.
+        clock: monotonic seconds.
     """
 
     def __init__(
-        self, data_dir: DataDir, catalog: Catalog, *, keep_generations: int, telemetry: Telemetry, ring: Ring
+        self,
+        data_dir: DataDir,
+        catalog: Catalog,
+        *,
+        keep_generations: int,
+        telemetry: Telemetry,
+        ring: Ring,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._data_dir = data_dir
         self._catalog = catalog
         self._ring = ring
         self._keep = keep_generations
         self._telemetry = telemetry
+        self._clock = clock
+        self._prune_at = clock() + PRUNE_EVERY_S
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._on_done: Callable[[str, PublishResult], None] = lambda run, result: None
         self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
@@ -141,12 +156,26 @@ class Publisher:
             logger.error("%s could not be set aside: %s", generation.folder, problem)
 
     def _work(self) -> None:
-        while (order := self._orders.get()) is not None:
+        while True:
             try:
-                self._execute(order)
-            except Exception:
-                self._telemetry.internal_errors.inc()
-                logger.exception("run %s: internal error of the publisher in %s", order.run, type(order).__name__)
+                order = self._orders.get(timeout=_TICK_S)
+            except queue.Empty:
+                pass
+            else:
+                if order is None:
+                    return
+                with self._contained(order.run, type(order).__name__):
+                    self._execute(order)
+            self._prune_if_due()
+
+    @contextmanager
+    def _contained(self, run: str, what: str) -> Iterator[None]:
+        """Confine an unexpected error to one run and one order: the thread continues."""
+        try:
+            yield
+        except Exception:
+            self._telemetry.internal_errors.inc()
+            logger.exception("run %s: internal error of the publisher in %s", run, what)
 
     def _execute(self, order: Order) -> None:
         match order:
@@ -170,11 +199,10 @@ class Publisher:
         self._telemetry.generations.inc()
         self._telemetry.generation_bytes.inc(sum(file.size for v in generation.versions for file in v.files))
         self._catalog.add(generation)
-        expired_folders = list(self._set_expired_aside(order.run))
+        expired_folders = self._set_expired_aside(order.run)
         self._ring.expect(order.run)
         self._on_done(order.run, result)
-        for folder in expired_folders:
-            shutil.rmtree(folder, ignore_errors=True)  # what stays is swept at the next start
+        _delete(expired_folders)
         self._offer_newest(order.run, generation)
 
     def _make(self, order: GenerationOrder) -> PublishResult:
@@ -216,13 +244,33 @@ class Publisher:
     def _temporary(self, order: GenerationOrder) -> Path:
         return self._data_dir.temporary(order.run, f"{order.info.seq:08d}")
 
-    def _set_expired_aside(self, run: str) -> Iterator[Path]:
+    def _prune_if_due(self) -> None:
+        """Delete the expired generations of every run that were held when the run last published."""
+        now = self._clock()
+        if now < self._prune_at:
+            return
+        self._prune_at = now + PRUNE_EVERY_S
+        for run in self._catalog.runs():
+            with self._contained(run, "pruning"):
+                _delete(self._set_expired_aside(run))
+
+    def _set_expired_aside(self, run: str) -> list[Path]:
         """Rename expired generations, so that a crash while deleting leaves no partial one under its own name."""
+        folders = []
         for generation in expired(self._catalog.generations(run), self._keep):
             if not self._catalog.remove(generation):
                 continue
             aside = self._data_dir.temporary(run, f"old-{generation.folder.name}")
             try:
-                yield generation.folder.rename(aside)
+                folders.append(generation.folder.rename(aside))
+            except FileNotFoundError:
+                continue  # its run has another name, or was deleted, since the catalog was read
             except OSError as error:
                 logger.warning("%s could not be deleted: %s", generation.folder, error)
+        return folders
+
+
+def _delete(folders: list[Path]) -> None:
+    """Delete folders that were set aside; what the disk does not delete is swept at the next start."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

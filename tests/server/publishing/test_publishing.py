@@ -7,7 +7,7 @@ import math
 import resource
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from queue import Queue
@@ -21,10 +21,12 @@ from ema_server.averager.active_run import FIRST_S
 from ema_server.averager.jobs import Applied, Durable, Failed, Publish, Quarantined, Rewound
 from ema_server.compute.kernel import BlockSink
 from ema_server.compute.pool import WorkerPool
-from ema_server.storage.catalog import Version
+from ema_server.publishing.publisher import PRUNE_EVERY_S
+from ema_server.storage.catalog import HOLD_GRACE_S, Version
 from ema_server.tensors.layout import Form, Segment
 from support.oracle import bound, largest_difference, ledger_steps, replay
 from support.server_core import WAIT_S, ServerCore, durable, joined, manifest_of, running_core, versions_by_average
+from support.waiting import eventually
 
 
 @cache
@@ -277,6 +279,42 @@ def test_held_version_keeps_its_files(tmp_path: Path) -> None:
         publish(5)
         assert core.catalog.find("r", "raw", old.id) is None
         assert not old.folder.exists()
+
+
+@pytest.mark.parametrize("is_in_memory", [True, False])
+def test_a_run_that_publishes_no_more_is_pruned_when_its_versions_are_released(
+    tmp_path: Path, is_in_memory: bool
+) -> None:
+    clock = _Clock()
+    with running_core(tmp_path, clock=clock, keep_generations=1) as core, ExitStack() as downloads:
+        joined(core.join("r", _MANIFEST))
+        folder = core.data_dir.generations_folder("r")
+
+        def publish(step: int) -> Version:
+            _apply(core, step)
+            return versions_by_average(core.publish("r"))["raw"]
+
+        def wait_for(*steps: int) -> None:
+            clock.now += HOLD_GRACE_S + PRUNE_EVERY_S
+            eventually(lambda: _steps(core) == list(steps), f"only {steps} are left", WAIT_S)
+            eventually(lambda: len(list(folder.iterdir())) == len(steps), "their folders too", WAIT_S)
+
+        publish(1)
+        second = publish(2)
+        with core.catalog.hold(second):
+            downloads.enter_context(core.catalog.hold(publish(3)))
+            _apply(core, 4)
+            durable(core.publish("r") if is_in_memory else core.finish("r"))
+            if not is_in_memory:
+                core.settled("r", lambda status: status.memory_bytes == 0)
+            assert _steps(core) == [4, 3, 2, 1], "both are being read"
+        wait_for(4, 3, 1)
+        downloads.close()
+        wait_for(4, 1)
+
+
+def _steps(core: ServerCore) -> list[int]:
+    return [generation.step for generation in core.catalog.generations("r")]
 
 
 def test_stopping_publishes_every_run(tmp_path: Path) -> None:
