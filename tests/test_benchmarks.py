@@ -31,7 +31,7 @@ def test_every_benchmark_runs_and_yields_finite_ratios(name: str) -> None:
         assert all(math.isfinite(value) for value in (row.ratio.low, row.ratio.median, row.ratio.high)), row
 
 
-def test_our_averages_are_as_exact_as_the_best_and_more_than_the_scaled_ones() -> None:
+def test_our_averages_are_as_exact_as_the_best() -> None:
     """300 updates at decay 0.9998. Multiplying by d and adding 1 - d, both rounded, is off by 3e-8 each time."""
     found = error.errors(300, 512, seed=1)
     ours = {name: value for name, value in found.items() if name.startswith("ours")}
@@ -48,21 +48,21 @@ def test_our_averages_are_as_exact_as_the_best_and_more_than_the_scaled_ones() -
     assert min(scaled) > 10 * max(single)
 
 
-def test_the_benchmark_of_a_device_runs_on_one_made_of_host_memory() -> None:
+def test_device_benchmark_runs_on_a_device_made_of_host_memory() -> None:
     rows = device.compared(Accelerator("test:0", InlineBackend()), "host memory", 100_000, rounds=2)
 
     assert [row.aim for row in rows] == ["≤ 2", "none", "≤ 2"]
     assert all(row.ratio.low > 0 for row in rows)
 
 
-def test_without_a_device_its_table_says_how_to_measure_one() -> None:
+def test_table_without_a_device_says_how_to_measure_one() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     assert "`python -m benchmarks device`" in device.measure(quick=True).markdown()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_without_a_cuda_device_the_benchmark_for_it_says_so() -> None:
+def test_benchmark_without_a_cuda_device_says_so() -> None:
     section = gpu_step.measure(quick=True)
 
     assert section.rows == ()
@@ -70,7 +70,7 @@ def test_without_a_cuda_device_the_benchmark_for_it_says_so() -> None:
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
-def test_what_a_trainer_on_a_gpu_reports_becomes_rows(rounds: int) -> None:
+def test_trainer_reports_on_a_gpu_become_rows(rounds: int) -> None:
     arm = {"step_s": 0.1, "blocked_s": 0.0005, "skipped": 0.0, "memory": 1.0}
     told = {name: {**arm, "step_s": 0.1 + n / 1000, "memory": 1.0 + n} for n, name in enumerate(gpu_trainer.ARMS)}
 
@@ -81,7 +81,7 @@ def test_what_a_trainer_on_a_gpu_reports_becomes_rows(rounds: int) -> None:
     assert rows[0].ratio.median == pytest.approx(1 / 3)
 
 
-def test_an_average_elsewhere_is_that_beside_the_model() -> None:
+def test_average_on_a_device_equals_the_default() -> None:
     model = nn.BatchNorm1d(3)
     here, there = rival.ModelEma(model, 0.9), rival.ModelEma(model, 0.9, torch.device("cpu"))
     nn.init.normal_(model.weight)
@@ -94,7 +94,7 @@ def test_an_average_elsewhere_is_that_beside_the_model() -> None:
         assert torch.allclose(ours, theirs)
 
 
-def test_arms_take_turns_and_the_first_turn_does_not_count() -> None:
+def test_arms_alternate_and_the_first_round_is_discarded() -> None:
     called: list[str] = []
 
     def arm(name: str) -> float:
@@ -107,17 +107,17 @@ def test_arms_take_turns_and_the_first_turn_does_not_count() -> None:
     assert found == {"ours": [3.0, 5.0], "rival": [4.0, 6.0]}
 
 
-def test_a_ratio_is_taken_round_by_round() -> None:
+def test_ratio_is_taken_per_round() -> None:
     assert Spread.ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == Spread(2.0, 1.0, 3.0)
 
 
-def test_figures_are_shown_with_median_and_both_ends() -> None:
+def test_figures_show_median_minimum_and_maximum() -> None:
     section = Section("title", "rival", (Row("what", "1 s", "2 s", Spread(0.5, 0.25, 12.345), "≤ 1"),), "note")
 
     assert section.markdown().splitlines()[-3:] == ["| what | 1 s | 2 s | 0.50 (0.25 to 12.3) | ≤ 1 |", "", "note"]
 
 
-def test_writing_replaces_the_tables_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_writing_replaces_only_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- measured -->\nold \\1\n<!-- end -->\nafter\n")
     monkeypatch.setattr(command, "README", readme)
@@ -128,7 +128,7 @@ def test_writing_replaces_the_tables_and_nothing_else(monkeypatch: pytest.Monkey
     assert readme.read_text() == "before\n<!-- measured -->\n\nnewer \\1\n\n<!-- end -->\nafter\n"
 
 
-def test_the_readme_has_the_place_for_the_tables() -> None:
+def test_readme_has_the_marks_for_the_tables() -> None:
     text = command.README.read_text()
 
     assert text.count("<!-- measured -->\n") == text.count("<!-- end -->") == 1

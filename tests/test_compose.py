@@ -59,7 +59,7 @@ def _command(service: str) -> list[str]:
     return [_default(word) for word in _ALL[service]["command"]]
 
 
-def test_the_server_reads_what_the_image_sets() -> None:
+def test_server_reads_the_variables_of_the_image() -> None:
     environment = _image_environment()
     config = ServerConfig(
         data=Path(environment["EMA_DATA"]), zmq=environment["EMA_ZMQ"], http=environment["EMA_HTTP"], token="secret"
@@ -70,14 +70,14 @@ def test_the_server_reads_what_the_image_sets() -> None:
     assert config.http_port == split_host_port("url", DEFAULT_URL.partition("//")[2])[1]  # where healthcheck looks
 
 
-def test_the_service_passes_every_setting_of_the_server() -> None:
+def test_service_passes_every_setting_of_the_server() -> None:
     read = {variable_of(name) for name in setting_types()}
     passed = {name for name in _SERVICES["ema"]["environment"] if name.startswith("EMA_")}
 
     assert passed == read - _OF_THE_IMAGE - {"EMA_INSECURE"}
 
 
-def test_the_ports_are_those_of_the_image_and_open_to_this_machine_only() -> None:
+def test_ports_are_those_of_the_image_and_local() -> None:
     environment = _image_environment()
     inside = sorted(environment[name].rpartition(":")[2] for name in ("EMA_ZMQ", "EMA_HTTP"))
 
@@ -86,7 +86,7 @@ def test_the_ports_are_those_of_the_image_and_open_to_this_machine_only() -> Non
     assert [name for name, service in _ALL.items() if "ports" in service] == ["ema"]
 
 
-def test_the_volume_is_the_data_folder() -> None:
+def test_volume_is_the_data_folder() -> None:
     data = _image_environment()["EMA_DATA"]
 
     assert _SERVICES["ema"]["volumes"] == [f"ema-data:{data}"]
@@ -108,14 +108,14 @@ def test_every_service_is_contained(name: str) -> None:
     assert {key: _ALL[name][key] for key in expected} == expected
 
 
-def test_the_grace_period_is_longer_than_the_longest_last_publish() -> None:
+def test_grace_period_exceeds_the_longest_last_publish() -> None:
     minutes = re.fullmatch(r"(\d+)m", _SERVICES["ema"]["stop_grace_period"])
 
     assert minutes is not None
     assert int(minutes[1]) * 60 > INGEST_STOP_S + PUBLISH_STOP_S + GRACEFUL_S
 
 
-def test_the_server_does_not_start_without_a_token() -> None:
+def test_server_does_not_start_without_a_token() -> None:
     assert _SERVICES["ema"]["environment"]["EMA_TOKEN"].startswith("${EMA_TOKEN:?")
 
 
@@ -129,7 +129,7 @@ def test_trainer_and_evaluator_are_those_of_the_demo() -> None:
     assert callable(import_function(function))
 
 
-def test_the_defaults_of_the_image_are_the_same_in_every_file() -> None:
+def test_image_defaults_are_the_same_in_every_file() -> None:
     makefile = (_ROOT / "Makefile").read_text()
     arguments = dict(re.findall(r"^ARG (\w+)=(.*)$", _DOCKERFILE, flags=re.MULTILINE))
     composed = {name: _default(value) for name, value in _SERVICES["ema"]["build"]["args"].items()}
@@ -143,7 +143,7 @@ def test_the_defaults_of_the_image_are_the_same_in_every_file() -> None:
     assert {"server", "demo"} <= set(_PROJECT["project"]["optional-dependencies"])
 
 
-def test_the_demo_shares_nothing_with_a_server_beside_it() -> None:
+def test_demo_shares_nothing_with_a_server_beside_it() -> None:
     (demo,) = _DEMO["services"].values()
     command, *arguments = _command("demo")
     group: Any = typer.main.get_command(build())
@@ -156,7 +156,7 @@ def test_the_demo_shares_nothing_with_a_server_beside_it() -> None:
     assert "restart" not in demo  # it ends by itself
 
 
-def test_the_build_context_is_the_content_of_the_wheel() -> None:
+def test_build_context_is_the_content_of_the_wheel() -> None:
     ignored = (_ROOT / ".dockerignore").read_text()
     project = _PROJECT["project"]
     packages = _PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
@@ -166,7 +166,7 @@ def test_the_build_context_is_the_content_of_the_wheel() -> None:
     assert allowed == {"pyproject.toml", project["readme"], *project["license-files"], *packages}
 
 
-def test_the_gpu_file_changes_the_server_alone() -> None:
+def test_gpu_file_changes_only_the_server() -> None:
     """Compose 1.29 knows neither `gpus:` nor a `name:` of the project."""
     service = _GPU["services"]["ema"]
 
@@ -183,7 +183,7 @@ def test_the_gpu_file_changes_the_server_alone() -> None:
 @pytest.mark.parametrize(
     "files", [("docker-compose.yml",), ("docker-compose.yml", "docker-compose.gpu.yml")], ids="+".join
 )
-def test_compose_takes_the_files(files: tuple[str, ...]) -> None:
+def test_compose_accepts_the_files(files: tuple[str, ...]) -> None:
     """It reads and merges them; no engine is asked."""
     done = subprocess.run(
         [*(_compose() or ()), *(word for file in files for word in ("-f", file)), "config"],
@@ -202,7 +202,7 @@ def test_compose_takes_the_files(files: tuple[str, ...]) -> None:
     assert done.stdout.count("stop_grace_period") == 1
 
 
-def test_the_snippet_for_an_evaluation_function_mounts_it_where_the_server_imports() -> None:
+def test_evaluation_snippet_mounts_the_function_in_the_import_path() -> None:
     page = (_ROOT / "docs" / "guides" / "evaluation.md").read_text()
     folder = _SERVICES["ema"]["environment"]["PYTHONPATH"]
 
@@ -210,7 +210,7 @@ def test_the_snippet_for_an_evaluation_function_mounts_it_where_the_server_impor
     assert "EMA_EVALUATE=my_evaluation:evaluate" in page
 
 
-def test_the_snippet_for_a_trainer_connects_to_the_service() -> None:
+def test_trainer_snippet_connects_to_the_service() -> None:
     section = re.split(r"^## Beside your own training container$", _CONTAINERS, flags=re.MULTILINE)[1].split("\n## ")[0]
     snippet = re.search(r"^```yaml\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
 
@@ -223,6 +223,6 @@ def test_the_snippet_for_a_trainer_connects_to_the_service() -> None:
 
 
 @pytest.mark.process
-def test_the_check_is_a_script_that_bash_can_read() -> None:
+def test_check_is_a_valid_bash_script() -> None:
     assert _CHECK.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", _CHECK], check=True, timeout=30)

@@ -73,7 +73,7 @@ def test_every_generated_block_has_one_place() -> None:
     assert sorted(marks) == sorted(reference.BLOCKS)
 
 
-def test_a_mark_is_replaced_by_its_block() -> None:
+def test_mark_is_replaced_by_its_block() -> None:
     assert reference.fill("# Head\n\n<!-- generate: error-codes -->\n") == f"# Head\n\n{reference.error_codes()}\n"
 
 
@@ -153,7 +153,7 @@ def test_every_setting_is_described() -> None:
     assert [row for table in tables for row in table.splitlines() if row.endswith("|  |")] == []
 
 
-def test_every_variable_that_is_documented_is_read_by_the_code() -> None:
+def test_every_documented_variable_is_read_by_the_code() -> None:
     folders = ("trainer_client", "ema_server", "ema_reader", "ema_cli")
     sources = [path.read_text() for folder in folders for path in (_ROOT / folder).rglob("*.py")]
     read = set(re.findall(r"\"(EMA_[A-Z_]+)\"", "\n".join(sources)))
@@ -166,7 +166,7 @@ def test_every_variable_that_is_documented_is_read_by_the_code() -> None:
 
 
 @pytest.mark.parametrize("package", [trainer_client, ema_reader])
-def test_everything_that_a_package_exports_is_on_the_python_page(package: Any) -> None:
+def test_every_export_is_on_the_python_page(package: Any) -> None:
     page = (_DOCS / "reference" / "python.md").read_text()
     shown = set(re.findall(rf"^::: {package.__name__}\.(\w+)$", page, flags=re.MULTILINE))
 
@@ -174,7 +174,7 @@ def test_everything_that_a_package_exports_is_on_the_python_page(package: Any) -
 
 
 @pytest.mark.parametrize("document", _DOCUMENTS, ids=_name)
-def test_every_link_to_a_file_leads_somewhere(document: Path) -> None:
+def test_every_file_link_resolves(document: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", document.read_text())
 
     assert [link for link in links if not (document.parent / link).exists()] == []
@@ -202,12 +202,12 @@ def test_every_path_in_the_architecture_exists() -> None:
     assert [path for path in paths if not (_ROOT / path).exists()] == []
 
 
-def test_the_readme_is_short() -> None:
+def test_readme_is_short() -> None:
     assert len(_README.splitlines()) <= _README_LINES_MAX
 
 
 @pytest.mark.parametrize("document", [_ROOT / "README.md", _DOCS / "start" / "quickstart.md"], ids=_name)
-def test_the_trainers_script_in_a_document_is_the_example(document: Path) -> None:
+def test_documented_trainer_script_is_the_example(document: Path) -> None:
     example = (_ROOT / "examples" / "train_digits.py").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
 

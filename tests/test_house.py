@@ -57,7 +57,7 @@ def _public_names(module: ModuleType) -> set[str]:
 
 
 @pytest.mark.parametrize("name", _PUBLIC)
-def test_what_a_package_exports_is_what_it_has(name: str) -> None:
+def test_package_exports_exist(name: str) -> None:
     module = importlib.import_module(name)
 
     assert sorted(module.__all__) == sorted(_public_names(module))
@@ -89,7 +89,7 @@ def test_importing_a_side_imports_nothing_of_the_others(package: str, stays_out:
     assert stays_out & set(told.stdout.split()) == set()
 
 
-def test_the_folder_proto_is_no_package() -> None:
+def test_proto_folder_is_not_a_package() -> None:
     assert not (_ROOT / "proto" / "__init__.py").exists()  # proto-plus owns that import name
 
 
@@ -97,7 +97,7 @@ def test_every_package_is_marked_as_typed() -> None:
     assert [package for package in _PACKAGES if not (_ROOT / package / "py.typed").exists()] == []
 
 
-def test_a_trainer_gets_no_torch_it_did_not_choose() -> None:
+def test_trainer_install_does_not_choose_torch() -> None:
     extras = _PROJECT["optional-dependencies"]
 
     assert _PROJECT["dependencies"] == []
@@ -131,7 +131,7 @@ def _undocumented(name: str, value: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", _PUBLIC)
-def test_everything_that_a_package_exports_has_a_docstring(name: str) -> None:
+def test_every_export_has_a_docstring(name: str) -> None:
     module = importlib.import_module(name)
 
     assert [each for exported in module.__all__ for each in _undocumented(exported, getattr(module, exported))] == []
@@ -143,7 +143,7 @@ def _subpackages() -> list[Path]:
 
 
 @pytest.mark.parametrize("package", _subpackages(), ids=lambda path: str(path.relative_to(_ROOT)))
-def test_a_package_lists_its_modules_in_its_docstring(package: Path) -> None:
+def test_package_docstring_lists_its_modules(package: Path) -> None:
     text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
     modules = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
 

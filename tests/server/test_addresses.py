@@ -95,20 +95,20 @@ def two_families(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_trainer_reaches_the_endpoint_that_is_printed(host: str) -> None:
+def test_trainer_reaches_the_printed_endpoint(host: str) -> None:
     with link_at(f"tcp://{host}:0") as (link, endpoint):
         assert not endpoint.endswith(":0")
         assert reaches(link, endpoint)
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_reader_reaches_the_url_that_is_printed(served: Served, host: str) -> None:
+def test_reader_reaches_the_printed_url(served: Served, host: str) -> None:
     with served.listening(host=host.strip("[]")) as url:
         assert get(url) == 200
 
 
 @needs_ipv6
-def test_all_interfaces_of_ipv6_are_those_of_ipv4_too(served: Served) -> None:
+def test_all_interfaces_of_ipv6_include_ipv4(served: Served) -> None:
     with link_at("tcp://[::]:0") as (link, endpoint):
         port = endpoint.rpartition(":")[2]
         assert reaches(link, f"tcp://127.0.0.1:{port}")
@@ -118,7 +118,7 @@ def test_all_interfaces_of_ipv6_are_those_of_ipv4_too(served: Served) -> None:
 
 @needs_ipv6
 @pytest.mark.usefixtures("two_families")
-def test_a_name_with_both_families_is_listened_on_in_both(served: Served) -> None:
+def test_name_with_both_families_is_bound_in_both(served: Served) -> None:
     with link_at("tcp://both.test:0") as (link, endpoint):
         host, _, port = endpoint.rpartition(":")
         assert host == "tcp://127.0.0.1"
@@ -131,7 +131,7 @@ def test_a_name_with_both_families_is_listened_on_in_both(served: Served) -> Non
 
 @needs_ipv6
 @pytest.mark.usefixtures("two_families")
-def test_a_port_that_is_taken_in_one_family_is_refused(served: Served) -> None:
+def test_port_taken_in_one_family_is_refused(served: Served) -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen at tcp://both.test:{port}: .*in use.*--zmq"):
@@ -140,14 +140,14 @@ def test_a_port_that_is_taken_in_one_family_is_refused(served: Served) -> None:
             asyncio.run(HttpServer(create_app(served.services), "both.test", port).start())
 
 
-def test_an_unknown_name_is_refused_with_what_to_do(served: Served) -> None:
+def test_unknown_name_is_refused_with_what_to_do(served: Served) -> None:
     with pytest.raises(OSError, match=r"cannot listen at tcp://nowhere.invalid:0: .*--zmq"):
         link_at("tcp://nowhere.invalid:0").__enter__()
     with pytest.raises(HttpListenError, match=r"cannot listen on http nowhere.invalid:0: .*--http"):
         asyncio.run(HttpServer(create_app(served.services), "nowhere.invalid", 0).start())
 
 
-def test_an_address_that_this_machine_lacks_is_left_out_beside_another() -> None:
+def test_unavailable_address_of_a_name_is_left_out() -> None:
     def bind(host: str, port: int) -> tuple[str, int]:
         if host == "::1":
             raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
@@ -159,7 +159,7 @@ def test_an_address_that_this_machine_lacks_is_left_out_beside_another() -> None
         addresses.bind_all(("::1",), 0, bind, print)
 
 
-def test_a_free_port_is_free_on_every_address() -> None:
+def test_free_port_is_free_on_every_address() -> None:
     taken = iter([1001, 1002, 1003])
     released: list[str] = []
 

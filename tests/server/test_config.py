@@ -12,7 +12,7 @@ from ema_server.config import ServerConfig
 _DATA = Path("data")
 
 
-def test_the_defaults_are_valid_and_local() -> None:
+def test_defaults_are_valid_and_local() -> None:
     config = ServerConfig(_DATA)
 
     assert (config.http_host, config.http_port) == ("127.0.0.1", 8080)
@@ -56,7 +56,7 @@ def test_the_defaults_are_valid_and_local() -> None:
         ({"http": "::1:8080"}, r"write \[::1\]:8080"),
     ],
 )
-def test_a_wrong_value_is_named_with_what_to_do(settings: dict[str, Any], says: str) -> None:
+def test_invalid_value_is_named_with_what_to_do(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         ServerConfig(_DATA, **settings)
 
@@ -72,7 +72,7 @@ def test_a_wrong_value_is_named_with_what_to_do(settings: dict[str, Any], says: 
         {"http": "192.168.0.7:8080"},
     ],
 )
-def test_an_address_that_others_can_reach_needs_a_token_or_insecure(settings: dict[str, Any]) -> None:
+def test_reachable_address_needs_a_token_or_insecure(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"set a token .EMA_TOKEN., listen on 127\.0\.0\.1, or say --insecure"):
         ServerConfig(_DATA, **settings)
 
@@ -88,7 +88,7 @@ def test_loopback_and_local_sockets_need_no_token(settings: dict[str, Any]) -> N
     ServerConfig(_DATA, **settings)
 
 
-def test_an_ipv6_host_loses_its_brackets() -> None:
+def test_ipv6_host_loses_its_brackets() -> None:
     config = ServerConfig(_DATA, http="[::1]:80")
 
     assert (config.http_host, config.http_port) == ("::1", 80)

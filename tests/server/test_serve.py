@@ -46,7 +46,7 @@ def publish(server: ServerProcess) -> tuple[int, Any]:
     return response.status_code, response.json()
 
 
-def test_when_ready_it_prints_one_line_of_json_and_logs_elsewhere(tmp_path: Path) -> None:
+def test_ready_server_prints_one_line_of_json_and_logs_elsewhere(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "data", "--log-level", "debug") as server:
         status = httpx2.get(f"{server.http}/readyz", timeout=WAIT_S).status_code
         server.send(signal.SIGTERM)
@@ -60,7 +60,7 @@ def test_when_ready_it_prints_one_line_of_json_and_logs_elsewhere(tmp_path: Path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_publishes_what_was_applied_and_a_restart_serves_it(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_publishes_applied_steps_and_a_restart_serves_them(tmp_path: Path, number: signal.Signals) -> None:
     with ServerProcess(tmp_path / "data") as server:
         client = client_of(server)
         send(client, 1, 2, 3)
@@ -77,7 +77,7 @@ def test_a_signal_publishes_what_was_applied_and_a_restart_serves_it(tmp_path: P
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_publishing_answers_durable_versions_and_then_that_nothing_is_new(server: ServerProcess) -> None:
+def test_publish_answers_durable_versions_and_then_nothing_new(server: ServerProcess) -> None:
     with client_of(server) as client:
         send(client, 1)
         first, again = publish(server), publish(server)
@@ -90,7 +90,7 @@ def test_publishing_answers_durable_versions_and_then_that_nothing_is_new(server
     assert later[1]["step"] == 2
 
 
-def test_publishing_that_fails_is_answered_with_the_reason_and_succeeds_once_the_disk_does(
+def test_failed_publish_is_answered_with_the_reason_and_later_succeeds(
     server: ServerProcess,
 ) -> None:
     generations = server.data / "runs" / "r" / "generations"
@@ -109,7 +109,7 @@ def test_publishing_that_fails_is_answered_with_the_reason_and_succeeds_once_the
     assert healed[0] == 201
 
 
-def test_a_version_outlives_its_retention_while_it_is_downloaded(server: ServerProcess, tmp_path: Path) -> None:
+def test_version_outlives_its_retention_during_a_download(server: ServerProcess, tmp_path: Path) -> None:
     with client_of(server) as client, Reader(server.http) as reader:
         for step in (1, 2):  # the first stays anyway
             send(client, step)
@@ -127,7 +127,7 @@ def test_a_version_outlives_its_retention_while_it_is_downloaded(server: ServerP
     assert unread.step == 2
 
 
-def test_versions_beyond_those_kept_are_pruned(server: ServerProcess) -> None:
+def test_versions_beyond_the_retention_are_pruned(server: ServerProcess) -> None:
     with client_of(server) as client, Reader(server.http) as reader:
         for step in (1, 2, 3):
             send(client, step)
@@ -138,7 +138,7 @@ def test_versions_beyond_those_kept_are_pruned(server: ServerProcess) -> None:
         assert [version.step for version in reader.versions("r", "raw")] == [3, 1]
 
 
-def test_a_rerun_under_the_same_name_starts_without_the_metrics_of_the_old_run(server: ServerProcess) -> None:
+def test_rerun_under_the_same_name_starts_without_old_metrics(server: ServerProcess) -> None:
     with client_of(server) as client, Reader(server.http) as reader:
         send(client, 1)
         publish(server)
@@ -153,7 +153,7 @@ def test_a_rerun_under_the_same_name_starts_without_the_metrics_of_the_old_run(s
     assert [row.version for row in rows_aside] == [old.id]
 
 
-def test_a_second_server_on_the_same_folder_is_refused_in_one_line(server: ServerProcess) -> None:
+def test_second_server_on_the_same_folder_is_refused_in_one_line(server: ServerProcess) -> None:
     options = ("--zmq", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0", "--data", str(server.data))
     with Process("-m", "ema_cli", "serve", *options) as second:
         code = second.wait(WAIT_S)
@@ -162,7 +162,7 @@ def test_a_second_server_on_the_same_folder_is_refused_in_one_line(server: Serve
     assert str(server.popen.pid) in second.errors[0]
 
 
-def test_an_http_address_in_use_is_refused_in_one_line(server: ServerProcess, tmp_path: Path) -> None:
+def test_http_address_in_use_is_refused_in_one_line(server: ServerProcess, tmp_path: Path) -> None:
     options = ("--zmq", "tcp://127.0.0.1:0", "--http", server.http_address, "--data", str(tmp_path / "other"))
     with Process("-m", "ema_cli", "serve", *options) as second:
         code = second.wait(WAIT_S)
@@ -172,7 +172,7 @@ def test_an_http_address_in_use_is_refused_in_one_line(server: ServerProcess, tm
     assert server.http_address in told[0]
 
 
-def test_a_server_that_cannot_start_leaves_no_folder_behind(server: ServerProcess, tmp_path: Path) -> None:
+def test_failed_start_leaves_no_folder(server: ServerProcess, tmp_path: Path) -> None:
     """Where it was to be made; one that was there stays, with what is in it."""
     kept, new = tmp_path / "kept", tmp_path / "new"
     kept.mkdir()
@@ -187,7 +187,7 @@ def test_a_server_that_cannot_start_leaves_no_folder_behind(server: ServerProces
     assert (kept / "notes.txt").read_text() == "mine"
 
 
-def test_a_token_guards_both_sockets_and_is_never_logged(tmp_path: Path) -> None:
+def test_token_protects_both_sockets_and_is_never_logged(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with Process(
         *("-m", "ema_cli", "serve", "--zmq", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0", "--data", str(data)),
@@ -224,7 +224,7 @@ def test_a_token_guards_both_sockets_and_is_never_logged(tmp_path: Path) -> None
         ([], {"EMA_TOKEN": "with space"}, "token"),
     ],
 )
-def test_an_invalid_setting_is_one_line_and_exit_code_2(
+def test_invalid_setting_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[str],

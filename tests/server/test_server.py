@@ -10,7 +10,7 @@ from ema_server.server import wait_until_over
 WAIT_S = 20.0
 
 
-def test_a_signal_ends_the_wait_with_nothing_dead() -> None:
+def test_signal_ends_the_wait_with_no_dead_thread() -> None:
     async def scene() -> tuple[str, ...]:
         asked = asyncio.Event()
         asyncio.get_running_loop().call_later(0.05, asked.set)
@@ -19,7 +19,7 @@ def test_a_signal_ends_the_wait_with_nothing_dead() -> None:
     assert asyncio.run(scene()) == ()
 
 
-def test_a_thread_that_dies_ends_the_wait_and_is_named() -> None:
+def test_dead_thread_ends_the_wait_and_is_named() -> None:
     release = threading.Event()
     threads = {"ingest": threading.Thread(target=release.wait, args=(WAIT_S,)), "averager": threading.Thread()}
     threads["averager"].start()

@@ -56,7 +56,7 @@ def _furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max((one[name].double() - other[name].double()).abs().max().item() for name in floats)
 
 
-def test_averages_come_and_go_while_a_trainer_streams_and_a_server_is_killed(tmp_path: Path) -> None:
+def test_averages_are_added_and_removed_across_a_kill_while_streaming(tmp_path: Path) -> None:
     """Added and removed just before the kill, with no snapshot in between; the trainer comes back with its old list."""
     model, step = Toy(), 0
     first = ServerProcess(tmp_path / "data")
@@ -94,7 +94,7 @@ def test_averages_come_and_go_while_a_trainer_streams_and_a_server_is_killed(tmp
     assert [line.split()[0] for line in listed] == ["AVERAGE", "ema-0.5", "ema-0.9", "swa"]
 
 
-def test_every_rule_goes_on_bit_for_bit_after_a_kill_and_can_be_rebuilt_from_its_ledger(tmp_path: Path) -> None:
+def test_every_rule_continues_bit_for_bit_after_a_kill_and_equals_its_ledger(tmp_path: Path) -> None:
     """Rebuilt in float64 from what `ema ledger --json` prints and the trainer's own snapshots."""
     before, after = (1, 2, 3, 4, 7, 8), (9, 11, 12)
     with ServerProcess(tmp_path / "data") as first, _client(first, "broken", _RULES) as client:

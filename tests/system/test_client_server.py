@@ -60,7 +60,7 @@ def _closed_port() -> int:
         return port
 
 
-def test_the_weights_of_the_last_step_arrive_bit_for_bit(server: ServerProcess, run: str) -> None:
+def test_weights_of_the_last_step_arrive_bit_for_bit(server: ServerProcess, run: str) -> None:
     model = Toy()
     with _client(server, run) as client:
         for step in range(1, 6):
@@ -75,7 +75,7 @@ def test_the_weights_of_the_last_step_arrive_bit_for_bit(server: ServerProcess, 
         assert torch.equal(weights[name], tensor), name
 
 
-def test_weights_written_after_update_returned_do_not_reach_the_server(server: ServerProcess, run: str) -> None:
+def test_weights_written_after_update_do_not_reach_the_server(server: ServerProcess, run: str) -> None:
     model = nn.Linear(512, 512)
     with _client(server, run) as client:
         expected = model.weight.detach().clone()
@@ -85,9 +85,7 @@ def test_weights_written_after_update_returned_do_not_reach_the_server(server: S
     assert torch.equal(_raw(server, run)[1]["weight"], expected)
 
 
-def test_an_attached_optimizer_with_forked_data_loader_workers_streams_every_step(
-    server: ServerProcess, run: str
-) -> None:
+def test_attach_with_forked_data_loader_workers_streams_every_step(server: ServerProcess, run: str) -> None:
     class Noise(Dataset[Tensor]):
         def __len__(self) -> int:
             return 24
@@ -113,7 +111,7 @@ def test_an_attached_optimizer_with_forked_data_loader_workers_streams_every_ste
     assert torch.equal(weights["weight"], model.weight)
 
 
-def test_an_address_where_nothing_listens_fails_at_construction_with_the_way_out() -> None:
+def test_unused_address_fails_at_construction_with_advice() -> None:
     started = time.monotonic()
 
     with pytest.raises(ConnectError, match=r"nothing listens.*ema serve"):
@@ -121,15 +119,13 @@ def test_an_address_where_nothing_listens_fails_at_construction_with_the_way_out
     assert time.monotonic() - started < 20
 
 
-def test_the_readers_address_fails_at_construction(server: ServerProcess) -> None:
+def test_readers_address_fails_at_construction(server: ServerProcess) -> None:
     with pytest.raises(ConnectError, match='prints as "zmq"'):
         EmaClient(f"tcp://{server.http_address}", "r", connect_timeout_s=1.0)
 
 
 @pytest.mark.parametrize("token", [None, "wrong"])
-def test_a_wrong_token_fails_at_construction(
-    tmp_path: Path, token: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_token_fails_at_construction(tmp_path: Path, token: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMA_TOKEN", "right")
     with ServerProcess(tmp_path / "data") as server:
         EmaClient(server.zmq, "r").close()
@@ -139,7 +135,7 @@ def test_a_wrong_token_fails_at_construction(
             EmaClient(server.zmq, "r", token=token)
 
 
-def test_a_resumption_before_the_first_generation_is_refused_with_the_ways_out(server: ServerProcess, run: str) -> None:
+def test_resume_before_the_first_generation_is_refused_with_advice(server: ServerProcess, run: str) -> None:
     with _client(server, run) as client:
         client.update(nn.Linear(2, 2), 5)
 
@@ -149,7 +145,7 @@ def test_a_resumption_before_the_first_generation_is_refused_with_the_ways_out(s
     assert caught.value.code is RejectCode.NO_GENERATION
 
 
-def test_another_model_under_the_same_name_is_refused_naming_the_tensor(server: ServerProcess, run: str) -> None:
+def test_another_model_of_the_same_name_is_refused_naming_the_tensor(server: ServerProcess, run: str) -> None:
     with _client(server, run) as client:
         client.update(nn.Linear(2, 2))
 
@@ -158,13 +154,13 @@ def test_another_model_under_the_same_name_is_refused_naming_the_tensor(server: 
     assert caught.value.code is RejectCode.MANIFEST_CHANGED
 
 
-def test_must_fails_where_there_is_nothing_to_continue(server: ServerProcess, run: str) -> None:
+def test_resume_must_fails_without_a_run(server: ServerProcess, run: str) -> None:
     with pytest.raises(JoinError) as caught:
         _client(server, run, resume="must").update(nn.Linear(2, 2))
     assert caught.value.code is RejectCode.NOTHING_TO_CONTINUE
 
 
-def test_a_state_dict_takes_the_next_process_back_to_its_checkpoint(server: ServerProcess, run: str) -> None:
+def test_state_dict_resumes_the_next_process_at_its_checkpoint(server: ServerProcess, run: str) -> None:
     model = Toy()
     client = _client(server, run)
     for step in range(1, 8):
@@ -184,7 +180,7 @@ def test_a_state_dict_takes_the_next_process_back_to_its_checkpoint(server: Serv
     assert (version.step, version.updates) == (5, 5)
 
 
-def test_rewind_goes_back_to_the_newest_generation_at_or_before_the_step(server: ServerProcess, run: str) -> None:
+def test_rewind_uses_the_newest_generation_up_to_the_step(server: ServerProcess, run: str) -> None:
     model = Toy()
     with _client(server, run) as client:
         for step in range(1, 8):
@@ -204,9 +200,7 @@ def test_rewind_goes_back_to_the_newest_generation_at_or_before_the_step(server:
     assert (version.step, version.updates, version.gap_steps) == (6, 4, 2)
 
 
-def test_a_restarted_server_is_found_again_and_the_run_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_client_reconnects_to_a_restarted_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = Toy()
     with ServerProcess(tmp_path / "data") as first:
         client = _client(first, "r", when_behind="skip")
@@ -233,7 +227,7 @@ def test_a_restarted_server_is_found_again_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("ending", ["checkpoint", "finish"])
-def test_the_last_step_is_sent_once_the_server_is_back(tmp_path: Path, ending: str) -> None:
+def test_last_step_is_sent_after_the_server_returns(tmp_path: Path, ending: str) -> None:
     model = Toy()
     with ServerProcess(tmp_path / "data") as first:
         client = _client(first, "r", when_behind="skip")
@@ -254,7 +248,7 @@ def test_the_last_step_is_sent_once_the_server_is_back(tmp_path: Path, ending: s
     assert torch.equal(weights["first.weight"], model.first.weight)
 
 
-def test_a_checkpoint_whose_step_was_never_sent_is_false(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_checkpoint_of_an_unsent_step_is_false(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = Toy()
     with ServerProcess(tmp_path / "data") as first:
         client = _client(first, "r", when_behind="skip")
@@ -274,9 +268,7 @@ def test_a_checkpoint_whose_step_was_never_sent_is_false(tmp_path: Path, caplog:
         client.close()
 
 
-def test_a_server_that_stops_when_training_is_over_is_no_matter_for_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_server_stop_after_training_logs_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with ServerProcess(tmp_path / "data") as server:
         client = _client(server, "r")
         client.update(nn.Linear(2, 2))
@@ -297,7 +289,7 @@ def test_a_server_that_stops_when_training_is_over_is_no_matter_for_a_warning(
         ("[::]", ["[::1]", "127.0.0.1", "localhost"]),
     ],
 )
-def test_a_server_is_reached_by_either_family(tmp_path: Path, listening: str, hosts: list[str]) -> None:
+def test_server_is_reached_over_either_address_family(tmp_path: Path, listening: str, hosts: list[str]) -> None:
     known = {place[0] for *_, place in socket.getaddrinfo("localhost", None)}
     with ServerProcess(tmp_path / "data", "--insecure", zmq=f"tcp://{listening}:0") as server:
         port = server.zmq.rpartition(":")[2]
@@ -308,7 +300,7 @@ def test_a_server_is_reached_by_either_family(tmp_path: Path, listening: str, ho
 
 
 @pytest.mark.parametrize("fate", ["stopped", "killed"])
-def test_a_silent_server_adds_nothing_to_the_time_in_the_loop(tmp_path: Path, fate: str) -> None:
+def test_silent_server_adds_nothing_to_the_time_in_the_loop(tmp_path: Path, fate: str) -> None:
     model = nn.Linear(1024, 1024)
 
     def blocked_s(client: EmaClient, first: int) -> list[float]:
@@ -357,7 +349,7 @@ print("trained", flush=True)
 
 
 @pytest.mark.parametrize(("how", "code"), [("end", 0), ("raise", 3)])
-def test_a_forgotten_client_never_keeps_the_process(server: ServerProcess, run: str, how: str, code: int) -> None:
+def test_unclosed_client_never_blocks_process_exit(server: ServerProcess, run: str, how: str, code: int) -> None:
     with Process("-c", _FORGETFUL, server.zmq, run, how) as trainer:
         assert trainer.wait() == code
 
@@ -366,7 +358,7 @@ def test_a_forgotten_client_never_keeps_the_process(server: ServerProcess, run: 
 
 
 @pytest.mark.parametrize("fate", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])
-def test_a_forgotten_client_of_a_lost_server_never_keeps_the_process(tmp_path: Path, fate: signal.Signals) -> None:
+def test_unclosed_client_of_a_lost_server_never_blocks_process_exit(tmp_path: Path, fate: signal.Signals) -> None:
     with (
         ServerProcess(tmp_path / "data") as server,
         Process("-c", _FORGETFUL, server.zmq, "r", "wait") as trainer,
@@ -390,7 +382,7 @@ def test_config_and_summary_reach_the_version(server: ServerProcess, run: str) -
 
 
 @pytest.mark.parametrize("sent", [True, False], ids=["after a step", "before the first step"])
-def test_changed_model_begins_a_new_run_and_the_old_one_is_set_aside(server: ServerProcess, sent: bool) -> None:
+def test_changed_model_begins_a_new_run_and_sets_the_old_one_aside(server: ServerProcess, sent: bool) -> None:
     run, model = f"changed-{sent}", nn.Sequential(nn.Linear(2, 2))
     with _client(server, run, on_change="restart") as client:
         client.attach(model, optimizer := SGD(model.parameters(), lr=0.1))

@@ -42,7 +42,7 @@ def check_generations(data: Path) -> int:
 
 
 @pytest.mark.timeout(300)
-def test_a_server_killed_at_random_moments_loses_nothing_it_called_published(tmp_path: Path) -> None:
+def test_server_killed_at_random_keeps_all_published_versions(tmp_path: Path) -> None:
     rng = random.Random(20)
     data = tmp_path / "data"
     server = ServerProcess(data, "--publish-every-seconds", "0.1")
@@ -69,7 +69,7 @@ def test_a_server_killed_at_random_moments_loses_nothing_it_called_published(tmp
 
 
 @pytest.mark.timeout(300)
-def test_a_trainer_killed_at_random_moments_resumes_where_its_own_checkpoint_is(tmp_path: Path) -> None:
+def test_trainer_killed_at_random_resumes_at_its_checkpoint(tmp_path: Path) -> None:
     rng = random.Random(21)
     data, checkpoint = tmp_path / "data", tmp_path / "trainer.json"
     with ServerProcess(data, "--publish-every-seconds", "0.2") as server:

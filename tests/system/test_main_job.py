@@ -38,7 +38,7 @@ def download(server: ServerProcess, run: str, average: str, to: Path) -> tuple[P
     return folder, json.loads((folder / "version.json").read_text())
 
 
-def test_a_thousand_steps_equal_a_float64_replay_of_the_ledger(server: ServerProcess, tmp_path: Path) -> None:
+def test_1000_steps_equal_a_float64_replay_of_the_ledger(server: ServerProcess, tmp_path: Path) -> None:
     """The trainer is a process of its own; `wait` leaves no gap; chunks carry checksums."""
     script = str(SUPPORT / "toy_trainer.py")
     options = ("when_behind=wait", "averages=ema:0.9,ema:0.999,raw", "checksum=yes")
@@ -54,7 +54,7 @@ def test_a_thousand_steps_equal_a_float64_replay_of_the_ledger(server: ServerPro
         assert (about["updates"], about["gap_steps"]) == (1000, 0)
 
 
-def test_an_ema_equals_timms_model_ema_v3(server: ServerProcess, tmp_path: Path) -> None:
+def test_ema_equals_timms_model_ema_v3(server: ServerProcess, tmp_path: Path) -> None:
     """V3 without warmup, written out: step 1 copies; floats move by lerp with weight 1 - decay; others are copied."""
     model, decay, shadow = Toy(), 0.98, dict[str, torch.Tensor]()
     with EmaClient(server.zmq, "timm", [f"ema:{decay}"], when_behind="wait") as client:
@@ -73,7 +73,7 @@ def test_an_ema_equals_timms_model_ema_v3(server: ServerProcess, tmp_path: Path)
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-def test_steps_left_out_by_every_are_no_gap_and_keep_the_decays_meaning(server: ServerProcess, tmp_path: Path) -> None:
+def test_steps_skipped_by_every_are_no_gap_and_keep_the_decay_per_step(server: ServerProcess, tmp_path: Path) -> None:
     with EmaClient(server.zmq, "sparse", ["ema:0.9"], every=4, when_behind="wait") as client:
         for step in range(1, 101):
             client.update(Toy().at(step), step)
@@ -84,7 +84,7 @@ def test_steps_left_out_by_every_are_no_gap_and_keep_the_decays_meaning(server: 
     assert about["gap_steps"] == 0
 
 
-def test_two_runs_at_once_do_not_touch_each_other(server: ServerProcess, tmp_path: Path) -> None:
+def test_two_concurrent_runs_are_independent(server: ServerProcess, tmp_path: Path) -> None:
     def train(run: str, shift: int) -> None:
         with EmaClient(server.zmq, run, ["ema:0.9", "raw"], when_behind="wait") as client:
             for step in range(1 + shift, 201 + shift):
@@ -102,7 +102,7 @@ def test_two_runs_at_once_do_not_touch_each_other(server: ServerProcess, tmp_pat
         assert about["step"] == last
 
 
-def test_a_thousand_tensors_stream_like_one(server: ServerProcess, tmp_path: Path) -> None:
+def test_thousand_tensors_stream_like_one(server: ServerProcess, tmp_path: Path) -> None:
     model = nn.ParameterDict({f"tensor_{index}": nn.Parameter(torch.zeros(3, 5)) for index in range(1000)})
     with EmaClient(server.zmq, "many", ["ema:0.5"], when_behind="wait") as client:
         for step in (1, 2):
@@ -116,7 +116,7 @@ def test_a_thousand_tensors_stream_like_one(server: ServerProcess, tmp_path: Pat
     assert all(torch.equal(found[f"tensor_{i}"], torch.full((3, 5), 1500.0 + i)) for i in range(1000))
 
 
-def test_a_rerun_under_the_same_name_sets_the_old_run_aside_when_asked(server: ServerProcess) -> None:
+def test_rerun_sets_the_old_run_aside_on_request(server: ServerProcess) -> None:
     for resume, value in (("auto", 1.0), ("never", 2.0)):
         model = nn.Linear(4, 4)
         nn.init.constant_(model.weight, value)
@@ -130,7 +130,7 @@ def test_a_rerun_under_the_same_name_sets_the_old_run_aside_when_asked(server: S
         assert torch.equal(reader.load(reader.version(aside, "raw"))["weight"], torch.full((4, 4), 1.0))
 
 
-def test_sigterm_publishes_what_is_applied_and_a_restart_serves_it(tmp_path: Path) -> None:
+def test_sigterm_publishes_applied_steps_and_a_restart_serves_them(tmp_path: Path) -> None:
     data = tmp_path / "data"
     with ServerProcess(data) as first:
         client = EmaClient(first.zmq, "toy", ["ema:0.9"], when_behind="wait")
@@ -149,7 +149,7 @@ def test_sigterm_publishes_what_is_applied_and_a_restart_serves_it(tmp_path: Pat
     assert about["step"] == 30
 
 
-def test_the_schedule_publishes_by_steps(tmp_path: Path) -> None:
+def test_schedule_publishes_by_steps(tmp_path: Path) -> None:
     with (
         ServerProcess(tmp_path / "data", "--publish-every-steps", "10") as server,
         EmaClient(server.zmq, "toy", ["raw"], when_behind="wait") as client,
@@ -162,7 +162,7 @@ def test_the_schedule_publishes_by_steps(tmp_path: Path) -> None:
         eventually(lambda: client.stats()["last_published_step"] is not None, "the trainer is told")
 
 
-def test_snapshots_with_nan_in_a_parameter_touch_nothing_and_are_logged_once(
+def test_snapshots_with_nan_change_nothing_and_are_logged_once(
     server: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = Toy()
@@ -192,7 +192,7 @@ def test_snapshots_with_nan_in_a_parameter_touch_nothing_and_are_logged_once(
     assert (about["updates"], about["gap_steps"]) == (2, 3)
 
 
-def test_statistics_of_batch_norm_that_turn_nan_stop_no_average(
+def test_batch_norm_statistics_with_nan_stop_no_average(
     server: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
@@ -248,9 +248,7 @@ def test_garbage_at_the_socket_disturbs_no_run(server: ServerProcess, tmp_path: 
     assert about["updates"] == 60
 
 
-def test_an_evaluation_worker_reports_every_average_and_ends_with_the_run(
-    server: ServerProcess, tmp_path: Path
-) -> None:
+def test_evaluation_worker_reports_every_average_and_ends_with_the_run(server: ServerProcess, tmp_path: Path) -> None:
     (tmp_path / "judge.py").write_text(
         "def step_of(state):\n    return {'step': float(state['norm.num_batches_tracked'])}\n"
     )

@@ -17,7 +17,7 @@ from trainer_client.settings import Settings
 STEPS = 12
 
 
-def test_steps_that_overlap_with_training_reach_the_server_whole_and_in_order(tmp_path: Path) -> None:
+def test_overlapped_steps_arrive_complete_and_in_order(tmp_path: Path) -> None:
     device, model = FakeDevice(), Carrying()
     optimizer = Stamping(device, model.parameters(), noted=False)
 

@@ -51,7 +51,7 @@ def post(server: ServerProcess, data: bytes, *, average: str = "ema-0.9", rev: s
     return httpx2.post(server.http + path, content=data, timeout=WAIT_S)
 
 
-def test_the_command_writes_a_version_with_recomputed_statistics(server: ServerProcess) -> None:
+def test_command_writes_a_version_with_recomputed_statistics(server: ServerProcess) -> None:
     done = ema("recalibrate", "digits/ema-0.9", "--bn", LOADER, "--url", server.http, cwd=EXAMPLES)
     with Reader(server.http) as reader:
         base, version = reader.version("digits", "ema-0.9"), reader.version("digits", "ema-0.9-bn")
@@ -70,7 +70,7 @@ def test_the_command_writes_a_version_with_recomputed_statistics(server: ServerP
         torch.testing.assert_close(after[name], tensor, atol=1e-4, rtol=1e-4)  # threads add up in another order
 
 
-def test_the_new_version_is_evaluated_as_the_old_one_is_with_recalibrate_bn(server: ServerProcess) -> None:
+def test_new_version_evaluates_as_the_old_one_with_recalibrate_bn(server: ServerProcess) -> None:
     assert post(server, save(_statistics(server))).status_code in (200, 201)
     arguments = ("evaluate", "evaluate_digits:accuracy", "--run", "digits", "--url", server.http, "--json")
     plain = ema(*arguments, "--averages", "ema-0.9-bn", cwd=EXAMPLES)
@@ -80,7 +80,7 @@ def test_the_new_version_is_evaluated_as_the_old_one_is_with_recalibrate_bn(serv
     assert one["metrics"]["accuracy"] == pytest.approx(other["metrics"]["accuracy"], abs=3 / 897)
 
 
-def test_the_same_upload_gives_the_same_version(server: ServerProcess) -> None:
+def test_same_upload_gives_the_same_version(server: ServerProcess) -> None:
     data = save({"features.1.running_mean": torch.full((16,), 0.25)})
     first, second = post(server, data, average="raw"), post(server, data, average="raw")
 
@@ -90,7 +90,7 @@ def test_the_same_upload_gives_the_same_version(server: ServerProcess) -> None:
     assert httpx2.get(first.url.join(first.headers["location"]), timeout=WAIT_S).json() == first.json()
 
 
-def test_what_cannot_be_replaced_is_refused_in_words(server: ServerProcess) -> None:
+def test_irreplaceable_buffers_are_refused_with_a_reason(server: ServerProcess) -> None:
     weight = post(server, save({"head.bias": torch.zeros(10)}))
     nan = post(server, save({"features.1.running_mean": torch.full((16,), float("nan"))}))
     garbage = post(server, b"garbage")
@@ -105,7 +105,7 @@ def test_what_cannot_be_replaced_is_refused_in_words(server: ServerProcess) -> N
     assert "recompute those of ema-0.9" in twice.json()["detail"]
 
 
-def test_an_upload_above_the_limit_is_refused_before_it_is_read(server: ServerProcess) -> None:
+def test_upload_above_the_limit_is_refused_before_it_is_read(server: ServerProcess) -> None:
     address = urlsplit(server.http)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=WAIT_S)
     connection.putrequest("POST", f"/v1/runs/digits/averages/raw/versions/{'0' * 40}/recalibrate")
@@ -118,9 +118,7 @@ def test_an_upload_above_the_limit_is_refused_before_it_is_read(server: ServerPr
     assert (answer.status, problem["code"]) == (413, "body_too_large")
 
 
-def test_a_loader_that_fails_is_one_line_with_its_name_and_leaves_nothing(
-    server: ServerProcess, tmp_path: Path
-) -> None:
+def test_failing_loader_is_named_in_one_line_and_leaves_nothing(server: ServerProcess, tmp_path: Path) -> None:
     (tmp_path / "broken_data.py").write_text("def batches():\n    raise OSError('the archive is cut off')\n")
     with Reader(server.http) as reader:
         before = len(reader.versions("digits", "raw-bn")) if "raw-bn" in _derived(server) else 0

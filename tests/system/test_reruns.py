@@ -78,7 +78,7 @@ def _step(model: nn.Module, optimizer: SGD, steps: int) -> None:
 
 
 @pytest.mark.parametrize(("how", "code"), [("finishes", 0), ("raises", 1), ("exits", 3), ("leaves", 3), ("killed", -9)])
-def test_a_script_runs_again_however_it_ended(server: ServerProcess, run: str, how: str, code: int) -> None:
+def test_script_runs_again_after_any_exit(server: ServerProcess, run: str, how: str, code: int) -> None:
     with Process("-c", _SCRIPT, server.zmq, run, "waits" if how == "killed" else how) as first:
         first.wait_line(lambda line: line.startswith("trained"))
         if how == "killed":
@@ -94,7 +94,7 @@ def test_a_script_runs_again_however_it_ended(server: ServerProcess, run: str, h
     assert [older in line for line in second.errors] == [True], "one line says what became of the earlier run"
 
 
-def test_a_new_client_takes_the_run_over_from_an_older_one_of_the_same_process(
+def test_new_client_takes_the_run_over_from_an_older_one_of_its_process(
     server: ServerProcess, run: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     older = EmaClient(server.zmq, run, ["raw"], when_behind="wait")
@@ -115,7 +115,7 @@ def test_a_new_client_takes_the_run_over_from_an_older_one_of_the_same_process(
     ]
 
 
-def test_a_new_client_that_resumes_continues_the_run_of_an_older_one(server: ServerProcess, run: str) -> None:
+def test_new_client_that_resumes_continues_the_run_of_an_older_one(server: ServerProcess, run: str) -> None:
     older = EmaClient(server.zmq, run, ["raw"], when_behind="wait")
     _train(older, 3)
     newer = EmaClient(server.zmq, run, ["raw"], when_behind="wait")
@@ -126,7 +126,7 @@ def test_a_new_client_that_resumes_continues_the_run_of_an_older_one(server: Ser
     assert {name: each["step"] for name, each in _runs(server, run).items()} == {run: 5}
 
 
-def test_clients_of_other_runs_and_servers_are_left_alone(server: ServerProcess, run: str, tmp_path: Path) -> None:
+def test_clients_of_other_runs_and_servers_are_unaffected(server: ServerProcess, run: str, tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "other") as elsewhere:
         clients = [EmaClient(server.zmq, f"{run}-a", ["raw"], when_behind="wait")]
         clients += [EmaClient(at.zmq, f"{run}-b", ["raw"], when_behind="wait") for at in (server, elsewhere)]
@@ -145,7 +145,7 @@ def test_another_model_and_other_averages_begin_a_new_run(server: ServerProcess,
     assert [each["step"] for each in _runs(server, run).values()] == [1, 1]
 
 
-def test_a_live_trainer_elsewhere_is_named_with_host_process_and_age(server: ServerProcess, run: str) -> None:
+def test_live_trainer_elsewhere_is_named_with_host_process_and_age(server: ServerProcess, run: str) -> None:
     with Process("-c", _SCRIPT, server.zmq, run, "waits") as live:
         process = live.wait_line(lambda line: line.startswith("trained")).split()[1]
         client = EmaClient(server.zmq, run, ["raw"], connect_timeout_s=20.0)

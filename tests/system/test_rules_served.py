@@ -85,9 +85,7 @@ def _shares(server: ServerProcess, run: str, name: str) -> np.ndarray[Any, np.dt
 
 
 @pytest.mark.parametrize("sent", [1, 4], ids=["every-step", "every-fourth"])
-def test_a_version_holds_each_step_with_the_share_that_its_rule_gives_it(
-    server: ServerProcess, run: str, sent: int
-) -> None:
+def test_version_holds_each_step_with_the_share_of_its_rule(server: ServerProcess, run: str, sent: int) -> None:
     """A snapshot that stands for four steps has the shares of all four."""
     model, units = _OneHot(), {"samples_per_step": 32, "steps_per_epoch": 11}
     with _client(server, run, _RULES, every=sent, **units) as ema:
@@ -104,9 +102,7 @@ def test_a_version_holds_each_step_with_the_share_that_its_rule_gives_it(
         assert np.abs(_shares(server, run, rule.name) - expected).max() < 1e-6, spec
 
 
-def test_attach_sends_the_weights_of_before_the_first_step_for_averages_that_begin_with_them(
-    server: ServerProcess, run: str
-) -> None:
+def test_attach_sends_initial_weights_for_rules_that_begin_with_them(server: ServerProcess, run: str) -> None:
     model = nn.Linear(3, 2)
     optimizer, before = SGD(model.parameters(), 0.5), model.weight.detach().clone()
     with _client(server, run, ["raw", "ema:0.75", "ema:0.75,init=start"]) as ema:
@@ -121,7 +117,7 @@ def test_attach_sends_the_weights_of_before_the_first_step_for_averages_that_beg
     assert not torch.allclose(start, raw)
 
 
-def test_updates_by_hand_without_a_beginning_begin_with_the_first_and_say_so(
+def test_manual_updates_begin_with_the_first_and_warn(
     server: ServerProcess, run: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = nn.Linear(3, 2)
@@ -132,7 +128,7 @@ def test_updates_by_hand_without_a_beginning_begin_with_the_first_and_say_so(
     assert torch.equal(_loaded(server, run, "ema-0.75-init-start")["weight"], model.weight)
 
 
-def test_the_decay_that_a_length_in_samples_or_epochs_comes_to_is_told_when_joining(
+def test_decay_of_a_length_in_samples_or_epochs_is_logged_when_joining(
     server: ServerProcess, run: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     rules = ["ema:half_life_samples=5000", "ema:half_life_epochs=2", "ema:0.9"]
@@ -149,9 +145,7 @@ def test_the_decay_that_a_length_in_samples_or_epochs_comes_to_is_told_when_join
     ]
 
 
-def test_a_length_at_the_end_of_its_range_is_averaged_with_and_what_lies_beyond_is_refused_at_once(
-    server: ServerProcess, run: str
-) -> None:
+def test_length_at_its_limit_is_averaged_and_one_beyond_is_refused(server: ServerProcess, run: str) -> None:
     """Divided by the samples per step it is less than any step; neither end may stumble over that later."""
     model = _OneHot()
     with _client(server, run, ["ema:half_life_samples=1e-9,name=none"], samples_per_step=9e14) as ema:
@@ -166,7 +160,7 @@ def test_a_length_at_the_end_of_its_range_is_averaged_with_and_what_lies_beyond_
         _client(server, run, ["ema:half_life_samples=1e-323,name=none"], samples_per_step=32)
 
 
-def test_set_in_the_middle_replaces_every_average(server: ServerProcess, run: str) -> None:
+def test_set_during_a_run_replaces_every_average(server: ServerProcess, run: str) -> None:
     model = _OneHot()
     with _client(server, run, ["ema:0.9", "swa"]) as ema:
         for step in (1, 2, 3):
@@ -204,7 +198,7 @@ class _Adapted(nn.Module):
     ],
     ids=["trainable", "patterns"],
 )  # fmt: skip
-def test_the_files_of_a_partial_stream_hold_exactly_what_was_chosen(
+def test_files_of_a_partial_stream_hold_exactly_the_selected_tensors(
     server: ServerProcess, run: str, given: dict[str, Any], names: set[str]
 ) -> None:
     model = _Adapted()
@@ -220,7 +214,7 @@ def test_the_files_of_a_partial_stream_hold_exactly_what_was_chosen(
     assert torch.equal(_loaded(server, run, "raw")["lora_A"], model.lora_A)
 
 
-def test_an_average_of_a_part_copies_the_rest(server: ServerProcess, run: str) -> None:
+def test_average_of_some_tensors_copies_the_rest(server: ServerProcess, run: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with _client(server, run, ["ema:0.5,include=0.*,name=head", "ema:0.5,exclude=*.bias,name=weights"]) as ema:
         ema.update(model)
@@ -236,7 +230,7 @@ def test_an_average_of_a_part_copies_the_rest(server: ServerProcess, run: str) -
         assert {name for name in old if torch.equal(found[name], model.state_dict()[name])} == set(old) - averaged
 
 
-def test_a_pattern_of_an_average_that_means_nothing_is_told_when_joining(server: ServerProcess, run: str) -> None:
+def test_unmatched_pattern_of_an_average_is_reported_when_joining(server: ServerProcess, run: str) -> None:
     with (
         _client(server, run, ["ema:0.5,include=haed.*,name=head"]) as ema,
         pytest.raises(PlanError, match=r"'haed\.\*' of include= of average 'head' .* weight, bias"),
@@ -244,6 +238,6 @@ def test_a_pattern_of_an_average_that_means_nothing_is_told_when_joining(server:
         ema.update(nn.Linear(2, 2))
 
 
-def test_a_unit_that_was_not_told_is_an_error_before_anything_is_opened() -> None:
+def test_missing_step_unit_is_an_error_before_anything_is_opened() -> None:
     with pytest.raises(SettingsError, match="pass samples_per_step= to EmaClient"):
         EmaClient("tcp://127.0.0.1:9", "run", ["ema:half_life_samples=1000"])

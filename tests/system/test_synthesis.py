@@ -121,7 +121,7 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("width", _WIDTHS)
-def test_it_is_the_average_that_was_not_kept(
+def test_synthesized_version_equals_the_average_that_was_not_kept(
     streamed: tuple[ServerProcess, _Walk], tmp_path: Path, width: float
 ) -> None:
     server, walk = streamed
@@ -148,7 +148,7 @@ def test_it_is_the_average_that_was_not_kept(
 
 
 @pytest.mark.timeout(300)
-def test_nothing_of_the_steps_left_behind_is_in_the_ring(streamed: tuple[ServerProcess, _Walk]) -> None:
+def test_ring_holds_no_steps_dropped_by_a_rewind(streamed: tuple[ServerProcess, _Walk]) -> None:
     server, _ = streamed
     with Reader(server.http) as reader:
         made = reader.derived.synthesize("pair", gamma=9.5)
@@ -164,7 +164,7 @@ def test_nothing_of_the_steps_left_behind_is_in_the_ring(streamed: tuple[ServerP
 
 
 @pytest.mark.timeout(300)
-def test_a_ring_that_stands_still_says_why_and_the_run_goes_on(streamed: tuple[ServerProcess, _Walk]) -> None:
+def test_stopped_ring_reports_its_error_and_the_run_continues(streamed: tuple[ServerProcess, _Walk]) -> None:
     """A file lies where the ring is to be: to the server that is a disk that refuses."""
     server, walk = streamed
     (server.data / "runs" / "blocked").mkdir()
@@ -184,7 +184,7 @@ def test_a_ring_that_stands_still_says_why_and_the_run_goes_on(streamed: tuple[S
 
 
 @pytest.mark.timeout(300)
-def test_the_command_prints_it(streamed: tuple[ServerProcess, _Walk]) -> None:
+def test_command_prints_the_version(streamed: tuple[ServerProcess, _Walk]) -> None:
     server, _ = streamed
     told = _ema(server, "synthesize", "pair", "--sigma-rel", "0.21", "--json")
     assert told.returncode == 0, told.stderr

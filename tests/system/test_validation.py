@@ -103,7 +103,7 @@ def workers(server: ServerProcess) -> list[str | None]:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost", own_address()])
-def test_the_servers_evaluator_uses_no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+def test_servers_evaluator_uses_no_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     proxies = {"HTTP_PROXY": "http://127.0.0.1:9", "ALL_PROXY": "socks5://127.0.0.1:9", "NO_PROXY": ""}
     with monkeypatch.context() as environment:
         for name, value in proxies.items():
@@ -116,7 +116,7 @@ def test_the_servers_evaluator_uses_no_proxy(tmp_path: Path, monkeypatch: pytest
         eventually(lambda: set(workers(server)) == {"server"}, "the versions are evaluated", WAIT_S)
 
 
-def test_an_evaluator_killed_at_work_is_started_again_and_takes_over_and_the_averages_are_the_same_to_the_bit(
+def test_killed_evaluator_is_restarted_and_averages_do_not_change(
     tmp_path: Path, folder: Path, plain: ServerProcess
 ) -> None:
     with evaluating(tmp_path / "data", "gated") as server:
@@ -139,7 +139,7 @@ def test_an_evaluator_killed_at_work_is_started_again_and_takes_over_and_the_ave
     assert second == train(plain, *range(31, 61))
 
 
-def test_the_evaluator_takes_up_the_runs_of_the_servers_time_and_older_ones_when_asked(tmp_path: Path) -> None:
+def test_evaluator_takes_the_runs_of_its_server_and_older_ones_on_request(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "data") as server:
         train(server, 1)
     with evaluating(tmp_path / "data", "bias") as server, Reader(server.http) as reader:
@@ -154,9 +154,7 @@ def test_the_evaluator_takes_up_the_runs_of_the_servers_time_and_older_ones_when
     assert asked.state == "done"
 
 
-def test_a_killed_workers_version_is_taken_over_by_another_and_nothing_is_evaluated_twice(
-    plain: ServerProcess, folder: Path
-) -> None:
+def test_version_of_a_killed_worker_is_taken_over_and_evaluated_once(plain: ServerProcess, folder: Path) -> None:
     versions = train(plain, 1, 2, 3)
     with evaluate(plain, "gated", "first", "--lease-s", "1") as first:
         pid = at_work(folder)
@@ -188,7 +186,7 @@ def test_two_workers_share_the_versions_of_a_run_and_both_end_with_it(plain: Ser
     assert len(rows) == len({row.version for row in rows}) == 8
 
 
-def test_a_worker_that_is_asked_to_end_gives_its_version_back_at_once(plain: ServerProcess, folder: Path) -> None:
+def test_stopped_worker_returns_its_version_at_once(plain: ServerProcess, folder: Path) -> None:
     train(plain, 1)
     with evaluate(plain, "gated", "first", "--lease-s", "900") as first:
         at_work(folder)
@@ -203,7 +201,7 @@ def test_a_worker_that_is_asked_to_end_gives_its_version_back_at_once(plain: Ser
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL)])
-def test_the_evaluator_ends_with_the_server_however_that_ends(
+def test_evaluator_ends_with_the_server_in_every_case(
     tmp_path: Path, folder: Path, number: signal.Signals, code: int
 ) -> None:
     with evaluating(tmp_path / "data", "gated") as server:
@@ -216,7 +214,7 @@ def test_the_evaluator_ends_with_the_server_however_that_ends(
     assert ended == code
 
 
-def test_an_evaluator_that_will_not_end_does_not_keep_the_server(tmp_path: Path, folder: Path) -> None:
+def test_evaluator_that_ignores_sigterm_does_not_block_the_server(tmp_path: Path, folder: Path) -> None:
     with ServerProcess(tmp_path / "data", "--evaluate", "support.evaluations:stubborn") as server:
         versions = train(server, 1)
         child = at_work(folder)
@@ -228,7 +226,7 @@ def test_an_evaluator_that_will_not_end_does_not_keep_the_server(tmp_path: Path,
     assert len(versions) == len(AVERAGES)
 
 
-def test_a_server_that_listens_on_all_addresses_is_reached_by_its_evaluator(tmp_path: Path) -> None:
+def test_server_on_all_addresses_is_reached_by_its_evaluator(tmp_path: Path) -> None:
     options = ("--evaluate", "support.evaluations:bias", "--insecure")
     with ServerProcess(tmp_path / "data", *options, http="0.0.0.0:0") as server:
         train(server, 1)
@@ -237,7 +235,7 @@ def test_a_server_that_listens_on_all_addresses_is_reached_by_its_evaluator(tmp_
     assert (found.state, found.worker) == ("done", "server")
 
 
-def test_the_text_of_the_functions_error_is_the_result_and_the_command_ends_with_1(tmp_path: Path) -> None:
+def test_functions_error_text_is_the_result_and_the_command_exits_with_1(tmp_path: Path) -> None:
     with evaluating(tmp_path / "data", "fails") as server:
         train(server, 1)
         done = ema("validate", "toy/ema-0.9", "--url", server.http, "--timeout-s", str(WAIT_S))
@@ -247,7 +245,7 @@ def test_the_text_of_the_functions_error_is_the_result_and_the_command_ends_with
     assert "Traceback" not in done.stderr
 
 
-def test_a_function_that_kills_its_process_each_time_is_given_up_and_averaging_goes_on(tmp_path: Path) -> None:
+def test_function_that_kills_its_process_is_abandoned_and_averaging_continues(tmp_path: Path) -> None:
     with evaluating(tmp_path / "data", "dies") as server:
         train(server, 1)
         found = validated(server, "raw")
@@ -257,7 +255,7 @@ def test_a_function_that_kills_its_process_each_time_is_given_up_and_averaging_g
     assert "vanished 3 times" in str(found.error)
 
 
-def test_an_evaluator_that_cannot_start_costs_nothing_but_its_results_and_says_why(tmp_path: Path) -> None:
+def test_evaluator_that_cannot_start_reports_why_and_affects_only_its_results(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "data", "--evaluate", "no_such_module_here:f") as server:
         train(server, 1)
         status, place = ask(server)
@@ -268,13 +266,13 @@ def test_an_evaluator_that_cannot_start_costs_nothing_but_its_results_and_says_w
     assert any("cannot import 'no_such_module_here'" in line for line in server.errors)
 
 
-def test_without_an_evaluator_the_reader_is_told_how_to_start_one(plain: ServerProcess) -> None:
+def test_reader_without_an_evaluator_learns_how_to_start_one(plain: ServerProcess) -> None:
     train(plain, 1)
     with Reader(plain.http) as reader, pytest.raises(Unreachable, match="--evaluate module:function"):
         reader.validate("toy", "raw")
 
 
-def test_a_token_is_handed_to_the_evaluator_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_reaches_the_evaluator_and_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMA_TOKEN", "s3cret-of-the-test")
     with evaluating(tmp_path / "data", "bias") as server:
         with EmaClient(server.zmq, "toy", ["raw"], token="s3cret-of-the-test") as client:

@@ -73,7 +73,7 @@ def _manifest_of(model: nn.Module) -> Any:
     return manifest_of(model.state_dict(), {name: Role.BUFFER for name, _ in model.named_buffers()})
 
 
-def test_every_rule_follows_timms_own_class_and_a_float64_replay_of_it(core: ServerCore) -> None:
+def test_every_rule_equals_timms_class_and_a_float64_replay(core: ServerCore) -> None:
     """One update rounds by at most 9 units of a value's last place; with decay 0.9999 they add up step by step."""
     walk = _Walk()
     timms = {rule: model_ema().ModelEmaV3(walk.model, **given) for rule, given in _RULES.items()}
@@ -97,7 +97,7 @@ def test_every_rule_follows_timms_own_class_and_a_float64_replay_of_it(core: Ser
         assert largest_difference(average.module.state_dict(), loaded) <= bound, rule
 
 
-def test_the_rules_differ_from_one_another_by_far_more_than_the_bound(core: ServerCore) -> None:
+def test_rules_differ_by_far_more_than_the_tolerance(core: ServerCore) -> None:
     """Otherwise the comparison above could not fail."""
     walk = _Walk()
     joined(core.join("r", _manifest_of(walk.model), list(_RULES)))
@@ -111,7 +111,7 @@ def test_the_rules_differ_from_one_another_by_far_more_than_the_bound(core: Serv
             assert largest_difference(one, other) > 10 * _STEPS * 9 * EPS32 * _LARGEST
 
 
-def test_copied_buffers_are_the_newest_bit_for_bit_while_another_average_averages_them(core: ServerCore) -> None:
+def test_copied_buffers_are_the_newest_while_another_average_averages_them(core: ServerCore) -> None:
     walk = _Walk()
     joined(core.join("r", _manifest_of(walk.model), ["ema:0.9", "ema:0.9,buffers=copy", "raw"]))
     for step in (1, 2, 3):
@@ -126,7 +126,7 @@ def test_copied_buffers_are_the_newest_bit_for_bit_while_another_average_average
     assert not torch.equal(averaged["1.weight"], walk.model.state_dict()["1.weight"])
 
 
-def test_dropped_steps_count_as_if_they_had_had_the_next_weights(core: ServerCore) -> None:
+def test_dropped_steps_count_as_if_with_the_next_weights(core: ServerCore) -> None:
     """Against timm's class, updated once for each dropped step with the weights of the next one that came."""
     rule = "ema:0.999,warmup=timm,power=0.8"
     walk = _Walk()
@@ -145,7 +145,7 @@ def test_dropped_steps_count_as_if_they_had_had_the_next_weights(core: ServerCor
     assert largest_difference(timms.module.state_dict(), core.load(version)) <= 100 * 9 * EPS32 * _LARGEST
 
 
-def test_the_warmup_goes_on_where_it_was_after_a_restart_and_counts_from_the_first_join(tmp_path: Path) -> None:
+def test_warmup_continues_after_a_restart_and_counts_from_the_first_join(tmp_path: Path) -> None:
     """A run joined after 1,000 steps warms up from there; a restart of the server does not start that anew."""
     rule = "ema:0.999,warmup=timm,update_after=2,buffers=copy"
     walk = _Walk()

@@ -76,7 +76,7 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     ],
     ids=["constant", "warmup", "exclude_buffers", "update_after_step", "curve"],
 )
-def test_with_step_it_is_timms_model_ema_v3(made: Any, given: dict[str, Any]) -> None:
+def test_average_with_step_equals_timms_model_ema_v3(made: Any, given: dict[str, Any]) -> None:
     walk = _Walk()
     ours, timms = made(walk.model, **given), model_ema().ModelEmaV3(walk.model, **given)
     for step in range(1, _STEPS + 1):
@@ -90,7 +90,7 @@ def test_with_step_it_is_timms_model_ema_v3(made: Any, given: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("version", ["ModelEmaV2", "ModelEma"])
-def test_without_step_it_is_timms_older_classes_but_for_integers_that_they_average(made: Any, version: str) -> None:
+def test_average_without_step_equals_timms_older_classes_except_integers(made: Any, version: str) -> None:
     """They truncate averaged integers, `num_batches_tracked` here; ours copies them, as V3 does."""
     walk = _Walk()
     ours, timms = made(walk.model, 0.9998), getattr(model_ema(), version)(walk.model, 0.9998)
@@ -111,7 +111,7 @@ def test_without_step_it_is_timms_older_classes_but_for_integers_that_they_avera
 
 
 @pytest.mark.parametrize("with_step", [True, False])
-def test_set_weights_count_from_the_next_update_on(made: Any, with_step: bool) -> None:
+def test_set_weights_count_from_the_next_update(made: Any, with_step: bool) -> None:
     walk, other = _Walk(), _Walk(6)
     ours, timms = (
         made(walk.model, 0.9, use_warmup=with_step),
@@ -131,7 +131,7 @@ def test_set_weights_count_from_the_next_update_on(made: Any, with_step: bool) -
     assert largest_difference(_state(timms.module), _state(ours.module)) <= _BOUND
 
 
-def test_the_module_is_fetched_when_looked_at_and_kept_until_the_next_update(made: Any, server: ServerProcess) -> None:
+def test_module_is_fetched_on_access_and_cached_until_the_next_update(made: Any, server: ServerProcess) -> None:
     walk = _Walk()
     ours = made(walk.model, 0.5)
     assert largest_difference(_state(walk.model), _state(ours.module)) == 0, "before any update: the weights as given"
@@ -152,7 +152,7 @@ def test_the_module_is_fetched_when_looked_at_and_kept_until_the_next_update(mad
     assert torch.equal(ours(question), held(question))
 
 
-def test_after_the_run_is_finished_its_last_average_can_still_be_looked_at(made: Any) -> None:
+def test_last_average_is_readable_after_finish(made: Any) -> None:
     walk = _Walk()
     ours, timms = made(walk.model, 0.9), model_ema().ModelEmaV3(walk.model, 0.9)
     for step in (1, 2, 3):
@@ -164,7 +164,7 @@ def test_after_the_run_is_finished_its_last_average_can_still_be_looked_at(made:
     assert largest_difference(_state(timms.module), _state(ours.module)) <= _BOUND
 
 
-def test_an_average_whose_parameters_make_too_long_a_name_can_be_given_one(made: Any) -> None:
+def test_average_with_a_too_long_default_name_can_be_named(made: Any) -> None:
     walk, curve = _Walk(), {"warmup_gamma": 1.2345678901234567, "warmup_power": 0.1234567890123456, "min_decay": 1 / 3}
     with pytest.raises(SettingsError, match="give it one with name="):
         made(walk.model, 0.9998765432101, use_warmup=True, **curve, exclude_buffers=True)
@@ -175,7 +175,7 @@ def test_an_average_whose_parameters_make_too_long_a_name_can_be_given_one(made:
     assert largest_difference(_state(walk.model), _state(ours.module)) == 0
 
 
-def test_wrappers_are_left_out_of_the_module(made: Any) -> None:
+def test_wrappers_are_removed_from_the_module(made: Any) -> None:
     walk = _Walk()
     ours = made(nn.DataParallel(walk.model), 0.9)
     ours.set(nn.DataParallel(walk.step()))
@@ -184,7 +184,7 @@ def test_wrappers_are_left_out_of_the_module(made: Any) -> None:
     assert largest_difference(_state(walk.model), _state(ours.module)) == 0
 
 
-def test_compiled_it_answers_with_each_new_average(made: Any) -> None:
+def test_compiled_module_uses_each_new_average(made: Any) -> None:
     """As timm's script does: compiled once, `eval()` before each validation."""
     walk, question = _Walk(), torch.randn(4, 6)
     ours = made(walk.model, 0.5)
@@ -196,7 +196,7 @@ def test_compiled_it_answers_with_each_new_average(made: Any) -> None:
         assert largest_difference(_state(walk.model), _state(ours.module)) > 0 or step == 1
 
 
-def test_state_dicts_have_timms_names_and_go_both_ways(made: Any) -> None:
+def test_state_dicts_use_timms_names_in_both_directions(made: Any) -> None:
     walk, other = _Walk(), _Walk(6)
     ours, timms = made(walk.model, 0.9), model_ema().ModelEmaV3(walk.model, 0.9)
     ours.update(walk.step(), step=1)
@@ -212,7 +212,7 @@ def test_state_dicts_have_timms_names_and_go_both_ways(made: Any) -> None:
 
 
 @pytest.mark.parametrize("same_run", [True, False])
-def test_a_resumed_training_goes_on_as_timms_does(made: Any, same_run: bool) -> None:
+def test_resumed_training_continues_like_timms(made: Any, same_run: bool) -> None:
     """As timm's script does it: it loads the checkpoint's average into `.module` and goes on with the next step."""
     walk = _Walk()
     given = {"decay": 0.995, "use_warmup": True}
@@ -237,7 +237,7 @@ def test_a_resumed_training_goes_on_as_timms_does(made: Any, same_run: bool) -> 
     assert largest_difference(_state(timms.module), _state(second.module)) <= _BOUND
 
 
-def test_a_new_run_that_begins_late_goes_on_from_the_weights_that_were_set(made: Any) -> None:
+def test_new_run_that_begins_late_continues_from_the_set_weights(made: Any) -> None:
     """As a script does that resumes from its own checkpoint while the server has lost the run."""
     walk, average = _Walk(), _Walk(6)
     ours, timms = made(walk.model, 0.9), model_ema().ModelEmaV3(walk.model, 0.9)
@@ -252,7 +252,7 @@ def test_a_new_run_that_begins_late_goes_on_from_the_weights_that_were_set(made:
     assert largest_difference(_state(walk.model), _state(ours.module)) > 100 * _BOUND
 
 
-def test_other_ranks_stream_nothing_and_wait_for_the_version_of_rank_0(made: Any, server: ServerProcess) -> None:
+def test_other_ranks_send_nothing_and_wait_for_the_version_of_rank_0(made: Any, server: ServerProcess) -> None:
     walk = _Walk()
     zero, one = made(walk.model, 0.9), made(walk.model, 0.9, rank=1, endpoint="tcp://127.0.0.1:9")
     for step in (1, 2, 3):
@@ -303,12 +303,12 @@ def test_addresses_and_the_run_come_from_the_environment(
     ],
     ids=str,
 )
-def test_what_cannot_be_honoured_is_refused_by_name(made: Any, given: dict[str, Any], text: str) -> None:
+def test_unsupported_arguments_are_refused_by_name(made: Any, given: dict[str, Any], text: str) -> None:
     with pytest.raises(SettingsError, match=text):
         made(_Walk().model, **given)
 
 
-def test_a_step_is_given_always_or_never(made: Any) -> None:
+def test_step_is_given_always_or_never(made: Any) -> None:
     walk = _Walk()
     ours = made(walk.model, 0.9)
     ours.update(walk.model, step=1)
@@ -316,7 +316,7 @@ def test_a_step_is_given_always_or_never(made: Any) -> None:
         ours.update(walk.model)
 
 
-def test_without_a_server_it_fails_at_once_and_a_server_that_goes_costs_only_looks(
+def test_missing_server_fails_at_once_and_a_lost_one_affects_only_reads(
     made: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with pytest.raises(ConnectError, match="nothing listens"):

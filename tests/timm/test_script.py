@@ -89,9 +89,7 @@ def _compare(one: Path, other: Path) -> float:
     return largest_difference(here["state_dict_ema"], there["state_dict_ema"])
 
 
-def test_the_same_command_gives_the_same_average_and_the_same_metrics(
-    tmp_path: Path, timm: Path, server: ServerProcess
-) -> None:
+def test_same_command_gives_the_same_average_and_metrics(tmp_path: Path, timm: Path, server: ServerProcess) -> None:
     inside, outside = _outputs(tmp_path, "inside", "outside")
     command = (_SCRIPT, "data", "--model-ema", "--model-ema-decay", "0.95", "--model-ema-warmup", "--output")
     plain = _run(*command, inside, site=timm.parent)
@@ -120,7 +118,7 @@ def test_force_cpu_no_longer_disables_validation(tmp_path: Path, timm: Path, ser
 
 
 @pytest.mark.parametrize("resumed", ["cut", "anew"])
-def test_a_training_that_was_cut_off_resumes_from_its_checkpoint(
+def test_interrupted_training_resumes_from_its_checkpoint(
     tmp_path: Path, timm: Path, server: ServerProcess, resumed: str
 ) -> None:
     """In the run that it had, which stays open when the script fails, or in a new one."""
@@ -160,7 +158,7 @@ def _changed(timm: Path, before: str, after: str, name: str = "utils/model_ema.p
     ],
     ids=["another class", "another parameter", "another call", "a class of the task's own"],
 )
-def test_a_timm_that_is_not_known_is_refused_before_anything_runs(
+def test_unknown_timm_version_is_refused_before_anything_runs(
     tmp_path: Path, timm: Path, change: tuple[str, ...], says: str
 ) -> None:
     if change[0].startswith("class"):
@@ -175,7 +173,7 @@ def test_a_timm_that_is_not_known_is_refused_before_anything_runs(
     assert not list(tmp_path.glob("*.tar"))
 
 
-def test_a_script_that_averages_in_its_own_way_is_refused(tmp_path: Path, timm: Path) -> None:
+def test_script_with_its_own_averaging_is_refused(tmp_path: Path, timm: Path) -> None:
     script = tmp_path / "mine.py"
     script.write_text("print('I ran')\n")
     refused = _run("-m", "trainer_client.timm", script, site=timm.parent)
@@ -185,7 +183,7 @@ def test_a_script_that_averages_in_its_own_way_is_refused(tmp_path: Path, timm: 
     assert refused.stdout == ""
 
 
-def test_a_script_that_made_no_average_although_it_was_asked_to_says_so(tmp_path: Path, timm: Path) -> None:
+def test_script_that_makes_no_requested_average_says_so(tmp_path: Path, timm: Path) -> None:
     script = tmp_path / "mine.py"
     script.write_text("from timm.utils import ModelEmaV3\n")
 
@@ -200,7 +198,7 @@ def test_a_script_that_made_no_average_although_it_was_asked_to_says_so(tmp_path
     [([], 2, "usage:"), (["--help"], 0, "usage:"), (["no/such/train.py"], 2, "no/such/train.py is no file")],
     ids=str,
 )
-def test_wrong_arguments_cost_a_line(tmp_path: Path, arguments: list[str], code: int, says: str) -> None:
+def test_wrong_arguments_are_one_line(tmp_path: Path, arguments: list[str], code: int, says: str) -> None:
     ended = _run("-m", "trainer_client.timm", *arguments, site=tmp_path)
 
     assert ended.returncode == code
@@ -208,7 +206,7 @@ def test_wrong_arguments_cost_a_line(tmp_path: Path, arguments: list[str], code:
     assert "Traceback" not in ended.stderr
 
 
-def test_without_timm_or_a_server_it_says_what_is_missing(tmp_path: Path, timm: Path) -> None:
+def test_missing_timm_or_server_is_named(tmp_path: Path, timm: Path) -> None:
     (tmp_path / "none" / "timm").mkdir(parents=True)
     (tmp_path / "none" / "timm" / "__init__.py").write_text("import torchvision_that_is_not_there\n")
     command = ("-m", "trainer_client.timm", _SCRIPT, "data", "--model-ema", "--output", tmp_path)

@@ -132,7 +132,7 @@ def test_change_stops_the_stream_and_not_the_training(
 
 
 @pytest.mark.parametrize("change", _CHANGES)
-def test_change_is_raised_by_choice(change: Callable[[Net], None]) -> None:
+def test_change_raises_on_request(change: Callable[[Net], None]) -> None:
     net = Net()
     optimizer = SGD(net.parameters(), lr=0.1)
     client = _client(on_change="raise")
@@ -171,7 +171,7 @@ def _restarting(refuse: Exception | None = None) -> RestartingClient:
 
 @pytest.mark.parametrize("change", _CHANGES)
 @pytest.mark.parametrize("way", ["attach", "update"])
-def test_change_begins_a_new_run_by_choice(
+def test_change_begins_a_new_run_on_request(
     change: Callable[[Net], None], way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     net = Net()
@@ -199,9 +199,7 @@ def test_change_begins_a_new_run_by_choice(
 
 
 @pytest.mark.parametrize("refuse", [ConnectError("away"), JoinError("full")])
-def test_restart_that_fails_does_not_raise_into_the_training(
-    refuse: Exception, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failed_restart_does_not_raise_into_the_training(refuse: Exception, caplog: pytest.LogCaptureFixture) -> None:
     net = Net()
     optimizer = SGD(net.parameters(), lr=0.1)
     client = _restarting(refuse)
@@ -217,7 +215,7 @@ def test_restart_that_fails_does_not_raise_into_the_training(
     assert client.finish() == isinstance(refuse, ConnectError), "the first run goes on, or is over"
 
 
-def test_restart_with_a_model_that_cannot_be_streamed_leaves_the_run_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_restart_with_an_unsupported_model_keeps_the_run(caplog: pytest.LogCaptureFixture) -> None:
     net = Net()
     optimizer = SGD(net.parameters(), lr=0.1)
     client = _restarting()
@@ -233,7 +231,7 @@ def test_restart_with_a_model_that_cannot_be_streamed_leaves_the_run_as_it_is(ca
     assert client.finish()
 
 
-def test_model_that_is_as_before_is_streamed_again_after_attach() -> None:
+def test_restored_model_is_streamed_again_after_attach() -> None:
     net = Net()
     optimizer = SGD(net.parameters(), lr=0.1)
     client = _client()

@@ -41,20 +41,20 @@ def _train(model: nn.Module, optimizer: Optimizer, steps: int) -> None:
         optimizer.step()
 
 
-def test_a_generated_run_name_is_seen_without_any_logging_set_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_generated_run_name_is_printed_without_logging_set_up(caplog: pytest.LogCaptureFixture) -> None:
     client = OfflineClient(ENDPOINT)
 
     assert [(record.levelno, client.run in record.message) for record in caplog.records] == [(logging.WARNING, True)]
 
 
-def test_the_constructor_greets_and_does_not_join() -> None:
+def test_constructor_connects_and_does_not_join() -> None:
     client = _client()
 
     assert client.worker.asked == ["greet"]
     assert client.worker.joins == []
 
 
-def test_attach_joins_at_once_with_what_the_server_must_know() -> None:
+def test_attach_joins_at_once_with_everything_the_server_needs() -> None:
     model, optimizer = _training()
     client = _client(step=7, every=2, resume="must", averages=["raw"], config={"a": 1}, checksum=True, incarnation=3)
 
@@ -78,7 +78,7 @@ def test_every_real_optimizer_step_is_sent() -> None:
     assert client.steps == 3
 
 
-def test_a_step_that_a_gradient_scaler_skips_is_not_counted() -> None:
+def test_step_skipped_by_a_gradient_scaler_is_not_counted() -> None:
     model, optimizer = _training()
     client = _client()
     client.attach(model, optimizer)
@@ -93,7 +93,7 @@ def test_a_step_that_a_gradient_scaler_skips_is_not_counted() -> None:
     assert client.worker.steps == [1, 2]
 
 
-def test_of_several_optimizers_the_first_counts() -> None:
+def test_first_of_several_optimizers_counts() -> None:
     model, first = _training()
     second = SGD(model.parameters(), lr=0.1)
     client = _client()
@@ -115,7 +115,7 @@ def test_every_sends_the_divisible_steps() -> None:
     assert client.worker.steps == [6, 9]
 
 
-def test_weights_written_after_step_returned_do_not_change_what_was_sent() -> None:
+def test_weights_written_after_step_do_not_change_what_was_sent() -> None:
     model, optimizer = _training()
     client = _client()
     client.attach(model, optimizer)
@@ -128,7 +128,7 @@ def test_weights_written_after_step_returned_do_not_change_what_was_sent() -> No
     assert not torch.equal(expected, model.weight)
 
 
-def test_weights_written_after_update_returned_do_not_change_what_was_sent() -> None:
+def test_weights_written_after_update_do_not_change_what_was_sent() -> None:
     model, _ = _training()
     client = _client()
     expected = model.weight.detach().clone()
@@ -139,7 +139,7 @@ def test_weights_written_after_update_returned_do_not_change_what_was_sent() -> 
     assert torch.equal(client.worker.sent(0)["weight"], expected)
 
 
-def test_a_first_bare_update_says_how_many_steps_were_taken_before() -> None:
+def test_first_bare_update_says_how_many_steps_preceded_it() -> None:
     model, _ = _training()
     client = _client()
 
@@ -150,7 +150,7 @@ def test_a_first_bare_update_says_how_many_steps_were_taken_before() -> None:
     assert client.worker.steps == [41, 42]
 
 
-def test_update_takes_the_step_from_tensors_and_numpy_like_integers() -> None:
+def test_update_accepts_tensors_and_numpy_integers_as_step() -> None:
     model, _ = _training()
     client = _client()
 
@@ -160,7 +160,7 @@ def test_update_takes_the_step_from_tensors_and_numpy_like_integers() -> None:
 
 
 @pytest.mark.parametrize("step", [0, -1, 1.5])
-def test_a_first_update_of_no_step_is_refused(step: Any) -> None:
+def test_first_update_without_a_valid_step_is_refused(step: Any) -> None:
     client = _client()
 
     with pytest.raises(SettingsError, match=f"step={step}"):
@@ -168,12 +168,12 @@ def test_a_first_update_of_no_step_is_refused(step: Any) -> None:
     assert client.worker.joins == []
 
 
-def test_a_first_update_behind_the_steps_already_taken_is_refused() -> None:
+def test_first_update_behind_the_steps_already_taken_is_refused() -> None:
     with pytest.raises(SettingsError, match="100 steps"):
         _client(step=100).update(nn.Linear(1, 1), 50)
 
 
-def test_a_repeated_step_is_skipped_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_step_is_skipped_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     model, _ = _training()
     client = _client()
     for step in (5, 5, 4, 6):
@@ -184,7 +184,7 @@ def test_a_repeated_step_is_skipped_counted_and_said_once(caplog: pytest.LogCapt
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
-def test_with_every_slot_under_way_a_step_is_skipped_without_waiting() -> None:
+def test_step_is_skipped_without_waiting_when_no_slot_is_free() -> None:
     model, _ = _training()
     client = _client()
     client.update(model)
@@ -197,7 +197,7 @@ def test_with_every_slot_under_way_a_step_is_skipped_without_waiting() -> None:
     assert client.steps == 2
 
 
-def test_waiting_is_bounded_by_the_timeout_given() -> None:
+def test_waiting_is_bounded_by_the_given_timeout() -> None:
     client = _client(when_behind="wait", wait_timeout_s=2.5)
 
     client.update(nn.Linear(1, 1))
@@ -206,7 +206,7 @@ def test_waiting_is_bounded_by_the_timeout_given() -> None:
 
 
 @pytest.mark.parametrize(("state", "reason"), [("disconnected", "offline"), ("failed", "stopped")])
-def test_a_missing_server_is_counted_and_raises_nothing(state: str, reason: str) -> None:
+def test_missing_server_is_counted_and_raises_nothing(state: str, reason: str) -> None:
     model, optimizer = _training()
     client = _client()
     client.attach(model, optimizer)
@@ -218,7 +218,7 @@ def test_a_missing_server_is_counted_and_raises_nothing(state: str, reason: str)
     assert client.worker.steps == []
 
 
-def test_an_unforeseen_failure_costs_a_snapshot_and_not_the_training(
+def test_unexpected_failure_drops_a_snapshot_and_not_the_training(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, optimizer = _training()
@@ -237,7 +237,7 @@ def test_an_unforeseen_failure_costs_a_snapshot_and_not_the_training(
     assert [("not enough memory" in record.message) for record in caplog.records] == [True]
 
 
-def test_an_interrupted_copy_gives_its_slot_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_copy_releases_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = _training()
     client = _client()
     client.update(model)
@@ -253,7 +253,7 @@ def test_an_interrupted_copy_gives_its_slot_back(monkeypatch: pytest.MonkeyPatch
     assert len(client.worker.free) == slots
 
 
-def test_a_model_changed_after_joining_is_raised_from_the_step() -> None:
+def test_model_changed_after_joining_raises_from_the_step() -> None:
     model, optimizer = _training()
     client = _client(on_change="raise")
     client.attach(model, optimizer)
@@ -265,7 +265,7 @@ def test_a_model_changed_after_joining_is_raised_from_the_step() -> None:
     assert len(client.worker.free) == slots
 
 
-def test_a_model_that_cannot_be_streamed_leaves_the_client_usable() -> None:
+def test_unsupported_model_leaves_the_client_usable() -> None:
     client = _client()
     with pytest.raises(PlanError):
         client.update(nn.ReLU())
@@ -275,7 +275,7 @@ def test_a_model_that_cannot_be_streamed_leaves_the_client_usable() -> None:
     assert client.worker.steps == [1]
 
 
-def test_a_refused_run_raises_and_closes_the_client() -> None:
+def test_refused_run_raises_and_closes_the_client() -> None:
     model, optimizer = _training()
     client = _client()
     client.worker.refuse = JoinError("in use", RejectCode.RUN_IN_USE)
@@ -315,7 +315,7 @@ def test_attaching_twice_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("optimizer", [[], None, nn.Linear(1, 1), [None]])
-def test_something_that_is_no_optimizer_is_refused_before_joining(optimizer: Any) -> None:
+def test_non_optimizer_is_refused_before_joining(optimizer: Any) -> None:
     client = _client()
 
     with pytest.raises(SettingsError):
@@ -337,7 +337,7 @@ def test_state_dict_resumes_the_same_run_at_the_same_step() -> None:
     assert (after.worker.joins[0].run, after.worker.joins[0].first_step) == (before.run, 4)
 
 
-def test_a_run_name_that_was_given_stays_when_a_state_is_loaded() -> None:
+def test_given_run_name_is_kept_when_a_state_is_loaded() -> None:
     client = _client(run="mine")
 
     client.load_state_dict({"run": "theirs", "step": 5})
@@ -346,7 +346,7 @@ def test_a_run_name_that_was_given_stays_when_a_state_is_loaded() -> None:
 
 
 @pytest.mark.parametrize("state", [{}, {"run": "r"}, {"run": "r", "step": -1}, {"run": "a/b", "step": 1}, None])
-def test_a_state_that_is_none_is_refused(state: Any) -> None:
+def test_invalid_state_is_refused(state: Any) -> None:
     with pytest.raises(SettingsError):
         _client().load_state_dict(state)
 
@@ -364,7 +364,7 @@ def test_loading_a_state_after_joining_rewinds() -> None:
     assert client.worker.steps == [10, 6]
 
 
-def test_loading_another_runs_state_after_joining_a_generated_one_is_an_error() -> None:
+def test_loading_another_runs_state_after_a_generated_join_is_an_error() -> None:
     client = OfflineClient(ENDPOINT)
     client.update(nn.Linear(1, 1))
 
@@ -372,7 +372,7 @@ def test_loading_another_runs_state_after_joining_a_generated_one_is_an_error() 
         client.load_state_dict({"run": "other", "step": 5})
 
 
-def test_rewind_returns_where_the_averages_are_and_steps_count_on_from_the_trainers() -> None:
+def test_rewind_returns_the_averages_step_and_counts_on_from_the_trainers() -> None:
     model, _ = _training()
     client = _client()
     client.update(model, 10)
@@ -382,7 +382,7 @@ def test_rewind_returns_where_the_averages_are_and_steps_count_on_from_the_train
     assert client.steps == 5
 
 
-def test_a_failed_rewind_raises_and_changes_nothing() -> None:
+def test_failed_rewind_raises_and_changes_nothing() -> None:
     model, _ = _training()
     client = _client()
     client.update(model, 10)
@@ -396,12 +396,12 @@ def test_a_failed_rewind_raises_and_changes_nothing() -> None:
     assert client.stats()["skipped"]["repeated"] == 2
 
 
-def test_a_rewind_before_joining_names_the_way() -> None:
+def test_rewind_before_joining_says_what_to_do() -> None:
     with pytest.raises(RewindError, match="load_state_dict"):
         _client().rewind(5)
 
 
-def test_a_checkpoint_behind_the_run_is_refused_without_asking() -> None:
+def test_checkpoint_behind_the_run_is_refused_without_a_request() -> None:
     model, _ = _training()
     client = _client()
     client.update(model, 10)
@@ -411,7 +411,7 @@ def test_a_checkpoint_behind_the_run_is_refused_without_asking() -> None:
     assert client.worker.asked.count("checkpoint") == 1
 
 
-def test_flush_passes_on_what_the_worker_says() -> None:
+def test_flush_returns_the_workers_answer() -> None:
     model, _ = _training()
     client = _client()
     assert client.flush()
@@ -422,7 +422,7 @@ def test_flush_passes_on_what_the_worker_says() -> None:
     assert client.worker.asked == ["greet", "flush durable=True"]
 
 
-def test_a_clean_exit_finishes() -> None:
+def test_clean_exit_finishes() -> None:
     with _client() as client:
         client.update(nn.Linear(1, 1))
 
@@ -430,7 +430,7 @@ def test_a_clean_exit_finishes() -> None:
     assert client.stats()["client"] == "finished"
 
 
-def test_an_exception_closes_and_leaves_the_run_open() -> None:
+def test_exception_closes_and_leaves_the_run_open() -> None:
     client = _client()
 
     def fail() -> None:
@@ -444,7 +444,7 @@ def test_an_exception_closes_and_leaves_the_run_open() -> None:
     assert client.stats()["client"] == "closed"
 
 
-def test_training_goes_on_undisturbed_after_the_client_ended() -> None:
+def test_training_continues_after_the_client_ended() -> None:
     model, optimizer = _training()
     client = _client()
     client.attach(model, optimizer)
@@ -455,7 +455,7 @@ def test_training_goes_on_undisturbed_after_the_client_ended() -> None:
     assert client.worker.steps == []
 
 
-def test_a_closed_client_says_so_wherever_it_is_used() -> None:
+def test_closed_client_reports_it_in_every_method() -> None:
     model, optimizer = _training()
     client = _client()
     client.close()
@@ -477,7 +477,7 @@ def test_a_closed_client_says_so_wherever_it_is_used() -> None:
     assert "closed" in repr(client)
 
 
-def test_a_client_that_became_garbage_is_closed_in_another_thread() -> None:
+def test_garbage_collected_client_is_closed_in_another_thread() -> None:
     client = _client()
     client.update(nn.Linear(1, 1))
     worker, closed_in = client.worker, list[str]()
@@ -492,7 +492,7 @@ def test_a_client_that_became_garbage_is_closed_in_another_thread() -> None:
     eventually(lambda: closed_in == ["ema-close"], "the worker is closed")
 
 
-def test_finish_says_whether_the_server_confirmed() -> None:
+def test_finish_returns_whether_the_server_confirmed() -> None:
     client = _client()
     client.update(nn.Linear(1, 1))
     client.worker.answer = False
@@ -502,7 +502,7 @@ def test_finish_says_whether_the_server_confirmed() -> None:
     assert client.stats()["client"] == "closed"
 
 
-def test_a_run_without_a_snapshot_does_not_count_as_finished(caplog: pytest.LogCaptureFixture) -> None:
+def test_run_without_a_snapshot_does_not_count_as_finished(caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = _training()
     client = _client()
     client.attach(model, optimizer)
@@ -511,7 +511,7 @@ def test_a_run_without_a_snapshot_does_not_count_as_finished(caplog: pytest.LogC
     assert "ends without a snapshot" in caplog.text
 
 
-def test_a_checkpoint_of_an_older_step_is_none(caplog: pytest.LogCaptureFixture) -> None:
+def test_checkpoint_of_an_older_step_is_false(caplog: pytest.LogCaptureFixture) -> None:
     model, _ = _training()
     client = _client(every=2)
     client.update(model, 4)
@@ -524,7 +524,7 @@ def test_a_checkpoint_of_an_older_step_is_none(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize("behind", [0, 2])
-def test_finish_says_when_the_last_steps_were_not_sent(caplog: pytest.LogCaptureFixture, behind: int) -> None:
+def test_finish_reports_unsent_last_steps(caplog: pytest.LogCaptureFixture, behind: int) -> None:
     model = nn.Linear(1, 1)
     client = _client(every=2)
     for step in range(1, 8):
@@ -541,7 +541,7 @@ def test_finish_says_when_the_last_steps_were_not_sent(caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("ending", ["checkpoint", "finish"])
-def test_a_last_step_that_found_no_slot_is_sent_before_the_run_is_published(ending: str) -> None:
+def test_last_step_without_a_slot_is_sent_before_the_run_is_published(ending: str) -> None:
     model, optimizer = _training()
     client = _client()
     client.attach(model, optimizer)
@@ -570,7 +570,7 @@ def _announce(model: nn.Module, client: OfflineClient) -> None:
 
 
 @pytest.mark.parametrize("write", [_write, _announce])
-def test_a_last_step_is_not_sent_with_weights_that_were_written_since(
+def test_last_step_is_not_sent_with_weights_written_since(
     write: Callable[[nn.Module, OfflineClient], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, optimizer = _training()
@@ -588,7 +588,7 @@ def test_a_last_step_is_not_sent_with_weights_that_were_written_since(
     assert "ends with step 1" in caplog.text
 
 
-def test_the_time_spent_in_the_loop_is_measured() -> None:
+def test_time_spent_in_the_loop_is_measured() -> None:
     model, _ = _training()
     client = _client()
     client.update(model)
@@ -600,7 +600,7 @@ def test_the_time_spent_in_the_loop_is_measured() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower")  # Python 3.13.0 only
-def test_a_compiled_model_streams_under_its_own_names() -> None:
+def test_compiled_model_streams_under_its_own_names() -> None:
     model, optimizer = _training()
     compiled: Any = torch.compile(model, backend="eager")
     client = _client()
@@ -612,7 +612,7 @@ def test_a_compiled_model_streams_under_its_own_names() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_optimizer_step_is_sent_with_its_result_and_not_compiled_anew_each_time() -> None:
+def test_compiled_optimizer_step_is_sent_and_not_recompiled() -> None:
     model, optimizer = _training()
     client = _client()
     client.attach(model, optimizer)

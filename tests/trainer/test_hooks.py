@@ -103,7 +103,7 @@ def test_optimizer_stepped_by_another_is_counted() -> None:
 
 
 @pytest.mark.parametrize("order", ["collected one first", "collected one last"])
-def test_garbage_collected_during_a_step_does_not_disturb_it(order: str) -> None:
+def test_garbage_collection_during_a_step_does_not_disturb_it(order: str) -> None:
     optimizer, collecting, last = SGD([_parameter()], lr=0.1), _Listener(collects=True), _Listener()
 
     def drop() -> None:
@@ -126,7 +126,7 @@ def test_garbage_collected_during_a_step_does_not_disturb_it(order: str) -> None
     last.attachment.remove()
 
 
-def test_hook_of_a_collected_object_is_removed_by_the_next_attachment() -> None:
+def test_hook_of_a_collected_object_is_removed_by_the_next_attach() -> None:
     gc.collect()
     Attachment().remove()
     hooks = len(_global_optimizer_pre_hooks)

@@ -173,7 +173,7 @@ _SHAPES: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("shape", _SHAPES)
 @pytest.mark.parametrize("scheduled", ["", "before", "after"])
-def test_each_real_step_is_sent_with_the_weights_it_ends_with(
+def test_each_real_step_is_sent_with_its_final_weights(
     shape: str, scheduled: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = _model()
@@ -206,7 +206,7 @@ def _scheduler(optimizer: Optimizer) -> StepLR:
     return StepLR(optimizer, 1)
 
 
-def test_sam_in_two_calls_is_one_step_with_the_weights_after_the_second() -> None:
+def test_sam_in_two_calls_is_one_step_with_the_second_weights() -> None:
     model = _model()
     optimizer = Sharpness(model.parameters(), SGD, lr=0.1)
     client = _client()
@@ -219,7 +219,7 @@ def test_sam_in_two_calls_is_one_step_with_the_weights_after_the_second() -> Non
     assert client.worker.steps == [1, 2]
 
 
-def test_calls_of_a_wrapper_that_only_accumulate_are_no_steps() -> None:
+def test_accumulating_wrapper_calls_are_no_steps() -> None:
     model = _model()
     optimizer = Forwarding(SGD(model.parameters(), lr=0.1), accumulate=3)
     client = _client()
@@ -230,7 +230,7 @@ def test_calls_of_a_wrapper_that_only_accumulate_are_no_steps() -> None:
     assert client.worker.steps == [1, 2]
 
 
-def test_wrapper_and_the_optimizer_in_it_are_one_optimizer() -> None:
+def test_wrapper_and_its_inner_optimizer_are_one() -> None:
     model = _model()
     inner = SGD(model.parameters(), lr=0.1)
     client = _client()
@@ -240,7 +240,7 @@ def test_wrapper_and_the_optimizer_in_it_are_one_optimizer() -> None:
     assert client.worker.steps == [1]
 
 
-def test_outer_step_that_fails_is_no_step_and_the_next_one_is() -> None:
+def test_failed_outer_step_is_no_step_and_the_next_one_is() -> None:
     model = _model()
     optimizer = Sharpness(model.parameters(), SGD, lr=0.1)
     client = _client()
@@ -279,7 +279,7 @@ class DeepSpeedOptimizerWrapper(Forwarding):
     ],
     ids=["no tables", "deepspeed", "a model", "None in a list", "empty"],
 )
-def test_what_cannot_be_followed_is_refused_before_joining(make: Callable[[nn.Module], Any], text: str) -> None:
+def test_unsupported_optimizer_is_refused_before_joining(make: Callable[[nn.Module], Any], text: str) -> None:
     Adam([nn.Parameter(torch.zeros(1))])  # has torch hook the class
     model = _model()
     client = _client()
@@ -291,7 +291,7 @@ def test_what_cannot_be_followed_is_refused_before_joining(make: Callable[[nn.Mo
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["the old one is gone", "the old one is kept"])
-def test_new_optimizer_in_phase_two_is_followed_and_said_so_once(kept: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_new_optimizer_in_phase_two_is_followed_and_logged_once(kept: bool, caplog: pytest.LogCaptureFixture) -> None:
     model = _model()
     optimizer: Optimizer = SGD(model.parameters(), lr=0.1)
     old = [optimizer] if kept else []
@@ -311,7 +311,7 @@ def test_new_optimizer_in_phase_two_is_followed_and_said_so_once(kept: bool, cap
     assert ["counted by Adam" in text for text in _errors(caplog)] == [False, True][: 1 + kept]
 
 
-def test_idle_first_optimizer_hands_the_count_over() -> None:
+def test_idle_first_optimizer_passes_the_count_on() -> None:
     model, other = _model(), _model()
     first, second = SGD(other.parameters(), lr=0.1), SGD(model.parameters(), lr=0.1)
     client = _client()
@@ -324,9 +324,7 @@ def test_idle_first_optimizer_hands_the_count_over() -> None:
 
 
 @pytest.mark.parametrize("ending", ["finish", "checkpoint"])
-def test_first_optimizer_that_never_steps_does_not_lose_the_others_steps(
-    ending: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_idle_first_optimizer_does_not_lose_the_others_steps(ending: str, caplog: pytest.LogCaptureFixture) -> None:
     gan = Gan()
     first, second = SGD(gan.critic.parameters(), lr=0.1), SGD(gan.generator.parameters(), lr=0.1)
     client = _client()
@@ -357,7 +355,7 @@ def test_optimizer_of_another_model_is_not_followed(caplog: pytest.LogCaptureFix
     assert [text.split(",")[0] for text in _errors(caplog)] == ["ema: the model is trained by SGD"]
 
 
-def test_training_a_copy_of_the_model_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_training_a_copy_of_the_model_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     client = _client()
@@ -419,7 +417,7 @@ def _loss(gan: Gan) -> Tensor:
 @pytest.mark.parametrize("first", ["generator", "critic"])
 @pytest.mark.parametrize("loop", ["gc", "cg", "gccccc", "cccccg"])
 @pytest.mark.parametrize("ending", ["finish", "checkpoint"])
-def test_last_snapshot_of_several_optimizers_is_the_weights_of_the_end(
+def test_last_snapshot_of_several_optimizers_has_the_final_weights(
     first: str, loop: str, ending: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     gan = Gan()
@@ -441,7 +439,7 @@ def test_last_snapshot_of_several_optimizers_is_the_weights_of_the_end(
     assert _errors(caplog) == []
 
 
-def test_unattached_second_optimizer_is_waited_for_after_the_first_round(caplog: pytest.LogCaptureFixture) -> None:
+def test_unattached_second_optimizer_is_awaited_after_the_first_round(caplog: pytest.LogCaptureFixture) -> None:
     gan = Gan()
     first, second = SGD(gan.generator.parameters(), lr=0.1), SGD(gan.critic.parameters(), lr=0.1)
     client = _client()
@@ -471,7 +469,7 @@ def test_optimizer_of_another_thread_is_not_followed() -> None:
     assert client.worker.steps == [1]
 
 
-def test_removing_the_attachment_sends_what_was_waiting() -> None:
+def test_removing_the_attachment_sends_the_pending_step() -> None:
     gan = Gan()
     first, second = SGD(gan.generator.parameters(), lr=0.1), SGD(gan.critic.parameters(), lr=0.1)
     client = _client()
@@ -487,7 +485,7 @@ def test_removing_the_attachment_sends_what_was_waiting() -> None:
     assert _is_last(client, gan)
 
 
-def test_vocabulary_resized_with_a_new_optimizer_is_said_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_resized_vocabulary_with_a_new_optimizer_is_logged_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
     optimizer = SGD(model.parameters(), lr=0.1)
     client = _client()
@@ -503,7 +501,7 @@ def test_vocabulary_resized_with_a_new_optimizer_is_said_and_stops_nothing(caplo
     assert len(_errors(caplog)) == 2, "a new optimizer, and another model"
 
 
-def test_optimizers_made_in_each_round_are_followed_in_one_place(caplog: pytest.LogCaptureFixture) -> None:
+def test_optimizers_made_in_each_round_share_one_place(caplog: pytest.LogCaptureFixture) -> None:
     model = _model()
     client = _client()
     client.attach(model, SGD(model.parameters(), lr=0.1))
@@ -537,7 +535,7 @@ def test_optimizer_without_groups_is_followed() -> None:
     assert _is_last(client, model)
 
 
-def test_weights_written_by_hand_after_attach_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_manual_writes_after_attach_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     model = _model()
     optimizer = SGD(model.parameters(), lr=0.1)
     client = _client()
@@ -551,7 +549,7 @@ def test_weights_written_by_hand_after_attach_are_said_once(caplog: pytest.LogCa
     assert ["no step has been counted since step 1" in text for text in _errors(caplog)] == [True]
 
 
-def test_optimizer_of_another_model_is_said_at_attach(caplog: pytest.LogCaptureFixture) -> None:
+def test_optimizer_of_another_model_is_reported_at_attach(caplog: pytest.LogCaptureFixture) -> None:
     _client().attach(_model(), SGD(_model().parameters(), lr=0.1))
 
     assert ["holds no parameter of the model" in record.message for record in caplog.records] == [True]

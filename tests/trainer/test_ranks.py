@@ -46,7 +46,7 @@ def _use(client: EmaClient) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["argument", "launcher"])
-def test_other_ranks_answer_as_if_all_went_well_and_need_no_server(
+def test_other_ranks_return_success_and_need_no_server(
     how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "ema")
@@ -105,12 +105,12 @@ def test_rank_0_streams_and_an_argument_overrides_the_launcher(monkeypatch: pyte
         ({"RANK": "", "WORLD_SIZE": "4"}, 0),
     ],
 )
-def test_rank_is_the_launchers_where_there_are_several(environ: dict[str, str], rank: int) -> None:
+def test_rank_is_the_launchers_with_several_processes(environ: dict[str, str], rank: int) -> None:
     assert rank_of(None, environ) == rank
 
 
 @pytest.mark.parametrize("environ", [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "two"}])
-def test_launcher_variable_that_is_no_number_is_refused(environ: dict[str, str]) -> None:
+def test_invalid_launcher_variable_is_refused(environ: dict[str, str]) -> None:
     with pytest.raises(SettingsError, match="pass rank=0"):
         rank_of(None, environ)
 
@@ -123,7 +123,7 @@ def test_rank_is_that_of_an_initialised_group(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-def test_weights_of_another_rank_train_as_before() -> None:
+def test_other_ranks_weights_train_unchanged() -> None:
     model = nn.Linear(2, 2)
     optimizer = SGD(model.parameters(), lr=0.5)
     EmaClient(_NOBODY, run="r", rank=1).attach(model, optimizer)

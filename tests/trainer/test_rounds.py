@@ -36,7 +36,7 @@ def test_snapshot_is_taken_at_the_end_of_each_round(loop: str, count: int) -> No
     assert [step for step in late if step > len(loop)] == [], "only the order of the first round is unknown"
 
 
-def test_order_that_is_not_understood_makes_snapshots_late_and_not_wrong() -> None:
+def test_unknown_order_delays_snapshots_and_never_corrupts_them() -> None:
     taken, _ = _taken("ABCBC" * 7)
 
     assert taken == _ends("ABCBC", 7)
@@ -55,14 +55,14 @@ def test_optimizer_that_steps_twice_a_round_with_others_in_between() -> None:
     assert taken == [2, 4, 6, 8, 10, 12]
 
 
-def test_skipped_step_of_another_makes_a_snapshot_late_and_not_wrong() -> None:
+def test_skipped_step_of_another_delays_a_snapshot_and_does_not_corrupt_it() -> None:
     taken, late = _taken("AB" * 5 + "A" + "AB" * 5)
 
     assert taken == [*_ends("AB", 5), 11, *(11 + end for end in _ends("AB", 5))]
     assert 11 in late
 
 
-def test_optimizer_that_never_steps_delays_snapshots_only_at_first() -> None:
+def test_optimizer_that_never_steps_delays_only_the_first_snapshots() -> None:
     count = PATIENCE + 10
     taken, late = _taken("A" * count, Rounds(2))
 
@@ -70,14 +70,14 @@ def test_optimizer_that_never_steps_delays_snapshots_only_at_first() -> None:
     assert late == list(range(1, PATIENCE + 1))
 
 
-def test_optimizer_that_begins_later_is_waited_for_from_its_second_round_on() -> None:
+def test_late_optimizer_is_awaited_from_its_second_round() -> None:
     count = PATIENCE + 10
     taken, _ = _taken("A" * count + "AB" * 3, Rounds(2))
 
     assert taken[count:] == [count + 1, count + 4, count + 6]
 
 
-def test_changed_rate_costs_one_snapshot() -> None:
+def test_changed_rate_skips_one_snapshot() -> None:
     taken, _ = _taken("AB" * 3 + "ABBB" * 3)
 
     assert taken == [2, 4, 6, 8, 14, 18]

@@ -49,7 +49,7 @@ def test_step_units_come_from_arguments_or_variables() -> None:
 
 
 @pytest.mark.parametrize("wrong", [5, [5], [""], ["a,b"]], ids=str)
-def test_an_invalid_pattern_is_refused_with_the_argument(wrong: object) -> None:
+def test_invalid_pattern_is_refused_with_the_argument(wrong: object) -> None:
     assert _settings(include="head.*", exclude=["*.bias", "*.mask"]).exclude == ("*.bias", "*.mask")
     with pytest.raises(SettingsError, match="exclude="):
         _settings(exclude=wrong)
@@ -72,21 +72,21 @@ def test_arguments_take_precedence_over_variables() -> None:
     assert (settings.endpoint, settings.run, settings.token) == ("tcp://127.0.0.1:5555", "resnet34", "other")
 
 
-def test_an_empty_variable_counts_as_unset() -> None:
+def test_empty_variable_counts_as_unset() -> None:
     settings = _settings({"EMA_RUN": "", "EMA_TOKEN": ""}, run=None)
 
     assert settings.token is None
     assert settings.run_generated
 
 
-def test_a_generated_run_name_is_valid_and_unique() -> None:
+def test_generated_run_name_is_valid_and_unique() -> None:
     names = {_settings(run=None).run for _ in range(8)}
 
     assert all(check_name("run", name) == name for name in names)
     assert len(names) > 1
 
 
-def test_a_token_never_appears_in_the_repr() -> None:
+def test_token_never_appears_in_the_repr() -> None:
     assert "s3cret" not in repr(_settings(token="s3cret"))
 
 
@@ -125,7 +125,7 @@ def test_a_token_never_appears_in_the_repr() -> None:
         ({"config": {"x": "y" * (1 << 20)}}, "over the limit"),
     ],
 )
-def test_a_wrong_argument_is_refused_with_its_value_and_what_to_do(given: dict[str, Any], said: str) -> None:
+def test_invalid_argument_is_refused_with_its_value_and_what_to_do(given: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError) as caught:
         _settings(**given)
 
@@ -145,21 +145,21 @@ def test_tcp_and_ipc_addresses_are_accepted(endpoint: str) -> None:
     assert _settings(endpoint=endpoint).endpoint == endpoint
 
 
-def test_a_config_file_is_kept_byte_for_byte(tmp_path: Path) -> None:
+def test_config_file_is_kept_byte_for_byte(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(b'{"width":\r\n 64, "name": "\xc3\xa9"}')
 
     assert _settings(config=path).config == '{"width":\r\n 64, "name": "\u00e9"}'
 
 
-def test_a_config_dict_becomes_json() -> None:
+def test_config_dict_becomes_json() -> None:
     config = _settings(config={"width": 64}).config
 
     assert config is not None
     assert json.loads(config) == {"width": 64}
 
 
-def test_a_config_file_that_is_not_an_object_is_refused(tmp_path: Path) -> None:
+def test_non_object_config_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("[1, 2]")
 
@@ -173,6 +173,6 @@ def test_elastic_restarts_are_the_default_incarnation() -> None:
     assert _settings().incarnation == 0
 
 
-def test_a_restart_count_that_is_no_number_is_refused_by_name() -> None:
+def test_invalid_restart_count_is_refused_by_name() -> None:
     with pytest.raises(SettingsError, match="TORCHELASTIC_RESTART_COUNT"):
         _settings({"TORCHELASTIC_RESTART_COUNT": "many"})

@@ -23,7 +23,7 @@ def _errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_writes_without_steps_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_writes_without_steps_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(2, 2)
     watch = Watch(list(model.parameters()), steps=7)
     for second in range(1, 30):

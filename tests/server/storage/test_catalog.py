@@ -69,7 +69,7 @@ def test_each_way_to_name_a_version(catalog: Catalog, rev: str, seq: int | None)
     assert (found.seq if found else None) == seq
 
 
-def test_after_a_rewind_a_version_is_listed_once_and_its_step_names_the_newest(catalog: Catalog) -> None:
+def test_version_is_listed_once_after_a_rewind_and_its_step_names_the_newest(catalog: Catalog) -> None:
     catalog.add(_generation(4, 10, "01"))
     catalog.add(_generation(5, 20))
 
@@ -84,7 +84,7 @@ def test_after_a_rewind_a_version_is_listed_once_and_its_step_names_the_newest(c
     assert found.seq == 5
 
 
-def test_a_held_generation_stays_and_for_a_minute_after() -> None:
+def test_held_generation_stays_until_a_minute_after() -> None:
     clock = _Clock()
     catalog = Catalog(clock)
     generation = _generation(1, 10)
@@ -103,21 +103,21 @@ def test_a_held_generation_stays_and_for_a_minute_after() -> None:
     assert catalog.find("r", "a", "latest") is None
 
 
-def test_a_removed_version_cannot_be_held(catalog: Catalog) -> None:
+def test_removed_version_cannot_be_held(catalog: Catalog) -> None:
     generation = catalog.generations("r")[0]
     assert catalog.remove(generation)
     with pytest.raises(VersionGone, match="list again"), catalog.hold(generation.versions[0]):
         pass
 
 
-def test_a_broken_generation_is_removed_even_if_held(catalog: Catalog) -> None:
+def test_broken_generation_is_removed_even_if_held(catalog: Catalog) -> None:
     generation = catalog.generations("r")[0]
     with catalog.hold(generation.versions[0]):
         assert catalog.remove(generation, force=True)
     assert [version.step for version in catalog.versions("r", "a")] == [20, 10]
 
 
-def test_a_renamed_run_is_found_under_its_new_name_only(catalog: Catalog) -> None:
+def test_renamed_run_is_found_only_under_its_new_name(catalog: Catalog) -> None:
     catalog.move("r", "r.old", Path("/data/runs/r.old"))
 
     assert catalog.runs() == ("r.old",)

@@ -30,7 +30,7 @@ def _held_by_another(data: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.process
-def test_a_second_server_is_refused_and_names_the_first(tmp_path: Path) -> None:
+def test_second_server_is_refused_and_names_the_first(tmp_path: Path) -> None:
     with _held_by_another(tmp_path) as other:
         with pytest.raises(DataDirError, match=f"in use by another server .process {other.pid}.: stop it or choose"):
             open_data_dir(tmp_path)
@@ -39,14 +39,14 @@ def test_a_second_server_is_refused_and_names_the_first(tmp_path: Path) -> None:
         open_data_dir(tmp_path).close()
 
 
-def test_a_closed_folder_can_be_opened_again(tmp_path: Path) -> None:
+def test_closed_folder_can_be_opened_again(tmp_path: Path) -> None:
     for _ in range(2):
         open_data_dir(tmp_path / "new" / "folder").close()
 
     assert json.loads((tmp_path / "new" / "folder" / "format.json").read_text()) == {"format": 1}
 
 
-def test_a_newer_format_is_refused_and_unchanged(tmp_path: Path) -> None:
+def test_newer_format_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "format.json").write_text('{"format": 2}')
     for _ in range(2):
         with pytest.raises(DataDirError, match="has format 2, this server reads 1: use the server that wrote it"):
@@ -56,13 +56,13 @@ def test_a_newer_format_is_refused_and_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "{"])
-def test_an_invalid_format_file_is_refused(tmp_path: Path, text: str) -> None:
+def test_invalid_format_file_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "format.json").write_text(text)
     with pytest.raises(DataDirError, match="is invalid"):
         open_data_dir(tmp_path)
 
 
-def test_a_path_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
+def test_path_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataDirError, match="cannot be used: Not a directory; choose another with --data"):
         open_data_dir(tmp_path / "file" / "data")
@@ -86,7 +86,7 @@ def test_unfinished_writes_are_deleted_and_invalid_names_are_not_runs(tmp_path: 
 @pytest.mark.parametrize(
     ("names", "seq"), [([], 1), (["00000007-000000000100"], 8), ([".bad-00000009-000000000001"], 10)]
 )
-def test_the_next_seq_is_above_every_seq_in_use(tmp_path: Path, names: list[str], seq: int) -> None:
+def test_next_seq_is_above_every_seq_in_use(tmp_path: Path, names: list[str], seq: int) -> None:
     for name in names:
         (tmp_path / "runs" / "r" / "generations" / name).mkdir(parents=True)
     data_dir = open_data_dir(tmp_path)

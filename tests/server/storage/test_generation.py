@@ -47,7 +47,7 @@ def _edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_generation_on_disk_is_what_was_published(tmp_path: Path) -> None:
+def test_generation_on_disk_equals_the_published_one(tmp_path: Path) -> None:
     folder = _three_generations(tmp_path)[1]
     generation = open_generation("r", folder)
     record = read_record(folder)
@@ -104,7 +104,7 @@ def _write(path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("harm", _NOT_WHOLE.values(), ids=_NOT_WHOLE)
-def test_a_generation_that_is_not_whole_is_not_listed_and_the_previous_one_is_resumed(
+def test_incomplete_generation_is_not_listed_and_the_previous_one_resumed(
     tmp_path: Path, harm: Callable[[Path], None]
 ) -> None:
     folder = _three_generations(tmp_path)[-1]
@@ -120,7 +120,7 @@ def test_a_generation_that_is_not_whole_is_not_listed_and_the_previous_one_is_re
 
 
 @pytest.mark.parametrize("harm", _WRONG_BYTES.values(), ids=_WRONG_BYTES)
-def test_a_generation_with_wrong_bytes_is_not_resumed_from(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+def test_generation_with_wrong_bytes_is_not_resumed(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     folder = _three_generations(tmp_path)[-1]
     harm(folder)
     with pytest.raises(BrokenGeneration):
@@ -131,7 +131,7 @@ def test_a_generation_with_wrong_bytes_is_not_resumed_from(tmp_path: Path, harm:
         assert [version.step for version in core.catalog.versions("r", "raw")] == [2, 1]
 
 
-def test_a_rewind_skips_a_generation_with_wrong_bytes(tmp_path: Path) -> None:
+def test_rewind_skips_a_generation_with_wrong_bytes(tmp_path: Path) -> None:
     folders = _three_generations(tmp_path)
     _flip(folders[1] / "averages/ema-0.9/model.safetensors", -1)
     with running_core(tmp_path) as core:
@@ -140,7 +140,7 @@ def test_a_rewind_skips_a_generation_with_wrong_bytes(tmp_path: Path) -> None:
         assert {version.step for version in core.catalog.versions("r", "raw")} == {1, 3}
 
 
-def test_a_run_whose_generations_are_all_broken_starts_again(tmp_path: Path) -> None:
+def test_run_with_only_broken_generations_starts_again(tmp_path: Path) -> None:
     for folder in _three_generations(tmp_path):
         _truncate(folder / "averages/raw/model.safetensors")
     with running_core(tmp_path) as core:
@@ -152,7 +152,7 @@ def test_a_run_whose_generations_are_all_broken_starts_again(tmp_path: Path) -> 
         assert durable(core.publish("r")).versions[0].seq == 4
 
 
-def test_the_same_weights_with_the_same_history_have_the_same_id(tmp_path: Path) -> None:
+def test_same_weights_with_the_same_history_have_the_same_id(tmp_path: Path) -> None:
     ids = []
     for name in ("one", "two"):
         with running_core(tmp_path / name) as core:

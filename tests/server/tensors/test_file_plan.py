@@ -72,7 +72,7 @@ def test_every_dtype_and_every_tied_name_is_loaded(tmp_path: Path, form: Form) -
         assert torch.equal(loaded[name], _published(form, value)), name
 
 
-def test_float64_state_is_kept_whole_beside_the_float32_model(tmp_path: Path) -> None:
+def test_float64_state_is_kept_in_full_beside_the_float32_model(tmp_path: Path) -> None:
     tensors = {"d": torch.randn(200_001, dtype=torch.float64), "s": torch.randn(3)}
     manifest = manifest_of(tensors)
     path, _ = _write(tmp_path / "g", manifest, tensors, Form.WIDE)
@@ -115,7 +115,7 @@ def test_load_model_of_safetensors_loads_a_model_strictly(tmp_path: Path) -> Non
     assert _equal(model, other)
 
 
-def test_a_tied_model_loads_strictly_by_torch_and_by_safetensors_where_not_strict(tmp_path: Path) -> None:
+def test_tied_model_loads_strictly_by_torch_and_loosely_by_safetensors(tmp_path: Path) -> None:
     """`load_state_dict` needs every name of a tied tensor in the file, a strict `load_model` exactly one of them."""
     model, by_torch, by_safetensors = _Model(tied=True), _Model(tied=True), _Model(tied=True)
     path = _written(tmp_path / "g", model)
@@ -130,7 +130,7 @@ def test_a_tied_model_loads_strictly_by_torch_and_by_safetensors_where_not_stric
     assert _equal(model, by_safetensors)
 
 
-def test_a_thousand_tensors_are_one_sequential_write(tmp_path: Path) -> None:
+def test_thousand_tensors_are_one_sequential_write(tmp_path: Path) -> None:
     tensors = {f"layer.{i}.weight": torch.full((i % 7 + 1,), float(i)) for i in range(1000)}
     manifest = manifest_of(tensors)
     path, _ = _write(tmp_path / "g", manifest, tensors, Form.WIDE)
@@ -139,14 +139,14 @@ def test_a_thousand_tensors_are_one_sequential_write(tmp_path: Path) -> None:
     assert all(torch.equal(value, tensors[name]) for name, value in load_file(path).items())
 
 
-def test_names_outside_ascii_are_names(tmp_path: Path) -> None:
+def test_non_ascii_names_are_valid(tmp_path: Path) -> None:
     tensors = {"größe.\N{GREEK SMALL LETTER MU}": torch.randn(3), 'quote".\\': torch.randn(2)}
     path, _ = _write(tmp_path / "g", manifest_of(tensors), tensors, Form.WIDE)
 
     assert set(load_file(path)) == set(tensors)
 
 
-def test_the_header_holds_nothing_that_varies(tmp_path: Path) -> None:
+def test_header_is_independent_of_the_values(tmp_path: Path) -> None:
     """Two versions of one run differ in their tensors' bytes alone, so their files have the same length and offsets."""
     manifest = manifest_of(_odd_tensors())
     first, _ = _write(tmp_path / "1", manifest, _odd_tensors(), Form.WIDE)
@@ -160,7 +160,7 @@ def test_the_header_holds_nothing_that_varies(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
-def test_the_roles_of_tensors_do_not_change_the_file() -> None:
+def test_roles_of_tensors_do_not_change_the_file() -> None:
     specs = [TensorSpec("a", "F32", (3,), Role.PARAM, 0), TensorSpec("b", "F32", (3,), Role.BUFFER, 0)]
     others = [TensorSpec("a", "F32", (3,), Role.FROZEN, 0), TensorSpec("b", "F32", (3,), Role.STRUCTURAL, 0)]
 

@@ -72,7 +72,7 @@ def test_each_tensor_is_in_a_segment_with_the_mask_of_its_role_and_dtype(
 
 
 @given(_TENSORS, st.sampled_from(list(Form)))
-def test_the_files_of_an_average_hold_every_byte_once_and_every_name(
+def test_files_of_an_average_hold_every_byte_once_and_every_name(
     tensors: list[tuple[str, tuple[int, ...], Role, bool]], form: Form
 ) -> None:
     manifest = _manifest(tensors)
@@ -96,7 +96,7 @@ def test_adjacent_tensors_of_one_mask_are_one_segment() -> None:
     assert all_segments(manifest) == (Segment("F32", -1, manifest.nbytes // 4, 0, 0, 0),)
 
 
-def test_a_tensor_with_another_mask_splits_the_segment() -> None:
+def test_tensor_with_another_mask_splits_the_segment() -> None:
     manifest = layout([_spec("a", "F32", (2,)), _spec("b", "F32", (3,), Role.BUFFER), _spec("c", "F32", (4,))])
 
     found = segments(manifest, lambda tensor: 0b01 if tensor.role is Role.BUFFER else 0b11)

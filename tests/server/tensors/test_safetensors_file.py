@@ -36,7 +36,7 @@ def test_every_tensor_is_found_at_its_offset(path: Path) -> None:
         assert data[stored.offset : stored.offset + stored.nbytes] == held
 
 
-def test_the_safetensors_library_reads_a_described_file(tmp_path: Path) -> None:
+def test_safetensors_library_reads_a_described_file(tmp_path: Path) -> None:
     header, placed = describe([("b.ü", "F32", (2, 2)), ("a", "I64", ()), ("none", "F32", (0,))])
     path = tmp_path / "new.safetensors"
     path.write_bytes(header + struct.pack("<4f", 1, 2, 3, 4) + struct.pack("<q", 9))
@@ -57,7 +57,7 @@ def test_replaced_changes_only_the_given_tensors(path: Path) -> None:
     assert b"".join(replaced(path, {})) == path.read_bytes()
 
 
-def test_a_file_without_metadata_gets_the_format_when_tensors_are_replaced(tmp_path: Path) -> None:
+def test_replacing_tensors_adds_missing_format_metadata(tmp_path: Path) -> None:
     safetensors.torch.save_file(_TENSORS, tmp_path / "old.safetensors")
     (tmp_path / "new.safetensors").write_bytes(b"".join(replaced(tmp_path / "old.safetensors", {"weight": bytes(48)})))
 
@@ -70,7 +70,7 @@ def test_a_file_without_metadata_gets_the_format_when_tensors_are_replaced(tmp_p
 @pytest.mark.parametrize(
     ("tensors", "text"), [({"weigth": b""}, "has no tensor 'weigth'"), ({"count": b"1234"}, "has 4 bytes")]
 )
-def test_a_tensor_that_does_not_fit_is_refused(path: Path, tensors: dict[str, bytes], text: str) -> None:
+def test_tensor_that_does_not_fit_is_refused(path: Path, tensors: dict[str, bytes], text: str) -> None:
     with pytest.raises(BadModelFile, match=text):
         list(replaced(path, tensors))
 
@@ -89,7 +89,7 @@ def test_a_tensor_that_does_not_fit_is_refused(path: Path, tensors: dict[str, by
         ),
     ],
 )
-def test_a_file_that_is_not_safetensors_is_named(tmp_path: Path, data: bytes) -> None:
+def test_non_safetensors_file_is_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "bad"
     path.write_bytes(data)
     with pytest.raises(BadModelFile, match="bad is not a safetensors file"):

@@ -27,11 +27,11 @@ def _segments(manifest: Manifest, *rules: AverageSpec, exempt: frozenset[str] = 
         (Raw(), _WEIGHT, False),
     ],
 )
-def test_a_rule_says_which_tensors_it_averages(rule: AverageSpec, tensor: TensorSpec, expected: bool) -> None:
+def test_rule_determines_which_tensors_it_averages(rule: AverageSpec, tensor: TensorSpec, expected: bool) -> None:
     assert averaged_names(layout([tensor]), rule) == ({tensor.name} if expected else set())
 
 
-def test_raw_keeps_the_wires_bytes_and_the_others_are_wide() -> None:
+def test_raw_keeps_the_wire_bytes_and_the_others_are_wide() -> None:
     assert form_of(Raw()) is Form.WIRE
     assert form_of(Ema(0.9)) is Form.WIDE
 

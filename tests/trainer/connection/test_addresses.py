@@ -49,7 +49,7 @@ def _free_port() -> int:
         return port
 
 
-def test_a_host_name_that_does_not_resolve_is_named_as_such() -> None:
+def test_unresolvable_host_name_is_reported_as_such() -> None:
     with pytest.raises(ConnectError, match=r"host name 'no-such-host\.invalid' does not resolve .*EMA_ENDPOINT"):
         EmaClient("tcp://no-such-host.invalid:5555", "r", connect_timeout_s=1.0)
 
@@ -75,12 +75,12 @@ def test_numeric_addresses_and_scopes_are_kept(endpoint: str, resolved: list[str
         (b"\xff\0\0\0\0\0\0\0\1\x7f", "a ZeroMQ socket listens"),
     ],
 )
-def test_a_peer_that_is_no_ema_server_is_identified_by_its_first_bytes(says: bytes, expected: str) -> None:
+def test_other_server_is_identified_by_its_first_bytes(says: bytes, expected: str) -> None:
     with _peer(says) as port:
         assert expected in identify(f"tcp://127.0.0.1:{port}")
 
 
-def test_an_http_server_at_the_endpoint_is_named_by_the_constructor() -> None:
+def test_http_server_at_the_endpoint_is_named_by_the_constructor() -> None:
     with (
         _peer(b"HTTP/1.0 400 Bad Request\r\n\r\n") as port,
         pytest.raises(ConnectError, match=r'an HTTP server listens.*prints as "zmq"'),
@@ -91,7 +91,7 @@ def test_an_http_server_at_the_endpoint_is_named_by_the_constructor() -> None:
 @pytest.mark.skipif(not _HAS_IPV6, reason="this machine has no IPv6")
 @pytest.mark.parametrize("family", ["127.0.0.1", "[::1]"])
 @pytest.mark.parametrize("order", [sorted, lambda found: sorted(found, reverse=True)], ids=["IPv4 first", "IPv6 first"])
-def test_a_host_with_both_families_is_reached_on_the_one_that_listens(
+def test_host_with_both_families_is_reached_on_the_listening_one(
     monkeypatch: pytest.MonkeyPatch, family: str, order: Callable[[list[Any]], list[Any]]
 ) -> None:
     port = _free_port()

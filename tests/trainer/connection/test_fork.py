@@ -64,7 +64,7 @@ def test_every_method_does_nothing_in_a_forked_child(caplog: pytest.LogCaptureFi
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_client_made_in_a_forked_child_works() -> None:
+def test_client_made_in_a_forked_child_works() -> None:
     def child() -> Any:
         client = OfflineClient(ENDPOINT, run="r")
         client.update(nn.Linear(1, 1))

@@ -12,7 +12,7 @@ from trainer_client import JoinError
 from trainer_client.connection.worker import Worker
 
 
-def test_a_worker_that_was_closed_holds_no_slots() -> None:
+def test_closed_worker_holds_no_slots() -> None:
     worker = Worker("tcp://127.0.0.1:9", token=None)  # nobody is there
     with pytest.raises(JoinError, match="has not answered"):
         worker.join(JOIN, 0.0)

@@ -40,7 +40,7 @@ def _roles(model: nn.Module) -> dict[str, Role]:
     return {spec.name: spec.role for spec in Plan.of(model).manifest.tensors}
 
 
-def test_masks_of_pruning_are_structural_and_a_user_s_own_mask_is_not() -> None:
+def test_pruning_masks_are_structural_and_other_masks_are_not() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     prune.l1_unstructured(model[0], "weight", amount=0.25)
     prune.random_unstructured(model[0], "bias", amount=0.5)
@@ -64,7 +64,7 @@ def test_lazy_buffers_are_refused_until_the_module_has_run() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning")
-def test_observer_that_gets_its_shape_in_the_first_forward_pass_is_refused_with_what_to_do() -> None:
+def test_observer_shaped_in_the_first_forward_is_refused_with_what_to_do() -> None:
     model = nn.Sequential(nn.Linear(2, 2), PerChannelMinMaxObserver())
     plan = Plan.of(model)
     model(torch.zeros(1, 2))
@@ -120,7 +120,7 @@ def test_tied_weights_are_streamed_once_and_keep_their_other_name() -> None:
     assert manifest.tensors[0].aliases == ("head.weight",)
 
 
-def test_a_module_used_twice_is_streamed_once() -> None:
+def test_module_used_twice_is_streamed_once() -> None:
     layer = nn.Linear(2, 2)
 
     manifest = Plan.of(nn.Sequential(layer, layer)).manifest
@@ -128,7 +128,7 @@ def test_a_module_used_twice_is_streamed_once() -> None:
     assert {spec.name: spec.aliases for spec in manifest.tensors} == {"0.weight": ("1.weight",), "0.bias": ("1.bias",)}
 
 
-def test_views_of_one_storage_that_differ_in_place_or_shape_are_not_tied() -> None:
+def test_views_of_one_storage_with_another_offset_or_shape_are_not_tied() -> None:
     flat = torch.zeros(8)
     model = nn.Module()
     model.register_buffer("left", flat[:4])
@@ -161,7 +161,7 @@ def test_roles_follow_kind_and_requires_grad() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
-def test_the_vectors_of_spectral_norm_are_structural(wrap: Callable[[nn.Module], nn.Module], vectors: set[str]) -> None:
+def test_spectral_norm_vectors_are_structural(wrap: Callable[[nn.Module], nn.Module], vectors: set[str]) -> None:
     roles = _roles(wrap(nn.Linear(3, 2)))
 
     assert {name for name, role in roles.items() if role is Role.STRUCTURAL} == vectors
@@ -204,7 +204,7 @@ def _quantized() -> Tensor:
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*quantiz.*")
-def test_a_tensor_that_cannot_be_streamed_is_refused_by_name(make: Callable[[], Tensor], said: str) -> None:
+def test_unsupported_tensor_is_refused_by_name(make: Callable[[], Tensor], said: str) -> None:
     with pytest.raises(PlanError, match="'held'") as caught:
         Plan.of(Holder(make()))
 
@@ -212,7 +212,7 @@ def test_a_tensor_that_cannot_be_streamed_is_refused_by_name(make: Callable[[], 
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_a_lazy_module_is_refused_until_it_has_run() -> None:
+def test_lazy_module_is_refused_until_it_has_run() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(PlanError, match=r"'0\.weight'.*forward"):
         Plan.of(model)
@@ -225,12 +225,12 @@ def test_a_lazy_module_is_refused_until_it_has_run() -> None:
     "make", [nn.ReLU, nn.Sequential, lambda: nn.Linear(0, 0)], ids=["no tensors", "empty", "size 0"]
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_a_model_with_nothing_to_average_is_refused(make: Callable[[], nn.Module]) -> None:
+def test_model_with_nothing_to_average_is_refused(make: Callable[[], nn.Module]) -> None:
     with pytest.raises(PlanError, match="nothing to average"):
         Plan.of(make())
 
 
-def test_something_that_is_no_module_is_refused() -> None:
+def test_non_module_is_refused() -> None:
     with pytest.raises(PlanError, match=r"not a torch\.nn\.Module"):
         Plan.of({"weight": torch.zeros(1)})  # type: ignore[arg-type]
 
@@ -284,7 +284,7 @@ def _computing(module: nn.Module, state: dict[str, Any], prefix: str, metadata: 
     [(_adding, "0.scale"), (_dropping, "0.bias"), (_computing, "0.bias")],
     ids=["add", "drop", "compute"],
 )
-def test_a_state_dict_made_by_a_hook_is_refused_by_name(hook: Callable[..., None], name: str) -> None:
+def test_state_dict_made_by_a_hook_is_refused_by_name(hook: Callable[..., None], name: str) -> None:
     layer = nn.Linear(1, 1)
     layer._register_state_dict_hook(hook)  # its public name is newer than torch 2.4
 
@@ -292,7 +292,7 @@ def test_a_state_dict_made_by_a_hook_is_refused_by_name(hook: Callable[..., None
         Plan.of(nn.Sequential(layer))
 
 
-def test_an_unchanged_model_keeps_its_plan() -> None:
+def test_unchanged_model_keeps_its_plan() -> None:
     model = Small()
     plan = Plan.of(model)
     model.eval().requires_grad_(False)
@@ -300,7 +300,7 @@ def test_an_unchanged_model_keeps_its_plan() -> None:
     assert plan.renewed(model) is plan
 
 
-def test_submodule_replaced_by_one_of_the_same_shape_is_streamed() -> None:
+def test_replaced_submodule_of_the_same_shape_is_streamed() -> None:
     model = Small()
     plan = Plan.of(model)
     like = nn.Linear(3, 1)
@@ -358,7 +358,7 @@ def test_changed_names_dtype_or_shape_are_refused_by_name(change: Callable[[Smal
         plan.renewed(model).tensors()
 
 
-def test_weights_no_longer_tied_are_refused() -> None:
+def test_untied_weights_are_refused() -> None:
     model = Tied()
     plan = Plan.of(model)
     model.head.weight = nn.Parameter(model.embed.weight.detach().clone())

@@ -38,7 +38,7 @@ def _names(model: nn.Module, **given: Any) -> list[str]:
     return [spec.name for spec in Plan.of(model, Selection(**given)).manifest.tensors]
 
 
-def test_trainable_only_chooses_the_parameters_that_require_a_gradient() -> None:
+def test_trainable_only_selects_parameters_that_require_a_gradient() -> None:
     assert _names(_adapted(), trainable_only=True) == _ADAPTERS
     assert "1.running_mean" not in _names(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), trainable_only=True)
 
@@ -55,7 +55,7 @@ def test_trainable_only_chooses_the_parameters_that_require_a_gradient() -> None
     ],
     ids=["include", "exclude", "both"],
 )
-def test_patterns_choose_by_canonical_name(given: dict[str, Any], expected: list[str]) -> None:
+def test_patterns_select_by_canonical_name(given: dict[str, Any], expected: list[str]) -> None:
     assert _names(_adapted(), **given) == expected
     assert _names(nn.DataParallel(_adapted()), **given) == expected
 
@@ -72,14 +72,12 @@ def test_patterns_choose_by_canonical_name(given: dict[str, Any], expected: list
         ({"trainable_only": True, "include": ("1.*",)}, "trainable_only=True"),
     ],
 )
-def test_pattern_or_choice_that_matches_nothing_is_refused_with_the_existing_names(
-    given: dict[str, Any], text: str
-) -> None:
+def test_unmatched_pattern_or_selection_is_refused_with_existing_names(given: dict[str, Any], text: str) -> None:
     with pytest.raises(PlanError, match=text):
         _names(_adapted(), **given)
 
 
-def test_tensors_not_chosen_may_be_of_any_kind() -> None:
+def test_unselected_tensors_may_be_of_any_kind() -> None:
     """A packed base with an adapter: the base's tensors and what it adds to the state dict are passed over."""
 
     class Packed(nn.Module):
@@ -99,7 +97,7 @@ def test_tensors_not_chosen_may_be_of_any_kind() -> None:
         _names(Packed())
 
 
-def test_choice_stays_when_parameters_are_frozen_and_modules_replaced() -> None:
+def test_selection_is_kept_when_parameters_or_modules_change() -> None:
     model = _adapted()
     plan = Plan.of(model, Selection(trainable_only=True))
     model.requires_grad_(False)
@@ -115,7 +113,7 @@ def test_choice_stays_when_parameters_are_frozen_and_modules_replaced() -> None:
         fresh.renewed(model)
 
 
-def test_a_tied_tensor_is_chosen_by_each_of_its_names() -> None:
+def test_tied_tensor_is_selected_by_each_of_its_names() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
     model["head"].weight = model["embed"].weight
 

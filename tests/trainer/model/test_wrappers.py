@@ -106,7 +106,7 @@ def test_tensors_of_a_wrapped_model_are_those_of_the_inner_model() -> None:
     assert plan.tensors()[0] is model.module.weight
 
 
-def test_two_tensors_of_one_name_are_refused() -> None:
+def test_duplicate_tensor_names_are_refused() -> None:
     class Odd(DataParallel):  # type: ignore[type-arg]
         def __init__(self, module: nn.Module) -> None:
             super().__init__(module)

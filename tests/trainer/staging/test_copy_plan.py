@@ -74,7 +74,7 @@ def test_buffers_are_copied_before_forward(
     assert all(is_buffer[index] or manifest.tensors[index].nbytes <= small_bytes for index, _ in copies.gathered)
 
 
-def test_a_thousand_small_tensors_are_one_copy() -> None:
+def test_thousand_small_tensors_are_one_copy() -> None:
     manifest = _manifest([("F32", [64], Role.PARAM)] * 1000)
 
     assert len(CopyPlan.of(manifest).spans) == 1
@@ -117,7 +117,7 @@ def _odd_model() -> nn.Module:
 
 @pytest.mark.parametrize("scratch_bytes", [0, 500, 1 << 20])
 @pytest.mark.parametrize("small_bytes", [0, 200, 1 << 20])
-def test_tensors_arrive_as_by_a_plain_copy_whichever_way_they_take(
+def test_every_copy_method_equals_a_plain_copy(
     scratch_bytes: int, small_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(overlapped, "PIECE_BYTES", 300)

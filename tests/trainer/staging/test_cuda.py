@@ -178,7 +178,7 @@ def test_write_through_data_tears_unless_announced(device: torch.device, announc
     assert bool(worker.torn) is not announced
 
 
-def test_a_write_that_versions_show_costs_the_snapshot(device: torch.device) -> None:
+def test_write_seen_in_the_version_counter_drops_the_snapshot(device: torch.device) -> None:
     model, worker = Carrying(device), CheckingWorker()
     optimizer = Filling(model.parameters())
     with _client(worker) as client:
@@ -208,7 +208,7 @@ def _step(model: nn.Module, optimizer: Optimizer, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_a_real_training_is_streamed_bit_for_bit(device: torch.device, overlap: bool) -> None:
+def test_real_training_is_streamed_bit_for_bit(device: torch.device, overlap: bool) -> None:
     model, optimizer, images = _trained(device)
     worker, expected = KeepingWorker(), dict[int, dict[str, Tensor]]()
     with _client(worker, overlap=overlap) as client:
@@ -224,7 +224,7 @@ def test_a_real_training_is_streamed_bit_for_bit(device: torch.device, overlap: 
             assert torch.equal(tensor, expected[number][name].cpu()), (number, name)
 
 
-def test_an_update_by_hand_has_copied_when_it_returns(device: torch.device) -> None:
+def test_manual_update_is_copied_on_return(device: torch.device) -> None:
     model, worker = Carrying(device), CheckingWorker()
     client = _client(worker)
     for step in range(1, 6):
@@ -239,7 +239,7 @@ def test_an_update_by_hand_has_copied_when_it_returns(device: torch.device) -> N
     client.close()
 
 
-def test_every_dtype_and_stride_arrives_as_by_a_plain_copy(device: torch.device) -> None:
+def test_every_dtype_and_stride_equals_a_plain_copy(device: torch.device) -> None:
     module = nn.Module()
     module.permuted = nn.Parameter(torch.randn(60, 70, 80, device=device).permute(2, 0, 1))
     module.wide = nn.Parameter(torch.randn(9_000_000, device=device))
@@ -263,7 +263,7 @@ def test_every_dtype_and_stride_arrives_as_by_a_plain_copy(device: torch.device)
         assert bytes(slot.view) == bytes(expected.view)
 
 
-def test_the_gpu_memory_that_it_takes_is_the_scratch_at_most(device: torch.device) -> None:
+def test_gpu_memory_is_bounded_by_the_scratch(device: torch.device) -> None:
     model, optimizer, images = _trained(device)
 
     def peak() -> int:
@@ -289,7 +289,7 @@ def _events(model: nn.Module, optimizer: Optimizer, images: Tensor) -> Counter[s
     return Counter(event.name for event in trace.events() or [])
 
 
-def test_a_trace_shows_no_synchronisation_and_no_allocation_that_training_does_not_have(device: torch.device) -> None:
+def test_trace_shows_no_added_synchronisation_or_allocation(device: torch.device) -> None:
     model, optimizer, images = _trained(device)
     _events(model, optimizer, images)
     without = _events(model, optimizer, images)
@@ -305,7 +305,7 @@ def test_a_trace_shows_no_synchronisation_and_no_allocation_that_training_does_n
         assert ours[call] <= without[call] + 1, call
 
 
-def test_the_training_thread_issues_nothing_that_synchronises(device: torch.device) -> None:
+def test_training_thread_issues_nothing_that_synchronises(device: torch.device) -> None:
     model, optimizer, images = _trained(device)
     with _client(KeepingWorker()) as client:
         client.attach(model, optimizer)
@@ -330,7 +330,7 @@ def test_slots_are_pinned_while_the_client_is_open(device: torch.device) -> None
     assert not any(slot.tensor.is_pinned() for slot in worker.slots)
 
 
-def test_memory_that_cannot_be_pinned_is_told_and_leaves_no_error_behind(device: torch.device) -> None:
+def test_failed_pinning_is_reported_and_leaves_no_error(device: torch.device) -> None:
     cuda = Cuda(device)
     (slot,) = make_slots(1 << 20, 1)
     assert cuda.pin(slot.tensor) is None
@@ -342,7 +342,7 @@ def test_memory_that_cannot_be_pinned_is_told_and_leaves_no_error_behind(device:
     assert torch.ones(3, device=device).add_(1).sum().item() == 6
 
 
-def test_snapshots_to_memory_that_is_not_pinned_are_right(
+def test_snapshots_to_unpinned_memory_are_right(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Cuda, "pin", lambda *_: "out of memory")
@@ -358,7 +358,7 @@ def test_snapshots_to_memory_that_is_not_pinned_are_right(
     assert sum("out of memory" in record.message for record in caplog.records) == 1
 
 
-def test_a_captured_step_takes_no_snapshot_and_the_graph_is_whole(device: torch.device) -> None:
+def test_captured_step_takes_no_snapshot_and_the_graph_is_valid(device: torch.device) -> None:
     weight = nn.Parameter(torch.zeros(300_000, device=device))
     module = nn.Module()
     module.weight = weight
@@ -402,7 +402,7 @@ def test_parameter_moved_during_the_copy_is_copied_from_its_old_memory(device: t
     assert worker.torn == []
 
 
-def test_a_graph_that_is_captured_while_copies_are_under_way_is_whole(device: torch.device) -> None:
+def test_graph_captured_during_copies_is_valid(device: torch.device) -> None:
     model, worker, counted = Carrying(device), CheckingWorker(), torch.zeros(10, device=device)
     optimizer = Filling(model.parameters())
     with _client(worker) as client:
@@ -421,7 +421,7 @@ def test_a_graph_that_is_captured_while_copies_are_under_way_is_whole(device: to
     assert worker.torn == []
 
 
-def test_a_gpu_without_room_for_the_scratch_costs_one_warning(
+def test_gpu_without_room_for_the_scratch_logs_one_warning(
     device: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:
     parameters = nn.ParameterList([nn.Parameter(torch.zeros(50_000, device=device)) for _ in range(200)])  # 40 MB

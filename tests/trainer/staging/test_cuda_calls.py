@@ -19,7 +19,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch, runtime: CudaRuntime) -> CudaRun
 
 
 @pytest.mark.parametrize(("code", "problem"), [(0, None), (2, "error 2")])
-def test_the_exact_bytes_of_a_slot_are_registered_and_errors_are_returned(
+def test_exact_bytes_of_a_slot_are_registered_and_errors_returned(
     code: int, problem: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = _installed(monkeypatch, CudaRuntime(code))

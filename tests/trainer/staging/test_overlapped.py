@@ -15,7 +15,7 @@ from trainer_client.staging.stagers import Stagers
 STEPS = 8
 
 
-def test_every_snapshot_is_of_one_step_while_training_goes_on() -> None:
+def test_every_snapshot_is_of_one_step_during_training() -> None:
     training = Training(noted=False, slots=STEPS)
     training.attach()
 
@@ -62,7 +62,7 @@ def test_torn_snapshot_is_counted_and_not_sent(monkeypatch: pytest.MonkeyPatch) 
     assert training.client.stats()["torn"] > STEPS / 2
 
 
-def test_buffer_changed_by_forward_during_the_copy_has_the_value_of_the_step() -> None:
+def test_buffer_changed_by_forward_during_the_copy_keeps_the_steps_value() -> None:
     training = Training()
     training.attach()
     stamp(training.device, [training.model.seen], 1)
@@ -75,7 +75,7 @@ def test_buffer_changed_by_forward_during_the_copy_has_the_value_of_the_step() -
     assert training.worker.torn == []
 
 
-def test_buffers_that_do_not_fit_the_scratch_are_copied_before_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_larger_than_the_scratch_are_copied_before_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     of = CopyPlan.of
     monkeypatch.setattr(CopyPlan, "of", lambda manifest: of(manifest, scratch_bytes=0))
     training = Training()

@@ -22,7 +22,7 @@ from trainer_client.staging.overlapped import OverlappedStager
 
 
 @pytest.mark.parametrize("what", ["flush", "checkpoint", "finish", "rewind"])
-def test_what_is_asked_of_the_server_waits_for_the_copies_before_it_and_no_longer_than_it_may(what: str) -> None:
+def test_requests_wait_a_bounded_time_for_earlier_copies(what: str) -> None:
     training = Training()
     training.worker.rewind_to = 0
     training.attach()
@@ -60,7 +60,7 @@ def test_closing_ends_the_thread_that_waits_for_copies() -> None:
     assert not waiting.is_alive()
 
 
-def test_a_client_that_was_forgotten_is_closed() -> None:
+def test_garbage_collected_client_is_closed() -> None:
     training = Training()
     training.attach()
     training.optimizer.step()
@@ -78,7 +78,7 @@ def _stagers() -> list[OverlappedStager]:
     return [thing for thing in gc.get_objects() if type(thing) is OverlappedStager]
 
 
-def test_a_client_that_has_finished_holds_neither_the_model_nor_what_copies_took() -> None:
+def test_finished_client_holds_neither_the_model_nor_copy_resources() -> None:
     before = set(map(id, _stagers()))
     training = Training()
     training.attach()
@@ -98,7 +98,7 @@ def test_a_client_that_has_finished_holds_neither_the_model_nor_what_copies_took
     assert training.client.steps == 1
 
 
-def test_the_scratch_is_made_once() -> None:
+def test_scratch_is_made_once() -> None:
     training = Training()
     training.attach()
     training.train(3)
@@ -109,7 +109,7 @@ def test_the_scratch_is_made_once() -> None:
     assert training.device.allocated == allocated
 
 
-def test_slots_are_pinned_when_the_run_is_joined_and_unpinned_when_nobody_reads_them() -> None:
+def test_slots_are_pinned_when_joining_and_unpinned_after_the_last_read() -> None:
     training = Training()
     training.attach()
     pinned = list(training.device.pinned)
@@ -125,7 +125,7 @@ def test_slots_are_pinned_when_the_run_is_joined_and_unpinned_when_nobody_reads_
     assert training.device.pinned == []
 
 
-def test_memory_that_a_copy_may_still_write_to_stays_pinned() -> None:
+def test_memory_with_a_pending_copy_stays_pinned() -> None:
     training = Training()
     training.attach()
     training.optimizer.step()
@@ -137,7 +137,7 @@ def test_memory_that_a_copy_may_still_write_to_stays_pinned() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_issues_nothing() -> None:
+def test_forked_child_issues_nothing() -> None:
     training = Training()
     training.attach()
     training.optimizer.step()
@@ -157,7 +157,7 @@ def test_a_forked_child_issues_nothing() -> None:
 
 
 @pytest.mark.process
-def test_an_interpreter_that_ends_during_a_copy_ends_cleanly() -> None:
+def test_interpreter_exit_during_a_copy_is_clean() -> None:
     program = Path(__file__).parents[2] / "support" / "leaving_during_a_copy.py"
 
     environ = {**os.environ, "PYTHONPATH": str(program.parents[1])}

@@ -18,7 +18,7 @@ from trainer_client import EmaClient
 from trainer_client.staging import transfer
 
 
-def test_a_device_that_cannot_be_asked_to_wait_costs_the_snapshot_and_not_the_training(
+def test_failed_stream_wait_drops_the_snapshot_and_not_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     training = Training()
@@ -38,7 +38,7 @@ def test_a_device_that_cannot_be_asked_to_wait_costs_the_snapshot_and_not_the_tr
     assert training.client.stats()["skipped"]["error"] == 1
 
 
-def test_slots_that_cannot_be_pinned_cost_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_slots_that_cannot_be_pinned_log_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     training = Training(slots=8)
     training.device.pin_problem = "out of memory"
     training.attach()
@@ -53,7 +53,7 @@ def test_slots_that_cannot_be_pinned_cost_one_warning(caplog: pytest.LogCaptureF
     assert training.worker.snapshots
 
 
-def test_a_copy_that_cannot_be_issued_costs_a_snapshot_and_leaves_nothing_behind_in_its_slot() -> None:
+def test_failed_copy_issue_drops_the_snapshot_and_frees_its_slot() -> None:
     training = Training()
     training.attach()
     training.device.fail_after = 5  # the scratch's copies and the first large one to the slot are issued
@@ -72,7 +72,7 @@ def test_a_copy_that_cannot_be_issued_costs_a_snapshot_and_leaves_nothing_behind
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_copy_that_cannot_be_waited_for_costs_a_snapshot_and_its_memory_is_kept_if_it_may_still_arrive(
+def test_failed_copy_wait_keeps_busy_memory_pinned(
     answers: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     training = Training()
@@ -109,7 +109,7 @@ def _strided() -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize(("what", "room"), [("scratch", -1), ("bounce", 1 << 20)])
-def test_a_device_without_room_costs_one_warning_and_the_overlap(
+def test_device_without_room_logs_one_warning_and_does_not_overlap(
     what: str, room: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     device, worker = FakeDevice(), RecordingWorker()
@@ -129,7 +129,7 @@ def test_a_device_without_room_costs_one_warning_and_the_overlap(
     assert ["CUDA out of memory" in record.message for record in caplog.records] == [True]
 
 
-def test_a_device_that_fails_while_attach_makes_ready_does_not_make_it_raise(
+def test_device_failure_during_attach_does_not_raise(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     training = Training()
@@ -170,7 +170,7 @@ def _gated_training() -> tuple[_Gated, RecordingWorker, EmaClient, Carrying, thr
     return device, worker, client, model, thread
 
 
-def test_an_event_that_another_thread_has_not_recorded_yet_is_waited_for() -> None:
+def test_unrecorded_event_of_another_thread_is_waited_for() -> None:
     device, worker, client, model, thread = _gated_training()
     other = Stamping(device, model.parameters(), noted=False, steps=70)
     stepped = threading.Event()

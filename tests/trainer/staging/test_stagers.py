@@ -24,7 +24,7 @@ def _stagers(model: nn.Module, device: FakeDevice | None) -> tuple[Stagers, Plan
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps", "xpu", "meta"])
-def test_only_cuda_devices_copy_while_training_goes_on(kind: str) -> None:
+def test_only_cuda_devices_copy_during_training(kind: str) -> None:
     assert device_of(torch.device(kind)) is None
     assert isinstance(device_of(torch.device("cuda", 0)), Cuda)
 
