@@ -78,7 +78,8 @@ class Average:
 
     `step`, `age_steps` and `initial_share` are None before its first snapshot. `accumulator` is the dtype of its sums
     (`wire`: it has none). `decay` is that of the last step and `half_life_steps` belongs to it, None where the rule has
-    none. `age_steps` is the mean age of the weights inside, `initial_share` the share of the initial weights.
+    none. `age_steps` is the mean age of the weights inside, `initial_share` the share of the initial weights. `warning`
+    says what is wrong with it, None if nothing is.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Average:
     half_life_steps: float | None
     age_steps: float | None
     initial_share: float | None
+    warning: str | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Average:

@@ -104,6 +104,13 @@ class ServerConfig:
         default=300.0, metadata=_setting("Publish each changed run at least this often; 0: no timer.", "SECONDS")
     )
     publish_every_steps: int = field(default=0, metadata=_setting("Publish a run every N steps; 0: off.", "N"))
+    publish_min_seconds: float = field(
+        default=10.0,
+        metadata=_setting(
+            "Shortest time between generations that a trainer asks for by its publish_every_steps; 0: no limit.",
+            "SECONDS",
+        ),
+    )
     keep_generations: int = field(
         default=3,
         metadata=_setting(

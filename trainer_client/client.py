@@ -47,7 +47,8 @@ class EmaClient:
     Args:
         endpoint: the server's address, `tcp://HOST:PORT`; default `EMA_ENDPOINT`.
         run: name of the run; default `EMA_RUN`, else one is generated and logged.
-        averages: the rules, as strings or values (`"ema:0.9999"`, `Ema(0.9999)`, `"raw"`).
+        averages: the rules, as strings or values (`"ema:0.9999"`, `Ema(0.9999)`, `"raw"`). The default suits runs of
+            any length: the last weights, and as `ema` an average whose half-life is at most 5 % of the steps so far.
         samples_per_step: samples in an optimizer step, over all ranks, for averages that are given in samples; default
             `EMA_SAMPLES_PER_STEP`.
         steps_per_epoch: for averages that are given in epochs; default `EMA_STEPS_PER_EPOCH`.
@@ -56,6 +57,8 @@ class EmaClient:
         trainable_only: stream only the parameters that require a gradient when the run is joined, no buffers.
         step: optimizer steps already taken; 0 unless `load_state_dict` says otherwise.
         every: send the steps divisible by this.
+        publish_every_steps: publish each average every so many steps, besides the server's own schedule and not more
+            often than its `--publish-min-seconds` allows (10 s by default).
         when_behind: with every slot still on its way, `"skip"` the snapshot, or `"wait"` while connected.
         on_change: when the tensors of the model are no longer those that the run was joined with (an adapter added, the
             vocabulary resized, another dtype), `"stop"` sending and say so once, as an error in the log and in
@@ -83,7 +86,7 @@ class EmaClient:
     takes its run over from an older one of the same process, which then does nothing either.
 
     Example:
-        with EmaClient("tcp://127.0.0.1:5555", run="resnet34", averages=["ema:0.9999", "raw"]) as ema:
+        with EmaClient("tcp://127.0.0.1:5555", run="resnet34", averages=["raw", "ema:0.999"]) as ema:
             ema.attach(model, optimizer)
             train(model, optimizer)
     """
@@ -92,7 +95,7 @@ class EmaClient:
         self,
         endpoint: str | None = None,
         run: str | None = None,
-        averages: Iterable[AverageSpec | str] = ("ema:0.9999",),
+        averages: Iterable[AverageSpec | str] = ("raw", "ema:0.9999,warmup=half_life,name=ema"),
         *,
         samples_per_step: float | None = None,
         steps_per_epoch: float | None = None,
@@ -101,6 +104,7 @@ class EmaClient:
         trainable_only: bool = False,
         step: int | None = None,
         every: int = 1,
+        publish_every_steps: int | None = None,
         when_behind: Literal["skip", "wait"] = "skip",
         on_change: Literal["stop", "raise", "restart"] = "stop",
         resume: Resume = "auto",
@@ -460,6 +464,8 @@ class EmaClient:
             why = "since the model has changed" if is_stopped else "when_behind='wait' sends every step"
             text = "ema: run %s ends with step %d: those up to %d were not sent; %s"
             log.warning(text, self.run, answer.step, last_due, why)
+        if answer.warning is not None:
+            log.warning("ema: run %s is finished: %s", self.run, answer.warning)
         return True
 
     def _end(self, timeout_s: float, state: State) -> None:

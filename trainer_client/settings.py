@@ -228,6 +228,9 @@ class Settings:
     trainable_only: bool = field(metadata=_setting(lambda _, value: bool(value)))
     step: int | None = field(metadata=_setting(lambda name, step: None if step is None else check_step(name, step, 0)))
     every: int = field(metadata=_setting(partial(check_step, low=1)))
+    publish_every_steps: int | None = field(
+        metadata=_setting(lambda name, steps: None if steps is None else check_step(name, steps, 1))
+    )
     when_behind: WhenBehind = field(metadata=_setting(partial(_choice, allowed=tuple(WhenBehind))))
     on_change: OnChange = field(metadata=_setting(partial(_choice, allowed=tuple(OnChange))))
     resume: Resume = field(metadata=_setting(partial(_choice, allowed=get_args(Resume))))

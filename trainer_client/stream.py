@@ -108,6 +108,7 @@ class Stream:
             manifest=plan.manifest,
             averages=settings.averages,
             every=settings.every,
+            publish_every_steps=settings.publish_every_steps,
             resume=resume,
             incarnation=settings.incarnation,
             checksum=settings.checksum,

@@ -40,6 +40,7 @@ def status_text(runs: Sequence[Run]) -> str:
         for r in runs
         if r.nonfinite_buffers
     ]
+    notes += [f"{r.run}/{a.name}: {a.warning}" for r in runs for a in r.averages if a.warning is not None]
     return "\n".join([table(columns, rows), *notes])
 
 
@@ -89,7 +90,8 @@ def averages_text(averages: Sequence[Average]) -> str:
         )
         for a in averages
     ]
-    return table((*columns, "accumulator", "spec"), rows)
+    notes = [f"{a.name}: {a.warning}" for a in averages if a.warning is not None]
+    return "\n".join([table((*columns, "accumulator", "spec"), rows), *notes])
 
 
 def ledger_text(ledger: Ledger) -> str:

@@ -137,6 +137,7 @@ class ActiveRun:
     `session` counts joins, so that an answer meant for an earlier one can be recognized. `departed`: the session is
     over. `refused` counts the snapshots quarantined since the last applied one. `failure` is the internal error after
     which the averages can no longer be trusted. `saved` is the run's mark that `generation`, the newest one, holds.
+    `publish_every_steps` is what the trainer asks for; `is_held_back`: some of that would have been too early.
     """
 
     resources: Resources
@@ -154,6 +155,8 @@ class ActiveRun:
     refused: int = 0
     nonfinite_buffers: NonFiniteBuffers | None = None
     failure: str | None = None
+    publish_every_steps: int | None = None
+    is_held_back: bool = False
     phase: Phase = Phase.IDLE
     pending: PendingGeneration | None = None
     rewind: PendingRewind | None = None
@@ -274,8 +277,16 @@ class ActiveRun:
             or (every_s and now - self.begun_at >= every_s)
             or (every_steps and last_step - self.begun_step >= every_steps)
             or (ring_at is not None and last_step >= ring_at)
+            or self._trainer_asks(now, last_step)
         )
         return "schedule" if is_due else None
+
+    def warning(self) -> str | None:
+        """What the user of the run should know when it is finished; None if there is nothing."""
+        texts = [f"average {a.name}: {a.warning}" for a in self.status().averages if a.warning is not None]
+        if self.is_held_back:
+            texts.append(self._held_back_text())
+        return "; ".join(texts) or None
 
     def show(self) -> None:
         """Put the run's status into the status store."""
@@ -347,6 +358,21 @@ class ActiveRun:
         """Describe the next generation; its number is used once."""
         self.next_seq += 1
         return GenerationInfo(self.next_seq - 1, self.resources.now(), reason, pinned, finished)
+
+    def _trainer_asks(self, now: float, last_step: int) -> bool:
+        if self.publish_every_steps is None or last_step - self.begun_step < self.publish_every_steps:
+            return False
+        is_early = now - self.begun_at < self.resources.config.publish_min_seconds
+        if is_early and not self.is_held_back:
+            self.is_held_back = True
+            logger.info("run %s: %s", self.name, self._held_back_text())
+        return not is_early
+
+    def _held_back_text(self) -> str:
+        return (
+            f"there are fewer versions than publish_every_steps={self.publish_every_steps} asks for, as the server "
+            f"makes them at least {self.resources.config.publish_min_seconds:g} s apart (--publish-min-seconds)"
+        )
 
     def _ring_due_at(self) -> int | None:
         if not any(isinstance(average.rule, PowerEma) for average in self.run.averages):

@@ -308,6 +308,7 @@ def _finish(active: ActiveRun, job: Finish) -> None:
         if isinstance(outcome, Durable) and active.session == session:
             active.state, active.departed = RunState.FINISHED, True
             active.show()
+            outcome = replace(outcome, warning=active.warning())
         job.reply(outcome)
 
     active.publish(PublishRequest("finish", on_published))

@@ -71,11 +71,15 @@ class Quarantined:
 
 @dataclass(frozen=True, slots=True)
 class Durable:
-    """A generation at `step` is on disk (None: the run has had no snapshot). `new` says that it adds versions."""
+    """A generation at `step` is on disk (None: the run has had no snapshot). `new` says that it adds versions.
+
+    `warning` is what the user of a finished run should know.
+    """
 
     step: int | None
     versions: tuple[Version, ...]
     new: bool
+    warning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

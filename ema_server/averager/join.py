@@ -154,6 +154,8 @@ def _admit(active: ActiveRun, job: Join, continuation: Continuation, set_aside: 
     active.state, active.departed = RunState.ACTIVE, False
     active.session += 1
     active.quarantine = None
+    active.publish_every_steps = job.join.publish_every_steps
+    active.is_held_back = active.is_held_back and job.join.reconnect
     active.rate.reset()
     run.every = job.join.every
     run.set_step_units(job.join.step_units)

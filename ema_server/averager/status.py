@@ -6,6 +6,7 @@ from ema_proto.averages.rules import AverageSpec, Raw
 from ema_proto.averages.specs import parse_average
 from ema_proto.averages.step_units import StepUnits
 from ema_proto.wire.manifest import Manifest
+from ema_server.rules.initial_share import initial_share_warning
 from ema_server.rules.ledger import Ledger
 from ema_server.rules.weights import shown_reach
 from ema_server.runs.average import Average
@@ -67,4 +68,5 @@ def average_status(
         half_life_steps=half_life_steps,
         age_steps=None if step is None else average.age_steps,
         initial_share=None if step is None else average.initial_share,
+        warning=None if step is None else initial_share_warning(average.initial_share),
     )

@@ -61,7 +61,8 @@ class AverageOut(Out):
     """One average of a run, as in memory (without a trainer: as last written).
 
     `decay` and `half_life_steps` are those of the last step, `age_steps` is the mean age of the weights inside, and
-    `initial_share` the share of the initial weights.
+    `initial_share` the share of the initial weights: of the first step, of the end of `update_after`, or of the last
+    `set`. `warning` says what is wrong with the average; null if nothing is.
     """
 
     name: str
@@ -74,6 +75,7 @@ class AverageOut(Out):
     half_life_steps: float | None
     age_steps: float | None
     initial_share: float | None
+    warning: str | None
 
 
 class QuarantineOut(Out):

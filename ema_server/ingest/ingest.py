@@ -255,7 +255,8 @@ class Ingest:
 
     def _take_finished(self, event: e.FinishRequested, outcome: jobs.Durable | jobs.Failed) -> None:
         step, error = _step_or_error(outcome)
-        self._receiver.finished(event.run, event.ticket, event.request, step, error)
+        warning = outcome.warning if isinstance(outcome, jobs.Durable) else None
+        self._receiver.finished(event.run, event.ticket, event.request, step, error, warning)
         if error is None:
             self._staging.pop(event.ticket, None)
             self._gauge()

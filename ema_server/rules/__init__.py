@@ -4,5 +4,6 @@
 - `decays`: products of the decays of an exponential moving average
 - `window`: which snapshots a window average holds
 - `ledger`: the steps at which an average was updated
+- `initial_share`: the warning about an average that is still mostly the weights it began with
 - `contributions`: the share of each step in an average, from its rule and its ledger
 """

@@ -73,6 +73,14 @@ def weight_of(rule: AverageSpec, span: Span, units: StepUnits = UNKNOWN) -> floa
     return None if weight is None or weight >= 1.0 else weight
 
 
+def is_copied(rule: AverageSpec, span: Span) -> bool:
+    """Whether an `ema` begins with this snapshot: it copies up to `n` 0, and with `init=first` up to `n` 1."""
+    if not isinstance(rule, Ema):
+        return False
+    begun = span.origin + rule.update_after
+    return span.step <= begun or span.last < begun or (span.last == begun and rule.init == "first")
+
+
 @dataclass(frozen=True, slots=True)
 class Reach:
     """Decay per step, in [0, 1], and the half-life of that decay in steps: infinite for 1, 0 for 0."""
@@ -115,12 +123,8 @@ def shown_reach(rule: AverageSpec, step: int, origin: int, units: StepUnits) -> 
 
 
 def _ema(rule: Ema, span: Span, units: StepUnits) -> float | None:
-    """Averaging starts from the copy at `n` 0, or with `init=first` at `n` 1."""
     begun = span.origin + rule.update_after
-    then, now = span.last - begun, span.step - begun
-    if now <= 0 or then < 0 or (then == 0 and rule.init == "first"):
-        return None
-    return weight_between(rule, then, now, units)
+    return None if is_copied(rule, span) else weight_between(rule, span.last - begun, span.step - begun, units)
 
 
 def _power(gamma: float, span: Span) -> float:

@@ -14,7 +14,7 @@ from ema_server.compute.device import Device
 from ema_server.compute.kernel import Source, Target
 from ema_server.compute.memory import Memory
 from ema_server.rules.ledger import Ledger
-from ema_server.rules.weights import Span, points, weight_of
+from ema_server.rules.weights import Span, is_copied, points, weight_of
 from ema_server.rules.window import Entries, blends, entered, mean_age, share_of
 from ema_server.storage.records import AverageRecord
 from ema_server.tensors.file_plan import TensorFile, files_of, snapshot_file
@@ -38,7 +38,8 @@ class Average:
 
     `averaged` names the tensors that it averages where they can be. `slots` hold the snapshots of a window, `entries`
     say which. `age_steps` is the mean age of the weights inside; `initial_share` the share of the weights that it began
-    from: the first snapshot, or the last `set`. With `is_removed` it is still updated, but no longer recorded.
+    from: of the last snapshot that it copied because it did not average yet, or of the last `set`. With `is_removed` it
+    is still updated, but no longer recorded.
     """
 
     rule: AverageSpec
@@ -100,9 +101,11 @@ class Average:
         if isinstance(self.rule, Window):
             targets = self._slide(self.rule, number, previous, step)
         else:
-            weight = None if previous is None else weight_of(self.rule, Span(previous, step, self.ledger.origin), units)
+            span = None if previous is None else Span(previous, step, self.ledger.origin)
+            weight = None if span is None else weight_of(self.rule, span, units)
             left = 0.0 if weight is None else 1.0 - weight
-            self.initial_share = 1.0 if previous is None else left * self.initial_share
+            begins = span is None or is_copied(self.rule, span)
+            self.initial_share = 1.0 if begins else left * self.initial_share
             self.age_steps = 0.0 if previous is None else left * (self.age_steps + step - previous)
             targets = (Target(self.memory.data, self.form, weight, number),)
         return targets

@@ -49,8 +49,9 @@ class AverageStatus:
     `accumulator` is the dtype of its sum, `wire` for one that is a copy. `decay` is the decay of the last step, and
     `half_life_steps` the steps until half of the average is newer, at this decay: None if the rule has no decay (`raw`,
     a window), if nothing decays after this step, or if the trainer has not given the step units that the rule needs.
-    `age_steps` is the mean age of the weights inside; `initial_share` the share of the weights that it began from, the
-    first snapshot or the last `set`. Both are None before its first snapshot, as the step is.
+    `age_steps` is the mean age of the weights inside; `initial_share` the share of the weights that it began from: the
+    first snapshot, the last one before `update_after` ends, or the last `set`. Both are None before its first snapshot,
+    as the step is. `warning` says what is wrong with it, None if nothing is.
     """
 
     name: str
@@ -63,6 +64,7 @@ class AverageStatus:
     half_life_steps: float | None
     age_steps: float | None
     initial_share: float | None
+    warning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

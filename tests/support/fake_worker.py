@@ -35,6 +35,7 @@ class FakeWorker(Worker):
         self.refuse: JoinError | None = None
         self.rewind_to: int | None = None
         self.answer = True
+        self.warning: str | None = None
         self.joins: list[Join] = []
         self.free: list[Slot] = []
         self.offered: list[tuple[int, Slot]] = []
@@ -93,7 +94,7 @@ class FakeWorker(Worker):
 
     def _answered(self, request: str, step: int | None, error: str | None = None) -> int:
         self.asked.append(request)
-        self._answers.append(Answered(0, step, error))
+        self._answers.append(Answered(0, step, error, self.warning))
         return len(self._answers) - 1
 
     @property

@@ -415,3 +415,26 @@ def test_only_rank_0_reaches_the_server(server: ServerProcess, run: str, monkeyp
 
     assert [client.finish() for client in clients] == [True, True, True]
     assert _raw(server, run)[0] == 1
+
+
+def test_a_client_with_the_defaults_gets_versions_as_often_as_it_asks_and_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Toy()
+    with ServerProcess(tmp_path / "data", "--publish-min-seconds", "0") as server:
+        client = EmaClient(server.zmq, "r", when_behind="wait", publish_every_steps=10)
+        long = EmaClient(server.zmq, "long", ["ema:0.9999"], when_behind="wait")
+        for step in range(1, 36):
+            client.update(model.at(step), step)
+            long.update(model.at(step), step)
+            if step % 10 == 0:
+                eventually(lambda: client.stats()["last_published_step"] == client.steps, "the step is published")
+        assert client.finish()
+        assert caplog.messages == []
+        assert long.finish()
+        versions = server.get("/v1/runs/r/averages/ema/versions")["versions"]
+        average = server.get("/v1/runs/long/averages/ema-0.9999")
+
+    assert [version["step"] for version in versions][:4] == [35, 30, 20, 10]
+    assert caplog.messages == [f"ema: run long is finished: average ema-0.9999: {average['warning']}"]
+    assert average["initial_share"] > 0.9

@@ -628,3 +628,20 @@ def test_compiled_optimizer_step_is_sent_and_not_recompiled() -> None:
         assert client.worker.steps == list(range(1, count + 1))
         assert torch.equal(client.worker.sent(-1)["weight"], model.weight)
     assert graphs[-1] == graphs[2]
+
+
+def test_what_the_server_says_about_the_averages_of_a_finished_run_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    client = _client()
+    client.update(nn.Linear(1, 1))
+    client.worker.warning = "average ema-0.9999: 92% of it is still the weights that it began with"
+
+    assert client.finish()
+    assert "run r is finished: average ema-0.9999: 92% of it is still" in caplog.text
+
+
+def test_the_publish_interval_is_part_of_the_request_to_join() -> None:
+    asked, silent = _client(publish_every_steps=100), _client()
+    for client in (asked, silent):
+        client.update(nn.Linear(1, 1))
+
+    assert [client.worker.joins[0].publish_every_steps for client in (asked, silent)] == [100, None]

@@ -113,6 +113,8 @@ def test_token_never_appears_in_the_repr() -> None:
         ({"step": -1}, "step=-1"),
         ({"step": 1.0}, "step=1.0"),
         ({"every": 0}, "every=0"),
+        ({"publish_every_steps": 0}, "publish_every_steps=0"),
+        ({"publish_every_steps": 0.5}, "publish_every_steps=0.5"),
         ({"when_behind": "block"}, "skip, wait"),
         ({"resume": "yes"}, "auto, never, must"),
         ({"connect_timeout_s": -1}, "connect_timeout_s=-1"),

@@ -191,12 +191,20 @@ class Receiver:
         self._connections.send(claim.peer, m.Rewound(request, step, error))
         self._flush(claim)
 
-    def finished(self, run: str, ticket: int, request: int, step: int | None, error: str | None = None) -> None:
+    def finished(
+        self,
+        run: str,
+        ticket: int,
+        request: int,
+        step: int | None,
+        error: str | None = None,
+        warning: str | None = None,
+    ) -> None:
         """The run is finished and durable, which ends the session; or (`error`) it is not, and the session goes on."""
         claim = self._runs.by_ticket(run, ticket)
         if claim is None:
             return
-        self._connections.send(claim.peer, m.Finished(request, step, error))
+        self._connections.send(claim.peer, m.Finished(request, step, error, warning))
         if error is None:
             self._runs.drop(claim)
         else:

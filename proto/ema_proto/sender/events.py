@@ -69,11 +69,12 @@ class PublishedAt:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A request of ours is done; with `error`, it was refused."""
+    """A request of ours is done; with `error`, it was refused. `warning` is of a finished run, for its user."""
 
     request: int
     step: int | None
     error: str | None = None
+    warning: str | None = None
 
 
 Event: TypeAlias = Greeted | JoinAccepted | Refused | ConnectionLost | SnapshotDone | PublishedAt | Answered

@@ -190,7 +190,8 @@ class Sender:
             case m.Rewound():
                 self._answer(message.request, message.step, message.error)
             case m.Finished():
-                if self._answer(message.request, message.step, message.error) and message.error is None:
+                answered = self._answer(message.request, message.step, message.error, message.warning)
+                if answered and message.error is None:
                     self.state = SenderState.CLOSED
                     self._return_if_ended()
 
@@ -276,12 +277,12 @@ class Sender:
         self._return_if_ended()
         return number
 
-    def _answer(self, number: int | None, step: int | None, error: str | None) -> bool:
+    def _answer(self, number: int | None, step: int | None, error: str | None, warning: str | None = None) -> bool:
         """Take the answer to a request; False when there is none of this number."""
         request = self._stream.take_answered(number)
         if request is None:
             return False
-        self.events.append(e.Answered(request.number, step, error))
+        self.events.append(e.Answered(request.number, step, error, warning))
         if error is not None:
             for snapshot in self._stream.undo(request):
                 self._done(snapshot, f"the run was not taken back: {error}")

@@ -118,6 +118,7 @@ class Join(WithBody):
     `first_step` is the steps already taken + 1 in a session's first JOIN (`reconnect` false) and the next step to be
     sent in its later ones. `config` is the text of the versions' `config.json`. `samples_per_step` and
     `steps_per_epoch` apply until a later JOIN gives others. `rank` and `world` are reserved for sharded trainers.
+    `publish_every_steps` asks for a generation at least every so many steps, within the bounds of the server's own.
     The receiver checks the run's name, which has a reject code of its own. `host` and `pid` say where the trainer runs,
     for the refusal of another one that asks for the run.
     """
@@ -137,6 +138,7 @@ class Join(WithBody):
     world: Annotated[int, integer(1, _U32)] = 1
     averages: Annotated[tuple[AverageSpec, ...], list_of(_AVERAGE, AVERAGES_MAX)]
     manifest: Annotated[Manifest, _MANIFEST]
+    publish_every_steps: Annotated[int | None, optional(integer(1, STEP_MAX), omit_none=True)] = None
     host: Annotated[str | None, optional(text(_HOST_CHARS_MAX), omit_none=True)] = None
     pid: Annotated[int | None, optional(integer(0, _U32), omit_none=True)] = None
 
@@ -302,12 +304,16 @@ class Rewound(WithBody):
 
 @dataclass(frozen=True, slots=True)
 class Finished(WithBody):
-    """The run is finished and durable at `step` (None when it never had a snapshot); with `error`, it is not."""
+    """The run is finished and durable at `step` (None when it never had a snapshot); with `error`, it is not.
+
+    `warning` says what the user should know about the run's averages.
+    """
 
     type: ClassVar[int] = 71
     request: _Request
     step: _OptionalStep
     error: _Error = None
+    warning: Annotated[str | None, optional(MESSAGE_TEXT, omit_none=True)] = None
 
 
 @dataclass(frozen=True, slots=True)

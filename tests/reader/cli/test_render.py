@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from ema_cli.app import COMMANDS, build
 from ema_reader.cli import render
 from ema_reader.scores import Score
-from ema_reader.values import File, Ring, Run, Version
+from ema_reader.values import Average, File, Ring, Run, Version
 
 _FILES = (File("model.safetensors", 44_790_000, "0" * 64),)
 
@@ -40,6 +41,17 @@ def test_tables_fit_into_80_columns(narrow: None) -> None:
 
     for table in tables:
         assert max(map(len, table.splitlines())) <= 80, table
+
+
+def test_an_average_that_is_too_long_is_a_line_below_the_table() -> None:
+    long = Average("ema-0.9999", "ema:0.9999", 800, 0, 800, "float32", 0.9999, 6931.0, 400.0, 0.92, "92% of it is old")
+    fine = replace(long, name="ema", warning=None)
+
+    status = render.status_text([replace(_run("digits"), averages=(fine, long))]).splitlines()
+
+    assert status[2:] == ["digits/ema-0.9999: 92% of it is old"]
+    assert render.averages_text([fine, long]).splitlines()[3:] == ["ema-0.9999: 92% of it is old"]
+    assert len(render.averages_text([fine]).splitlines()) == 2  # a title and a row
 
 
 def test_wide_heading_breaks_at_underscores(narrow: None) -> None:

@@ -68,6 +68,7 @@ def test_each_average_has_a_status(client: TestClient, served: Served) -> None:
         "half_life_steps": 6.6,
         "age_steps": 4.5,
         "initial_share": 0.25,
+        "warning": None,
     }
     assert client.get(f"{BASE}/swa").json()["code"] == "average_not_found"
     assert client.get("/v1/runs/other/averages").json()["code"] == "run_not_found"

@@ -172,6 +172,38 @@ def test_publish_every_steps(tmp_path: Path) -> None:
         assert core.announced == [("r", 110), ("r", 120), ("r", 130)]
 
 
+def test_a_trainer_asks_for_generations_within_the_bounds_of_the_server(tmp_path: Path) -> None:
+    clock = _Clock()
+    with running_core(tmp_path, clock=clock, publish_min_seconds=10) as core:
+        joined(core.join("r", _MANIFEST, publish_every_steps=10))
+        joined(core.join("other", _MANIFEST))
+        for step in range(1, 31):
+            if step == 30:
+                clock.now += 11
+            _apply(core, step)
+            assert isinstance(core.apply("other", step, _weights(step)), Applied)
+        core.settled("r", lambda status: status.published_step == 30)
+        clock.now += 11
+        _apply(core, *range(31, 40))
+        assert core.announced == [("r", 30)]
+        _apply(core, 40)
+        core.settled("r", lambda status: status.published_step == 40)
+        finished = [durable(core.finish(run)).warning or "" for run in ("r", "other")]
+
+    assert "publish_every_steps=10 asks for, as the server makes them at least 10 s apart" in finished[0]
+    assert "publish_every_steps" not in finished[1]
+
+
+def test_without_a_shortest_time_a_trainer_gets_what_it_asks_for(tmp_path: Path) -> None:
+    with running_core(tmp_path, publish_min_seconds=0) as core:
+        joined(core.join("r", _MANIFEST, publish_every_steps=10))
+        for step in range(1, 36):
+            _apply(core, step)
+            core.settled("r", lambda status: (status.published_step or 0) + 10 > (status.step or 0))
+        assert core.announced == [("r", 10), ("r", 20), ("r", 30)]
+        assert "publish_every_steps" not in (durable(core.finish("r")).warning or "")
+
+
 @contextmanager
 def _largest_file(nbytes: int) -> Iterator[None]:
     """No file of this process may grow beyond `nbytes`: what a full disk does, without filling one."""
