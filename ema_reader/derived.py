@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ema_reader.errors import ReaderError, UsageError
 from ema_reader.transport import Transport, path_of
-from ema_reader.values import Version
+from ema_reader.values import Version, values_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,17 +46,8 @@ class Synthesized:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Synthesized:
         """Parse the server's answer."""
-        return cls(
-            version=Version.from_json(value["version"]),
-            sigma_rel=value["sigma_rel"],
-            gamma=value["gamma"],
-            origin=value["origin"],
-            estimated_error=value["estimated_error"],
-            amplification=value["amplification"],
-            rounding=value["rounding"],
-            warning=value["warning"],
-            inputs=len(value["inputs"]),
-        )
+        version = Version.from_json(value["version"])
+        return cls(**values_of(cls, value, version=version, inputs=len(value["inputs"])))
 
 
 class Derived:

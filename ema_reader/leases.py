@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ema_reader.errors import LeaseLost, ReaderError, Unreachable
 from ema_reader.transport import Transport, path_of
@@ -60,17 +60,7 @@ class Leases:
         Raises:
             NotFound: the server does not know the run.
         """
-        body: dict[str, object] = {
-            "worker": wanted.worker,
-            "task": wanted.task,
-            "run": wanted.run,
-            "averages": wanted.averages,
-            "every": wanted.every,
-            "skip": skip[-SKIP_MAX:],
-            "lease_s": wanted.lease_s,
-            "poll_s": wanted.poll_s,
-        }
-        found = self._transport.post(path_of("leases"), body)
+        found = self._transport.post(path_of("leases"), asdict(wanted) | {"skip": skip[-SKIP_MAX:]})
         lease = found["lease"]
         if lease is None:
             return None, found["held"]

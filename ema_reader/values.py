@@ -9,6 +9,11 @@ from typing import Any
 _UNSAFE = ("", ".", "..")
 
 
+def values_of(kind: type[Any], value: Mapping[str, Any], **others: Any) -> dict[str, Any]:
+    """The arguments of a dataclass: `others`, and for each other field the value of the key of its name."""
+    return {each.name: value[each.name] for each in fields(kind) if each.name not in others} | others
+
+
 @dataclass(frozen=True, slots=True)
 class File:
     """One file of a version: name, size in bytes, sha256 in hex."""
@@ -56,20 +61,7 @@ class Version:
         for name in (value["run"], value["average"], *(item.name for item in files)):
             if name in _UNSAFE or "/" in name or "\\" in name or "\0" in name:
                 raise ValueError(f"the server sent the name {name[:100]!r}, which is not a plain name")
-        return cls(
-            id=value["id"],
-            run=value["run"],
-            average=value["average"],
-            spec=value["spec"],
-            step=value["step"],
-            updates=value["updates"],
-            gap_steps=value["gap_steps"],
-            created=value["created"],
-            files=files,
-            derived=value["derived"],
-            decay=value["decay"],
-            half_life_steps=value["half_life_steps"],
-        )
+        return cls(**values_of(cls, value, files=files))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +89,7 @@ class Average:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Average:
         """Parse an average."""
-        return cls(**{field.name: value[field.name] for field in fields(cls)})
+        return cls(**values_of(cls, value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +104,7 @@ class Ring:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Ring:
         """Parse a ring."""
-        return cls(**{field.name: value[field.name] for field in fields(cls)})
+        return cls(**values_of(cls, value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,24 +142,17 @@ class Run:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Run:
         """Parse a run."""
-        averages = tuple(Average.from_json(item) for item in value["averages"])
         nonfinite = value.get("nonfinite_buffers") or {"tensors": (), "last_step": None}
         lasts = nonfinite["last_step"] == value["step"]
-        return cls(
-            run=value["run"],
-            state=value["state"],
-            step=value["step"],
-            published_step=value["published_step"],
-            steps_per_second=value["steps_per_second"],
-            applied=value["applied"],
-            gap_steps=value["gap_steps"],
-            quarantined=value["quarantined"],
-            publish_error=value["publish_error"],
-            averages=averages,
+        made = values_of(
+            cls,
+            value,
+            averages=tuple(Average.from_json(item) for item in value["averages"]),
             derived=tuple(value["derived"]),
             ring=None if value["ring"] is None else Ring.from_json(value["ring"]),
             nonfinite_buffers=tuple(nonfinite["tensors"]) if lasts else (),
         )
+        return cls(**made)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +177,7 @@ class Ledger:
     def from_json(cls, value: Mapping[str, Any]) -> Ledger:
         """Parse a ledger."""
         steps = tuple((int(step), float(share)) for step, share in value["steps"])
-        return cls(**{field.name: value[field.name] for field in fields(cls)} | {"steps": steps})
+        return cls(**values_of(cls, value, steps=steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +209,7 @@ class Validation:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Validation:
         """Parse a validation."""
-        return cls(**{field.name: value[field.name] for field in fields(cls)})
+        return cls(**values_of(cls, value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,13 +228,4 @@ class MetricsRow:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> MetricsRow:
         """Parse a row."""
-        return cls(
-            version=value["version"],
-            average=value["average"],
-            step=value["step"],
-            task=value["task"],
-            worker=value["worker"],
-            metrics=dict(value["metrics"]),
-            error=value["error"],
-            at=value["at"],
-        )
+        return cls(**values_of(cls, value, metrics=dict(value["metrics"])))

@@ -93,7 +93,6 @@ class Attachment:
 
     @property
     def attached(self) -> bool:
-        """Whether steps are still followed."""
         return bool(self._handles)
 
     def remove(self) -> None:

@@ -64,7 +64,6 @@ class Driver:
         self._thread = threading.Thread(target=self._run, name="ema-driver", daemon=True)
 
     def start(self) -> None:
-        """Start connecting."""
         self._thread.start()
 
     def do(self, command: Callable[[float], None]) -> None:

@@ -32,8 +32,6 @@ class WorkerStats:
 
 
 class Shared:
-    """The state of one session, as both threads see it."""
-
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.state = SenderState.DISCONNECTED
@@ -55,7 +53,6 @@ class Shared:
 
     @property
     def streaming(self) -> bool:
-        """Whether the run is joined and the connection is up."""
         return self.state is SenderState.STREAMING
 
     def show(self, state: SenderState, now: float) -> None:
@@ -73,16 +70,3 @@ class Shared:
     def wait(self, until: Callable[[], object], timeout_s: float) -> bool:
         """Wait, holding `changed`, until a predicate holds; whether it does."""
         return bool(self.changed.wait_for(until, max(0.0, timeout_s)))
-
-    def stats(self) -> WorkerStats:
-        """A copy of the counters, consistent if `changed` is held."""
-        return WorkerStats(
-            state=self.state.value,
-            offered=self.offered,
-            committed=self.committed,
-            dropped=dict(self.dropped),
-            reconnects=self.reconnects,
-            last_offered_step=self.last_offered,
-            last_committed_step=self.last_committed,
-            last_published_step=self.last_published,
-        )

@@ -210,8 +210,18 @@ class Worker:
 
     def stats(self) -> WorkerStats:
         """A consistent copy of the session's state."""
-        with self._shared.changed:
-            return self._shared.stats()
+        shared = self._shared
+        with shared.changed:
+            return WorkerStats(
+                state=shared.state.value,
+                offered=shared.offered,
+                committed=shared.committed,
+                dropped=dict(shared.dropped),
+                reconnects=shared.reconnects,
+                last_offered_step=shared.last_offered,
+                last_committed_step=shared.last_committed,
+                last_published_step=shared.last_published,
+            )
 
     def _send(self, slot: Slot, step: int, mode: m.Mode) -> None:
         with self._shared.changed:
@@ -237,12 +247,9 @@ class Worker:
         """Make a request about everything offered so far; an answer that does not come in time is an error too."""
         if not self._copies.idle(seconds_left(deadline)):
             return Answered(0, None, "the device has not copied the last snapshot in time")
-        return self._request(request, seconds_left(deadline))
-
-    def _request(self, request: Callable[[Sender], int], timeout_s: float) -> Answered:
         pending = self._driver.ask(partial(request, self._sender))
         with self._shared.changed:
-            self._shared.wait(lambda: pending.answer is not None, timeout_s)
+            self._shared.wait(lambda: pending.answer is not None, seconds_left(deadline))
         return pending.answer or Answered(0, None, f"the server at {self._endpoint} did not answer in time")
 
 

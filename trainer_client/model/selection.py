@@ -35,7 +35,6 @@ class Selection:
 
     @property
     def is_whole(self) -> bool:
-        """Whether everything is chosen."""
         return not (self.include or self.exclude or self.trainable_only)
 
     def choose(self, sources: Sequence[Source]) -> tuple[Source, ...]:

@@ -37,7 +37,6 @@ class Known:
 
     @property
     def names(self) -> str:
-        """The places, for people."""
         return ", ".join(sorted(f"{module.__name__}.{name}" for module, name in self.places))
 
 
