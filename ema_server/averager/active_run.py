@@ -115,11 +115,9 @@ class Rate:
         self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_SAMPLES)
 
     def add(self, now: float, step: int) -> None:
-        """A snapshot of `step` was applied at `now` seconds."""
         self._samples.append((now, step))
 
     def reset(self) -> None:
-        """Start over."""
         self._samples.clear()
 
     def steps_per_second(self) -> float | None:
@@ -166,12 +164,10 @@ class ActiveRun:
 
     @property
     def name(self) -> str:
-        """The run's name."""
         return self.run.name
 
     @property
     def is_idle(self) -> bool:
-        """Whether no generation is in progress."""
         return self.phase is Phase.IDLE
 
     @property
@@ -289,11 +285,9 @@ class ActiveRun:
         return "; ".join(texts) or None
 
     def show(self) -> None:
-        """Put the run's status into the status store."""
         self.resources.statuses.set(self.status())
 
     def status(self) -> RunStatus:
-        """The run as it is in memory."""
         run = self.run
         return RunStatus(
             run=run.name,

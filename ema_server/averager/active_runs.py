@@ -32,11 +32,9 @@ class ActiveRuns:
         self._held: dict[str, deque[Job]] = {}
 
     def get(self, name: str) -> ActiveRun | None:
-        """The run of that name, None if it is not in memory."""
         return self._by_name.get(name)
 
     def all(self) -> tuple[ActiveRun, ...]:
-        """Every active run."""
         return tuple(self._by_name.values())
 
     def hold(self, job: Job) -> None:

@@ -257,7 +257,6 @@ class Averager:
             active.write_draft()
 
     def _answer_from_disk(self, job: Job) -> None:
-        """Answer a job of a run that is not in memory."""
         if isinstance(job, Publish):
             newest = next(iter(self._runs.resources.catalog.generations(job.run)), None)
             if newest is None:

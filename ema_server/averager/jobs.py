@@ -105,8 +105,6 @@ class Changed:
 
 
 class WhyNot(Enum):
-    """Why the averages of a run were not changed."""
-
     NOT_STREAMING = "not_streaming"
     NO_SUCH_AVERAGE = "no_such_average"
     CONFLICT = "conflict"

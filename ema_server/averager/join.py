@@ -21,7 +21,6 @@ from ema_server.storage.records import BrokenGeneration, RunRecord, newest_step_
 
 
 def join(runs: ActiveRuns, job: Join) -> None:
-    """Let the session stream, or say why not."""
     try:
         _join(runs, job)
     except MemoryError as error:

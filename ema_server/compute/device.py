@@ -100,8 +100,6 @@ class Host:
 
 
 class _InPlace:
-    """Views of the snapshot."""
-
     def turn(self) -> AbstractContextManager[object]:
         return nullcontext()
 

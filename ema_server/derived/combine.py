@@ -32,8 +32,6 @@ _VARIANCE = "running_var"  # torch's name, in every class of batch norm
 
 
 class _Kind(Enum):
-    """How a tensor is computed."""
-
     COPIED = "taken from the newest part"
     SUMMED = "the sum"
     VARIANCE = "the sum, not below the smallest stored value"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ema_server.config import RingDtype
 from ema_server.derived.solve import Blend, Profile, solve
@@ -32,7 +32,16 @@ class Part:
 
     snapshot: RingSnapshot
     member: RingMember
-    share: float
+    share: float = 0.0
+
+    @property
+    def profile(self) -> Profile:
+        return Profile(self.snapshot.step - self.member.origin, self.member.gamma)
+
+    @property
+    def history(self) -> tuple[int, int, frozenset[str]]:
+        """Equal for averages that may be added up."""
+        return self.member.origin, self.member.began, self.member.copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +69,6 @@ class Plan:
     warning: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    snapshot: RingSnapshot
-    member: RingMember
-
-    @property
-    def profile(self) -> Profile:
-        return Profile(self.snapshot.step - self.member.origin, self.member.gamma)
-
-    @property
-    def history(self) -> tuple[int, int, frozenset[str]]:
-        """Equal for averages that may be added up."""
-        return self.member.origin, self.member.began, self.member.copied
-
-
 def make_plan(snapshots: Sequence[RingSnapshot], gamma: float, step: int) -> Plan:
     """How to compute the power average with exponent `gamma` at `step` from a ring.
 
@@ -89,7 +83,7 @@ def make_plan(snapshots: Sequence[RingSnapshot], gamma: float, step: int) -> Pla
         CannotSynthesize: it is not possible, or the error would be above `ERROR_MAX`.
     """
     earlier = [snapshot for snapshot in snapshots if snapshot.step <= step]
-    stored = [_Stored(snapshot, member) for snapshot in earlier for member in snapshot.members]
+    stored = [Part(snapshot, member) for snapshot in earlier for member in snapshot.members]
     last = [one for one in stored if one.snapshot.step == step]
     if not last:
         raise CannotSynthesize(_missing(step, sorted(snapshot.step for snapshot in snapshots)))
@@ -111,11 +105,11 @@ def make_plan(snapshots: Sequence[RingSnapshot], gamma: float, step: int) -> Pla
     )
 
 
-def _plan(usable: Sequence[_Stored], gamma: float, step: int) -> Plan:
+def _plan(usable: Sequence[Part], gamma: float, step: int) -> Plan:
     usable = sorted(_closest(usable, gamma), key=lambda one: (one.snapshot.step, one.member.average))
     origin = usable[-1].member.origin
     blend = solve([one.profile for one in usable], Profile(step - origin, gamma))
-    parts = [Part(one.snapshot, one.member, share) for one, share in zip(usable, blend.shares, strict=True)]
+    parts = [replace(one, share=share) for one, share in zip(usable, blend.shares, strict=True)]
     rounding = math.fsum(abs(part.share) * _ROUNDOFF[part.snapshot.dtype] for part in parts)
     return Plan(
         step=step,
@@ -129,8 +123,7 @@ def _plan(usable: Sequence[_Stored], gamma: float, step: int) -> Plan:
     )
 
 
-def _closest(usable: Sequence[_Stored], gamma: float) -> list[_Stored]:
-    """The averages whose exponents are closest to `gamma`, by ratio."""
+def _closest(usable: Sequence[Part], gamma: float) -> list[Part]:
     gammas = sorted({one.member.gamma for one in usable}, key=lambda each: abs(math.log((each + 1) / (gamma + 1))))
     return [one for one in usable if one.member.gamma in gammas[:PROFILES_MAX]]
 

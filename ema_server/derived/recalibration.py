@@ -6,7 +6,6 @@ It is a derived version of the average `{average}-bn`. Uploaded buffers must fit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,16 +33,8 @@ class BadBuffers(ValueError):
     """The upload cannot replace the buffers of the version; the text says which tensor and why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recalibrated:
-    """A version with other buffers, made now or earlier."""
-
-    version: Version
-    is_new: bool
-
-
-def recalibrate(deriving: DerivationQueue, base: Version, data: bytes) -> Recalibrated:
-    """Write `base` with the buffers in `data` as a new version. The same upload again gives the same version.
+def recalibrate(deriving: DerivationQueue, base: Version, data: bytes) -> tuple[Version, bool]:
+    """Write `base` with the buffers in `data` as a new version; returns it, and whether it did not exist before.
 
     Args:
         deriving: the queue, whose thread calls this.
@@ -68,7 +59,7 @@ def recalibrate(deriving: DerivationQueue, base: Version, data: bytes) -> Recali
             deriving.pieces(replaced(path, buffers)),
             config.read_bytes() if config.exists() else None,
         )
-    return Recalibrated(version, version.id not in known)
+    return version, version.id not in known
 
 
 def checked(data: bytes, stored: tuple[Stored, ...], manifest: Manifest) -> dict[str, bytes]:

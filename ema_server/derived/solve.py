@@ -75,7 +75,6 @@ def solve(stored: Sequence[Profile], wanted: Profile) -> Blend:
 
 
 def _columns(profiles: Sequence[Profile]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Times and exponents."""
     times, gammas = ([profile.time for profile in profiles], [profile.gamma for profile in profiles])
     return torch.tensor(times, dtype=torch.float64), torch.tensor(gammas, dtype=torch.float64)
 

@@ -49,7 +49,7 @@ def _blended(rule: AverageSpec, ledger: Ledger, units_at: Callable[[int], StepUn
 
 def _window(rule: Window, ledger: Ledger) -> Iterator[tuple[int, float]]:
     inside: list[tuple[int, int]] = []
-    free = rule.k or 0
+    free = rule.k
     for now, then in _newest_first(ledger):
         due = min(free, points(rule.every, ledger.origin if then is None else then, now))
         inside += [(now, due)] if due else []

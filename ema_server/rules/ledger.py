@@ -66,7 +66,6 @@ class Ledger:
         return tuple(reversed(list(islice(self.newest_first(), count))))
 
     def to_json(self) -> dict[str, Any]:
-        """The ledger as JSON values."""
         return {"origin": self.origin, "set": list(self._set), "ranges": [list(entry) for entry in self._ranges]}
 
     @classmethod

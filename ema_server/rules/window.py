@@ -10,8 +10,6 @@ from typing import TypeAlias
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A snapshot in the window."""
-
     step: int
     count: int
     slot: int

@@ -58,7 +58,6 @@ class Average:
 
     @property
     def form(self) -> Form:
-        """The form of its mean."""
         return form_of(self.rule)
 
     @property
@@ -68,7 +67,6 @@ class Average:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes."""
         return self.memory.nbytes + sum(slot.nbytes for slot in self.slots)
 
     @property
@@ -169,14 +167,7 @@ def needed_nbytes(manifest: Manifest, rule: AverageSpec) -> int:
 def new_average(
     manifest: Manifest, rule: AverageSpec, ledger: Ledger, device: Device, old: Average | None = None
 ) -> Average:
-    """An average without content.
-
-    Args:
-        manifest: the run's manifest.
-        rule: its rule.
-        ledger: its history.
-        device: where its memory is.
-        old: an average of the same manifest and device, whose memory is used again if its rule is the same.
+    """An average without content. If `old`, of the same manifest and device, has the same rule, it gives its memory.
 
     Raises:
         MemoryError: the device has not enough.
@@ -193,4 +184,4 @@ def new_average(
 
 
 def _slots_of(rule: AverageSpec) -> int:
-    return rule.k or 0 if isinstance(rule, Window) else 0
+    return rule.k if isinstance(rule, Window) else 0

@@ -68,7 +68,6 @@ class Run:
     segments: tuple[Segment, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Compute the segments."""
         self._lay_out()
 
     @property
@@ -113,14 +112,7 @@ class Run:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that the averages hold."""
         return sum(average.nbytes for average in self.averages)
-
-    def exempt_also(self, names: frozenset[str]) -> None:
-        """Copy these tensors from now on instead of averaging them."""
-        if names - self.exempt:
-            self.exempt |= names
-            self._lay_out()
 
     def add(self, average: Average) -> None:
         """Update one more average from the next snapshot on. Its origin is the last applied step."""
@@ -136,7 +128,6 @@ class Run:
         self.removed = (*(removed for removed in self.removed if removed != gone), gone)[-REMOVED_MAX:]
 
     def unmark_removed(self, average: Average) -> None:
-        """Record it again."""
         average.is_removed = False
         self.edits += 1
         self.removed = tuple(gone for gone in self.removed if gone.name != average.rule.name)
@@ -188,8 +179,9 @@ class Run:
         """
         means = [average for average in self.averages if average.form is not Form.WIRE]
         donor = next((average for average in means if average.has_content), None)
-        if self.last_step is None or (donor is None and means):
-            self.exempt_also(not_finite)
+        if not_finite - self.exempt and (self.last_step is None or (donor is None and means)):
+            self.exempt |= not_finite
+            self._lay_out()
         donors = [average if average.has_content or donor is None else donor for average in self.averages]
         targets = self._advance(step, replaces=mode == "set")
         kept = not_finite - self.exempt

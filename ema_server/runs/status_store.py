@@ -106,7 +106,6 @@ class StatusStore:
         self._statuses: dict[str, RunStatus] = {}
 
     def get(self, run: str) -> RunStatus | None:
-        """The status of one run, None if it is unknown."""
         with self._lock:
             return self._statuses.get(run)
 
@@ -116,11 +115,9 @@ class StatusStore:
             return tuple(status for _, status in sorted(self._statuses.items()))
 
     def set(self, status: RunStatus) -> None:
-        """Replace the status of `status.run`."""
         with self._lock:
             self._statuses[status.run] = status
 
     def remove(self, run: str) -> None:
-        """Remove the status of a run."""
         with self._lock:
             self._statuses.pop(run, None)

@@ -210,12 +210,13 @@ class Catalog:
 
     def move(self, run: str, new_run: str, new_folder: Path) -> None:
         """Rename a run whose folder has been renamed to `new_folder` (averager only)."""
-        folders = new_folder.with_name(run), new_folder
+        paths = new_run, new_folder.with_name(run), new_folder
         with self._lock:
-            moved = self._generations.pop(run, ())
-            self._generations[new_run] = tuple(_moved(generation, new_run, folders) for generation in moved)
-            derived = self._derived.pop(run, ())
-            self._derived[new_run] = tuple(_moved_version(version, new_run, folders) for version in derived)
+            self._generations[new_run] = tuple(
+                replace(_moved(each, *paths), versions=tuple(_moved(version, *paths) for version in each.versions))
+                for each in self._generations.pop(run, ())
+            )
+            self._derived[new_run] = tuple(_moved(version, *paths) for version in self._derived.pop(run, ()))
         for listener in self._on_move:
             listener(run, new_run)
 
@@ -239,12 +240,5 @@ def _added(known: tuple[Listed, ...], new: Listed) -> tuple[Listed, ...]:
     return tuple(sorted((new, *others), key=lambda item: item.seq, reverse=True))
 
 
-def _moved(generation: Generation, run: str, folders: tuple[Path, Path]) -> Generation:
-    old, new = folders
-    versions = tuple(_moved_version(version, run, folders) for version in generation.versions)
-    return replace(generation, run=run, folder=new / generation.folder.relative_to(old), versions=versions)
-
-
-def _moved_version(version: Version, run: str, folders: tuple[Path, Path]) -> Version:
-    old, new = folders
-    return replace(version, run=run, folder=new / version.folder.relative_to(old))
+def _moved(item: Listed, run: str, old: Path, new: Path) -> Listed:
+    return replace(item, run=run, folder=new / item.folder.relative_to(old))

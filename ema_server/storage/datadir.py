@@ -62,7 +62,6 @@ class DataDir:
         return self._runs / run / "generations"
 
     def run_folder(self, run: str) -> Path:
-        """Everything of `run`."""
         return self._runs / run
 
     def derived_folder(self, run: str) -> Path:

@@ -99,7 +99,6 @@ def probe_write(folder: Path, nbytes: int = 1) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -56,7 +56,6 @@ def step_in(name: str) -> int:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether `folder_name` returns such names."""
     return _NAME.fullmatch(name) is not None
 
 

@@ -76,7 +76,6 @@ class StepUnitsRecord:
 
 
 def newest_step_units(history: Sequence[StepUnitsRecord]) -> StepUnits:
-    """The last units of the history; unknown where it is empty."""
     return history[-1].step_units if history else UNKNOWN
 
 
@@ -140,12 +139,10 @@ def rfc3339(seconds: float) -> str:
 
 
 def dump(value: object) -> bytes:
-    """Indented JSON."""
     return json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """The content of `manifest.json`."""
     return json.dumps(manifest.to_json(), separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
@@ -181,7 +178,6 @@ def identified(content: Mapping[str, Any], created: str) -> bytes:
 
 
 def generation_bytes(record: GenerationRecord) -> bytes:
-    """The content of `generation.json`."""
     info, run = record.info, record.run
     return dump(
         {

@@ -17,8 +17,6 @@ from ema_proto.wire.manifest import Manifest, TensorSpec
 
 
 class Form(Enum):
-    """How an average is held in memory."""
-
     WIRE = "wire"
     WIDE = "wide"
     EXACT = "exact"
@@ -57,7 +55,6 @@ class Segment:
         return self.wire_offset + self.count * ITEM_BYTES[self.dtype]
 
     def part(self, start: int, count: int) -> Segment:
-        """`count` elements from element `start` on."""
         offsets = (self.offset(form) + start * ITEM_BYTES[held_dtype(form, self.dtype)] for form in Form)
         return Segment(self.dtype, self.averaged, count, *offsets)
 
@@ -90,7 +87,6 @@ def places(manifest: Manifest, form: Form) -> tuple[Place, ...]:
 
 
 def held_nbytes(manifest: Manifest, form: Form) -> int:
-    """The size of an average of this form."""
     return sum(place.nbytes for place in places(manifest, form))
 
 

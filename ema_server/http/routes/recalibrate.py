@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from ema_proto.errors import LocalProtocolError
 from ema_proto.names import check_name
-from ema_server.derived.recalibration import RECALIBRATED, SUFFIX, BadBuffers, Recalibrated, recalibrate
+from ema_server.derived.recalibration import RECALIBRATED, SUFFIX, BadBuffers, recalibrate
 from ema_server.http.middleware import UPLOAD
 from ema_server.http.problems import Code, Problem
 from ema_server.http.resolve import find_version, is_alias, path_of, relative_link
@@ -52,11 +52,11 @@ async def upload(
     if services.uploads.locked():
         raise busy(f"{UPLOADS_MAX} uploads, the maximum, are being received or processed: try again later")
     async with services.uploads:
-        made = await _recalibrate(services, base, await received(request.body))
-    response.headers["Location"] = relative_link(request, path_of(made.version))
-    if not made.is_new:
+        version, is_new = await _recalibrate(services, base, await received(request.body))
+    response.headers["Location"] = relative_link(request, path_of(version))
+    if not is_new:
         response.status_code = 200
-    shown: VersionOut = VersionOut.model_validate(made.version)
+    shown: VersionOut = VersionOut.model_validate(version)
     return shown
 
 
@@ -69,7 +69,7 @@ async def received(body: Callable[[], Awaitable[bytes]]) -> bytes:
         raise Problem(Code.UPLOAD_TIMEOUT, f"the body has not arrived after {BODY_S:g} s: send it again") from None
 
 
-async def _recalibrate(services: Services, base: Version, data: bytes) -> Recalibrated:
+async def _recalibrate(services: Services, base: Version, data: bytes) -> tuple[Version, bool]:
     _check_name(services, base)  # again: it may have been taken during the upload
     nbytes = sum(file.size for file in base.files)
     try:
