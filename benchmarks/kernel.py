@@ -15,10 +15,11 @@ from benchmarks.machine import all_cores
 from benchmarks.result import Row, Section, Spread, interleaved
 from ema_proto.limits import CHUNK_BYTES_DEFAULT
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec
-from ema_server.compute.arithmetic import Arithmetic, ByTorch, KernelUnavailableError, choose
+from ema_server.compute.arithmetic import Arithmetic, ByTorch
 from ema_server.compute.kernel import Target
 from ema_server.compute.memory import allocate
 from ema_server.compute.pool import WorkerPool
+from ema_server.compute.select import KernelUnavailableError, choose
 from ema_server.ingest.finite import FiniteCheck, Slot
 from ema_server.tensors.layout import Form, segments
 

@@ -58,8 +58,8 @@ serve.__signature__ = Signature([_parameter(each) for each in fields(ServerConfi
 
 def _run(config: ServerConfig) -> int:
     # Imported only now: torch takes a second, which `ema --help` need not.
-    from ema_server.compute.arithmetic import KernelUnavailableError
     from ema_server.compute.cuda import DeviceError
+    from ema_server.compute.select import KernelUnavailableError
     from ema_server.evaluation.metric_store import MetricStoreError
     from ema_server.http.listener import HttpListenError
     from ema_server.server import run

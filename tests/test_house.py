@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import inspect
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,6 +72,26 @@ def test_imports_keep_the_contracts() -> None:
     checked = subprocess.run([linter], cwd=_ROOT, capture_output=True, text=True, timeout=100, check=False)
 
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def _imports(module: str, path: Path, modules: Collection[str]) -> set[str]:
+    """What a module imports of ours, also inside functions and for type checking."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {name if name in modules else node.module for name in names}
+    return (found & set(modules)) - {module}
+
+
+def test_no_modules_import_each_other_in_a_cycle() -> None:
+    paths = {
+        path: path.relative_to(_ROOT / "proto" if "ema_proto" in path.parts else _ROOT) for path in _sources(*_PACKAGES)
+    }
+    modules = {".".join(name.with_suffix("").parts).removesuffix(".__init__"): path for path, name in paths.items()}
+    graph = {module: _imports(module, path, modules) for module, path in modules.items()}
+
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(graph)  # raises CycleError
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,10 @@ from ema_server.averager.jobs import (
 )
 from ema_server.averager.join import join
 from ema_server.averager.rewind import end_rewind, rewind
-from ema_server.compute.arithmetic import choose
 from ema_server.compute.cuda import unusable
 from ema_server.compute.device import HOST, Device
 from ema_server.compute.pool import WorkerPool
+from ema_server.compute.select import choose
 from ema_server.config import ServerConfig
 from ema_server.publishing.publisher import Publisher
 from ema_server.publishing.ring import Ring

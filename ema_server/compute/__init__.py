@@ -5,8 +5,9 @@
 - `backend`: what the server needs of a device that works beside the host: memory and streams
 - `accelerator`: averages on such a device, fed in two stages
 - `cuda`: a CUDA device as a backend
-- `arithmetic`: how averages take in a block of elements, by torch; the choice of the kernel
+- `arithmetic`: how averages take in a block of elements, by torch
 - `compiled`: the same arithmetic in loops that numba compiles
+- `select`: chooses between these two
 - `kernel`: one thread's pass over the blocks of a snapshot
 - `pool`: the threads that share a pass
 """

@@ -1,24 +1,14 @@
-"""How averages take in the elements of a block: the interface, torch's implementation, and the choice between kernels.
-
-`compiled` is a faster implementation.
-"""
+"""How averages take in the elements of a block: the interface, and torch's implementation."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
 
-logger = logging.getLogger(__name__)
-
 Weighted: TypeAlias = tuple[torch.Tensor, float]
 """The elements of an average (1-D, contiguous, float32 or float64), and the weight of the new elements in it."""
-
-
-class KernelUnavailableError(Exception):
-    """The requested kernel is not available; the text says why, and what to do."""
 
 
 class Elements:
@@ -69,38 +59,3 @@ class ByTorch:
 
 
 BY_TORCH = ByTorch()
-
-
-def choose(setting: str, device: torch.device) -> Arithmetic:
-    """The arithmetic for the setting `auto`, `torch` or `compiled`, and averages on `device`.
-
-    `auto` prefers the compiled loops, and uses torch where these are not available.
-
-    Raises:
-        KernelUnavailableError: `compiled` was asked for and is not available.
-    """
-    if setting == "torch":
-        return _chosen(BY_TORCH, "as set")
-    if device.type != "cpu":
-        if setting == "compiled":
-            raise KernelUnavailableError(f"the compiled kernel computes on the CPU, not on {device}: use --kernel auto")
-        return _chosen(BY_TORCH, f"the averages are on {device}")
-    try:
-        return _chosen(_by_loops(), "on the CPU, by numba")
-    except (ImportError, OSError, RuntimeError) as error:
-        if setting == "compiled":
-            raise KernelUnavailableError(
-                f"the compiled kernel is not available ({error}): pip install 'ema-sidecar[fast]', or use --kernel auto"
-            ) from None
-        return _chosen(BY_TORCH, f"the compiled kernel is not available: {error}")
-
-
-def _by_loops() -> Arithmetic:
-    from ema_server.compute.compiled import ByLoops  # needs numba, which is optional and takes half a second to import
-
-    return ByLoops()
-
-
-def _chosen(arithmetic: Arithmetic, why: str) -> Arithmetic:
-    logger.info("averaging kernel: %s (%s)", arithmetic.name, why)
-    return arithmetic

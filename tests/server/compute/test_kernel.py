@@ -235,7 +235,7 @@ def test_passes_allocate_no_memory_of_the_models_size(name: str) -> None:
         from ema_proto.wire.manifest import Role, TensorSpec, layout
         from ema_server.compute.pool import WorkerPool
         from ema_server.compute.kernel import Target
-        from ema_server.compute.arithmetic import choose
+        from ema_server.compute.select import choose
         from ema_server.tensors.layout import Form, held_nbytes, segments
         from ema_server.compute.memory import allocate
         manifest = layout([TensorSpec("w", "BF16", (64 << 20,), Role.PARAM, 0)])

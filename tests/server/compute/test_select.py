@@ -14,7 +14,8 @@ import httpx2
 import pytest
 import torch
 
-from ema_server.compute.arithmetic import BY_TORCH, KernelUnavailableError, choose
+from ema_server.compute.arithmetic import BY_TORCH
+from ema_server.compute.select import KernelUnavailableError, choose
 from ema_server.config import Kernel
 from support.arithmetics import WITHOUT_NUMBA
 from support.processes import ServerProcess
