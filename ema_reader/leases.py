@@ -71,15 +71,23 @@ class Leases:
         self._transport.post(path_of("leases", lease.id, "heartbeat"))
 
     def settle(
-        self, lease: Lease, metrics: Mapping[str, float], *, error: str | None, samples: int | None, seconds: float
+        self,
+        lease: Lease,
+        metrics: Mapping[str, float],
+        *,
+        missing: Mapping[str, str] | None = None,
+        error: str | None,
+        samples: int | None,
+        seconds: float,
     ) -> None:
-        """End a lease with its result.
+        """End a lease with its result: metrics and why others are missing, or an error.
 
         Raises:
             LeaseLost: another worker has taken the version over.
             RequestRefused: the server does not accept it; a name or a text is too long.
         """
-        body = {"metrics": dict(metrics), "error": error, "samples": samples, "seconds": seconds}
+        body: dict[str, object] = {"metrics": dict(metrics), "missing": dict(missing or {}), "error": error}
+        body |= {"samples": samples, "seconds": seconds}
         self._transport.post(path_of("leases", lease.id, "result"), body)
 
     def give_back(self, lease: Lease) -> None:

@@ -214,20 +214,20 @@ class Reader:
     ) -> MetricsRow:
         """Report the metrics of a version, or the `error` that prevented them.
 
-        A second report of the same version, task and worker replaces the first.
+        A second report of the same version, task and worker replaces the first. A metric that is NaN or infinite is
+        stored as missing, with that reason.
 
         Raises:
-            UsageError: neither or both of metrics and error are given, or a metric is not a finite number.
+            UsageError: neither or both of metrics and error are given.
             RequestRefused: the server does not accept it; a name or a text is too long.
         """
         if bool(metrics) == (error is not None):
             raise UsageError("report either metrics (at least one) or an error")
-        for name, value in (metrics or {}).items():
-            if not math.isfinite(value):
-                raise UsageError(f"metric {name!r} is {value}: report a finite number, or an error instead")
-        of = self._version(version)
-        body: dict[str, object] = {"metrics": dict(metrics or {}), "task": task, "worker": worker, "error": error}
-        body |= {"samples": samples, "seconds": seconds}
+        of, given = self._version(version), metrics or {}
+        finite = {name: value for name, value in given.items() if math.isfinite(value)}
+        missing = {name: str(float(value)) for name, value in given.items() if name not in finite}
+        body: dict[str, object] = {"metrics": finite, "missing": missing, "task": task, "worker": worker}
+        body |= {"error": error, "samples": samples, "seconds": seconds}
         path = path_of("runs", of.run, "averages", of.average, "versions", of.id, "metrics")
         return MetricsRow.from_json(self._transport.post(path, body))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 _UNSAFE = ("", ".", "..")
@@ -184,6 +184,7 @@ class Ledger:
 class Validation:
     """A requested validation: `state` is `waiting`, `running`, `done` (has metrics) or `failed` (has `error`).
 
+    `missing` has the metrics without a finite value, each with the reason (`nan`, `inf`, `-inf`, or a text).
     `note` says why no worker evaluates it; `samples` and `seconds` are those of the evaluation, if known.
     """
 
@@ -195,6 +196,7 @@ class Validation:
     step: int
     task: str
     metrics: dict[str, float]
+    missing: dict[str, str]
     error: str | None
     samples: int | None
     seconds: float | None
@@ -214,7 +216,10 @@ class Validation:
 
 @dataclass(frozen=True, slots=True)
 class MetricsRow:
-    """A report about a version for a task: `metrics`, or the `error` that prevented them."""
+    """A report about a version for a task: `metrics`, or the `error` that prevented them.
+
+    `missing` has the metrics without a finite value, each with the reason (`nan`, `inf`, `-inf`, or a text).
+    """
 
     version: str
     average: str
@@ -224,6 +229,7 @@ class MetricsRow:
     metrics: dict[str, float]
     error: str | None
     at: str
+    missing: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> MetricsRow:

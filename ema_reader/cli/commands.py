@@ -72,8 +72,7 @@ def versions(
         found = [version for name in names for version in reader.versions(run, name)]
         scores = {score.version: score for score in _scores(reader, run)} if found else {}
         if json:
-            metrics_of = {version: score.metrics for version, score in scores.items()}
-            shown = [{**dataclasses.asdict(v), "metrics": metrics_of.get(v.id, {})} for v in found]
+            shown = [{**dataclasses.asdict(v), **_metrics_json(scores.get(v.id))} for v in found]
             typer.echo(render.as_json({"versions": shown}))
         else:
             typer.echo(render.versions_text(found, scores, long=long))
@@ -117,6 +116,10 @@ def _with_metrics(run: Run, newest: dict[str, Score]) -> dict[str, Any]:
     shown = dataclasses.asdict(run)
     for average in shown["averages"]:
         score = newest.get(average["name"])
-        average["metrics"] = {} if score is None else score.metrics
+        average.update(_metrics_json(score))
         average["metrics_step"] = None if score is None else score.step
     return shown
+
+
+def _metrics_json(score: Score | None) -> dict[str, dict[str, Any]]:
+    return {"metrics": {} if score is None else score.metrics, "missing": {} if score is None else score.missing}

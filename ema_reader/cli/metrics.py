@@ -92,16 +92,24 @@ def _text(scores: Sequence[Score], ranking: _Ranking, *, long: bool) -> str:
     for score in scores:
         values = [_value(score, name, is_best=(name, score.version) in marked) for name in ranking]
         rows.append((score.step, score.average, render.shown_id(score.version, long=long), *values))
-    notes = [f"* best {name}: {direction}" for name, (direction, _) in ranking.items()]
+    notes = [f"* best {name}: {direction}" for name, (direction, order) in ranking.items() if order]
     notes += [
         f"{score.average} at step {score.step}: task {task} failed: {error.splitlines()[0][:200]}"
         for score in scores
         for task, error in score.errors.items()
     ]
+    notes += [
+        f"{score.average} at step {score.step}: {name} is missing: {reason}"
+        for score in scores
+        for name, reason in score.missing.items()
+        if not render.is_explained(reason)
+    ]
     return "\n".join([render.table(("step", "average", "version", *ranking), rows), *notes])
 
 
 def _value(score: Score, name: str, *, is_best: bool) -> str:
+    if name in score.missing:
+        return render.missing_text(score.missing[name])
     if name not in score.metrics:
         return "-"
     return f"{score.metrics[name]:.6g}{'*' if is_best else ''}"
@@ -117,6 +125,7 @@ def _best_json(ranking: _Ranking) -> dict[str, object]:
             "direction": direction,
         }
         for name, (direction, order) in ranking.items()
+        if order
     }
 
 
@@ -125,5 +134,7 @@ def _csv(scores: Sequence[Score], names: Sequence[str]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("step", "average", "version", *names))
     for score in scores:
-        writer.writerow((score.step, score.average, score.version, *(score.metrics.get(name, "") for name in names)))
+        values: dict[str, float | str] = {name: render.missing_text(why) for name, why in score.missing.items()}
+        values |= score.metrics
+        writer.writerow((score.step, score.average, score.version, *(values.get(name, "") for name in names)))
     return text.getvalue()

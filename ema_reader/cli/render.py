@@ -18,6 +18,7 @@ from ema_reader.scores import Score
 from ema_reader.values import Average, Ledger, Run, Validation, Version
 
 _NAMES_SHOWN = 3
+_NON_FINITE = ("nan", "inf", "-inf")
 _ID_CHARS = 12
 _RULE_CHARS = 60  # patterns may have thousands
 _LAST_CHARS_MIN = 8
@@ -109,13 +110,13 @@ def health_text(ready: bool, checks: Mapping[str, Mapping[str, object]]) -> str:
 
 def outcome_text(outcome: Outcome) -> str:
     """One line for one evaluated version."""
-    result = _pairs(outcome.metrics) if outcome.error is None else f"FAILED: {outcome.error}"
+    result = _pairs(outcome.metrics, outcome.missing) if outcome.error is None else f"FAILED: {outcome.error}"
     return f"{outcome.version}: {result} ({outcome.seconds:.1f} s)"
 
 
 def validation_text(found: Validation) -> str:
     """One line for one validation that has ended."""
-    result = _pairs(found.metrics) if found.error is None else f"FAILED: {found.error}"
+    result = _pairs(found.metrics, found.missing) if found.error is None else f"FAILED: {found.error}"
     samples = "" if found.samples is None else f"{found.samples} samples, "
     seconds = "" if found.seconds is None else f"{found.seconds:.1f} s, "
     by = f"({samples}{seconds}by {found.worker or 'a report'})"
@@ -124,7 +125,18 @@ def validation_text(found: Validation) -> str:
 
 def metrics_text(score: Score) -> str:
     """The metrics of a version in one cell."""
-    return "  ".join(filter(None, (_pairs(score.metrics), "failed: " * bool(score.errors) + ", ".join(score.errors))))
+    failed = "failed: " * bool(score.errors) + ", ".join(score.errors)
+    return "  ".join(filter(None, (_pairs(score.metrics, score.missing), failed)))
+
+
+def missing_text(reason: str) -> str:
+    """Why a metric is missing, for a cell: `nan`, `inf`, `-inf`, or `missing` for a longer reason."""
+    return reason if reason in _NON_FINITE else "missing"
+
+
+def is_explained(reason: str) -> bool:
+    """Whether `missing_text` says all of a reason."""
+    return reason in _NON_FINITE
 
 
 def as_json(value: Any) -> str:
@@ -219,8 +231,10 @@ def _precisely(value: float | None) -> str | None:
     return None if value is None else f"{value:.6g}"
 
 
-def _pairs(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{name}={value:.6g}" for name, value in metrics.items())
+def _pairs(metrics: Mapping[str, float], missing: Mapping[str, str]) -> str:
+    shown = {name: f"{value:.6g}" for name, value in metrics.items()}
+    shown |= {name: missing_text(reason) for name, reason in missing.items()}
+    return "  ".join(f"{name}={text}" for name, text in shown.items())
 
 
 def _shortened(spec: str) -> str:

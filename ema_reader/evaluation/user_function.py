@@ -1,4 +1,4 @@
-"""The user's functions: imports `module:function`, and checks that the result is plain finite floats."""
+"""The user's functions: imports `module:function`, and converts the result to plain finite floats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,47 +94,56 @@ def check_device(device: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Result of a function: metrics by name, and the number of samples if it returned one."""
+    """Result of a function: metrics by name, and the number of samples if it returned one.
+
+    `missing` has the metrics without a finite value, each with the reason: `nan`, `inf`, `-inf`, or what was found.
+    """
 
     metrics: dict[str, float]
     samples: int | None = None
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 def measured(result: object) -> Measured:
-    """Check a function's result. The name `samples` is not a metric but the number of samples evaluated.
+    """Convert a function's result: numbers of numpy and torch become floats, `samples` is the number of samples.
+
+    A metric that is not a finite number is missing; the others count.
 
     Raises:
-        ValueError: as `plain_metrics`, or `samples` is not a whole number from 0 on.
-    """
-    metrics = plain_metrics(result)
-    samples = metrics.pop(_SAMPLES, None)
-    if samples is None:
-        return Measured(metrics)
-    if samples < 0 or samples != int(samples):
-        raise ValueError(f"{_SAMPLES!r} is {samples:g}: it says how many samples were evaluated, a whole number")
-    if not metrics:
-        raise ValueError(f"the function returned {_SAMPLES!r} and no metric")
-    return Measured(metrics, int(samples))
-
-
-def plain_metrics(result: object) -> dict[str, float]:
-    """A function's result as names and finite floats; numbers of numpy and torch are converted.
-
-    Raises:
-        ValueError: it is not a mapping of names to finite numbers; the text says what was found.
+        ValueError: the result is not a mapping of names to at least one number, or `samples` is not a whole number from
+            0 on; the text says what was found.
     """
     if not isinstance(result, Mapping) or not result:
         raise ValueError(f"the function returned {_shown(result)}, not a dict of metrics such as {{'accuracy': 0.9}}")
-    metrics = {}
+    metrics, missing, numbers = {}, {}, 0
     for name, value in result.items():
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"metric {name!r} is {_shown(value)}, not a number") from None
-        if not isinstance(name, str) or not math.isfinite(number):
-            raise ValueError(f"metric {name!r} is {number}: names are strings, values finite numbers")
-        metrics[name] = number
-    return metrics
+        if not isinstance(name, str):
+            raise ValueError(f"metric {name!r} is named by {_shown(name)}: names are strings")
+        number = _number(value)
+        numbers += number is not None
+        if number is None:
+            missing[name] = f"{_shown(value)}, not a number"
+        elif math.isfinite(number):
+            metrics[name] = number
+        else:
+            missing[name] = str(number)
+    if not numbers:
+        raise ValueError("; ".join(f"metric {name!r} is {reason}" for name, reason in missing.items()))
+    samples = metrics.pop(_SAMPLES, None)
+    if samples is None:
+        return Measured(metrics, None, missing)
+    if samples < 0 or samples != int(samples):
+        raise ValueError(f"{_SAMPLES!r} is {samples:g}: it says how many samples were evaluated, a whole number")
+    if not metrics and not missing:
+        raise ValueError(f"the function returned {_SAMPLES!r} and no metric")
+    return Measured(metrics, int(samples), missing)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch raises the third for several elements
+        return None
 
 
 def _shown(value: object) -> str:

@@ -12,7 +12,7 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -36,13 +36,17 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Result of evaluating one version: metrics, or the error that was reported instead. Times in seconds."""
+    """Result of evaluating one version: metrics, or the error that was reported instead. Times in seconds.
+
+    `missing` has the metrics without a finite value, each with the reason.
+    """
 
     version: Version
     metrics: dict[str, float]
     error: str | None
     seconds: float
     samples: int | None = None
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 class EvaluationWorker:
@@ -133,7 +137,7 @@ class EvaluationWorker:
             with Heartbeat(self._reader.leases, lease):
                 found, error = self._measure(version)
             seconds = time.monotonic() - started
-            outcome = self._report(lease, Outcome(version, found.metrics, error, seconds, found.samples))
+            outcome = self._report(lease, Outcome(version, found.metrics, error, seconds, found.samples, found.missing))
             settled = True
         except NotFound:
             log.info("%s was deleted before it could be evaluated; skipped", version)
@@ -183,8 +187,8 @@ class EvaluationWorker:
         return outcome
 
     def _send(self, lease: Lease, outcome: Outcome) -> None:
-        settle = partial(self._reader.leases.settle, lease, outcome.metrics, error=outcome.error)
-        retry_while_unreachable(lambda: settle(samples=outcome.samples, seconds=outcome.seconds))
+        settle = partial(self._reader.leases.settle, lease, outcome.metrics, missing=outcome.missing)
+        retry_while_unreachable(lambda: settle(error=outcome.error, samples=outcome.samples, seconds=outcome.seconds))
 
     def _give_back(self, lease: Lease) -> None:
         """Return the lease, so that others need not wait until it expires."""

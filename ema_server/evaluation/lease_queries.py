@@ -244,7 +244,8 @@ def _end_all(db: sqlite3.Connection, report: Report) -> None:
 
 
 def _end(db: sqlite3.Connection, validation_id: str, report: Report) -> None:
-    result = [report.metrics, report.error, report.samples, report.seconds, report.worker, report.at]
+    finding = (report.metrics, report.error, report.samples, report.seconds, report.missing)
+    result = [*finding, report.worker, report.at]
     db.execute("UPDATE validations SET result = ? WHERE id = ?", (json.dumps(result), validation_id))
 
 
@@ -266,7 +267,17 @@ def _lease(id: str, run: str, average: str, version: str, step: int, *rest: Any)
 
 
 def _report(subject: Subject, task: str, worker: str | None, finding: Finding, now: float) -> Report:
-    return Report(subject, task, worker, finding.metrics, finding.error, finding.samples, finding.seconds, rfc3339(now))
+    return Report(
+        subject,
+        task,
+        worker,
+        finding.metrics,
+        finding.error,
+        finding.samples,
+        finding.seconds,
+        rfc3339(now),
+        finding.missing,
+    )
 
 
 def _failure(subject: Subject, task: str, worker: str | None, text: str, now: float) -> Report:

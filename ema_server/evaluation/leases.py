@@ -62,12 +62,13 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of an evaluation: metrics, or the error that prevented them."""
+    """The result of an evaluation: finite metrics and why others are missing, or the error that prevented them."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     samples: int | None = None
     seconds: float | None = None
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

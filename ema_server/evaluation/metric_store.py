@@ -11,7 +11,7 @@ import logging
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -49,7 +49,10 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The metrics, or the error, of a version for a task by a worker. `at` is the server's time (RFC 3339)."""
+    """The metrics, or the error, of a version for a task by a worker. `at` is the server's time (RFC 3339).
+
+    `missing` says for each metric without a finite value why: `nan`, `inf`, `-inf`, or a text.
+    """
 
     subject: Subject
     task: str
@@ -59,6 +62,7 @@ class Report:
     samples: int | None
     seconds: float | None
     at: str
+    missing: dict[str, str] = field(default_factory=dict)
 
 
 def connect(uri: str) -> sqlite3.Connection:
@@ -186,7 +190,7 @@ def insert_report(db: sqlite3.Connection, report: Report) -> bool:
     """Write a report; returns what `MetricStore.add` does."""
     subject, worker = report.subject, report.worker or ""
     key = (subject.run, subject.version, report.task, worker)
-    body = [report.metrics, report.error, report.samples, report.seconds]
+    body = [report.metrics, report.error, report.samples, report.seconds, report.missing]
     row = (subject.run, subject.average, subject.version, subject.step, report.task, worker, report.at)
     query = "SELECT 1 FROM reports WHERE run = ? AND version = ? AND task = ? AND worker = ?"
     known = db.execute(query, key).fetchone()
@@ -195,7 +199,7 @@ def insert_report(db: sqlite3.Connection, report: Report) -> bool:
 
 
 def latest_report(db: sqlite3.Connection, subject: Subject, task: str) -> Report | None:
-    """The newest report with metrics of a version for a task, None if it has none."""
+    """The newest report of a version for a task that is no error, None if it has none."""
     query = (
         "SELECT run, average, version, step, task, worker, at, body FROM reports"
         " WHERE run = ? AND version = ? AND task = ? ORDER BY at DESC"
@@ -205,8 +209,9 @@ def latest_report(db: sqlite3.Connection, subject: Subject, task: str) -> Report
 
 
 def _report(run: str, average: str, version: str, step: int, task: str, worker: str, at: str, body: str) -> Report:
-    metrics, error, samples, seconds = json.loads(body)
-    return Report(Subject(run, average, version, step), task, worker or None, metrics, error, samples, seconds, at)
+    metrics, error, samples, seconds, *missing = json.loads(body)  # rows of earlier releases have no `missing`
+    subject = Subject(run, average, version, step)
+    return Report(subject, task, worker or None, metrics, error, samples, seconds, at, *missing)
 
 
 def log_failure(future: Future[None]) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Reason = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
@@ -141,19 +142,26 @@ class RunsOut(Out):
 
 
 class FindingIn(BaseModel):
-    """The result of an evaluation: metrics, or the error that prevented them."""
+    """The result of an evaluation: metrics, or the error that prevented them.
+
+    `missing` has the metrics without a finite value, each with the reason (`nan`, `inf`, `-inf`, or a text).
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     metrics: dict[Name, Finite] = Field(default_factory=dict, max_length=1000)
+    missing: dict[Name, Reason] = Field(default_factory=dict, max_length=1000)
     error: Annotated[str, StringConstraints(min_length=1, max_length=10_000)] | None = None
     samples: int | None = Field(default=None, ge=0, le=2**53)
     seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _metrics_or_error(self) -> FindingIn:
-        if bool(self.metrics) == (self.error is not None):
-            raise ValueError("give either metrics (at least one) or error")
+        if bool(self.metrics or self.missing) == (self.error is not None):
+            raise ValueError("give either metrics (at least one, or its reason in missing) or error")
+        both = self.metrics.keys() & self.missing.keys()
+        if both:
+            raise ValueError(f"{min(both)!r} is in metrics and in missing: give it once")
         return self
 
 
@@ -165,7 +173,10 @@ class ReportIn(FindingIn):
 
 
 class MetricsRowOut(Out):
-    """One report: a version, a task, a worker, and the metrics or the error."""
+    """One report: a version, a task, a worker, and the metrics or the error.
+
+    `missing` has the metrics without a finite value, each with the reason (`nan`, `inf`, `-inf`, or a text).
+    """
 
     version: str
     average: str
@@ -173,6 +184,7 @@ class MetricsRowOut(Out):
     task: str
     worker: str | None
     metrics: dict[str, float]
+    missing: dict[str, str]
     error: str | None
     samples: int | None
     seconds: float | None

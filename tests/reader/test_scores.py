@@ -45,6 +45,22 @@ def test_requested_direction_overrides_the_name_and_has_a_reason() -> None:
     assert str(direction_of("top1")).startswith("higher is better (")
 
 
+def _missing(step: int, missing: dict[str, str], at: str = "1") -> MetricsRow:
+    return MetricsRow(f"{step:040x}", "raw", step, "default", None, {"top1": 0.5}, None, at, missing)
+
+
+def test_newest_report_decides_whether_a_metric_is_missing() -> None:
+    then_finite = scores_of([_missing(1, {"loss": "nan"}), _row(1, {"loss": 0.5}, at="2")])[0]
+    then_missing = scores_of([_row(1, {"loss": 0.5}), _missing(1, {"loss": "nan"}, at="2")])[0]
+
+    assert (then_finite.metrics, then_finite.missing) == ({"top1": 0.5, "loss": 0.5}, {})
+    assert (then_missing.metrics, then_missing.missing) == ({"top1": 0.5}, {"loss": "nan"})
+    assert metric_names([then_missing]) == ("loss", "top1")
+    assert ranked([then_missing], "loss", direction_of("loss")) == ()
+    with pytest.raises(NotFound, match="no finite value of 'loss'"):
+        chosen_metric("digits", [then_missing], "loss")
+
+
 def test_tasks_are_merged_and_the_newest_report_counts() -> None:
     rows = [
         _row(2, {"loss": 0.5}),

@@ -95,7 +95,7 @@ async def heartbeat(id: str, services: ServicesDep) -> BeatOut:
 )
 async def result(id: str, body: FindingIn, response: Response, services: ServicesDep) -> MetricsRowOut:
     """End a lease by its result. A late result counts unless another worker has taken the version over."""
-    finding = Finding(body.metrics, body.error, body.samples, body.seconds)
+    finding = Finding(body.metrics, body.error, body.samples, body.seconds, body.missing)
     with store_errors():
         settled = await services.validations.settle(id, finding)
     if settled is None:

@@ -36,7 +36,8 @@ async def report(
     """Report the metrics (or the failure) of one immutable version for a task."""
     subject = await _find_subject(services, run, average, id)
     at = rfc3339(time.time())
-    row = Report(subject, body.task, body.worker, body.metrics, body.error, body.samples, body.seconds, at)
+    finding = (body.metrics, body.error, body.samples, body.seconds)
+    row = Report(subject, body.task, body.worker, *finding, at, body.missing)
     if not await _answer(services.metrics.add(row)):
         response.status_code = 200
     return row_of(row)
@@ -71,6 +72,7 @@ def row_of(report: Report) -> MetricsRowOut:
         task=report.task,
         worker=report.worker,
         metrics=report.metrics,
+        missing=report.missing,
         error=report.error,
         samples=report.samples,
         seconds=report.seconds,

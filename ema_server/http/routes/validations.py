@@ -38,7 +38,10 @@ class ValidationIn(BaseModel):
 
 
 class ValidationOut(Out):
-    """A validation: `metrics` once it is done, `error` once it has failed; `note` says why no worker evaluates it."""
+    """A validation: `metrics` once it is done, `error` once it has failed; `note` says why no worker evaluates it.
+
+    `missing` has the metrics without a finite value, each with the reason.
+    """
 
     id: str
     state: Literal["waiting", "running", "done", "failed"]
@@ -49,6 +52,7 @@ class ValidationOut(Out):
     task: str
     created: str
     metrics: dict[str, float]
+    missing: dict[str, str]
     error: str | None
     samples: int | None
     seconds: float | None
@@ -141,6 +145,7 @@ def _shown(services: Services, found: Validation) -> ValidationOut:
         task=found.task,
         created=found.created,
         metrics=finding.metrics,
+        missing=finding.missing,
         error=finding.error,
         samples=finding.samples,
         seconds=finding.seconds,

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from ema_cli.app import build
 from ema_reader import NotFound, Reader
+from ema_reader.leases import Wanted
 from support.served import Served
 
 
@@ -127,6 +128,36 @@ def test_run_without_metrics_has_an_empty_table_and_no_best_version(served: Serv
     assert _ema("best", "digits", "--url", url)[0] == 3
     with pytest.raises(NotFound, match="no metrics yet"):
         reader.best("digits")
+
+
+def test_a_missing_metric_is_shown_with_its_reason_and_is_never_the_best(
+    served: Served, url: str, reader: Reader
+) -> None:
+    served.publish("digits", 100, ["raw", "ema-0.9"])
+    reader.report(reader.version("digits", "raw"), {"top1": 0.5, "loss": float("nan")})
+    reader.report(reader.version("digits", "ema-0.9"), {"top1": 0.6, "loss": 0.25})
+    served.publish("digits", 200, ["raw"])
+    lease, _ = reader.leases.ask(Wanted("w", "default", "digits", ("raw",)))
+    assert lease is not None
+    why = {"auc": "NoneType 'None', not a number"}
+    reader.leases.settle(lease, {"top1": 0.4}, missing=why, error=None, samples=None, seconds=1.0)
+
+    table = _ema("metrics", "digits", "--url", url)[1]
+    cells = {tuple(line.split()[:2]): line.split()[3:] for line in table.splitlines()}
+    rows = list(csv.DictReader(io.StringIO(_ema("metrics", "digits", "--url", url, "--csv")[1])))
+    text = _ema("metrics", "digits", "--url", url, "--json")[1]
+    shown = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    status = _ema("status", "digits", "--url", url)[1]
+
+    assert cells["100", "raw"] == ["-", "nan", "0.5"]
+    assert cells["200", "raw"] == ["missing", "-", "0.4"]
+    assert "raw at step 200: auc is missing: NoneType 'None', not a number" in table
+    assert [row["loss"] for row in rows] == ["0.25", "nan", ""]
+    assert [score["missing"] for score in shown["metrics"]] == [{}, {"loss": "nan"}, why]
+    assert sorted(shown["best"]) == ["loss", "top1"]
+    assert shown["best"]["loss"]["value"] == 0.25
+    assert "auc=missing" in status
+    assert _ema("best", "digits", "--by", "auc", "--url", url)[0] == 3
 
 
 def test_failed_evaluation_is_a_line_below_the_table(served: Served, url: str, reader: Reader) -> None:

@@ -15,7 +15,7 @@ import torch
 from ema_reader import LeaseLost, NotFound, Reader, WaitTimeout
 from ema_reader.errors import UsageError
 from ema_reader.evaluation.batchnorm import recalibrating
-from ema_reader.evaluation.user_function import Measured, check_device, import_function, measured, plain_metrics
+from ema_reader.evaluation.user_function import Measured, check_device, import_function, measured
 from ema_reader.evaluation.worker import EvaluationWorker, Outcome
 from ema_reader.leases import Wanted
 from ema_server.runs.status_store import RunState
@@ -223,15 +223,55 @@ def test_a_server_that_goes_away_is_waited_for_and_said_once(served: Served, cap
 
 @pytest.mark.parametrize(
     "result",
-    [None, {}, 0.5, [("a", 1)], {"a": None}, {"a": "good"}, {"a": float("nan")}, {"a": float("inf")}, {1: 1.0}],
+    [None, {}, 0.5, [("a", 1)], {"a": None}, {"a": "good"}, {"a": torch.zeros(2)}, {1: 1.0}],
 )
-def test_a_result_that_is_no_dict_of_finite_numbers_is_refused(result: object) -> None:
+def test_a_result_that_is_no_dict_with_a_number_is_refused(result: object) -> None:
     with pytest.raises(ValueError, match=r"returned|metric"):
-        plain_metrics(result)
+        measured(result)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (float("nan"), "nan"),
+        (torch.tensor(float("inf")), "inf"),
+        (-float("inf"), "-inf"),
+        (None, "NoneType 'None', not a number"),
+        ([0.5, 0.6], "list '[0.5, 0.6]', not a number"),
+        (torch.ones(2), "Tensor 'tensor([1., 1.])', not a number"),
+        (10**400, None),
+    ],
+)
+def test_a_metric_without_a_finite_value_is_missing_and_the_others_count(value: object, reason: str | None) -> None:
+    found = measured({"top1": 0.9, "loss": value, "samples": 5})
+
+    assert (found.metrics, found.samples) == ({"top1": 0.9}, 5)
+    assert list(found.missing) == ["loss"]
+    assert reason in (None, found.missing["loss"])
+
+
+def test_a_result_of_nan_alone_is_a_result() -> None:
+    assert measured({"loss": float("nan")}) == Measured({}, None, {"loss": "nan"})
+    assert measured({"a": 1.0, "samples": float("nan")}) == Measured({"a": 1.0}, None, {"samples": "nan"})
+
+
+def test_a_nan_metric_keeps_the_others_and_the_version_is_evaluated_once(finished: Served, reader: Reader) -> None:
+    def partly(state: dict[str, torch.Tensor]) -> dict[str, float]:
+        return {**bias(state), "loss": float("nan")}
+
+    work = worker(reader, partly)
+    outcomes = list(work.outcomes())
+    again = list(worker(reader, partly).outcomes())
+    validated = reader.validate("digits", "raw")
+
+    assert [(o.metrics, o.missing, o.error) for o in outcomes] == [({"bias": 200.0}, {"loss": "nan"}, None)] * 2
+    assert (work.failures, again) == ((), [])
+    assert [(row.metrics, row.missing) for row in reader.metrics("digits")] == [({"bias": 200.0}, {"loss": "nan"})] * 2
+    assert (validated.state, validated.metrics, validated.missing) == ("done", {"bias": 200.0}, {"loss": "nan"})
 
 
 def test_numbers_of_torch_become_floats() -> None:
-    metrics = plain_metrics({"a": torch.tensor(0.5), "b": 1, "c": True})
+    metrics = measured({"a": torch.tensor(0.5), "b": 1, "c": True}).metrics
 
     assert metrics == {"a": 0.5, "b": 1.0, "c": 1.0}
     assert all(type(value) is float for value in metrics.values())

@@ -32,6 +32,18 @@ def test_reports_survive_a_restart(tmp_path: Path) -> None:
     assert found == ((report("w"),), SUBJECT)
 
 
+def test_a_row_of_an_earlier_release_has_no_missing_metrics(tmp_path: Path) -> None:
+    store = MetricStore(tmp_path / "metrics.sqlite")
+    store.add(report("w")).result(WAIT_S)
+    store.submit(lambda db: db.execute("""UPDATE reports SET body = '[{"accuracy": 0.5}, null, null, null]'""")).result(
+        WAIT_S
+    )
+    found = store.reports("digits").result(WAIT_S)
+    store.close()
+
+    assert found == (report("w"),)
+
+
 def test_the_same_worker_replaces_its_row_and_another_adds_one(tmp_path: Path) -> None:
     store = MetricStore(tmp_path / "metrics.sqlite")
     first = [store.add(report(worker)).result(WAIT_S) for worker in ("w1", "w1", "w2")]

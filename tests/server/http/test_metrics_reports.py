@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from starlette.testclient import TestClient
 
@@ -32,10 +34,28 @@ def test_reported_metrics_are_listed_with_their_version(client: TestClient, vers
         "task": "default",
         "worker": "w1",
         "metrics": {"accuracy": 0.93, "loss": 1.0},
+        "missing": {},
         "error": None,
         "samples": 360,
         "seconds": 1.5,
     }
+
+
+def test_missing_metrics_are_stored_with_their_reasons_and_listed_as_valid_json(
+    client: TestClient, version: Version
+) -> None:
+    body = {"metrics": {"accuracy": 0.93}, "missing": {"loss": "nan", "auc": "list '[]', not a number"}}
+    only = client.post(f"{BASE}/{version.id}/metrics", json={"missing": {"loss": "inf"}, "worker": "other"})
+
+    response = client.post(f"{BASE}/{version.id}/metrics", json=body)
+
+    listed = client.get("/v1/runs/digits/metrics").text
+    rows = json.loads(listed, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["metrics"]
+    assert (response.status_code, only.status_code) == (201, 201)
+    assert [(row["metrics"], row["missing"]) for row in rows] == [
+        (body["metrics"], body["missing"]),
+        ({}, {"loss": "inf"}),
+    ]
 
 
 def test_failure_is_stored_as_text_and_replaced_by_a_later_success(client: TestClient, version: Version) -> None:
@@ -74,6 +94,10 @@ def test_metrics_for_an_alias_are_refused_and_name_the_version(client: TestClien
         b'{"metrics": {"x": true}}',
         b'{"metrics": {"x": null}}',
         b'{"metrics": {"": 1}}',
+        b'{"missing": {"x": ""}}',
+        b'{"missing": {"x": null}}',
+        b'{"missing": {"x": "nan"}, "error": "both"}',
+        b'{"metrics": {"x": 1}, "missing": {"x": "nan"}}',
         b'{"metrics": {}}',
         b"{}",
         b'{"metrics": {"x": 1}, "error": "both"}',

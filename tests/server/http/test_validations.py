@@ -49,6 +49,18 @@ def test_worker_for_another_task_does_not_count_and_its_task_is_named(
     assert "--task robustness" in refused.json()["detail"]
 
 
+def test_result_with_a_missing_metric_ends_the_validation(client: TestClient, version: Version) -> None:
+    lease = take(client)["lease"]
+    place = urljoin(PATH, client.post(PATH, json={"average": "raw"}).headers["location"])
+    settled = client.post(f"/v1/leases/{lease['id']}/result", json={**RESULT, "missing": {"loss": "nan"}})
+    done = client.get(place).json()
+
+    assert settled.json()["missing"] == {"loss": "nan"}
+    assert (done["state"], done["metrics"], done["missing"]) == ("done", RESULT["metrics"], {"loss": "nan"})
+    assert client.post(PATH, json={"average": "raw"}).status_code == 200
+    assert take(client)["lease"] is None
+
+
 def test_request_is_accepted_and_location_leads_to_its_result(client: TestClient, version: Version) -> None:
     take(client, averages=["raw"], run="digits", task="warm-up")
     lease = take(client)["lease"]
