@@ -54,7 +54,6 @@ class Check:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
     app.command()(doctor)
 
 
@@ -86,15 +85,8 @@ def doctor(
 def examine(zmq: str, http: str, data: Path) -> tuple[Check, ...]:
     """All checks of this machine, in the order in which they are shown."""
     running = _is_ema_server(http)
-    return (
-        *versions(),
-        zeromq(),
-        zmq_address(zmq, running),
-        http_address(http, running),
-        *disk(data),
-        *memory(),
-        gpu(),
-    )
+    addresses = zmq_address(zmq, running), tcp_address("http", http, running)
+    return (*versions(), zeromq(), *addresses, *disk(data), *memory(), gpu())
 
 
 def examine_server(url: str, token: str | None) -> tuple[Check, ...]:
@@ -143,12 +135,7 @@ def zmq_address(endpoint: str, server_answers: bool) -> Check:
     if scheme != "tcp":
         found = f"{endpoint!r} is not tcp://HOST:PORT or ipc://PATH"
         return Check("zmq address", State.PROBLEM, found, "choose another with --zmq")
-    return _address("zmq", address, server_answers)
-
-
-def http_address(address: str, server_answers: bool) -> Check:
-    """Whether a server can listen at `address` for readers."""
-    return _address("http", address, server_answers)
+    return tcp_address("zmq", address, server_answers)
 
 
 def _is_ema_server(address: str) -> bool:
@@ -160,7 +147,8 @@ def _is_ema_server(address: str) -> bool:
         return False
 
 
-def _address(setting: str, address: str, server_answers: bool) -> Check:
+def tcp_address(setting: str, address: str, server_answers: bool) -> Check:
+    """Whether a server can listen at HOST:PORT, the value of the setting `zmq` or `http`."""
     name, advice = f"{setting} address", f"choose another with --{setting}"
     try:
         host, port = split_host_port(setting, address)

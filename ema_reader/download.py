@@ -131,8 +131,6 @@ def default_progress() -> Iterator[Progress]:
 
 
 class _Bars:
-    """One bar for each file."""
-
     def __init__(self, bars: RichProgress) -> None:
         self._bars = bars
         self._task: TaskID | None = None

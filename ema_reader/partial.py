@@ -69,18 +69,15 @@ class Partial:
 
     @property
     def complete(self) -> bool:
-        """Whether it has all its bytes."""
         return self.size == self._item.size
 
     def append(self, piece: bytes) -> None:
-        """Add bytes at the end."""
         self._file.write(piece)
         self._digest.update(piece)
         self.size += len(piece)
         self._progress.advance(len(piece))
 
     def restart(self) -> None:
-        """Discard the content."""
         self._file.truncate(0)
         self._digest.close()
         self._digest = self._stack.enter_context(_Digest())
@@ -116,7 +113,6 @@ class Partial:
 
 
 def sha256_of(path: Path) -> str:
-    """The digest of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, hashlib.sha256).hexdigest()
 

@@ -173,7 +173,6 @@ class Transport:
             raise ReaderError(f"{self.url} does not answer as an ema server does ({error!r}): check the URL") from error
 
     def close(self) -> None:
-        """Close the connections."""
         self._client.close()
 
     def _json(self, method: str, path: str, answer_s: float = READ_S, **request: Any) -> Any:
@@ -300,7 +299,6 @@ def _variables_of(*names: str) -> list[str]:
 
 
 def _proxy_variables(scheme: str) -> list[str]:
-    """The variables that name a proxy for this scheme."""
     return _variables_of(f"{scheme.upper()}_PROXY", "ALL_PROXY")
 
 

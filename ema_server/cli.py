@@ -21,7 +21,6 @@ EXIT_USAGE = 2
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
     app.command()(serve)
 
 

@@ -56,7 +56,6 @@ class Ready:
     pid: int
 
     def line(self) -> str:
-        """One line of JSON."""
         return json.dumps(asdict(self))
 
 

@@ -56,7 +56,6 @@ class Telemetry:
         self._beats: dict[str, float] = {}
 
     def beat(self, thread_name: str) -> None:
-        """Record that a thread is alive."""
         now = self._clock()
         with self._lock:
             self._beats[thread_name] = now

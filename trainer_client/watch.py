@@ -23,10 +23,6 @@ class Watch:
 
     It runs in the connection's thread, where it must not call an operation of torch or keep a tensor alive.
 
-    Args:
-        parameters: those that are trained.
-        steps: counted so far.
-
     Attributes:
         steps: counted so far; the training thread sets it.
     """

@@ -24,13 +24,7 @@ class ProcessFailed(Exception):
 
 
 class Child:
-    """A process whose stdout is JSON lines and whose stderr is a log file. Leaving the context stops it.
-
-    Args:
-        name: its name in messages.
-        arguments: what follows `python`.
-        log: file for its stderr.
-    """
+    """`python` with `arguments`: its stdout is JSON lines, its stderr the file `log`. Leaving the context stops it."""
 
     def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
         self.name = name
@@ -64,7 +58,6 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether it has not ended yet."""
         return self._process.poll() is None
 
     def lines(self) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,6 @@ _URL = "http://127.0.0.1:8080"  # where `ema serve` listens by default
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
     app.command()(demo)
 
 
@@ -78,7 +77,6 @@ class _Bars:
         self._progress.stop()
 
     def show(self, name: str, line: dict[str, Any]) -> None:
-        """Advance a bar by a line of a process."""
         if name == "server":
             self._progress.console.print(f"server ready: {line['zmq']} {line['http']}", highlight=False)
         elif name == "trainer" and "step" in line:

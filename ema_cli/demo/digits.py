@@ -48,7 +48,6 @@ class DigitNet(nn.Module):
         self.head = nn.Linear(2 * width, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch."""
         logits: Tensor = self.head(self.features(images).mean(dim=(2, 3)))
         return logits
 

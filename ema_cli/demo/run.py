@@ -51,7 +51,6 @@ class Report:
 
     @property
     def best(self) -> Result:
-        """The result with the highest accuracy."""
         return max(self.results, key=lambda result: result.accuracy)
 
 

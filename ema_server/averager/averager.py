@@ -62,19 +62,10 @@ logger = logging.getLogger("ema")
 
 
 class Averager:
-    """Keeps the averages of all runs.
+    """Keeps the averages of all runs, on `device`.
 
-    Args:
-        config: the schedule, and the kernel to compute with.
-        data_dir: the data folder.
-        catalog: filled from the disk at `start`.
-        publisher: started and stopped with the averager.
-        ring: its cadence is part of the schedule.
-        statuses: where statuses are shown.
-        telemetry: counts updates and errors.
-        device: where the averages are kept.
-        clock: monotonic seconds.
-        wall: seconds since the epoch.
+    It fills `catalog` from the disk at `start`, and starts and stops `publisher`. The cadence of `ring` is part of the
+    schedule. `clock` gives monotonic seconds, `wall` seconds since the epoch.
 
     Raises:
         KernelUnavailableError: the kernel that is asked for is not available; the text says why.

@@ -134,15 +134,9 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Apply a whole snapshot.
+    """Apply a whole snapshot. The averager reads `data` (uint8, 1-D, in the wire's layout) until it replies.
 
-    Args:
-        run: name of the run.
-        step: its step.
-        mode: `update` or `set`.
-        data: uint8, 1-D, `manifest.nbytes` long, in the wire's layout; the averager reads it until it replies.
-        not_finite: names of the averaged float tensors in which ingest found NaN or Inf.
-        reply: takes the answer.
+    `not_finite` names the averaged float tensors in which ingest found NaN or Inf.
     """
 
     run: str

@@ -142,12 +142,7 @@ class _Stage:
 
 
 class Upload:
-    """The `Feed` of one thread.
-
-    Args:
-        backend: the device.
-        block_elements: the length of the longest block.
-    """
+    """The `Feed` of one thread; no block has more than `block_elements`."""
 
     def __init__(self, backend: Backend, block_elements: int) -> None:
         self._nbytes = block_elements * _ITEM_BYTES_MAX

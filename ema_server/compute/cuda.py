@@ -75,10 +75,7 @@ def _one_line(text: object) -> str:
 
 
 class CudaBackend:
-    """One CUDA device.
-
-    Args:
-        index: its number.
+    """The CUDA device of this number.
 
     Raises:
         RuntimeError: it does not work.

@@ -47,13 +47,7 @@ class Synthesized:
 
 
 class DerivationQueue:
-    """One thread for derived versions.
-
-    Args:
-        store: where they are kept.
-        ring: the stored power averages.
-        stopping: set when the server begins to stop; unfinished versions are abandoned.
-    """
+    """One thread for derived versions. Once `stopping` is set, unfinished ones are abandoned."""
 
     def __init__(self, store: DerivedStore, ring: Ring, stopping: threading.Event) -> None:
         self.store = store

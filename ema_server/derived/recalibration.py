@@ -65,11 +65,6 @@ def recalibrate(deriving: DerivationQueue, base: Version, data: bytes) -> tuple[
 def checked(data: bytes, stored: tuple[Stored, ...], manifest: Manifest) -> dict[str, bytes]:
     """The bytes of the uploaded buffers, under every name that each one has in the version's file.
 
-    Args:
-        data: a safetensors file.
-        stored: the tensors of the version's file.
-        manifest: the run's.
-
     Raises:
         BadBuffers: `data` is not a safetensors file or is empty, or a tensor in it is not a buffer, has another dtype
             or shape, or is not finite.

@@ -59,13 +59,7 @@ class Derivation:
 
 
 class DerivedStore:
-    """The derived versions of every run. Safe from any thread.
-
-    Args:
-        data_dir: where they are kept.
-        catalog: where they are listed.
-        wall: seconds since the epoch, for `created`.
-    """
+    """The derived versions of every run. Safe from any thread. `wall` gives seconds since the epoch, for `created`."""
 
     def __init__(self, data_dir: DataDir, catalog: Catalog, wall: Callable[[], float] = time.time) -> None:
         self.catalog = catalog
@@ -188,11 +182,9 @@ class DerivedStore:
 
 
 def open_derived(run: str, folder: Path) -> Version:
-    """Read a derived version and check that it is whole.
+    """Read a derived version, to be listed under `run`, and check that it is whole.
 
-    Args:
-        run: the run that it is listed under; `version.json` has another name if the run was set aside.
-        folder: the version's folder.
+    Its `version.json` has another run if that was set aside.
 
     Raises:
         BrokenGeneration: it is not whole.

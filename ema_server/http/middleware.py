@@ -40,7 +40,6 @@ class BearerAuth:
 
 
 def body_bytes_max(path: str) -> int:
-    """How many bytes the body of a request for `path` may have."""
     return BUFFERS_BYTES_MAX if path.endswith(f"/{UPLOAD}") else BODY_BYTES_MAX
 
 

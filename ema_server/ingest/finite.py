@@ -53,12 +53,7 @@ class Slot:
 
 
 class FiniteCheck:
-    """The check for one manifest. Immutable.
-
-    Args:
-        manifest: the run's manifest.
-        exempt: names of tensors that are not averaged in this run, and not checked.
-    """
+    """The check for one manifest. Immutable. `exempt` names tensors that are not averaged in this run, nor checked."""
 
     def __init__(self, manifest: Manifest, exempt: frozenset[str] = frozenset()) -> None:
         self._manifest = manifest

@@ -48,13 +48,7 @@ class _Staging:
 
 
 class Ingest:
-    """Receives the snapshots of all runs.
-
-    Args:
-        config: the address, the token, and the protocol's settings.
-        averager: takes the jobs.
-        telemetry: the counters.
-    """
+    """Receives the snapshots of all runs, and passes them on to `averager` as jobs."""
 
     def __init__(self, config: ServerConfig, averager: Averager, telemetry: Telemetry) -> None:
         self._config = config

@@ -98,8 +98,8 @@ def write_snapshot(folder: Path, generation: Generation, dtype: RingDtype) -> No
     config = generation.versions[0].folder / CONFIG_FILE
     if config.exists():
         link_or_copy(config, folder / CONFIG_FILE)
-    value = {"step": generation.step, "dtype": dtype, "members": [_json(member) for member in members]}
-    write_durably(folder / _RECORD_FILE, dump(value))
+    records = [{**asdict(member), "copied": sorted(member.copied)} for member in members]
+    write_durably(folder / _RECORD_FILE, dump({"step": generation.step, "dtype": dtype, "members": records}))
     sync_folders([folder])
 
 
@@ -134,10 +134,6 @@ def _member(
         file=file,
         copied=copied,
     )
-
-
-def _json(member: RingMember) -> dict[str, Any]:
-    return {**asdict(member), "copied": sorted(member.copied)}
 
 
 def _read_member(value: Mapping[str, Any]) -> RingMember:

@@ -20,12 +20,7 @@ def shares_of(rule: AverageSpec, ledger: Ledger, units_at: Callable[[int], StepU
     """Steps with their shares in an average, newest first, without those whose share is 0.
 
     The shares add up to 1, within 2**-64 and the rounding of float64. The average is the sum of the weights after these
-    steps, each times its share.
-
-    Args:
-        rule: the average's rule.
-        ledger: the average's steps.
-        units_at: the step units that held at a step.
+    steps, each times its share. `units_at` gives the step units that held at a step.
 
     Raises:
         ValueError: the rule needs step units that are unknown.

@@ -192,12 +192,7 @@ class Catalog:
     def remove(self, generation: Generation, *, force: bool = False) -> bool:
         """Remove a generation unless a reader holds one of its versions (publisher only).
 
-        Args:
-            generation: what to remove.
-            force: remove it anyway, because its files are broken.
-
-        Returns:
-            Whether its files may be deleted.
+        With `force` it is removed in any case: its files are broken. Returns whether they may be deleted.
         """
         with self._lock:
             if not force and any(self._is_held(version) for version in generation.versions):

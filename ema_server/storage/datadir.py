@@ -106,12 +106,7 @@ class DataDir:
         return self.generations_folder(run) / (TEMPORARY + name)
 
     def set_run_aside(self, run: str, stamp: str) -> str:
-        """Rename a run to its own name and a date; return the new name.
-
-        Args:
-            run: its name.
-            stamp: the date, in characters that a name may have.
-        """
+        """Rename a run to its own name and a date, `stamp`, in characters that a name may have; return the new name."""
         new = next(name for name in _dated_names(run, stamp) if not (self._runs / name).exists())
         (self._runs / run).rename(self._runs / new)
         sync_folders([self._runs])

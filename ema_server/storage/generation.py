@@ -72,11 +72,9 @@ def read_record(folder: Path) -> GenerationRecord:
 
 
 def open_generation(run: str, folder: Path) -> Generation:
-    """Read a generation and its versions, and check that it is whole.
+    """Read a generation and its versions, to be listed under `run`, and check that it is whole.
 
-    Args:
-        run: the run that it is listed under; `generation.json` has another name if the run was set aside.
-        folder: the generation's folder.
+    Its `generation.json` has another run if that was set aside.
 
     Raises:
         BrokenGeneration: it is not whole.

@@ -91,12 +91,7 @@ def held_nbytes(manifest: Manifest, form: Form) -> int:
 
 
 def segments(manifest: Manifest, mask: Callable[[TensorSpec], int]) -> tuple[Segment, ...]:
-    """The snapshot as few long segments, in memory order; empty tensors are in none.
-
-    Args:
-        manifest: the run's manifest.
-        mask: `Segment.averaged` of a tensor.
-    """
+    """The snapshot as few long segments, in memory order; empty tensors are in none. `mask` is `Segment.averaged`."""
     offsets = {form: {place.tensor.name: place.offset for place in places(manifest, form)} for form in Form}
     merged: list[Segment] = []
     for tensor in manifest.by_offset:

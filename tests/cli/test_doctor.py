@@ -93,7 +93,7 @@ def test_address_of_a_running_ema_server_is_no_problem(tmp_path: Path) -> None:
 
 def test_invalid_address_is_a_problem() -> None:
     for address in ("127.0.0.1", "127.0.0.1:http", "127.0.0.1:70000", "192.0.2.1:0"):
-        assert doctor.http_address(address, server_answers=False).state is State.PROBLEM, address
+        assert doctor.tcp_address("http", address, server_answers=False).state is State.PROBLEM, address
 
 
 def test_unwritable_folder_is_a_problem() -> None:

@@ -39,13 +39,7 @@ class Pending:
 
 
 class Driver:
-    """One session's connection.
-
-    Args:
-        sender: the machine; from now on only this thread touches it.
-        link: the socket; likewise.
-        shared: where outcomes are written.
-    """
+    """One session's connection. From now on only this thread touches `sender` and `link`; it writes to `shared`."""
 
     def __init__(self, sender: Sender, link: Link, shared: Shared) -> None:
         self._sender = sender

@@ -25,15 +25,9 @@ class _Filling:
 
 
 class Intake:
-    """Staging of one session.
+    """Staging of one session, in `slots` slots of `nbytes` bytes.
 
-    Args:
-        nbytes: bytes of a snapshot.
-        chunk_bytes: how it is cut.
-        slots: number of slots.
-        checksum: whether chunks carry a CRC-32 that must match.
-        last_step: last applied step, None when there is none.
-        recent: newest applied steps.
+    With `checksum`, chunks carry a CRC-32 that must match. `last_step` is the last applied one, None without any.
     """
 
     def __init__(
