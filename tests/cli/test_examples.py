@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from support.command import ema
@@ -75,6 +78,98 @@ def test_a_training_that_is_killed_goes_on_from_its_checkpoint_with_the_averages
     assert (run["state"], run["step"]) == ("finished", saved + 20)
     assert steps[0] == saved + 20
     assert any(saved - 40 < step <= saved for step in steps)
+
+
+def test_ddp_example_streams_from_rank_0_only(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "data") as server:
+        steps = ("STEPS = 2000", f"STEPS = {_STEPS}")
+        script = tmp_path / "ddp_digits.py"
+        script.write_text(_script("ddp_digits.py", ("tcp://127.0.0.1:5555", server.zmq), steps, _EVERY_STEP))
+        launched = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+        with Process(*launched) as trainer:
+            assert trainer.wait(180.0) == 0, list(trainer.errors)
+        run = server.get("/v1/runs/ddp-digits")
+
+    assert sorted(line for line in trainer.lines if line.startswith("rank")) == [
+        f"rank 0: {_STEPS} steps, the client is finished",
+        f"rank 1: {_STEPS} steps, the client is inert",
+    ]
+    assert (run["state"], run["step"], run["applied"]) == ("finished", _STEPS, _STEPS)
+
+
+def test_accumulated_batches_and_steps_that_the_scaler_leaves_out_are_no_steps(tmp_path: Path) -> None:
+    batches = ("BATCHES = 8000", f"BATCHES = {4 * _STEPS}")
+    too_large = (("SCALE = 2.0**16", "SCALE = 2.0**127"), ("loss / BATCHES_PER_STEP", "loss * 1000"))
+    with ServerProcess(tmp_path / "data") as server:
+        script = _script("amp_digits.py", ("tcp://127.0.0.1:5555", server.zmq), batches, *too_large, _EVERY_STEP)
+        with Process("-c", script) as trainer:
+            assert trainer.wait() == 0, list(trainer.errors)
+        run = server.get("/v1/runs/amp-digits")
+
+    assert run["state"] == "finished"
+    assert _STEPS // 2 < run["step"] < _STEPS
+    assert trainer.lines[-1] == f"{4 * _STEPS} batches, {run['step']} steps"
+    assert run["applied"] == run["step"]
+
+
+def test_notebook_cells_can_run_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    notebook = json.loads((_EXAMPLES / "digits.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell.get("outputs") for cell in notebook["cells"])
+    with ServerProcess(tmp_path / "data") as server:
+        here = {"tcp://127.0.0.1:5555": server.zmq, "http://127.0.0.1:8080": server.http}
+        here |= {"STEPS = 1000": f"STEPS = {_STEPS}", "averages=[": 'when_behind="wait", averages=['}
+        for printed, value in here.items():
+            assert sum(cell.count(printed) for cell in cells) == 1
+            cells = [cell.replace(printed, value) for cell in cells]
+        setup, client, train, compare, finish = cells
+        names: dict[str, Any] = {}
+        for cell in (setup, client, train, train, compare, client, train, compare, finish):
+            exec(cell, names)  # noqa: S102  our own cells
+        runs = {run["run"]: run for run in server.get("/v1/runs")["runs"]}
+
+    earlier, last = (runs[name] for name in sorted(runs, key=lambda name: name == "notebook"))
+    assert (earlier["step"], last["step"], last["state"]) == (2 * _STEPS, _STEPS, "finished")
+    assert earlier["run"] in caplog.text
+    assert all(0.05 < score <= 1 for score in names["scores"].values())
+
+
+def test_evaluation_over_the_network_needs_addresses_and_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = _address_of_this_machine()
+    monkeypatch.setenv("EMA_TOKEN", "0123456789abcdef")
+    with ServerProcess(tmp_path / "data", zmq="tcp://0.0.0.0:0", http="0.0.0.0:0") as server:
+        endpoint, url = (
+            f"{scheme}://{address}:{printed.rpartition(':')[2]}"
+            for scheme, printed in (("tcp", server.zmq), ("http", server.http))
+        )
+        monkeypatch.setenv("EMA_URL", url)
+        script = _script(
+            "train_digits.py", ("tcp://127.0.0.1:5555", endpoint), ("STEPS = 5000", f"STEPS = {_STEPS}"), _EVERY_STEP
+        )
+        with Process("-c", script) as trainer:
+            assert trainer.wait() == 0, list(trainer.errors)
+        evaluated = ema("evaluate", "evaluate_digits:accuracy", "--run", "digits", "--json", cwd=_EXAMPLES)
+        monkeypatch.delenv("EMA_TOKEN")
+        refused = ema("evaluate", "evaluate_digits:accuracy", "--run", "digits", cwd=_EXAMPLES)
+
+    assert evaluated.returncode == 0, evaluated.stderr
+    outcomes = [json.loads(line) for line in evaluated.stdout.splitlines()]
+    assert {outcome["version"]["average"] for outcome in outcomes} == {"raw", "ema-0.99", "ema-0.999"}
+    assert refused.returncode != 0
+    assert "EMA_TOKEN" in refused.stderr
+
+
+def _address_of_this_machine() -> str:
+    """One that other machines would use; the loopback's where there is no network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing; the system chooses the interface
+        except OSError:
+            return "127.0.0.1"
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def test_about_five_lines_of_the_training_script_are_ours() -> None:
