@@ -20,6 +20,7 @@ import trainer_client
 from ema_cli.app import build
 from ema_proto.errors import RejectCode
 from ema_reader import Reader
+from ema_server.evaluation.metric_store import Report, Subject
 from ema_server.http.problems import Code
 from ema_server.http.routes.prometheus import render
 from support.scripts import script
@@ -122,10 +123,13 @@ def test_every_error_code_is_in_the_reference() -> None:
 @pytest.mark.process
 def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:
     served = Served(tmp_path)
-    served.publish("run", 3)
+    version = served.publish("run", 3).versions[0]
+    subject = Subject("run", version.average, version.id, version.step)
     served.telemetry.http_requests.labels("/v1/runs", "200").inc()
 
-    text = render(served.services).decode()
+    served.metrics.add(Report(subject, "default", None, {"top1": 0.5}, None, None, None, "2026-01-01T00:00:00Z"))
+
+    text = render(served.services, served.metrics.newest().result(60)).decode()
     served.close()
 
     exposed = set(re.findall(r"^(ema_\w+)(?:\{| )", text, flags=re.MULTILINE))

@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS reports (
     task TEXT NOT NULL, worker TEXT NOT NULL, at TEXT NOT NULL, body TEXT NOT NULL,
     PRIMARY KEY (run, version, task, worker)
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS reports_by_step ON reports (run, average, task, step);
 """
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -139,6 +140,10 @@ class MetricStore:
         """All reports of a run, by step, average, task and worker."""
         return self.submit(_reports, run)
 
+    def newest(self) -> Future[tuple[Report, ...]]:
+        """For each run, average and task the report of the newest step that is no error."""
+        return self.submit(_newest)
+
     def close(self) -> None:
         """Finish the queries that were submitted and close the database."""
         self._run(lambda: self._connection.close()).result()
@@ -184,6 +189,17 @@ def _reports(db: sqlite3.Connection, run: str) -> tuple[Report, ...]:
         " WHERE run = ? ORDER BY step, average, task, worker"
     )
     return tuple(_report(run, *row) for row in db.execute(query, (run,)))
+
+
+def _newest(db: sqlite3.Connection) -> tuple[Report, ...]:
+    query = (
+        "SELECT run, average, version, step, task, worker, at, body FROM reports"
+        " WHERE run = ? AND average = ? AND task = ? AND json_extract(body, '$[1]') IS NULL"
+        " ORDER BY step DESC, at DESC LIMIT 1"
+    )
+    keys = db.execute("SELECT DISTINCT run, average, task FROM reports").fetchall()
+    rows = [db.execute(query, key).fetchone() for key in keys]
+    return tuple(_report(*row) for row in rows if row is not None)
 
 
 def insert_report(db: sqlite3.Connection, report: Report) -> bool:

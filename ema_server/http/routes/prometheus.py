@@ -1,8 +1,10 @@
-"""`GET /metrics`: the server's counters and gauges, and the status of every run, in Prometheus' text format."""
+"""`GET /metrics`: counters, gauges, the status of every run and its newest evaluation, in Prometheus' text format."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import asyncio
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter
@@ -11,11 +13,14 @@ from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
+from ema_server.evaluation.metric_store import MetricStoreError, Report
 from ema_server.http.services import Services, ServicesDep
 from ema_server.publishing.ring import Ring
 from ema_server.runs.status_store import RunState, RunStatus
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+VALUES_MAX = 500  # evaluation metrics of one run: users choose their names
+_STORE_S = 2.0  # less than a scrape may take
 
 router = APIRouter(tags=["health"])
 
@@ -23,21 +28,31 @@ router = APIRouter(tags=["health"])
 @router.get("/metrics", operation_id="get_prometheus", response_class=Response)
 async def metrics(services: ServicesDep) -> Response:
     """Counters and gauges in Prometheus' text format."""
-    return Response(render(services), media_type=MEDIA_TYPE)
+    return Response(render(services, await newest_reports(services)), media_type=MEDIA_TYPE)
 
 
-def render(services: Services) -> bytes:
+async def newest_reports(services: Services) -> tuple[Report, ...] | None:
+    """The newest evaluation of every average and task; None if the database cannot be read, or not in time."""
+    try:
+        async with asyncio.timeout(_STORE_S):
+            return await asyncio.wrap_future(services.metrics.newest())
+    except (MetricStoreError, TimeoutError):
+        return None  # exposed as ema_evaluations_readable 0
+
+
+def render(services: Services, reports: tuple[Report, ...] | None) -> bytes:
     """The whole exposition."""
     statuses = CollectorRegistry(auto_describe=False)
-    statuses.register(_Statuses(services))
+    statuses.register(_Statuses(services, reports))
     return generate_latest(services.telemetry.registry) + generate_latest(statuses)
 
 
 class _Statuses(Collector):
-    """The status of every run, read at the moment of a scrape. Labels are runs and averages."""
+    """The status of every run, read at the moment of a scrape. Labels are runs, averages and names of metrics."""
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, reports: tuple[Report, ...] | None) -> None:
         self._services = services
+        self._reports = reports
 
     def collect(self) -> Iterator[Metric]:
         labels = {"version": _release(), "kernel": self._services.kernel}
@@ -46,6 +61,50 @@ class _Statuses(Collector):
         yield from _runs(statuses)
         yield from _rings(statuses, self._services.deriving.ring)
         yield from _averages(statuses)
+        yield _readable(self._reports)
+        yield from _evaluations({status.run: self._values(status) for status in statuses})
+
+    def _values(self, status: RunStatus) -> list[tuple[str, str, float, int]]:
+        """Average, metric, newest value and its step, those of averages that the run has now."""
+        kept = (average.name for average in status.averages)
+        averages = (*kept, *self._services.catalog.derived_averages(status.run))
+        by_average: dict[str, list[Report]] = {}
+        for report in self._reports or ():
+            if report.subject.run == status.run:
+                by_average.setdefault(report.subject.average, []).append(report)
+        return [
+            (average, name, value, report.subject.step)
+            for average in averages
+            for report in by_average.get(average, ())
+            for name, value in sorted(_named(report).items())
+        ]
+
+
+def _named(report: Report) -> dict[str, float]:
+    """The metrics of a report by the names that `ema metrics` gives them; a missing one is NaN or infinite."""
+    prefix = "" if report.task == "default" else f"{report.task}/"
+    missing = {name: float(why) if why in ("inf", "-inf") else math.nan for name, why in report.missing.items()}
+    return {prefix + name: value for name, value in (report.metrics | missing).items()}
+
+
+def _readable(reports: tuple[Report, ...] | None) -> Metric:
+    text = "0 if the results of evaluations could not be read"
+    return GaugeMetricFamily("ema_evaluations_readable", text, value=int(reports is not None))
+
+
+def _evaluations(found: Mapping[str, Sequence[tuple[str, str, float, int]]]) -> Iterator[Metric]:
+    labels = ["run", "average", "metric"]
+    values = GaugeMetricFamily("ema_version_metric", "Newest value of an evaluation metric", labels=labels)
+    steps = GaugeMetricFamily("ema_version_metric_step", "Step of the version with that value", labels=labels)
+    for run, rows in found.items():
+        for average, name, value, step in rows[:VALUES_MAX]:
+            values.add_metric([run, average, name], value)
+            steps.add_metric([run, average, name], step)
+    yield values
+    yield steps
+    omitted = {run: max(0, len(rows) - VALUES_MAX) for run, rows in found.items()}
+    text = f"Evaluation metrics of the run beyond the first {VALUES_MAX}, which are not exposed"
+    yield _by_run("ema_run_version_metrics_omitted", text, omitted)
 
 
 def _runs(statuses: tuple[RunStatus, ...]) -> Iterator[Metric]:

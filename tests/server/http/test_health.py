@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from ema_proto.errors import RejectCode
 from ema_server.compute.accelerator import Accelerator
+from ema_server.evaluation.metric_store import Report, Subject
 from ema_server.http.app import create_app
+from ema_server.http.routes.prometheus import VALUES_MAX
+from ema_server.storage.catalog import Version
 from support.backends import InlineBackend
-from support.served import Served
+from support.served import WAIT_S, Served
 
 
 def samples(text: str) -> dict[tuple[str, str], float]:
@@ -145,6 +150,62 @@ def test_metrics_count_responses_by_route_and_never_by_address(client: TestClien
     assert found["ema_http_requests_total", "code=200,route=/v1/runs/{run}"] == 1
     assert found["ema_http_requests_total", "code=404,route=/v1/runs/{run}"] == 1
     assert found["ema_http_requests_total", "code=404,route=none"] == 2
+
+
+def report(served: Served, version: Version, metrics: dict[str, float], **other: Any) -> None:
+    subject = Subject(version.run, version.average, version.id, version.step)
+    fields = {"task": "default", "worker": "w", "error": None, "samples": None, "seconds": None, "at": "2026", **other}
+    served.metrics.add(Report(subject, metrics=metrics, **fields)).result(WAIT_S)
+
+
+def test_metrics_show_the_newest_evaluation_of_every_average(client: TestClient, served: Served) -> None:
+    first, second, third = (served.publish("digits", step, ["raw", "ema-0.9"]).versions for step in (100, 200, 300))
+    report(served, first[0], {"top1": 0.5})
+    report(served, second[0], {"top1": 0.6}, missing={"loss": "nan", "ppl": "-inf", "auc": "list '[]', not a number"})
+    report(served, first[0], {"top1": 0.55}, at="2027", worker="late")
+    report(served, third[0], {}, error="ValueError: no data")
+    report(served, second[1], {"top1": 0.7})
+    report(served, first[1], {"top1": 0.25}, task="robust")
+    report(served, replace(first[0], run="deleted"), {"top1": 1.0})
+    report(served, replace(first[0], average="removed", id="f" * 40), {"top1": 1.0})
+
+    found = samples(client.get("/metrics").text)
+
+    values = {labels: value for (name, labels), value in found.items() if name == "ema_version_metric"}
+    steps = {labels: value for (name, labels), value in found.items() if name == "ema_version_metric_step"}
+    nan = {labels for labels, value in values.items() if math.isnan(value)}
+    assert nan == {"average=raw,metric=loss,run=digits", "average=raw,metric=auc,run=digits"}
+    assert {labels: value for labels, value in values.items() if labels not in nan} == {
+        "average=raw,metric=top1,run=digits": 0.6,
+        "average=raw,metric=ppl,run=digits": -math.inf,
+        "average=ema-0.9,metric=top1,run=digits": 0.7,
+        "average=ema-0.9,metric=robust/top1,run=digits": 0.25,
+    }
+    assert steps.keys() == values.keys()
+    assert steps["average=raw,metric=top1,run=digits"] == 200
+    assert steps["average=ema-0.9,metric=robust/top1,run=digits"] == 100
+    assert found["ema_evaluations_readable", ""] == 1
+    assert found["ema_run_version_metrics_omitted", "run=digits"] == 0
+
+
+def test_number_of_evaluation_metrics_of_a_run_is_bounded(client: TestClient, served: Served) -> None:
+    for version in served.publish("digits", 100, ["raw", "ema-0.9"]).versions:
+        report(served, version, {f"metric_{number}": 0.5 for number in range(VALUES_MAX - 100)})
+
+    found = samples(client.get("/metrics").text)
+
+    assert sum(name == "ema_version_metric" for name, _ in found) == VALUES_MAX
+    assert found["ema_run_version_metrics_omitted", "run=digits"] == VALUES_MAX - 200
+
+
+def test_metrics_are_served_while_evaluations_cannot_be_read(client: TestClient, served: Served) -> None:
+    served.publish("digits", 100)
+    served.metrics.submit(lambda db: db.execute("DROP TABLE reports")).result(WAIT_S)
+
+    found = samples(client.get("/metrics").text)
+
+    assert found["ema_evaluations_readable", ""] == 0
+    assert found["ema_run_step", "run=digits"] == 100
 
 
 def test_metrics_have_no_created_series(client: TestClient) -> None:
