@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,12 @@ def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:
 
     exposed = set(re.findall(r"^(ema_\w+)(?:\{| )", text, flags=re.MULTILINE))
     assert exposed == set(_named(reference.metrics()))
+
+
+def test_every_extra_is_in_the_readme() -> None:
+    extras = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    assert sorted(_named(_README[_README.index("## Extras") :])) == sorted(extras)
 
 
 def test_every_reject_code_is_in_the_specification() -> None:

@@ -6,6 +6,7 @@ import ast
 import graphlib
 import importlib
 import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -124,6 +125,12 @@ def test_trainer_install_does_not_choose_torch() -> None:
 
     assert _PROJECT["dependencies"] == []
     assert not any(requirement.startswith("torch") for requirement in extras["trainer"] + extras["reader"])
+
+
+def test_no_extra_replaces_an_installed_torch() -> None:
+    requirements = itertools.chain.from_iterable(_PROJECT["optional-dependencies"].values())
+
+    assert {each for each in requirements if re.match(r"torch\b", each)} == {"torch>=2.4"}
 
 
 def test_files_and_functions_stay_small() -> None:
