@@ -15,8 +15,8 @@ from typing import Self
 
 from ema_proto.errors import RejectCode
 from ema_proto.limits import SLOTS
-from ema_proto.sender.events import Answered
-from ema_proto.sender.machine import Sender, SenderState
+from ema_proto.sender.events import Answered, SenderState
+from ema_proto.sender.machine import Sender
 from ema_proto.wire import messages as m
 from trainer_client.connection.addresses import identify
 from trainer_client.connection.driver import Driver
@@ -247,9 +247,12 @@ class Worker:
         """Make a request about everything offered so far; an answer that does not come in time is an error too."""
         if not self._copies.idle(seconds_left(deadline)):
             return Answered(0, None, "the device has not copied the last snapshot in time")
+        return self._request(request, seconds_left(deadline))
+
+    def _request(self, request: Callable[[Sender], int], timeout_s: float) -> Answered:
         pending = self._driver.ask(partial(request, self._sender))
         with self._shared.changed:
-            self._shared.wait(lambda: pending.answer is not None, seconds_left(deadline))
+            self._shared.wait(lambda: pending.answer is not None, timeout_s)
         return pending.answer or Answered(0, None, f"the server at {self._endpoint} did not answer in time")
 
 
