@@ -21,7 +21,7 @@ In the order of a snapshot's way, from an optimizer's step to the socket:
 
 from __future__ import annotations
 
-from ema_proto.averages.specs import Ema, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.rules import Ema, PowerEma, Raw, Uniform, Window, Wsd
 from trainer_client.client import EmaClient
 from trainer_client.errors import (
     AverageError,

@@ -19,8 +19,7 @@ from typing import Any, Literal, Self, SupportsIndex
 from torch import nn
 from torch.optim import Optimizer
 
-from ema_proto.averages.rules import Ema
-from ema_proto.averages.specs import AverageSpec
+from ema_proto.averages.rules import AverageSpec, Ema
 from ema_proto.sender.events import Answered
 from ema_proto.wire.messages import Resume
 from trainer_client.connection.worker import Worker, seconds_left

@@ -21,7 +21,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, SupportsIndex, get_args
 
-from ema_proto.averages.specs import AverageSpec, parse_averages, split_averages
+from ema_proto.averages.rules import AverageSpec
+from ema_proto.averages.specs import parse_averages, split_averages
 from ema_proto.averages.step_units import StepUnits, check_step_units
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import CONFIG_BYTES_MAX, STEP_MAX

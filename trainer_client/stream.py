@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ema_proto.averages.rules import check_matches
-from ema_proto.averages.specs import Ema
+from ema_proto.averages.rules import Ema, check_matches
 from ema_proto.averages.step_units import half_life_steps, needed_of
 from ema_proto.errors import LocalProtocolError
-from ema_proto.sender.machine import SenderState
+from ema_proto.sender.events import SenderState
 from ema_proto.wire.manifest import Role
 from ema_proto.wire.messages import Join, Joined, Mode, Resume
 from trainer_client.connection.worker import Worker

@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 
 from ema_cli.demo.record import Column, Rows, read
-from ema_proto.averages.specs import Ema, parse_average
+from ema_proto.averages.rules import Ema
+from ema_proto.averages.specs import parse_average
 
 Values = npt.NDArray[np.float64]
 

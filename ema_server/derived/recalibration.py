@@ -75,7 +75,8 @@ def checked(data: bytes, stored: tuple[Stored, ...], manifest: Manifest) -> dict
         raise BadBuffers(f"the body is not a safetensors file: {error}") from None
     if not uploaded:
         raise BadBuffers("the body holds no tensor: send the buffers that changed")
-    places, specs = {place.name: place for place in stored}, _by_name(manifest)
+    places = {place.name: place for place in stored}
+    specs = {name: tensor for tensor in manifest.tensors for name in tensor.names}
     found: dict[str, bytes] = {}
     for name, tensor in uploaded.items():
         spec = _buffer(name, specs)
@@ -102,10 +103,6 @@ def _check_tensor(name: str, tensor: Tensor, place: Stored) -> None:
         raise BadBuffers(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, and {wanted} in the version")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise BadBuffers(f"{name!r} holds NaN or Inf")
-
-
-def _by_name(manifest: Manifest) -> dict[str, TensorSpec]:
-    return {name: tensor for tensor in manifest.tensors for name in tensor.names}
 
 
 def _verify(base: Version, path: Path) -> None:

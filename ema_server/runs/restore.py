@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ema_proto.averages.specs import AverageSpec, parse_average
-from ema_proto.errors import LocalProtocolError
+from ema_proto.averages.specs import parse_average
 from ema_proto.wire.manifest import Manifest
 from ema_server.compute.device import Device
 from ema_server.compute.memory import Memory
@@ -46,11 +46,13 @@ def load_run(
     verify(folder, own)
     manifest = read_manifest(folder, own)
     run = own.run if record is None else record
+    with _read_from_record("the run"):
+        ledger = Ledger.from_json(run.ledger)
     return Run(
         name=generation.run,
         manifest=manifest,
         averages=tuple(_average(folder, manifest, kept, device, old.get(kept.name)) for kept in run.averages),
-        ledger=_ledger("the run", run.ledger),
+        ledger=ledger,
         created=run.created,
         every=run.every,
         config=_config(folder, run.averages),
@@ -64,13 +66,13 @@ def load_run(
 
 
 def _average(folder: Path, manifest: Manifest, kept: AverageRecord, device: Device, old: Average | None) -> Average:
-    held = new_average(manifest, _rule(kept), _ledger(f"average {kept.name}", kept.ledger), device, old)
+    with _read_from_record(f"average {kept.name}"):
+        rule, ledger = parse_average(kept.spec, name=kept.name), Ledger.from_json(kept.ledger)
+    held = new_average(manifest, rule, ledger, device, old)
     held.updates, held.gap_steps = kept.updates, kept.gap_steps
     held.age_steps, held.initial_share = kept.age_steps, kept.initial_share
-    try:
+    with _read_from_record(f"average {kept.name}"):
         held.entries = restored(kept.window, len(held.slots))
-    except ValueError as error:
-        raise BrokenGeneration(f"average {kept.name}: {error}") from None
     for holding in held.holdings:
         inside = folder / (WINDOWS_FOLDER if holding.is_snapshot else AVERAGES_FOLDER) / kept.name
         for file in holding.files:
@@ -87,18 +89,12 @@ def _config(folder: Path, averages: Iterable[AverageRecord]) -> str | None:
     return None
 
 
-def _rule(kept: AverageRecord) -> AverageSpec:
+@contextmanager
+def _read_from_record(what: str) -> Iterator[None]:
     try:
-        return parse_average(kept.spec, name=kept.name)
-    except LocalProtocolError as error:
-        raise BrokenGeneration(f"average {kept.name}: {error}") from None
-
-
-def _ledger(whose: str, kept: object) -> Ledger:
-    try:
-        return Ledger.from_json(kept)
-    except ValueError as error:
-        raise BrokenGeneration(f"{whose}: {error}") from None
+        yield
+    except ValueError as error:  # a LocalProtocolError is one
+        raise BrokenGeneration(f"{what}: {error}") from None
 
 
 def _read(path: Path, file: TensorFile, memory: Memory) -> None:

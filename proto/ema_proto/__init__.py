@@ -12,17 +12,8 @@
 - `variables`: misspelt environment variables
 """
 
-from ema_proto.averages.specs import (
-    AverageSpec,
-    Ema,
-    PowerEma,
-    Raw,
-    Uniform,
-    Window,
-    Wsd,
-    parse_average,
-    parse_averages,
-)
+from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.specs import parse_average, parse_averages
 from ema_proto.averages.step_units import StepUnits
 from ema_proto.errors import LocalProtocolError, ProtocolError, RejectCode, RemoteProtocolError, Scope
 from ema_proto.names import check_name

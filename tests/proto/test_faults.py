@@ -7,7 +7,7 @@ import random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ema_proto.sender.machine import SenderState
+from ema_proto.sender.events import SenderState
 from support.pair import Faults, World, check_agreement
 
 faults = st.builds(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ema_proto.errors import LocalProtocolError, RejectCode
-from ema_proto.sender.machine import SenderState
+from ema_proto.sender.events import SenderState
 from support.pair import Server, Trainer, World, check_agreement
 
 

@@ -13,7 +13,7 @@ from ema_proto.dtypes import ITEM_BYTES
 from ema_proto.errors import RejectCode
 from ema_proto.names import RESERVED
 from ema_proto.receiver.ownership import ClaimState
-from ema_proto.sender.machine import SenderState
+from ema_proto.sender.events import SenderState
 from ema_proto.wire import codec
 from ema_proto.wire import messages as m
 from support.messages import EXAMPLES

@@ -7,10 +7,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from zlib import crc32
 
-from ema_proto.averages.specs import Ema
+from ema_proto.averages.rules import Ema
 from ema_proto.errors import RejectCode
 from ema_proto.sender import events as e
 from ema_proto.sender import machine as s
+from ema_proto.sender.events import SenderState
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import with_crc32
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
@@ -72,7 +73,7 @@ class Trainer:
     @property
     def connection(self) -> Connection | None:
         """The current transport."""
-        lost = self.sender.state in (s.SenderState.DISCONNECTED, s.SenderState.FAILED)
+        lost = self.sender.state in (SenderState.DISCONNECTED, SenderState.FAILED)
         return self.connections[-1] if self.connections and not lost else None
 
     def open(self, now: float) -> None:
@@ -82,7 +83,7 @@ class Trainer:
 
     def train(self, now: float) -> bool:
         """One optimizer step; its snapshot is offered if a slot is free."""
-        if not self.free or self.sender.state is s.SenderState.FAILED:
+        if not self.free or self.sender.state is SenderState.FAILED:
             return False
         self.step += 1
         slot = self.free.pop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ema_proto.averages.specs import Ema, Raw
+from ema_proto.averages.rules import Ema, Raw
 from ema_proto.errors import RejectCode
 from ema_proto.wire import messages as m
 from ema_proto.wire.manifest import Role, TensorSpec, layout

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 
 from ema_proto.errors import RejectCode
-from ema_proto.sender import machine as s
+from ema_proto.sender.events import SenderState
 from support.memory_server import Server
 from support.memory_trainer import Connection, Trainer, small_manifest
 
@@ -45,7 +45,7 @@ class World:
         """Let time pass, then move every message that is under way one hop."""
         self.now += seconds
         for trainer in self.trainers:
-            if trainer.sender.state is s.SenderState.DISCONNECTED and self.now >= trainer.retry_at:
+            if trainer.sender.state is SenderState.DISCONNECTED and self.now >= trainer.retry_at:
                 trainer.open(self.now)
             trainer.sender.tick(self.now)
             trainer.write()
@@ -71,8 +71,8 @@ class World:
         """No more faults: run until nothing is under way, or for this many turns."""
         for _ in range(turns):
             self.turn(seconds=seconds)
-            busy = any(len(t.free) < 2 and t.sender.state is not s.SenderState.FAILED for t in self.trainers)
-            waiting = any(t.sender.state is s.SenderState.JOINING for t in self.trainers)
+            busy = any(len(t.free) < 2 and t.sender.state is not SenderState.FAILED for t in self.trainers)
+            waiting = any(t.sender.state is SenderState.JOINING for t in self.trainers)
             if not busy and not waiting:
                 break
         self.run(4, seconds=seconds)  # answers to requests that waited for the last snapshot

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from ema_proto.averages.specs import Raw
+from ema_proto.averages.rules import Raw
 from ema_proto.errors import RejectCode
 from ema_proto.limits import CHUNK_BYTES_MIN, PROBE_S
 from ema_proto.receiver import events as e
 from ema_proto.receiver.machine import Receiver
 from ema_proto.sender import events as se
-from ema_proto.sender.machine import Sender, SenderState
+from ema_proto.sender.events import SenderState
+from ema_proto.sender.machine import Sender
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import Header, decode_frames, encode, encode_header
 from ema_proto.wire.manifest import Role, TensorSpec, layout

@@ -21,7 +21,7 @@ from __future__ import annotations
 import shlex
 
 from ema_proto.errors import RejectCode
-from ema_proto.sender.machine import SenderState
+from ema_proto.sender.events import SenderState
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import CONTROL_MESSAGES, Header, decode_header, encode_header
 from support.memory_server import Server

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.optim import SGD, Optimizer
 
-from ema_proto.averages.specs import Raw
+from ema_proto.averages.rules import Raw
 from ema_proto.errors import RejectCode
 from support.fake_worker import OfflineClient
 from support.waiting import eventually

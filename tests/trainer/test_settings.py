@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ema_proto.averages.specs import Ema
+from ema_proto.averages.rules import Ema
 from ema_proto.averages.step_units import StepUnits
 from ema_proto.names import check_name
 from trainer_client import EmaClient, EmaClientError, SettingsError

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from ema_proto.errors import RejectCode
 from ema_proto.sender import events as e
-from ema_proto.sender.machine import Sender, SenderState
+from ema_proto.sender.events import SenderState
+from ema_proto.sender.machine import Sender
 from ema_proto.sender.send_queue import Outgoing
 from ema_proto.wire import codec
 from ema_proto.wire.messages import Joined

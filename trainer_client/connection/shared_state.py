@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ema_proto.sender.events import Refused
-from ema_proto.sender.machine import SenderState
+from ema_proto.sender.events import Refused, SenderState
 from ema_proto.wire.messages import Joined
 from trainer_client.staging.slots import Slot
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,26 +32,15 @@ class CpuStager:
             torch._foreach_copy_(self._views_of(slot), list(tensors))
 
     def _views_of(self, slot: Slot) -> list[Tensor]:
-        views = self._views.get(slot.index)
-        if views is None:
-            # Views made in inference mode could not be written outside it.
-            with torch.inference_mode(False):
-                offsets = {index: spec.offset for index, spec in enumerate(self._specs)}
-                views = list(slot_views(slot.tensor, self._specs, offsets).values())
-            self._views[slot.index] = views
-        return views
+        if slot.index not in self._views:
+            self._views[slot.index] = slot_views(slot.tensor, [(spec, spec.offset) for spec in self._specs])
+        return self._views[slot.index]
 
 
-def slot_views(memory: Tensor, specs: Sequence[TensorSpec], offsets: Mapping[int, int]) -> dict[int, Tensor]:
-    """Row-major views of `memory` (uint8, 1-D) with the dtypes and shapes of some of `specs`.
-
-    Args:
-        memory: a slot or a scratch.
-        specs: of all tensors.
-        offsets: the first byte of each wanted view, by its index in `specs`.
-    """
-    return {
-        index: memory[start : start + spec.nbytes].view(_TORCH_DTYPES[spec.dtype]).view(spec.shape)
-        for index, start in offsets.items()
-        for spec in (specs[index],)
-    }
+def slot_views(memory: Tensor, wanted: Iterable[tuple[TensorSpec, int]]) -> list[Tensor]:
+    """Row-major views of `memory` (uint8, 1-D): for each spec, the tensor whose first byte is at the given offset."""
+    with torch.inference_mode(False):  # views made in inference mode could not be written outside it
+        return [
+            memory[start : start + spec.nbytes].view(_TORCH_DTYPES[spec.dtype]).view(spec.shape)
+            for spec, start in wanted
+        ]

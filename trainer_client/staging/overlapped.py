@@ -54,7 +54,8 @@ class OverlappedStager:
         self._targets: dict[int, _Targets] = {}
         with torch.inference_mode(False):
             self._scratch = device.empty(self._plan.scratch_bytes)
-            self._gathered = slot_views(self._scratch, manifest.tensors, dict(self._plan.gathered))
+            gathered = [(manifest.tensors[index], start) for index, start in self._plan.gathered]
+            self._gathered = slot_views(self._scratch, gathered)
             self._spans = [self._scratch[s.scratch : s.scratch + s.nbytes] for s in self._plan.spans]
         self._bounce: list[Tensor] = []  # one tensor, allocated when needed
         self._latest: AsyncCopy | None = None
@@ -125,8 +126,8 @@ class OverlappedStager:
     def _gather(self, sources: Sequence[Tensor]) -> None:
         """Copy into the scratch, in one call for all tensors of a dtype whose strides are those of the scratch."""
         groups: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
-        for index, _ in self._plan.gathered:
-            target, source = self._gathered[index], sources[index]
+        for (index, _), target in zip(self._plan.gathered, self._gathered, strict=True):
+            source = sources[index]
             targets, similar = groups.setdefault((source.dtype, source.stride() == target.stride()), ([], []))
             targets.append(target)
             similar.append(source)
@@ -155,9 +156,8 @@ class OverlappedStager:
 
     def _targets_of(self, slot: Slot) -> _Targets:
         if slot.index not in self._targets:
-            offsets = {index: spec.offset for index, spec in enumerate(self._manifest.tensors)}
+            views = slot_views(slot.tensor, [(spec, spec.offset) for spec in self._manifest.tensors])
             with torch.inference_mode(False):
-                views = slot_views(slot.tensor, self._manifest.tensors, offsets)
                 spans = [slot.tensor[s.slot : s.slot + s.nbytes] for s in self._plan.spans]
-            self._targets[slot.index] = _Targets(list(views.values()), spans)
+            self._targets[slot.index] = _Targets(views, spans)
         return self._targets[slot.index]

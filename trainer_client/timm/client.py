@@ -7,7 +7,7 @@ import logging
 
 from torch import nn
 
-from ema_proto.averages.specs import AverageSpec
+from ema_proto.averages.rules import AverageSpec
 from trainer_client.client import EmaClient
 from trainer_client.errors import AverageError
 from trainer_client.lifecycle import State

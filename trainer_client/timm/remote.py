@@ -13,7 +13,7 @@ from typing import Any, Self, SupportsIndex
 import torch
 from torch import nn
 
-from ema_proto.averages.specs import Ema
+from ema_proto.averages.rules import Ema
 from ema_proto.errors import LocalProtocolError
 from ema_proto.wire.messages import Resume
 from trainer_client.errors import SettingsError

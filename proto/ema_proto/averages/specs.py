@@ -16,19 +16,6 @@ from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Raw, Uniform, W
 from ema_proto.errors import SHOWN_CHARS, LocalProtocolError
 from ema_proto.limits import AVERAGES_MAX
 
-__all__ = [
-    "AverageSpec",
-    "Ema",
-    "PowerEma",
-    "Raw",
-    "Uniform",
-    "Window",
-    "Wsd",
-    "parse_average",
-    "parse_averages",
-    "split_averages",
-]
-
 _RULES: dict[str, type[AverageSpec]] = {kind.KEYWORD: kind for kind in (Ema, PowerEma, Uniform, Window, Wsd, Raw)}
 _PARAMETER = re.compile(r"\s*[a-z_]+\s*=")
 _EXAMPLES = {

@@ -91,7 +91,9 @@ class Ownership:
             raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"this connection has joined run {connection.run!r}")
         check_join(join)
         self._tickets += 1
-        claim = Claim(self._tickets, connection.session, connection.peer, join, self._since(connection, join, now))
+        known = self.owner(join.run)
+        since = known.since if known is not None and known.session == connection.session else now
+        claim = Claim(self._tickets, connection.session, connection.peer, join, since)
         owner = self._owner_to_probe(claim)
         connection.run = join.run
         if owner is None:
@@ -167,10 +169,6 @@ class Ownership:
             text = f"another trainer is asking for run {claim.run!r} at this moment: try again, or choose another name"
             raise RemoteProtocolError(RejectCode.RUN_IN_USE, text)
         return owner
-
-    def _since(self, connection: Connection, join: m.Join, now: float) -> float:
-        owner = self.owner(join.run)
-        return owner.since if owner is not None and owner.session == connection.session else now
 
     def _take_over(self, claim: Claim, now: float) -> None:
         owner = self._owners.get(claim.run)

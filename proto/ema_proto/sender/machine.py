@@ -25,9 +25,6 @@ from ema_proto.sender.timeouts import Timeouts
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import decode_frames, encode
 
-__all__ = ["Sender", "SenderState"]
-
-
 _NOT_CONNECTED = (SenderState.DISCONNECTED, SenderState.FAILED, SenderState.CLOSED)
 
 

@@ -63,10 +63,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _unchanged(value: Any) -> Any:
-    return value
-
-
 @dataclass(frozen=True, slots=True)
 class Kind:
     """The values that a field may have.
@@ -79,7 +75,7 @@ class Kind:
     """
 
     read: Callable[[Any], Any]
-    write: Callable[[Any], Any] = _unchanged
+    write: Callable[[Any], Any] = lambda value: value
     key: str = ""
     omit_none: bool = False
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from ema_proto.averages.specs import AverageSpec, parse_average
+from ema_proto.averages.rules import AverageSpec
+from ema_proto.averages.specs import parse_average
 from ema_proto.averages.step_units import StepUnits
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError, Scope
 from ema_proto.limits import (

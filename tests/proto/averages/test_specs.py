@@ -12,17 +12,8 @@ from hypothesis import strategies as st
 
 from ema_proto.averages.presets import PRESETS
 from ema_proto.averages.profiles import gamma_of, sigma_rel_of
-from ema_proto.averages.specs import (
-    AverageSpec,
-    Ema,
-    PowerEma,
-    Raw,
-    Uniform,
-    Window,
-    Wsd,
-    parse_average,
-    parse_averages,
-)
+from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.specs import parse_average, parse_averages
 from ema_proto.averages.step_units import StepUnits, check_step_units
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.names import check_patterns, is_chosen, unmatched

@@ -10,7 +10,8 @@ from ema_proto import limits
 from ema_proto.errors import LocalProtocolError, RejectCode
 from ema_proto.limits import CHUNK_BYTES_MIN
 from ema_proto.sender import events as e
-from ema_proto.sender.machine import Sender, SenderState
+from ema_proto.sender.events import SenderState
+from ema_proto.sender.machine import Sender
 from ema_proto.wire import messages as m
 from support.peers import EPOCH, JOIN, SESSION, alive, answered, done, drain, give, kinds, rejoin, sender_in
 

@@ -8,7 +8,7 @@ from ema_proto import limits
 from ema_proto.errors import LocalProtocolError, RejectCode
 from ema_proto.limits import CHUNK_BYTES_MIN
 from ema_proto.sender import events as e
-from ema_proto.sender.machine import SenderState
+from ema_proto.sender.events import SenderState
 from ema_proto.wire import messages as m
 from support.peers import EPOCH, alive, answered, done, drain, give, kinds, rejoin, sender_in
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ema_proto.averages.specs import Raw
+from ema_proto.averages.rules import Raw
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.limits import CHUNK_BYTES_MAX, CONTROL_BODY_BYTES_MAX, STEP_MAX, TEXT_CHARS_MAX
 from ema_proto.wire import messages as m

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ema_proto.averages.specs import AverageSpec, Ema, Raw
+from ema_proto.averages.rules import AverageSpec, Ema, Raw
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from ema_server.tensors.layout import Form, Segment
 from ema_server.tensors.selection import averaged_names, form_of, segments_for
