@@ -25,7 +25,7 @@ COMMANDS_OF: Mapping[str, tuple[str, ...]] = {
     "ema_reader.cli.commands": (
         *("status", "versions", "metrics", "best", "download"),
         *("evaluate", "validate", "recalibrate"),
-        *("averages", "ledger", "synthesize", "healthcheck"),
+        *("averages", "ledger", "synthesize", "delete", "healthcheck"),
     ),
     "ema_cli.doctor": ("doctor",),
     "ema_cli.demo.command": ("demo",),

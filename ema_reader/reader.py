@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ema_reader.averages import Averages
+from ema_reader.averages import ANSWER_S, Averages
 from ema_reader.derived import Derived
 from ema_reader.download import Silent, default_progress, download_version
 from ema_reader.errors import NotFound, ReaderError, Unreachable, UsageError, WaitTimeout
@@ -99,6 +99,16 @@ class Reader:
             NotFound: the server does not know it.
         """
         return self._read(path_of("runs", run), Run.from_json)
+
+    def delete(self, run: str) -> None:
+        """Delete a run that no trainer streams: generations, derived versions, ring, metrics. Returns when durable.
+
+        Raises:
+            NotFound: the server does not know it.
+            RequestRefused: a trainer streams it.
+            Unreachable: the server's disk refuses; nothing was deleted.
+        """
+        self._transport.delete(path_of("runs", run), answer_s=ANSWER_S)
 
     def versions(self, run: str, average: str) -> tuple[Version, ...]:
         """Versions of an average, newest first; empty before the first one is published.

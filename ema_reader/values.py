@@ -113,6 +113,7 @@ class Run:
 
     `derived` names the averages that were made from other versions; `ring` is what power averages can be made from.
     `nonfinite_buffers` names buffers with NaN or Inf in the last snapshot: averages keep their last finite value.
+    `disk_bytes` is what its files take on the server's disk, None before the server has measured it.
     """
 
     run: str
@@ -128,6 +129,7 @@ class Run:
     derived: tuple[str, ...] = ()
     ring: Ring | None = None
     nonfinite_buffers: tuple[str, ...] = ()
+    disk_bytes: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -151,6 +153,7 @@ class Run:
             derived=tuple(value["derived"]),
             ring=None if value["ring"] is None else Ring.from_json(value["ring"]),
             nonfinite_buffers=tuple(nonfinite["tensors"]) if lasts else (),
+            disk_bytes=value.get("disk_bytes"),
         )
         return cls(**made)
 

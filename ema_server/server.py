@@ -14,8 +14,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 
 from ema_server.averager.averager import Averager
 from ema_server.compute.cuda import open_device
@@ -30,11 +33,12 @@ from ema_server.http.app import create_app
 from ema_server.http.listener import HttpServer, loop_factory
 from ema_server.http.services import Services
 from ema_server.ingest.ingest import Ingest
-from ema_server.publishing.publisher import Publisher
+from ema_server.publishing.publisher import EraseRun, Publisher
 from ema_server.publishing.ring import Ring
 from ema_server.runs.status_store import StatusStore
 from ema_server.storage.catalog import Catalog
 from ema_server.storage.datadir import DataDir, open_data_dir
+from ema_server.storage.usage import DiskUsage
 from ema_server.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -85,8 +89,17 @@ class Server:
         Raises:
             OSError: the data folder cannot be read.
         """
+        for run, folder in self.data_dir.deleted():
+            self._complete_deletion(run, folder)
         self.services.deriving.restore()
         self.averager.start()
+
+    def _complete_deletion(self, run: str, folder: Path) -> None:
+        """Delete what an earlier process left of a deleted run, unless its metrics are those of a run since then."""
+        if self.data_dir.run_folder(run).exists():
+            self.publisher.submit(EraseRun(run, folder, keeps_folder=False))
+        else:
+            erase_run(self.services.validations, self.publisher, run, folder)
 
     def close(self, *, unused: bool = False) -> None:
         """Close the socket, the database and the data folder; remove a folder that `build` made if it is `unused`."""
@@ -122,18 +135,17 @@ def build(
         metrics = MetricStore(config.data / _METRICS_FILE)
         undo.callback(metrics.close)
         catalog, statuses, telemetry, stopping = Catalog(clock), StatusStore(), Telemetry(), threading.Event()
+        usage = DiskUsage(data_dir)
         ring = Ring(data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
-        deriving = DerivationQueue(DerivedStore(data_dir, catalog), ring, stopping)
+        deriving = DerivationQueue(DerivedStore(data_dir, catalog, on_change=usage.measure), ring, stopping)
         undo.callback(deriving.stop)
-        publisher = Publisher(
-            data_dir, catalog, keep_generations=config.keep_generations, telemetry=telemetry, ring=ring, clock=clock
-        )
-        averager = Averager(
-            config, data_dir, catalog, publisher, ring, statuses, telemetry, device=device, clock=clock, wall=wall
-        )
+        publisher = Publisher(data_dir, catalog, ring, usage, telemetry, keep=config.keep_generations, clock=clock)
+        validations = Validations(catalog, statuses, metrics)
+        parts = (config, data_dir, catalog, publisher, ring, statuses, telemetry)
+        erase = partial(erase_run, validations, publisher)
+        averager = Averager(*parts, erase=erase, device=device, clock=clock, wall=wall)
         ingest = Ingest(config, averager, telemetry)
         undo.callback(ingest.stop, INGEST_STOP_S)
-        validations = Validations(catalog, statuses, metrics)
         ring.listen(deriving.store.supersede)
         catalog.listen(ring.rename)
         catalog.listen(metrics.rename)
@@ -145,6 +157,7 @@ def build(
             metrics=metrics,
             validations=validations,
             deriving=deriving,
+            usage=usage,
             submit=averager.submit,
             data=config.data,
             token=config.token,
@@ -155,6 +168,22 @@ def build(
         )
         undo.pop_all()
         return Server(data_dir, services, publisher, averager, ingest)
+
+
+def erase_run(validations: Validations, publisher: Publisher, run: str, folder: Path) -> None:
+    """Delete a deleted run's rows from the database, then its files. Any thread; does not wait.
+
+    The rows are first in line before those of a new run of that name. If they cannot be deleted, the folder stays, and
+    the next start tries again.
+    """
+
+    def erase(done: Future[None]) -> None:
+        error = done.exception()
+        if error is not None:
+            log.error("run %s is deleted, but not its metrics; the next start tries again: %s", run, error)
+        publisher.submit(EraseRun(run, folder, keeps_folder=error is not None))
+
+    validations.delete(run).add_done_callback(erase)
 
 
 def run(config: ServerConfig, announce: Callable[[Ready], None]) -> bool:

@@ -126,6 +126,7 @@ def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:
     served = Served(tmp_path)
     version = served.publish("run", 3).versions[0]
     subject = Subject("run", version.average, version.id, version.step)
+    served.services.usage.measure("run")
     served.telemetry.http_requests.labels("/v1/runs", "200").inc()
 
     served.metrics.add(Report(subject, "default", None, {"top1": 0.5}, None, None, None, "2026-01-01T00:00:00Z"))

@@ -1,4 +1,4 @@
-"""Registers every command of the reader; `status`, `versions`, `download` and `healthcheck` are here.
+"""Registers every command of the reader; `status`, `versions`, `download`, `delete` and `healthcheck` are here.
 
 Data goes to stdout, logs and progress to stderr.
 """
@@ -6,6 +6,7 @@ Data goes to stdout, logs and progress to stderr.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from ema_reader.cli import render
 from ema_reader.cli.averages import averages, ledger, synthesize
 from ema_reader.cli.evaluate import evaluate, recalibrate, validate
 from ema_reader.cli.metrics import best, metrics
-from ema_reader.cli.options import Json, Long, Target, Token, Url, exits
+from ema_reader.cli.options import Json, Long, RunName, Target, Token, Url, exits
 from ema_reader.errors import NotFound, ReaderError, UsageError
 from ema_reader.reader import DEFAULT_URL, Reader
 from ema_reader.scores import Score, scores_of
@@ -29,7 +30,7 @@ def register(app: typer.Typer) -> None:
     commands: tuple[Callable[..., None], ...] = (
         *(status, versions, metrics, best, download),
         *(evaluate, validate, recalibrate),
-        *(averages, ledger, synthesize, healthcheck),
+        *(averages, ledger, synthesize, delete, healthcheck),
     )
     for command in commands:
         app.command()(command)
@@ -91,6 +92,31 @@ def download(
         folder = output or Path(f"{version.run}-{version.average}-step-{version.step}")
         path = reader.download(version, folder)
         typer.echo(render.as_json({"path": str(path), "version": version}) if json else str(path))
+
+
+def delete(
+    run: RunName,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Delete a run that no trainer streams: its versions, and everything else that the server has of it.
+
+    Says what it will delete and asks first.
+    """
+    with exits(), Reader(url, token) as reader:
+        found = reader.run(named("run", run))
+        count = len({version.id for name in found.average_names for version in reader.versions(run, name)})
+        size = "of unknown size" if found.disk_bytes is None else f"{render.size_text(found.disk_bytes)} on its disk"
+        typer.echo(f"{run} ({found.state}) at {reader.url}: {count} versions, ring and metrics, {size}", err=True)
+        if not yes and not sys.stdin.isatty():
+            raise UsageError("nothing is deleted: no terminal to ask at; give --yes to delete without a question")
+        if not yes and not typer.confirm("Delete it for good?", err=True):
+            raise ReaderError("nothing is deleted")
+        reader.delete(run)
+        shown = {"deleted": run, "versions": count, "disk_bytes": found.disk_bytes}
+        typer.echo(render.as_json(shown) if json else f"{run} is deleted")
 
 
 def healthcheck(url: Url = DEFAULT_URL, json: Json = False) -> None:

@@ -29,9 +29,14 @@ def status_text(runs: Sequence[Run]) -> str:
     """One line for each run, then what needs attention."""
     if not runs:
         return "no runs yet"
-    columns = ("run", "state", "step", "published_step", "steps_per_second", "applied", "gap_steps", "averages")
+    columns = ("run", "state", "step", "published_step", "steps_per_second", "applied", "gap_steps")
     rows = [
-        (r.run, r.state, r.step, r.published_step, r.steps_per_second, r.applied, r.gap_steps, _names(r)) for r in runs
+        (
+            *(r.run, r.state, r.step, r.published_step, r.steps_per_second, r.applied, r.gap_steps),
+            None if r.disk_bytes is None else size_text(r.disk_bytes),
+            _names(r),
+        )
+        for r in runs
     ]
     notes = [f"{r.run}: cannot publish: {r.publish_error}" for r in runs if r.publish_error is not None]
     notes += [f"{r.run}: no more is stored to synthesise from: {r.ring.error}" for r in runs if r.ring and r.ring.error]
@@ -42,7 +47,7 @@ def status_text(runs: Sequence[Run]) -> str:
         if r.nonfinite_buffers
     ]
     notes += [f"{r.run}/{a.name}: {a.warning}" for r in runs for a in r.averages if a.warning is not None]
-    return "\n".join([table(columns, rows), *notes])
+    return "\n".join([table((*columns, "disk_bytes", "averages"), rows), *notes])
 
 
 def newest_metrics_text(run: Run, newest: Mapping[str, Score]) -> str:

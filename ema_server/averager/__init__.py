@@ -9,5 +9,6 @@
 - `join`: carries that decision out
 - `rewind`: takes a run back to an older generation
 - `change`: adds averages to a run that streams, and removes them
+- `delete`: deletes a run that no trainer streams
 - `status`: the status of an average, and of a run that is only on disk
 """

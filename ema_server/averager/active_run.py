@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from pathlib import Path
 
 from ema_proto.averages.rules import PowerEma
 from ema_server.averager.jobs import Durable, Failed, JobQueue, Outcome, Reason
@@ -41,7 +42,8 @@ logger = logging.getLogger("ema")
 class Resources:
     """What the runs share. `clock` gives monotonic seconds, `wall` seconds since the epoch.
 
-    `announce(run, step)` is called for every generation that becomes durable.
+    `announce(run, step)` is called for every generation that becomes durable. `erase(run, folder)` is called for every
+    deleted run, whose folder has been renamed to `folder`.
     """
 
     config: ServerConfig
@@ -57,6 +59,7 @@ class Resources:
     clock: Callable[[], float]
     wall: Callable[[], float]
     announce: Callable[[str, int], None]
+    erase: Callable[[str, Path], None]
 
     def now(self) -> str:
         """The time in RFC 3339."""

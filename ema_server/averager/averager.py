@@ -12,15 +12,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ema_server.averager.active_run import ActiveRun, PublishRequest, Resources
 from ema_server.averager.active_runs import ActiveRuns
 from ema_server.averager.apply import apply
 from ema_server.averager.change import add_average, remove_average
+from ema_server.averager.delete import delete
 from ema_server.averager.jobs import (
     AddAverage,
     Apply,
+    DeleteRun,
     Durable,
     Failed,
     Finish,
@@ -66,6 +69,7 @@ class Averager:
 
     It fills `catalog` from the disk at `start`, and starts and stops `publisher`. The cadence of `ring` is part of the
     schedule. `clock` gives monotonic seconds, `wall` seconds since the epoch.
+    `erase` is called with a deleted run and its renamed folder, and erases what is left of it.
 
     Raises:
         KernelUnavailableError: the kernel that is asked for is not available; the text says why.
@@ -82,6 +86,7 @@ class Averager:
         statuses: StatusStore,
         telemetry: Telemetry,
         *,
+        erase: Callable[[str, Path], None],
         device: Device = HOST,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
@@ -114,6 +119,7 @@ class Averager:
                 clock=clock,
                 wall=wall,
                 announce=self._announce,
+                erase=erase,
             )
         )
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
@@ -217,6 +223,10 @@ class Averager:
         if isinstance(job, Join):
             self._write_draft(job.run)
             join(self._runs, job)
+            return
+        if isinstance(job, DeleteRun):
+            self._write_draft(job.run)
+            delete(self._runs, job)
             return
         active = self._runs.get(job.run)
         if active is None:

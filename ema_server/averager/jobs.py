@@ -104,7 +104,14 @@ class Changed:
     average: str
 
 
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """The run is deleted, durably; its files are erased in the background."""
+
+
 class WhyNot(Enum):
+    NO_SUCH_RUN = "no_such_run"
+    STREAMING = "streaming"
     NOT_STREAMING = "not_streaming"
     NO_SUCH_AVERAGE = "no_such_average"
     CONFLICT = "conflict"
@@ -114,7 +121,7 @@ class WhyNot(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Unchanged:
-    """The averages of the run are what they were; `text` says why."""
+    """The run is what it was; `text` says why."""
 
     why: WhyNot
     text: str
@@ -199,7 +206,15 @@ class RemoveAverage:
     reply: Callable[[Changed | Unchanged], None]
 
 
-Job: TypeAlias = Join | Apply | Publish | Rewind | Finish | Leave | AddAverage | RemoveAverage
+@dataclass(frozen=True, slots=True)
+class DeleteRun:
+    """Delete the run with everything that belongs to it, unless a trainer streams it."""
+
+    run: str
+    reply: Callable[[Deleted | Unchanged], None]
+
+
+Job: TypeAlias = Join | Apply | Publish | Rewind | Finish | Leave | AddAverage | RemoveAverage | DeleteRun
 
 
 def refuse(job: Job, text: str, why: WhyNot = WhyNot.NOT_DURABLE) -> None:
@@ -209,7 +224,7 @@ def refuse(job: Job, text: str, why: WhyNot = WhyNot.NOT_DURABLE) -> None:
             job.reply(Refused(RejectCode.UNAVAILABLE, text))
         case Apply():
             job.reply(Quarantined(job.step, text))
-        case AddAverage() | RemoveAverage():
+        case AddAverage() | RemoveAverage() | DeleteRun():
             job.reply(Unchanged(why, text))
         case Publish() | Rewind() | Finish():
             job.reply(Failed(text))

@@ -59,12 +59,23 @@ class Derivation:
 
 
 class DerivedStore:
-    """The derived versions of every run. Safe from any thread. `wall` gives seconds since the epoch, for `created`."""
+    """The derived versions of every run. Safe from any thread.
 
-    def __init__(self, data_dir: DataDir, catalog: Catalog, wall: Callable[[], float] = time.time) -> None:
+    `wall` gives seconds since the epoch, for `created`. `on_change` is called with the run when files were written or
+    deleted.
+    """
+
+    def __init__(
+        self,
+        data_dir: DataDir,
+        catalog: Catalog,
+        wall: Callable[[], float] = time.time,
+        on_change: Callable[[str], None] = lambda run: None,
+    ) -> None:
         self.catalog = catalog
         self._data_dir = data_dir
         self._wall = wall
+        self._on_change = on_change
         self._naming = threading.Lock()
 
     def restore(self) -> None:
@@ -90,12 +101,15 @@ class DerivedStore:
         Raises:
             LocalProtocolError: the name of the average is not allowed.
             OSError: the disk fails; nothing is left. Exceptions of `pieces` propagate likewise.
-            VersionGone: the run was set aside meanwhile.
+            VersionGone: the run was set aside or deleted meanwhile.
         """
         check_name("average", what.average)
         parent = self._data_dir.derived_folder(what.run)
-        self._create(parent)
-        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
+        try:
+            self._create(parent)
+            folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
+        except FileNotFoundError:
+            raise _gone(what) from None
         try:
             version = self._fill(folder, what, pieces, config)
             known = next((old for old in self.catalog.derived(what.run) if old.id == version.id), None)
@@ -103,9 +117,10 @@ class DerivedStore:
         except FileNotFoundError:
             if folder.exists():
                 raise
-            raise VersionGone(f"run {what.run} was set aside while {what.average} was made: ask again") from None
+            raise _gone(what) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # renamed if all went well
+            self._on_change(what.run)
 
     def provenance(self, version: Version) -> dict[str, Any]:
         """What a derived version was made from, with `kind`.
@@ -142,6 +157,7 @@ class DerivedStore:
         if not self.catalog.remove_derived(version):
             return False
         delete_whole(version.folder)
+        self._on_change(version.run)
         return True
 
     def _restore(self, run: str, folder: Path) -> None:
@@ -152,7 +168,7 @@ class DerivedStore:
 
     def _create(self, folder: Path) -> None:
         if not folder.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)  # not the run's own folder, which is gone if the run was deleted meanwhile
             sync_folders([folder.parent])
 
     def _fill(self, folder: Path, what: Derivation, pieces: Iterable[Piece], config: bytes | None) -> Version:
@@ -197,6 +213,10 @@ def open_derived(run: str, folder: Path) -> Version:
         raise BrokenGeneration(f"{VERSION_FILE} does not describe a derived version of step {version.step}")
     check_sizes(folder, version.files)
     return version
+
+
+def _gone(what: Derivation) -> VersionGone:
+    return VersionGone(f"run {what.run} was set aside or deleted while {what.average} was made: ask again")
 
 
 def _content(what: Derivation, files: tuple[FileEntry, ...]) -> dict[str, Any]:

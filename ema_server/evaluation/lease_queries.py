@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ema_server.evaluation.leases import Ask, Due, Finding, Grant, Lease, Validation
-from ema_server.evaluation.metric_store import Report, Subject, insert_report, latest_report
+from ema_server.evaluation.metric_store import Report, Subject, delete_reports, insert_report, latest_report
 from ema_server.storage.records import rfc3339
 
 ATTEMPTS_MAX = 3  # a version that crashes its worker each time must not crash workers for ever
@@ -254,6 +254,13 @@ def rename(db: sqlite3.Connection, run: str, new_run: str) -> None:
     db.execute("DELETE FROM scheduled WHERE run = ?", (run,))
     db.execute("UPDATE OR REPLACE leases SET run = ? WHERE run = ?", (new_run, run))
     db.execute("UPDATE validations SET run = ? WHERE run = ?", (new_run, run))
+
+
+def delete_run(db: sqlite3.Connection, run: str) -> None:
+    """Delete every row of a run, its reports included."""
+    db.execute("DELETE FROM leases WHERE run = ?", (run,))
+    db.execute("DELETE FROM validations WHERE run = ?", (run,))
+    delete_reports(db, run)
 
 
 def _by_id(db: sqlite3.Connection, lease_id: str) -> tuple[Lease | None, bool]:

@@ -177,6 +177,12 @@ def _rename(db: sqlite3.Connection, run: str, new_run: str) -> None:
     db.execute("UPDATE OR REPLACE reports SET run = ? WHERE run = ?", (new_run, run))
 
 
+def delete_reports(db: sqlite3.Connection, run: str) -> None:
+    """Delete every row of a run."""
+    db.execute("DELETE FROM handed_out WHERE run = ?", (run,))
+    db.execute("DELETE FROM reports WHERE run = ?", (run,))
+
+
 def _find(db: sqlite3.Connection, run: str, average: str, version: str) -> Subject | None:
     query = "SELECT step FROM handed_out WHERE run = ? AND average = ? AND version = ?"
     row = db.execute(query, (run, average, version)).fetchone()

@@ -14,6 +14,7 @@ import itertools
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Concatenate, ParamSpec, TypeVar
 
 from ema_server.evaluation import lease_queries
@@ -135,6 +136,10 @@ class Validations:
     def tasks(self) -> tuple[str, ...]:
         """The tasks of the workers that have asked recently, sorted."""
         return tuple(sorted({ask.task for ask in self._present()}))
+
+    def delete(self, run: str) -> Future[None]:
+        """Delete the leases, validations and reports of a run that was deleted. Does not wait."""
+        return self._metrics.submit(lease_queries.delete_run, run)
 
     async def _query(
         self, query: Callable[Concatenate[sqlite3.Connection, Args], Result], *args: Args.args, **kwargs: Args.kwargs

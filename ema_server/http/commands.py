@@ -1,4 +1,4 @@
-"""Commands to the averager: publish a run, add or remove an average. Each waits for the answer without blocking."""
+"""Commands to the averager: publish or delete a run, add or remove an average. Each awaits the answer."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from ema_proto.errors import LocalProtocolError
 from ema_server.averager.jobs import (
     AddAverage,
     Changed,
+    Deleted,
+    DeleteRun,
     Durable,
     Failed,
     Job,
@@ -32,6 +34,7 @@ _CODES = {
     WhyNot.OUT_OF_MEMORY: Code.OUT_OF_MEMORY,
     WhyNot.NOT_DURABLE: Code.PUBLISH_FAILED,
 }
+_DELETE_CODES = {WhyNot.STREAMING: Code.RUN_STREAMING, WhyNot.NO_SUCH_RUN: Code.RUN_NOT_FOUND}
 _Answer = TypeVar("_Answer")
 
 
@@ -85,6 +88,22 @@ async def remove_average(services: Services, run: str, average: str) -> None:
         return RemoveAverage(run, average, reply)
 
     _check(await _ask_averager(services, run, job))
+
+
+async def delete_run(services: Services, run: str) -> None:
+    """Delete a run, durably.
+
+    Raises:
+        Problem: there is none of that name, a trainer streams it, or the disk refuses; the text says why.
+    """
+    run_status(services, run)
+
+    def job(reply: Callable[[Deleted | Unchanged], None]) -> DeleteRun:
+        return DeleteRun(run, reply)
+
+    answer = await _ask_averager(services, run, job)
+    if isinstance(answer, Unchanged):
+        raise Problem(_DELETE_CODES.get(answer.why, Code.DELETE_FAILED), answer.text)
 
 
 async def _ask_averager(services: Services, run: str, job_of: Callable[[Callable[[_Answer], None]], Job]) -> _Answer:

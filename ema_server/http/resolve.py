@@ -28,6 +28,9 @@ def run_status(services: Services, run: str) -> RunStatus:
     """The status of a run, or the problem that there is none."""
     status = services.statuses.get(run)
     if status is None:
+        deleted_at = services.statuses.deleted_at(run)
+        if deleted_at is not None:
+            raise Problem(Code.RUN_NOT_FOUND, f"run {run!r} was deleted at {deleted_at}, with all its versions")
         names = [status.run for status in services.statuses.all()]
         known = ", ".join(names[:_NAMES_SHOWN]) if names else "none yet"
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
@@ -66,6 +69,12 @@ def find_version(services: Services, run: str, average: str, rev: str) -> Versio
     held = ", ".join(f"step-{item.step}" for item in average_versions(services, run, average)) or "none"
     detail = f"{run}/{average} has no version {rev[:60]!r}: it may have been pruned. Held: {held}"
     raise Problem(Code.VERSION_NOT_FOUND, detail)
+
+
+def version_gone(services: Services, version: Version) -> Problem:
+    """The problem that a version was deleted after it had been found: with its run, or by retention."""
+    run_status(services, version.run)
+    return Problem(Code.VERSION_NOT_FOUND, f"version {version.id} was pruned a moment ago; take a newer one")
 
 
 def find_file(version: Version, name: str) -> FileEntry:

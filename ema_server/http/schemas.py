@@ -110,7 +110,10 @@ class RingOut(Out):
 
 
 class RunOut(Out):
-    """State, steps, rates and gaps of a run. `derived` names the averages of its derived versions."""
+    """State, steps, rates and gaps of a run. `derived` names the averages of its derived versions.
+
+    `disk_bytes` is what its files take on the server's disk, each hard-linked file once; null until it is measured.
+    """
 
     run: str
     state: Literal["active", "waiting", "lost", "finished"]
@@ -133,6 +136,7 @@ class RunOut(Out):
     averages: tuple[AverageOut, ...]
     derived: tuple[str, ...] = ()
     ring: RingOut | None = None
+    disk_bytes: int | None = None
 
 
 class RunsOut(Out):

@@ -19,6 +19,7 @@ from ema_server.evaluation.scheduler import Validations
 from ema_server.evaluation.worker import Evaluator
 from ema_server.runs.status_store import StatusStore
 from ema_server.storage.catalog import Catalog
+from ema_server.storage.usage import DiskUsage
 from ema_server.telemetry import Telemetry
 
 UPLOADS_MAX = 4  # bodies with tensors in memory at once, until their versions are made
@@ -36,6 +37,7 @@ class Services:
         metrics: evaluation metrics.
         validations: leases and requested validations.
         deriving: makes derived versions.
+        usage: disk space of the runs.
         submit: hands a job to the averager; never blocks.
         data: the data folder.
         token: what a client must send; None if none is needed.
@@ -52,6 +54,7 @@ class Services:
     metrics: MetricStore
     validations: Validations
     deriving: DerivationQueue
+    usage: DiskUsage
     submit: Callable[[Job], None]
     data: Path
     token: str | None = field(repr=False)

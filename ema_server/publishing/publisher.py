@@ -23,6 +23,7 @@ from ema_server.publishing.writer import GenerationWriter
 from ema_server.storage.catalog import Catalog, Generation
 from ema_server.storage.datadir import DataDir
 from ema_server.storage.records import BrokenGeneration, GenerationInfo, RunRecord
+from ema_server.storage.usage import DiskUsage
 from ema_server.telemetry import Telemetry
 
 PRUNE_EVERY_S = 60.0  # a run that publishes no more is pruned once nobody reads its expired generations
@@ -80,8 +81,20 @@ class OfferToRing:
     run: str
 
 
+@dataclass(frozen=True, slots=True)
+class EraseRun:
+    """Erase a deleted run's files in its renamed folder.
+
+    `keeps_folder`: leave the folder itself, by which the next start knows that something else of the run is left.
+    """
+
+    run: str
+    folder: Path
+    keeps_folder: bool
+
+
 GenerationOrder: TypeAlias = CommitOrder | LinkOrder
-Order: TypeAlias = GenerationOrder | CutRing | OfferToRing
+Order: TypeAlias = GenerationOrder | CutRing | OfferToRing | EraseRun
 
 
 class Publisher:
@@ -90,9 +103,10 @@ class Publisher:
     Args:
         data_dir: the data folder.
         catalog: lists what is durable.
-        keep_generations: how many of the newest generations of a run stay, and how many older ones at most.
-        telemetry: counts generations.
         ring: keeps power averages besides.
+        usage: measured after every change of a run's files.
+        telemetry: counts generations.
+        keep: how many of the newest generations of a run stay, and how many older ones at most.
         clock: monotonic seconds.
     """
 
@@ -100,17 +114,19 @@ class Publisher:
         self,
         data_dir: DataDir,
         catalog: Catalog,
-        *,
-        keep_generations: int,
-        telemetry: Telemetry,
         ring: Ring,
+        usage: DiskUsage,
+        telemetry: Telemetry,
+        *,
+        keep: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._data_dir = data_dir
         self._catalog = catalog
         self._ring = ring
-        self._keep = keep_generations
+        self._keep = keep
         self._telemetry = telemetry
+        self._usage = usage
         self._clock = clock
         self._prune_at = clock() + PRUNE_EVERY_S
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
@@ -166,6 +182,7 @@ class Publisher:
                     return
                 with self._contained(order.run, type(order).__name__):
                     self._execute(order)
+                    self._usage.measure(order.run)
             self._prune_if_due()
 
     @contextmanager
@@ -183,6 +200,8 @@ class Publisher:
                 self._ring.cut(order.run, order.step)
             case OfferToRing():
                 self._offer_newest(order.run)
+            case EraseRun():
+                _erase(order)
             case CommitOrder() | LinkOrder():
                 self._publish(order)
 
@@ -252,7 +271,10 @@ class Publisher:
         self._prune_at = now + PRUNE_EVERY_S
         for run in self._catalog.runs():
             with self._contained(run, "pruning"):
-                _delete(self._set_expired_aside(run))
+                folders = self._set_expired_aside(run)
+                if folders:
+                    _delete(folders)
+                    self._usage.measure(run)
 
     def _set_expired_aside(self, run: str) -> list[Path]:
         """Rename expired generations, so that a crash while deleting leaves no partial one under its own name."""
@@ -274,3 +296,17 @@ def _delete(folders: list[Path]) -> None:
     """Delete folders that were set aside; what the disk does not delete is swept at the next start."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _erase(order: EraseRun) -> None:
+    """Erase what the disk allows; the rest is erased at the next start."""
+    for path in order.folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    if not order.keeps_folder:
+        try:
+            order.folder.rmdir()
+        except OSError as error:
+            logger.warning("%s, a deleted run, is erased at the next start: %s", order.folder, error)

@@ -186,6 +186,13 @@ class Ring:
             if moved is not None:
                 self._statuses[new_run] = moved
 
+    def forget(self, run: str) -> None:
+        """The run was deleted."""
+        with self._lock:
+            self._offered.pop(run, None)
+            self._cuts.pop(run, None)
+            self._statuses.pop(run, None)
+
     @contextmanager
     def reading(self, run: str) -> Iterator[None]:
         """Inside the block the ring is not thinned out, and may grow beyond its size."""
@@ -211,6 +218,7 @@ class Ring:
         folder = parent / generation.folder.name
         if any(step_in(path.name) == generation.step for path in self._folders(generation.run)):
             return
+        parent.mkdir(exist_ok=True)  # not the run's own folder, which is gone if the run was deleted meanwhile
         temporary = parent / (TEMPORARY + folder.name)
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was set aside meanwhile
         try:

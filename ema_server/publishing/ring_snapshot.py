@@ -89,7 +89,7 @@ def write_snapshot(folder: Path, generation: Generation, dtype: RingDtype) -> No
     record = read_record(generation.folder)
     manifest, exempt = read_manifest(generation.folder, record), frozenset(record.run.exempt)
     ledgers = {average.name: average.ledger for average in record.run.averages}
-    folder.mkdir(parents=True)
+    folder.mkdir()
     members = []
     for version, rule in powers_of(generation):
         copied = copied_names(manifest, exempt, rule)

@@ -6,6 +6,8 @@ import threading
 from dataclasses import dataclass
 from enum import StrEnum
 
+_DELETED_MAX = 1000  # names of deleted runs that are remembered, for the answers to requests
+
 
 class RunState(StrEnum):
     """`waiting`: known, not finished, no trainer. `lost`: its trainer went silent."""
@@ -104,6 +106,7 @@ class StatusStore:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._statuses: dict[str, RunStatus] = {}
+        self._deleted_at: dict[str, str] = {}
 
     def get(self, run: str) -> RunStatus | None:
         with self._lock:
@@ -117,7 +120,21 @@ class StatusStore:
     def set(self, status: RunStatus) -> None:
         with self._lock:
             self._statuses[status.run] = status
+            self._deleted_at.pop(status.run, None)
 
     def remove(self, run: str) -> None:
         with self._lock:
             self._statuses.pop(run, None)
+
+    def delete(self, run: str, at: str) -> None:
+        """Remove the status of a run that was deleted `at` (RFC 3339), and remember that."""
+        with self._lock:
+            self._statuses.pop(run, None)
+            self._deleted_at[run] = at
+            if len(self._deleted_at) > _DELETED_MAX:
+                del self._deleted_at[next(iter(self._deleted_at))]
+
+    def deleted_at(self, run: str) -> str | None:
+        """When a run was deleted by this process; None if it was not, or exists again."""
+        with self._lock:
+            return self._deleted_at.get(run)

@@ -5,4 +5,5 @@
 - `records`: the content of `generation.json` and `version.json`
 - `generation`: a generation's folder, read and verified
 - `datadir`: the data folder: lock, format, the folders of its runs
+- `usage`: how much disk space each run takes
 """

@@ -172,11 +172,13 @@ class Catalog:
         """Add a derived version.
 
         Raises:
-            VersionGone: its folder no longer exists, because the run was set aside.
+            VersionGone: its folder no longer exists, because the run was set aside or deleted.
         """
         with self._lock:
             if not version.folder.exists():
-                raise VersionGone(f"run {version.run} was set aside while {version.average} was made: ask again")
+                raise VersionGone(
+                    f"run {version.run} was set aside or deleted while {version.average} was made: ask again"
+                )
             self._derived[version.run] = _added(self._derived.get(version.run, ()), version)
 
     def remove_derived(self, version: Version) -> bool:
@@ -214,6 +216,12 @@ class Catalog:
             self._derived[new_run] = tuple(_moved(version, *paths) for version in self._derived.pop(run, ()))
         for listener in self._on_move:
             listener(run, new_run)
+
+    def delete(self, run: str) -> None:
+        """Remove a run whose folder has been renamed, whatever readers hold (averager only)."""
+        with self._lock:
+            self._generations.pop(run, None)
+            self._derived.pop(run, None)
 
     def _has(self, version: Version) -> bool:
         return version in self._derived.get(version.run, ()) or any(

@@ -3,6 +3,7 @@
     LOCK  format.json  runs/{run}/generations/{seq}-{step}/
                        runs/{run}/derived/{seq}-{step}/     derived versions
                        runs/{run}/ring/{seq}-{step}/        power averages kept for synthesis
+                       runs/.deleted-{number}-{run}/        a deleted run, until it is erased
 
 Unfinished writes are deleted when the folder is opened. A generation that is not whole is renamed to `.bad-...` for
 inspection, and logged.
@@ -14,6 +15,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,7 @@ _FORMAT_FILE = "format.json"
 TEMPORARY = ".tmp-"
 _ROOM_BYTES = 256 << 10  # the size of an empty database
 _BAD = ".bad-"
+_DELETED = re.compile(r"\.deleted-([0-9]+)-(.+)")
 
 logger = logging.getLogger("ema")
 
@@ -55,7 +58,8 @@ class DataDir:
 
     def runs(self) -> tuple[str, ...]:
         """Names of the runs that have a folder."""
-        return tuple(sorted(path.name for path in self._runs.iterdir() if path.is_dir() and _is_run(path.name)))
+        names = (path.name for path in self._runs.iterdir() if path.is_dir())
+        return tuple(sorted(name for name in names if not _DELETED.fullmatch(name) and _is_run(name)))
 
     def generations_folder(self, run: str) -> Path:
         """The generations of `run`; it may not exist."""
@@ -112,12 +116,34 @@ class DataDir:
         sync_folders([self._runs])
         return new
 
+    def set_deleted(self, run: str) -> Path | None:
+        """Rename the folder of a run durably, so that it is no run any longer; None if there is no folder.
+
+        Raises:
+            OSError: the disk refuses; nothing has changed.
+        """
+        number = max((int(found[1]) for found in self._deleted()), default=0) + 1
+        aside = self._runs / f".deleted-{number}-{run}"
+        try:
+            self.run_folder(run).rename(aside)
+        except FileNotFoundError:
+            return None
+        sync_folders([self._runs])
+        return aside
+
+    def deleted(self) -> tuple[tuple[str, Path], ...]:
+        """Runs that were deleted and are not erased yet: their names and their renamed folders."""
+        return tuple((found[2], self._runs / found[0]) for found in self._deleted())
+
     def sweep(self) -> None:
         """Delete unfinished writes."""
         for run in self.runs():
             for path in self._runs.joinpath(run).glob(f"*/{TEMPORARY}*"):
                 logger.info("deleting %s, left over from an earlier process", path)
                 shutil.rmtree(path)
+
+    def _deleted(self) -> list[re.Match[str]]:
+        return [found for path in self._runs.iterdir() if (found := _DELETED.fullmatch(path.name))]
 
     def _remove(self) -> None:
         """Delete the files that a server writes before the first run, and the folders made for them."""

@@ -1,6 +1,6 @@
 """A core that is killed by SIGKILL at every single call to the disk, one process for each.
 
-    python -m support.crashing ROOT
+    python -m support.crashing ROOT SCENARIO
 
 Forks a process for call 1, one for call 2, and so on, until one lives to the end. Each works in `ROOT/{call}/data` and
 writes what was reported as durable to `ROOT/{call}/reported`. Prints how many were killed.
@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.server_core import durable, joined, manifest_of, running_core
+from ema_server.averager.jobs import Deleted
+from ema_server.evaluation.metric_store import Report, Subject
+from support.server_core import WAIT_S, durable, joined, manifest_of, running_core
+from support.waiting import eventually
 
 _CALLS = ("mkdir", "open", "pwrite", "fsync", "rename", "link", "unlink", "rmdir")
 
@@ -33,7 +36,7 @@ def weights(step: int) -> dict[str, Tensor]:
     }
 
 
-def scenario(data: Path, report: Callable[[str], None]) -> None:
+def publishing(data: Path, report: Callable[[str], None]) -> None:
     """Four generations, the third by a rewind; all but one of them are deleted on the way."""
     with running_core(data, keep_generations=1, kernel="torch") as core:  # a hundred processes need not load another
         joined(core.join("r", manifest_of(weights(1), aliases={"w": ("w.tied",)}), ["ema:0.9"]))
@@ -45,6 +48,26 @@ def scenario(data: Path, report: Callable[[str], None]) -> None:
         report("rewound to 2")
         core.apply("r", 7, weights(7))
         report(f"finished at {durable(core.finish('r')).step}")
+
+
+def deleting(data: Path, report: Callable[[str], None]) -> None:
+    """A run with a generation, a ring and metrics is deleted while another stays."""
+    averages = ["power:sigma_rel=0.05", "power:sigma_rel=0.1"]
+    with running_core(data, kernel="torch") as core:
+        for run in ("r", "other"):
+            joined(core.join(run, manifest_of(weights(1)), averages))
+            core.apply(run, 1, weights(1))
+            version = durable(core.finish(run)).versions[0]
+            subject = Subject(run, version.average, version.id, version.step)
+            row = Report(subject, "default", None, {"loss": 1.0}, None, None, None, version.created)
+            core.server.services.metrics.add(row).result(WAIT_S)
+        report("finished")
+        assert core.delete("r") == Deleted()
+        report("deleted")
+        eventually(lambda: not core.data_dir.deleted(), "its files are erased", WAIT_S)
+
+
+_SCENARIOS = {"publishing": publishing, "deleting": deleting}
 
 
 def _die_at(fatal_call: int) -> None:
@@ -72,7 +95,7 @@ def _die_at(fatal_call: int) -> None:
         setattr(os, name, counted(name, getattr(os, name)))
 
 
-def _child(folder: Path, fatal_call: int) -> None:
+def _child(folder: Path, fatal_call: int, scenario: Callable[[Path, Callable[[str], None]], None]) -> None:
     folder.mkdir(parents=True)
     fd = os.open(folder / "reported", os.O_WRONLY | os.O_CREAT)
     _die_at(fatal_call)
@@ -83,13 +106,13 @@ def void(_: object) -> None:
     """Ignore a result."""
 
 
-def main(root: Path) -> int:
+def main(root: Path, scenario: str) -> int:
     """Fork and wait until a process is not killed; returns how many were."""
     killed = 0
     while True:
         process = os.fork()
         if process == 0:
-            _child(root / f"{killed + 1:03d}", killed + 1)
+            _child(root / f"{killed + 1:03d}", killed + 1, _SCENARIOS[scenario])
             os._exit(0)
         status = os.waitpid(process, 0)[1]
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
@@ -101,4 +124,4 @@ def main(root: Path) -> int:
 
 
 if __name__ == "__main__":
-    print(main(Path(sys.argv[1])))
+    print(main(Path(sys.argv[1]), sys.argv[2]))

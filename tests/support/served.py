@@ -41,6 +41,11 @@ class Served:
         self.stopping = self.services.stopping
         self._seq = 0
 
+    def start(self) -> None:
+        """Start the averager and the publisher, which carry out jobs from now on."""
+        self.services = self.server.services
+        self.server.start()
+
     def beat(self) -> None:
         """Let the threads that readiness asks for have beaten now."""
         self.telemetry.beat("ingest")
@@ -111,6 +116,8 @@ class Served:
 
     def close(self) -> None:
         """Close the database and the folder."""
+        if self.server.averager.is_alive():
+            self.server.averager.stop(WAIT_S)
         self.server.close()
 
 

@@ -24,6 +24,8 @@ from ema_server.averager.jobs import (
     Applied,
     Apply,
     Changed,
+    Deleted,
+    DeleteRun,
     Durable,
     Failed,
     Finish,
@@ -215,6 +217,11 @@ class ServerCore:
     def remove(self, run: str, average: str) -> Changed | Unchanged:
         """Remove an average."""
         answer: Changed | Unchanged = self._ask(lambda reply: RemoveAverage(run, average, reply))
+        return answer
+
+    def delete(self, run: str) -> Deleted | Unchanged:
+        """Delete a run."""
+        answer: Deleted | Unchanged = self._ask(lambda reply: DeleteRun(run, reply))
         return answer
 
     def leave(self, run: str, *, lost: bool = False) -> None:

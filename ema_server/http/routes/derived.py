@@ -65,7 +65,7 @@ async def derive(services: Services, nbytes: int, work: Callable[[], Result]) ->
     except VersionGone as error:
         raise Problem(Code.DERIVE_FAILED, str(error)) from None
     except FileNotFoundError as error:
-        detail = f"{error.filename} was removed, because the run was rewound or set aside: ask again"
+        detail = f"{error.filename} was removed, because the run was rewound, set aside or deleted: ask again"
         raise Problem(Code.DERIVE_FAILED, detail) from None
     except OSError as error:
         raise Problem(Code.DERIVE_FAILED, f"it could not be written or read: {error.strerror or error}") from None

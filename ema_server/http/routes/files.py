@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from ema_server.evaluation.metric_store import Subject
 from ema_server.http.conditional import applies_to, immutable_headers, is_unmodified, satisfiable
 from ema_server.http.problems import Code, Problem
-from ema_server.http.resolve import find_file, find_version, is_alias, path_of, redirect, refuse_resume
+from ema_server.http.resolve import find_file, find_version, is_alias, path_of, redirect, refuse_resume, version_gone
 from ema_server.http.schemas import ProblemOut
 from ema_server.http.services import Services, ServicesDep
 from ema_server.storage.catalog import FileEntry, Version, VersionGone
@@ -74,7 +74,7 @@ class _Download(FileResponse):
     chunk_size = 1 << 20
 
     def __init__(self, services: Services, version: Version, entry: FileEntry) -> None:
-        self._catalog = services.catalog
+        self._services = services
         self._version = version
         self._entry = entry
         self._etag = f'"{entry.sha256}"'
@@ -94,11 +94,10 @@ class _Download(FileResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with ExitStack() as stack:
             try:
-                stack.enter_context(self._catalog.hold(self._version))
+                stack.enter_context(self._services.catalog.hold(self._version))
                 self.stat_result = await self._stat()
             except (VersionGone, FileNotFoundError):
-                detail = f"version {self._version.id} was pruned a moment ago; take a newer one"
-                raise Problem(Code.VERSION_NOT_FOUND, detail) from None
+                raise version_gone(self._services, self._version) from None
             self.set_stat_headers(self.stat_result)
             headers = Headers(scope=scope)
             if is_unmodified(headers, self._etag, self.headers["last-modified"]):

@@ -56,6 +56,7 @@ async def _find_subject(services: Services, run: str, average: str, rev: str) ->
         version = find_version(services, run, average, rev)
         detail = f"{rev!r} is an alias and may move: report on the version that was evaluated, now {version.id}"
         raise Problem(Code.ALIAS_NOT_ALLOWED, detail)
+    run_status(services, run)
     known = await _answer(services.metrics.find(run, average, rev))
     if known is not None:
         return known

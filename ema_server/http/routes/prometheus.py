@@ -59,6 +59,8 @@ class _Statuses(Collector):
         yield InfoMetricFamily("ema_build", "Release of the server, and the averaging kernel", labels)
         statuses = self._services.statuses.all()
         yield from _runs(statuses)
+        on_disk = {status.run: self._services.usage.get(status.run) for status in statuses}
+        yield _by_run("ema_run_disk_bytes", "Disk space of the run's files, as last measured", on_disk)
         yield from _rings(statuses, self._services.deriving.ring)
         yield from _averages(statuses)
         yield _readable(self._reports)

@@ -1,11 +1,12 @@
-"""Runs: list them, get one."""
+"""Runs: list them, get one, delete one."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
+from ema_server.http import commands
 from ema_server.http.resolve import run_status
-from ema_server.http.schemas import RingOut, RunOut, RunsOut
+from ema_server.http.schemas import ProblemOut, RingOut, RunOut, RunsOut
 from ema_server.http.services import Services, ServicesDep
 from ema_server.runs.status_store import RunStatus
 
@@ -24,8 +25,23 @@ async def get_run(run: str, services: ServicesDep) -> RunOut:
     return _shown(services, run_status(services, run))
 
 
+@router.delete(
+    "/runs/{run}",
+    operation_id="delete_run",
+    status_code=204,
+    responses={409: {"model": ProblemOut, "description": "A trainer streams the run"}},
+)
+async def delete_run(run: str, services: ServicesDep) -> None:
+    """Delete a run that no trainer streams: generations, derived versions, ring, metrics and leases.
+
+    Answers once that is durable. The disk space is free when the files are erased and running downloads have ended.
+    """
+    await commands.delete_run(services, run)
+
+
 def _shown(services: Services, status: RunStatus) -> RunOut:
     shown: RunOut = RunOut.model_validate(status)
     ring = services.deriving.ring.status(status.run)
     shown_ring = None if ring is None else RingOut.model_validate(ring)
-    return shown.model_copy(update={"derived": services.catalog.derived_averages(status.run), "ring": shown_ring})
+    derived, disk_bytes = services.catalog.derived_averages(status.run), services.usage.get(status.run)
+    return shown.model_copy(update={"derived": derived, "ring": shown_ring, "disk_bytes": disk_bytes})

@@ -40,6 +40,7 @@ class _Place:
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[_Place]:
     data_dir = open_data_dir(tmp_path)
+    data_dir.create_run("r")
     yield _Place(data_dir)
     data_dir.close()
 
@@ -152,7 +153,7 @@ def test_run_set_aside_during_a_write_gets_no_version(place: _Place) -> None:
         place.catalog.move("r", "r.old", place.data_dir.run_folder("r.old"))
         place.data_dir.derived_folder("r").mkdir(parents=True)
 
-    with pytest.raises(VersionGone, match="was set aside while best was made: ask again"):
+    with pytest.raises(VersionGone, match="was set aside or deleted while best was made: ask again"):
         place.store.write(_WHAT, pieces(), None)
     assert place.catalog.derived("r") == ()
     moved = place.catalog.versions("r.old", "best")[0]
@@ -181,3 +182,16 @@ def test_derived_versions_survive_retention_rewinds_and_renames(tmp_path: Path) 
         assert (moved.folder / "model.safetensors").is_file()
     with closing(open_data_dir(tmp_path)) as data_dir:
         assert [found.id for found in _Place(data_dir).catalog.versions(aside, "best")] == [version.id]
+
+
+def test_run_deleted_during_a_write_is_not_made_again(place: _Place) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield save(_WEIGHTS)
+        place.data_dir.set_deleted("r")
+        place.catalog.delete("r")
+
+    for written in (pieces(), iter([save(_WEIGHTS)])):
+        with pytest.raises(VersionGone, match="was set aside or deleted while best was made: ask again"):
+            place.store.write(_WHAT, written, None)
+    assert place.catalog.derived("r") == ()
+    assert place.data_dir.runs() == ()

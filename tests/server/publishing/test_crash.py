@@ -11,9 +11,11 @@ import pytest
 
 from ema_server.averager.jobs import Applied
 from ema_server.storage.catalog import Version
+from ema_server.storage.generation import read_record, verify
 from support.crashing import weights
 from support.oracle import bound, largest_difference, ledger_steps, replay
-from support.server_core import ServerCore, joined, manifest_of, running_core, versions_by_average
+from support.server_core import WAIT_S, ServerCore, joined, manifest_of, running_core, versions_by_average
+from support.waiting import eventually
 
 pytestmark = pytest.mark.process
 
@@ -49,16 +51,48 @@ def _check_after_kill(data: Path, reported: list[str]) -> None:
         assert version.gap_steps == (50 - len(_STEPS[found]) - 1 if found else 0), "what was lost is a gap"
 
 
-@pytest.mark.timeout(500)
-def test_kill_at_any_disk_call_leaves_complete_generations(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "support.crashing", str(tmp_path)]
+def _kill_at_every_call(root: Path, scenario: str, calls_min: int) -> list[tuple[Path, list[str]]]:
+    """The data folder that each killed process left, and what it had reported; the last one was not killed."""
+    command = [sys.executable, "-m", "support.crashing", str(root), scenario]
     tests = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=tests, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    folders = sorted(root.iterdir())
+    assert len(folders) == int(done.stdout) + 1 > calls_min, "every call was fatal once"
+    return [(folder / "data", (folder / "reported").read_text().splitlines()) for folder in folders]
 
-    folders = sorted(tmp_path.iterdir())
-    reports = [(folder / "reported").read_text().splitlines() for folder in folders]
-    assert len(folders) == int(done.stdout) + 1 > 100, "every call was fatal once"
-    assert reports[-1] == _REPORTS
-    for folder, reported in zip(folders, reports, strict=True):
-        _check_after_kill(folder / "data", reported)
+
+@pytest.mark.timeout(500)
+def test_kill_at_any_disk_call_leaves_complete_generations(tmp_path: Path) -> None:
+    left = _kill_at_every_call(tmp_path, "publishing", 100)
+    assert left[-1][1] == _REPORTS
+    for data, reported in left:
+        _check_after_kill(data, reported)
+
+
+@pytest.mark.timeout(500)
+def test_kill_at_any_disk_call_of_a_deletion_leaves_the_complete_run_or_nothing(tmp_path: Path) -> None:
+    left = _kill_at_every_call(tmp_path, "deleting", 20)
+    assert left[-1][1] == ["finished", "deleted"]
+    outcomes = {(tuple(reported), _exists_after_kill(data)) for data, reported in left if reported}
+    assert outcomes == {(("finished",), True), (("finished",), False), (("finished", "deleted"), False)}
+
+
+def _exists_after_kill(data: Path) -> bool:
+    """Whether the run is complete; otherwise there is nothing of it. The other run is always complete."""
+    with running_core(data) as core:
+        eventually(lambda: not core.data_dir.deleted(), "the deletion is completed", WAIT_S)
+        runs = core.data_dir.runs()
+        reports = {run: len(core.server.services.metrics.reports(run).result(WAIT_S)) for run in ("r", "other")}
+        assert reports == {run: int(run in runs) for run in ("r", "other")}
+        assert {path.name for path in (data / "runs").iterdir()} == set(runs)
+        assert {status.run for status in core.statuses.all()} == set(runs)
+        for run in runs:
+            folder = core.catalog.generations(run)[0].folder
+            verify(folder, read_record(folder))
+            core.ring.settle(run)
+            ring = core.ring.status(run)
+            assert ring is not None
+            assert ring.snapshots == 1
+        assert "other" in runs
+        return "r" in runs
