@@ -12,9 +12,7 @@ from trainer_client.errors import SettingsError
 def rank_of(given: int | None, environ: Mapping[str, str]) -> int:
     """The rank: as given, else torch.distributed's once it is initialised, else the launcher's.
 
-    Args:
-        given: a rank, or None.
-        environ: `RANK` counts where `WORLD_SIZE` is more than 1, as torchrun sets them.
+    In `environ`, `RANK` counts where `WORLD_SIZE` is more than 1, as torchrun sets them.
 
     Raises:
         SettingsError: a variable is not a whole number.

@@ -33,13 +33,8 @@ _ITEM_BYTES_MAX = max(ITEM_BYTES.values())
 class Accelerator:
     """A `Device` with memory of its own.
 
-    One thread does a pass: it only copies and queues, and copies faster than a snapshot can arrive.
-
-    Args:
-        name: as in the settings.
-        backend: the device.
-        block_elements: how much is queued at a time.
-        bounce_bytes: how much is read or written at a time, a multiple of 8.
+    One thread does a pass: it only copies and queues, and copies faster than a snapshot can arrive. `block_elements`
+    are queued at a time; `bounce_bytes`, a multiple of 8, are read or written at a time.
     """
 
     workers = 1

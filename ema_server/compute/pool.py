@@ -27,14 +27,7 @@ class _Worker:
 
 
 class WorkerPool:
-    """A kernel for each thread.
-
-    Args:
-        workers: the number of threads, at least 1.
-        block_elements: how many elements one thread takes at a time.
-        device: where the averages are.
-        arithmetic: the arithmetic of the kernels.
-    """
+    """A kernel for each of `workers` threads, which takes `block_elements` elements at a time."""
 
     def __init__(
         self,

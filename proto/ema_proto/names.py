@@ -65,11 +65,7 @@ def unmatched(patterns: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_patterns(what: str, value: object) -> tuple[str, ...]:
-    """Return a list of patterns as a tuple; one pattern may come as a plain string.
-
-    Args:
-        what: whose patterns they are, for the message (`"ema include"`).
-        value: the candidate.
+    """Return a list of patterns as a tuple; one may come as a plain string. `what` names them in the message.
 
     Raises:
         LocalProtocolError: it is not a list of strings, is too long, or holds a pattern that a spec cannot.

@@ -28,11 +28,7 @@ _FSDP1: Final = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullySha
 
 
 def wrapped_attribute(module: nn.Module, name: str) -> str | None:
-    """The attribute under which a wrapper holds the wrapped module; None if `module` is no wrapper.
-
-    Args:
-        module: any module.
-        name: its name in the model, for the message.
+    """The attribute under which a wrapper holds the wrapped module; None if `module`, named `name`, is no wrapper.
 
     Raises:
         PlanError: the wrapper replaces the model's parameters by flattened shards (FSDP 1).

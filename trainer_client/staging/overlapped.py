@@ -33,12 +33,7 @@ class _Targets:
 
 
 class OverlappedStager:
-    """Issues a snapshot's copies without waiting for them.
-
-    Args:
-        manifest: of the snapshots.
-        device: where all tensors are.
-        plan: which way each tensor takes; default: `CopyPlan.of(manifest)`.
+    """Issues the copies of a snapshot, whose tensors are all on `device`, without waiting for them.
 
     Tensors keep their dtype and arrive row-major. Small ones are gathered in a scratch by a few kernels; large ones
     that are not row-major pass through a bounce buffer piece by piece. Both are allocated once.

@@ -17,12 +17,7 @@ _RECORDING_S = 10.0  # issuing the copies takes milliseconds: after this long th
 
 
 class AsyncCopy:
-    """The copy of one snapshot from a device into a slot. Any thread may call any method.
-
-    Args:
-        device: where the tensors are.
-        done: the event to record after the copies.
-        tensors: the snapshot's.
+    """The copy of one snapshot from a device into a slot, marked by `done`. Any thread may call any method.
 
     Attributes:
         finished: the copy has ended, or was given up.

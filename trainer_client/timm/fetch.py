@@ -19,13 +19,7 @@ _POLL_S = 0.1
 
 
 class Pull:
-    """Reads one run's averages.
-
-    Args:
-        url: the server's address for readers; default `EMA_URL`, else the reader's own default.
-        token: shared secret; default `EMA_TOKEN`.
-        run: name of the run.
-    """
+    """Reads one run's averages. The defaults of `url` and `token` are those of `Reader`."""
 
     def __init__(self, url: str | None, token: str | None, run: str) -> None:
         with _reader(url, token) as reader:  # opened for each read: hours may lie between two

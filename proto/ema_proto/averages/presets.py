@@ -53,11 +53,7 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def expanded(rule: str, given: Mapping[str, str]) -> dict[str, str]:
-    """`given` with its `preset` replaced by the preset's parameters.
-
-    Args:
-        rule: keyword of the rule that the parameters are of.
-        given: parameters by key, as text.
+    """`given`, parameters of the rule with this keyword as text, with `preset` replaced by the preset's parameters.
 
     Raises:
         LocalProtocolError: the preset is unknown, or of another rule.

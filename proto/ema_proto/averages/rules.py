@@ -270,12 +270,9 @@ AverageSpec: TypeAlias = Ema | PowerEma | Uniform | Window | Wsd | Raw
 
 
 def check_matches(rules: Iterable[AverageSpec], names: Sequence[str], others: Iterable[AverageSpec] = ()) -> None:
-    """Refuse rules with a pattern that matches no tensor, and too many patterns.
+    """Refuse rules with a pattern that matches none of the tensors' `names`, and too many patterns.
 
-    Args:
-        rules: the rules.
-        names: canonical names of a run's tensors.
-        others: rules that the run has already; their patterns count too.
+    The patterns of `others`, which the run has already, count too.
 
     Raises:
         LocalProtocolError: there are too many patterns, or the text names one and some of the names.
