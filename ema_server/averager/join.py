@@ -10,7 +10,7 @@ from ema_proto.wire.messages import Continuation
 from ema_server.averager.active_run import ActiveRun, PendingRewind, PublishRequest
 from ema_server.averager.active_runs import ActiveRuns
 from ema_server.averager.jobs import Failed, Join, Joined, Refused
-from ema_server.averager.join_policy import Continue, GoBack, Known, SetAside, Start, decide
+from ema_server.averager.join_policy import Decision, GoBack, Known, decide
 from ema_server.averager.rewind import begin_rewind, carried_back
 from ema_server.publishing.publisher import CutRing
 from ema_server.runs.run import new_run
@@ -35,13 +35,13 @@ def _join(runs: ActiveRuns, job: Join) -> None:
     match decide(job.join, _known(runs, job.run)):
         case Refused() as refused:
             job.reply(refused)
-        case Start():
+        case Decision.START:
             _start(runs, job)
-        case Continue():
+        case Decision.CONTINUE:
             _continue(runs, job)
         case GoBack(step):
             _go_back(runs, job, step)
-        case SetAside():
+        case Decision.SET_ASIDE:
             _set_aside(runs, job)
 
 

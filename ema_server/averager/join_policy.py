@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from enum import Enum
 
 from ema_proto.errors import RejectCode
 from ema_proto.wire import messages
@@ -30,14 +30,10 @@ class Known:
     removed: frozenset[tuple[str, str]] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """A new run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Continue:
-    """Continue from the last step."""
+class Decision(Enum):
+    START = "begin a new run"
+    CONTINUE = "continue from the last step"
+    SET_ASIDE = "keep the old run under a dated name and begin a new one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,28 +43,20 @@ class GoBack:
     step: int
 
 
-@dataclass(frozen=True, slots=True)
-class SetAside:
-    """Keep the old run under a dated name and start a new one."""
-
-
-Decision: TypeAlias = Start | Continue | GoBack | SetAside | Refused
-
-
-def decide(join: messages.Join, known: Known | None) -> Decision:
+def decide(join: messages.Join, known: Known | None) -> Decision | GoBack | Refused:
     """What to do about `join`; `known` is None for a run without a snapshot."""
     if known is None:
         if join.resume == "must" and not join.reconnect:
             text = f"run {join.run!r} has nothing to continue: check its name, or join with resume='auto'"
             return Refused(RejectCode.NOTHING_TO_CONTINUE, text)
-        return Start()
+        return Decision.START
     if join.resume == "never" and not join.reconnect:
-        return SetAside()
+        return Decision.SET_ASIDE
     refused = _changed(join, known)
     if refused is not None:
         return refused
     if join.reconnect or join.first_step > known.last_step:
-        return Continue()
+        return Decision.CONTINUE
     if any(step < join.first_step for step in known.held_steps):
         return GoBack(join.first_step - 1)
     return _no_generation(join, known)

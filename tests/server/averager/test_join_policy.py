@@ -10,7 +10,7 @@ from ema_proto.errors import RejectCode
 from ema_proto.wire import messages
 from ema_proto.wire.messages import Resume
 from ema_server.averager.jobs import Refused
-from ema_server.averager.join_policy import Continue, Decision, GoBack, Known, SetAside, Start, decide
+from ema_server.averager.join_policy import Decision, GoBack, Known, decide
 from support.server_core import manifest_of
 
 _MANIFEST = manifest_of({"w": torch.zeros(3), "b": torch.zeros(2)})
@@ -26,7 +26,7 @@ def _decide(
     reconnect: bool = False,
     averages: str = "raw,ema:0.9",
     other: bool = False,
-) -> Decision:
+) -> Decision | GoBack | Refused:
     manifest = _OTHER if other else _MANIFEST
     specs = parse_averages(averages)
     join = messages.Join(
@@ -38,25 +38,25 @@ def _decide(
 @pytest.mark.parametrize(
     ("known", "resume", "first_step", "reconnect", "expected"),
     [
-        (None, "auto", 1, False, Start()),
-        (None, "never", 1, False, Start()),
-        (None, "auto", 500, True, Start()),
-        (None, "must", 500, True, Start()),
-        (_KNOWN, "auto", 101, False, Continue()),
-        (_KNOWN, "must", 101, False, Continue()),
-        (_KNOWN, "auto", 5000, False, Continue()),
+        (None, "auto", 1, False, Decision.START),
+        (None, "never", 1, False, Decision.START),
+        (None, "auto", 500, True, Decision.START),
+        (None, "must", 500, True, Decision.START),
+        (_KNOWN, "auto", 101, False, Decision.CONTINUE),
+        (_KNOWN, "must", 101, False, Decision.CONTINUE),
+        (_KNOWN, "auto", 5000, False, Decision.CONTINUE),
         (_KNOWN, "auto", 100, False, GoBack(99)),
         (_KNOWN, "must", 100, False, GoBack(99)),
         (_KNOWN, "auto", 61, False, GoBack(60)),
-        (_KNOWN, "never", 1, False, SetAside()),
-        (_KNOWN, "never", 101, False, SetAside()),
-        (_KNOWN, "never", 1, True, Continue()),
-        (_KNOWN, "auto", 1, True, Continue()),
-        (_KNOWN, "must", 1, True, Continue()),
+        (_KNOWN, "never", 1, False, Decision.SET_ASIDE),
+        (_KNOWN, "never", 101, False, Decision.SET_ASIDE),
+        (_KNOWN, "never", 1, True, Decision.CONTINUE),
+        (_KNOWN, "auto", 1, True, Decision.CONTINUE),
+        (_KNOWN, "must", 1, True, Decision.CONTINUE),
     ],
 )
 def test_join_decisions(
-    known: Known | None, resume: Resume, first_step: int, reconnect: bool, expected: Decision
+    known: Known | None, resume: Resume, first_step: int, reconnect: bool, expected: Decision | GoBack
 ) -> None:
     assert _decide(known, resume=resume, first_step=first_step, reconnect=reconnect) == expected
 
@@ -104,11 +104,11 @@ def test_changed_model_is_refused_with_the_differing_tensor(reconnect: bool) -> 
 
 
 def test_changed_model_may_follow_a_run_that_is_set_aside() -> None:
-    assert _decide(_KNOWN, other=True, resume="never") == SetAside()
+    assert _decide(_KNOWN, other=True, resume="never") == Decision.SET_ASIDE
 
 
 def test_join_may_list_some_of_the_averages() -> None:
-    assert _decide(_KNOWN, averages="raw") == Continue()
+    assert _decide(_KNOWN, averages="raw") == Decision.CONTINUE
 
 
 def test_unknown_average_is_refused() -> None:
@@ -139,4 +139,4 @@ def test_known_name_with_another_rule_is_refused() -> None:
 def test_removed_average_may_still_be_listed(spec: str, is_let_in: bool) -> None:
     known = Known(100, _MANIFEST, {"raw": "raw"}, (), frozenset({("ema-0.5", "ema:0.5")}))
 
-    assert (_decide(known, averages=f"raw,{spec}") == Continue()) is is_let_in
+    assert (_decide(known, averages=f"raw,{spec}") == Decision.CONTINUE) is is_let_in
