@@ -1,7 +1,7 @@
-"""One pass with the averages on a GPU, as `ema serve --device cuda` has them, against what the bus alone would take.
+"""One pass with the averages on a GPU, as `ema serve --device cuda` has them, against the bus transfers alone.
 
-Comes in: nothing. Goes out: times of the pass, and of writing a generation's bytes, beside copies of the same bytes
-between pinned memory and the device. Sockets and disks are not in it. Without a CUDA device there are no rows.
+Measures the pass, and writing a generation's bytes, beside copies of the same bytes
+between pinned memory and the device. Sockets and disks are not included. Without a CUDA device there are no rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TITLE = "device: one pass over three averages on a GPU"
 
 
 class _Shown:
-    """Takes the blocks of a generation, and does nothing with them."""
+    """Discards the blocks of a generation."""
 
     def __init__(self, memories: list[Memory]) -> None:
         self._memories = memories

@@ -46,7 +46,7 @@ def measure(*, quick: bool) -> Section:
 
 
 def _published(server: Server, side: int) -> tuple[str, Path]:
-    """The address of a finished average's file, and where it lies."""
+    """The address and the path of a finished average's file."""
     model = nn.Linear(side, side, bias=False)
     with EmaClient(server.zmq, run="download", averages=["ema:0.9999"]) as client:
         client.update(model)
@@ -57,6 +57,6 @@ def _published(server: Server, side: int) -> tuple[str, Path]:
 
 
 def _curl(url: str) -> float:
-    """Seconds that a download took."""
+    """Duration of a download in seconds."""
     command = ["curl", "-sSf", "-o", "/dev/null", "-w", "%{time_total}", url]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)

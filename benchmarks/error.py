@@ -1,4 +1,4 @@
-"""How far a float32 average is from the exact one after many updates: ours, and what others compute.
+"""Error of float32 averages after many updates: ours, and those of other libraries.
 
 The weights take a random walk, and every average sees the same one. The exact average is computed in numpy's long
 double, so that float64 shows an error too. An error is the root mean square of the difference, over that of the exact
@@ -86,7 +86,7 @@ def _held(arithmetic: Arithmetic, weight: Tensor, dtype: torch.dtype) -> Average
 
 
 def _others(model: Weights) -> dict[str, Average]:
-    """The classes of timm and torch themselves; of diffusers and NeMo the expressions."""
+    """The classes of timm and torch; for diffusers and NeMo, their expressions."""
     weight, found = model.weight, dict[str, Average]()
     if (timm := _timm()) is not None:
         theirs = timm.ModelEmaV3(model, decay=_DECAY)
@@ -94,7 +94,7 @@ def _others(model: Weights) -> dict[str, Average]:
     many = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(_DECAY))
     one = AveragedModel(model, avg_fn=get_ema_avg_fn(_DECAY))
     for averaged in (many, one):
-        averaged.update_parameters(model)  # the first one copies
+        averaged.update_parameters(model)  # the first update copies
     found["torch `get_ema_multi_avg_fn`"] = (lambda: many.update_parameters(model), _weight(many.module))
     found["torch `get_ema_avg_fn`"] = (lambda: one.update_parameters(model), _weight(one.module))
     held = weight.clone()
@@ -129,7 +129,7 @@ def _shown(values: list[float]) -> str:
 
 
 def _timm() -> ModuleType | None:
-    """The file of timm that has its averages; the rest of it wants torchvision."""
+    """The file of timm that defines its averages; the rest of timm requires torchvision."""
     timm = importlib.util.find_spec("timm")
     if timm is None or timm.origin is None:
         return None

@@ -1,4 +1,4 @@
-"""How much longer a training step on a GPU becomes, and how much of its memory an average takes.
+"""How much an average lengthens a training step on a GPU, and how much GPU memory it takes.
 
 Added time is a round's step with an average less the same round's step without one, as in `step_time`.
 """
@@ -16,7 +16,7 @@ from benchmarks.result import Row, Section, Spread
 from benchmarks.served import START_S, serving
 from ema_cli.demo.child import Child
 
-_DISK_BYTES = 8 << 30  # each turn sets the run of the one before aside
+_DISK_BYTES = 8 << 30  # each round sets the previous run aside
 _ROUND_S = 300.0
 _TITLE = "gpu_step: what an average adds to a training step on a GPU"
 _RIVAL = 'ModelEmaV3(device="cpu")'
@@ -25,7 +25,7 @@ Round = dict[str, dict[str, float]]
 
 
 def measure(*, quick: bool) -> Section:
-    """Two sizes; for a smoke test a tiny one. No rows where there is no CUDA device."""
+    """Two sizes; for a smoke test a tiny one. No rows without a CUDA device."""
     if not torch.cuda.is_available():
         return Section(
             _TITLE, _RIVAL, (), "No CUDA device here: `python -m benchmarks gpu_step` measures where one is."
@@ -39,7 +39,7 @@ def measure(*, quick: bool) -> Section:
 
 
 def rows(size: str, rounds: Sequence[Round]) -> list[Row]:
-    """What the rounds say: our two ways against the rival in the host's memory, then against the one in the GPU's."""
+    """Our two ways against the rival in host memory, then against the one in GPU memory."""
     added = {arm: [r[arm]["step_s"] - r["none"]["step_s"] for r in rounds] for arm in rounds[0]}
     grown = {arm: [r[arm]["memory"] - r["none"]["memory"] for r in rounds] for arm in rounds[0]}
     plain_ms = statistics.median(r["none"]["step_s"] for r in rounds) * 1e3

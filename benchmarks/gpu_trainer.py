@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _measured(endpoint: str, arm: str, training: tuple[nn.Module, Optimizer, Tensor], steps: int) -> dict[str, float]:
-    """One arm, with nothing of another one in the GPU's memory."""
+    """Measure one arm, after the GPU memory of the previous one is released."""
     model, optimizer, patches = training
     with _averaging(endpoint, arm, model, optimizer) as (after, stats):
         for _ in range(_WARM_STEPS):
@@ -70,7 +70,7 @@ def _measured(endpoint: str, arm: str, training: tuple[nn.Module, Optimizer, Ten
 def _averaging(
     endpoint: str, arm: str, model: nn.Module, optimizer: Optimizer
 ) -> Iterator[tuple[Callable[[], None], Callable[[], dict[str, Any]]]]:
-    """What is called after each step, and the counts of our client (zeros where there is none)."""
+    """The function that is called after each step, and the counts of our client (zeros without one)."""
     nothing: dict[str, Any] = {"blocked_s_total": 0.0, "skipped": {}}
     if arm.startswith("V3"):
         rival = ModelEma(model, device=torch.device("cpu") if arm == "V3 on the CPU" else None)
@@ -84,7 +84,7 @@ def _averaging(
         try:
             client.attach(model, optimizer)
             yield lambda: None, client.stats
-            client.flush(_FLUSH_S)  # nothing of this arm runs on into the next
+            client.flush(_FLUSH_S)  # no transfer of this arm overlaps the next
         finally:
             client.close()
 

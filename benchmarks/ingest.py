@@ -1,7 +1,7 @@
-"""How fast snapshots get from a trainer's model into an average over tcp, against the same bytes and nothing else.
+"""Throughput of snapshots from a trainer's model into an average over TCP, against a plain transfer of the bytes.
 
 Ours: copy into the slot, send, receive, check for NaN and Inf, average, acknowledge; as fast as `when_behind="wait"`
-lets. Rival: frames of the same size that lie ready, sent without a copy and received into memory that is there.
+allows. Rival: prepared frames of the same size, sent without a copy and received into existing memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def measure(*, quick: bool) -> Section:
 
 @contextmanager
 def _streaming(endpoint: str, model: nn.Module) -> Iterator[Callable[[int], float]]:
-    """A function that streams so many snapshots, and returns how many seconds until the last one was applied."""
+    """A function that streams a number of snapshots, and returns the seconds until the last one was applied."""
     client = EmaClient(endpoint, run="ingest", averages=["ema:0.9999"], when_behind="wait")
 
     def stream(snapshots: int) -> float:
@@ -64,7 +64,7 @@ def _streaming(endpoint: str, model: nn.Module) -> Iterator[Callable[[int], floa
 
 @contextmanager
 def _raw(nbytes: int, folder: Path) -> Iterator[Callable[[int], float]]:
-    """A function that sends so many times `nbytes`, and returns how many seconds until the last byte was received."""
+    """A function that sends `nbytes` a number of times, and returns the seconds until the last byte was received."""
     payload = memoryview(bytearray(nbytes))
     frames = [payload[begin : begin + CHUNK_BYTES_DEFAULT] for begin in range(0, nbytes, CHUNK_BYTES_DEFAULT)]
     command = ["-m", "benchmarks.raw_receiver", str(nbytes), str(CHUNK_BYTES_DEFAULT)]

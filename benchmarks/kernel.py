@@ -1,4 +1,4 @@
-"""The server's arithmetic without the server: passes over a snapshot, with the server's own memory and blocks.
+"""The server's arithmetic alone: passes over a snapshot, with the server's memory and block sizes.
 
 Rivals are `torch.Tensor.lerp_` over one flat tensor of torch's own memory, and our own pass over one float32 average.
 """
@@ -27,7 +27,7 @@ _ELEMENTS = 86_567_656  # a ViT-B/16
 _ELEMENTS_QUICK = 100_000
 _WEIGHT = 0.001
 _ITEM_BYTES = {"F32": 4, "BF16": 2}
-_MOVED_BYTES = {"F32": 4 + 4 + 4, "BF16": 2 + 4 + 4}  # by element: weights read, average read and written
+_MOVED_BYTES = {"F32": 4 + 4 + 4, "BF16": 2 + 4 + 4}  # per element: weights read, average read and written
 _ARMS = ("one", "three", "half")
 
 Seconds = dict[str, list[float]]
@@ -45,7 +45,7 @@ def measure(*, quick: bool) -> Section:
         seconds = _seconds(elements, threads, kernels, rounds=2 if quick else 9)
         for kernel in kernels:
             rows += _rows(f"{what}, {kernel.name}", elements, seconds, kernel.name)
-        if threads == 1:  # the server's check has one thread whatever the machine has
+        if threads == 1:  # the server's check always has one thread
             rows.append(_row(f"{what}: finite check", seconds["finite"], seconds["torch one"], "one average", "none"))
     torch.set_num_threads(before)
     note = "bf16 is compared by bytes moved per second. The finite check reads memory here, cache in the server."
@@ -55,7 +55,7 @@ def measure(*, quick: bool) -> Section:
 
 
 def arithmetics() -> tuple[Arithmetic, ...]:
-    """Torch's, and the compiled one where it can be had."""
+    """Torch's, and the compiled one where it is available."""
     try:
         return ByTorch(), choose("compiled", torch.device("cpu"))
     except KernelUnavailableError:

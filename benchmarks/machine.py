@@ -1,7 +1,4 @@
-"""Where the figures were measured: the processor and what is free of it, and the versions that matter.
-
-Goes out: one Markdown list, sets of cores, a folder in memory.
-"""
+"""Describes the machine as a Markdown list, divides its cores into sets, and makes temporary folders in memory."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ def halves() -> tuple[frozenset[int], frozenset[int]]:
 
 @contextmanager
 def pinned(cores: frozenset[int]) -> Iterator[None]:
-    """Keep the calling thread, and all threads and processes that it starts meanwhile, on `cores`."""
+    """Bind the calling thread, and all threads and processes that it starts meanwhile, to `cores`."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -61,7 +58,7 @@ def pinned(cores: frozenset[int]) -> Iterator[None]:
 
 @contextmanager
 def folder_in_memory(nbytes: int) -> Iterator[Path]:
-    """A temporary folder, on tmpfs where that has room for `nbytes`."""
+    """A temporary folder, on tmpfs if that has space for `nbytes`."""
     in_memory = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > nbytes
     with tempfile.TemporaryDirectory(prefix="ema-bench-", dir=_SHARED_MEMORY if in_memory else None) as folder:
         yield Path(folder)

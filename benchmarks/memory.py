@@ -1,7 +1,7 @@
-"""What a run costs in memory, on both sides, against what the README says that it must.
+"""Memory that a run takes in the server and in the trainer, against the amounts that the README states.
 
-Server: three averages in the accumulator's dtype and two slots of a snapshot. Trainer: two slots. Measured is the
-highest proportional set size while snapshots stream and a generation is published, over that just before.
+Server: three averages in the accumulator's dtype and two slots of a snapshot. Trainer: two slots. It measures
+the highest proportional set size while snapshots stream and a generation is published, less that just before.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The trainer of the memory benchmark, in a process of its own: one JSON line with bytes.
 
-Comes in: the server's address and process id, the model's width, and how many averages and snapshots. Goes out: what
+Takes the server's address and process id, the model's width, and how many averages and snapshots. Prints what
 the snapshots take, and by how much the memory of this process and of the server grew, at its highest.
 """
 

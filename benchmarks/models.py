@@ -1,4 +1,4 @@
-"""Models to train: vision transformers without the vision. Random tokens in, one loss out.
+"""Models to train: vision transformers on random tokens in place of image patches.
 
 The shapes are those of ViT-S/16 (22 million parameters) and ViT-B/16 (87 million), tensor by tensor.
 """
@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks between an embedding and a classifier. `width` is a multiple of 64."""
+    """An embedding, transformer blocks, and a classifier. `width` is a multiple of 64."""
 
     def __init__(self, width: int, depth: int = 12) -> None:
         super().__init__()

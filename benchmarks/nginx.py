@@ -1,6 +1,6 @@
 """nginx as a rival: one worker, sendfile, one folder, no log.
 
-Comes in: the folder. Goes out: its address. Where there is no nginx, says so.
+The benchmark is skipped where nginx is not installed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ http {{
 
 
 def program() -> str | None:
-    """Where nginx is; None where it is not. Debian keeps it in a folder that only root's PATH has."""
+    """Path of nginx; None if it is not installed. Debian installs it in a folder that only root's PATH has."""
     return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/sbin")
 
 
@@ -48,7 +48,7 @@ def serving(nginx: str, root: Path, work: Path) -> Iterator[str]:
     Args:
         nginx: the program.
         root: folder to serve.
-        work: an existing folder for its own files.
+        work: an existing folder for nginx's own files.
     """
     port = _free_port()
     user = "user root;" if os.geteuid() == 0 else ""  # its default user could not enter a temporary folder

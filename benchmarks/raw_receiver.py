@@ -1,7 +1,7 @@
-"""The fastest receiver that pyzmq offers: frames into memory that is there already, and nothing else.
+"""The fastest receiver that pyzmq offers: it receives frames into existing memory and does nothing else.
 
-Comes in: how long a snapshot and a frame are. Goes out: one JSON line with its address, and an empty message after
-each whole snapshot.
+Takes the lengths of a snapshot and of a frame. Prints one JSON line with its address, and sends an empty message after
+each complete snapshot.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a benchmark found, and how it is shown.
-
-Comes in: figures of several rounds. Goes out: Markdown. What was measured, and how, is not known here.
-"""
+"""Results of a benchmark: figures of several rounds, their spread, and the Markdown table that shows them."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison: what is compared, both figures in words, our figure over the rival's, and what we aim at."""
+    """One comparison: what is compared, both figures as text, our figure over the rival's, and the target."""
 
     what: str
     ours: str
@@ -48,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """The rows of one benchmark, under its title; `rival` heads their third column. A note says what is missing."""
+    """The rows of one benchmark, under its title; `rival` heads their third column. A note explains missing rows."""
 
     title: str
     rival: str
@@ -67,7 +64,7 @@ class Section:
 
 
 def interleaved(rounds: int, **arms: Callable[[], float]) -> dict[str, list[float]]:
-    """What each arm returns, `rounds` times in turn (A B A B ...), after one turn that does not count."""
+    """What each arm returns, `rounds` times in turn (A B A B ...), after one round that is discarded."""
     found: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds + 1):
         for name, arm in arms.items():
@@ -78,7 +75,7 @@ def interleaved(rounds: int, **arms: Callable[[], float]) -> dict[str, list[floa
 
 
 def _three_digits(value: float, sign: str) -> str:
-    """Never in scientific notation, and never fewer than two decimals below 10."""
+    """Without scientific notation, and with at least two decimals below 10."""
     magnitude = abs(value)
     decimals = 0 if magnitude >= 100 else 1 if magnitude >= 10 else 2
     return f"{value:{sign}.{decimals}f}"

@@ -1,7 +1,7 @@
-"""What a trainer does without this project: the average beside the model, updated after every step.
+"""The alternative to this project: an average in the trainer, updated after every step.
 
-The arithmetic of timm's `ModelEmaV3.update` with a constant decay: in one call for all tensors beside the model, tensor
-by tensor where the average is on another device.
+The arithmetic of timm's `ModelEmaV3.update` with a constant decay: in one call for all tensors on the model's device,
+tensor by tensor if the average is on another device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A server as users start it, in a temporary folder.
-
-Comes in: cores. Goes out: its addresses and process id, and its memory.
-"""
+"""A server started as users start it, in a temporary folder and on given cores; and the memory of its process."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ START_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server; `folder` holds its data and whatever a benchmark puts beside it."""
+    """A running server; `folder` holds its data and the files of a benchmark."""
 
     zmq: str
     http: str
@@ -33,11 +30,11 @@ class Server:
 
 @contextmanager
 def serving(disk_bytes: int, cores: frozenset[int] | None = None) -> Iterator[Server]:
-    """A server on `cores` that publishes when it is asked to, and at the end.
+    """A server on `cores` that publishes on request and when it stops.
 
     Args:
-        disk_bytes: what it will write at most.
-        cores: where it may run; everywhere by default.
+        disk_bytes: upper bound of what it writes.
+        cores: where it may run (default: all cores).
     """
     options = ("--zmq", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0", "--publish-every-seconds", "0")
     with folder_in_memory(disk_bytes) as folder:
@@ -50,7 +47,7 @@ def serving(disk_bytes: int, cores: frozenset[int] | None = None) -> Iterator[Se
 
 
 def pss_bytes(pid: int) -> int:
-    """Resident memory of a process, in bytes; what it shares with others counts in proportion."""
+    """Resident memory of a process, in bytes; pages shared with other processes count in proportion."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) << 10

@@ -1,7 +1,7 @@
-"""How much longer a training step becomes, with the average in the server and with the average in the trainer.
+"""Time that an average adds to a training step, with the average in the server and with the average in the trainer.
 
-Added time is a round's step with an average less the same round's step without one. It has everything in it: the copy,
-the threads that send, the caches that both sides share. Our own counter of blocked time sees only the copy.
+Added time is a round's step with an average less the same round's step without one. It includes the copy, the
+sending threads, and the effect on shared caches. The client's counter of blocked time includes only the copy.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The trainer of the step time benchmark, in a process of its own: one JSON line per round.
 
-Comes in: the server's address, the model's width, and which cores compute and which send. Goes out: for each way of
+Takes the server's address, the model's width, and which cores compute and which send. Prints, for each way of
 keeping an average, seconds per step, seconds per step in our code, and the share of snapshots that was skipped.
 """
 
@@ -21,7 +21,7 @@ from benchmarks.models import step, trained
 from benchmarks.rival import ModelEma
 from trainer_client import EmaClient
 
-_WARM_STEPS = 2  # after these, a snapshot on its way when the clock starts weighs up the one when it stops
+_WARM_STEPS = 2  # after these, a snapshot in transfer at the start of the measurement offsets the one at its end
 _FLUSH_S = 60.0
 
 Way = Literal["skip", "wait"]
@@ -83,7 +83,7 @@ def _measure(clients: Mapping[Way, EmaClient], args: argparse.Namespace) -> None
         client = clients["wait" if "wait" in name else "skip"]
         with arms[name]() as after:
             found = _block(lambda: step(model, optimizer, patches), after, client, steps)
-        client.flush(_FLUSH_S)  # nothing of this arm runs on into the next
+        client.flush(_FLUSH_S)  # no transfer of this arm overlaps the next
         return found
 
     for turn in range(args.rounds + 1):

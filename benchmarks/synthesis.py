@@ -1,7 +1,7 @@
-"""What a ring in bfloat16 costs in exactness, and how long it takes to make an average of a ring.
+"""Error of averages made from a bfloat16 ring, and the time that synthesis takes.
 
-The weights take a random walk. Of two power averages of it 32 snapshots are stored, in float32 and in bfloat16, and the
-files are added up as the server does it. The exact average of the wanted width is computed beside them in float64. An
+The weights take a random walk. 32 snapshots of two power averages of it are stored, in float32 and in bfloat16, and the
+files are summed as the server does. The exact average of the requested width is computed in float64. An
 error is the root mean square of the difference, over that of the exact average.
 """
 
@@ -110,7 +110,7 @@ def _time(elements: int, rounds: int) -> Row:
         average = torch.randn(elements)
         steps = range(100, 100 * _SNAPSHOTS + 1, 100)
         stored = _store(Path(folder) / "ring", 0, "float32", dict.fromkeys(_KEPT, average))
-        ring = [replace(stored, step=step) for step in steps]  # the same files, which stay in the page cache
+        ring = [replace(stored, step=step) for step in steps]  # the same files, so that they stay in the page cache
         plan = make_plan(ring, gamma_of(0.12), steps[-1])
         paths = [part.snapshot.folder / part.member.file.name for part in plan.parts]
         threads = torch.get_num_threads()

@@ -108,7 +108,7 @@ def metrics() -> str:
 
 
 def exposition() -> str:
-    """What `GET /metrics` of a new server answers."""
+    """The answer of `GET /metrics` of a new server."""
     with tempfile.TemporaryDirectory() as data:
         command = [sys.executable, "-m", "ema_cli", "serve", "--data", data, "--log-level", "warning"]
         free_ports = ["--zmq", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0"]
@@ -136,7 +136,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
 
 
 def fill(markdown: str) -> str:
-    """Put each block in the place of its mark.
+    """Replace each mark by its block.
 
     Raises:
         KeyError: a mark names no block.
@@ -204,7 +204,7 @@ def _body(kind: str, media: Mapping[str, Any]) -> str:
 
 
 def _type(schema: Mapping[str, Any]) -> str:
-    """A JSON schema in a few words."""
+    """A short text for a JSON schema."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"

@@ -1,4 +1,4 @@
-"""What mkdocs calls while it builds the site: generated blocks, pages from outside `docs/`, and links between them."""
+"""Hooks of the mkdocs build: generated blocks, pages from outside `docs/`, and links between them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Fill in generated blocks, and lead links to where their targets are in the site."""
+    """Fill in generated blocks, and rewrite links to the place of their targets in the site."""
     place = page.file.src_uri
     source = next((outside for outside, mounted in MOUNTED.items() if mounted == place), f"docs/{place}")
     return docs_reference.fill(_LINK.sub(lambda link: _relinked(link, source, place), markdown))
 
 
 def _relinked(link: re.Match[str], source: str, place: str) -> str:
-    """A link from a repository file, as a link of the site; the text alone where its target is not part of the site."""
+    """A link from a repository file, as a link of the site; only its text if its target is not part of the site."""
     image, text, target, anchor = link.groups()
     wanted = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
     if wanted in MOUNTED:

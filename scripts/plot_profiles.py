@@ -1,9 +1,9 @@
-"""Draw what averages are made of: the weight of each step, for the rules of docs/guides/averages.md.
+"""Plot the weight of each step in an average, for the rules of docs/guides/averages.md.
 
     pip install --group plots && python scripts/plot_profiles.py docs/guides/profiles.svg
 
-The weights are those that the server computes with, from its own pure functions; here they are only drawn. The file
-is the same, byte for byte, whenever the same release of matplotlib draws it.
+The weights are those of the server, from its own pure functions. The file is byte-identical with the same
+release of matplotlib.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ema_server.rules.weights import Span, points, weight_of
 from ema_server.rules.window import Entries, entered
 
 STEPS = 10_000
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # colour-blind readers tell them apart
-_SHOWN_SHARE = 0.01  # of the weights of before the run
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # distinguishable for colour-blind readers
+_SHOWN_SHARE = 0.01  # of the initial weights
 
 Weights = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One of the drawings: its title, the rules in it, and into how many parts the run is divided to draw them."""
+    """One panel: its title, its rules, and the number of parts into which the run is divided."""
 
     title: str
     rules: tuple[str, ...]
@@ -95,7 +95,7 @@ def draw(file: Path) -> None:
 
 
 def save(figure: Any, file: Path) -> None:
-    """Write an SVG that has neither date nor chance in it."""
+    """Write a reproducible SVG, without date or random ids."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "ema-sidecar", "svg.fonttype": "none"}):

@@ -1,10 +1,10 @@
-"""Train on the digits, make power averages of many widths after it, and draw how good each of them is.
+"""Train on the digits, synthesise power averages of many widths, and plot the accuracy of each.
 
     pip install '.[demo]' --group plots && python scripts/plot_sigma_rel.py docs/guides/sigma_rel.svg
 
 A real server keeps two power averages and their ring while a network trains; all widths are synthesised after that,
-downloaded, and evaluated on the half of the images that was held out. Some widths are kept during the run as well, to
-be compared with. Prints all figures as JSON, and draws those that the server does not warn of. Takes a minute a seed.
+downloaded, and evaluated on the half of the images that was held out. Some widths are also kept during the run for
+comparison. Prints all figures as JSON, and plots those without a warning of the server. Takes a minute per seed.
 """
 
 from __future__ import annotations

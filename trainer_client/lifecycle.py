@@ -1,4 +1,4 @@
-"""Whether a client may still be used, in this process, and how it is closed when it was forgotten."""
+"""Whether a client may be used in this process, and how a client that was never closed is closed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("ema")
 
 
 class State(StrEnum):
-    """What became of a client. An inert one does nothing and raises nothing: another client has its run."""
+    """The state of a client. An inert one does nothing and raises nothing: another client has its run."""
 
     OPEN = "open"
     FINISHED = "finished"
@@ -27,7 +27,7 @@ class State(StrEnum):
 class Lifecycle:
     """The state of one client, and the process that it belongs to.
 
-    A fork (a data loader's worker) has a copy of the client but not of its thread: there, everything does nothing.
+    A fork (a data loader's worker) has a copy of the client but not of its thread: every method does nothing there.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ def when_forgotten(client: object, life: Lifecycle, close: Callable[[], None]) -
     """
     finalizer = weakref.finalize(client, _close_aside, life, close)
     # Exit functions run newest first. weakref's own is as old as the first finalizer of the process: it would run after
-    # ZeroMQ's, when nothing can be sent any more.
+    # ZeroMQ's, when nothing can be sent.
     finalizer.atexit = False
 
     def at_exit() -> None:

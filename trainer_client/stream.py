@@ -284,7 +284,7 @@ class Stream:
     def _skip(self, reason: Skip, text: str, error: Exception | None = None) -> None:
         self._counters.skipped[reason] += 1
         if reason not in self._warned:
-            log.warning("ema: %s (said once, then only counted)", text, exc_info=error)
+            log.warning("ema: %s (logged once, then only counted)", text, exc_info=error)
         self._warned.add(reason)
 
 

@@ -287,7 +287,9 @@ class Ring:
             known = self._statuses.get(run, _NOTHING)
             self._statuses[run] = replace(known, error=error)
         if known.error is None:
-            logger.error("run %s: its ring for later synthesis stands still, averaging continues: %s", run, error)
+            logger.error(
+                "run %s: its ring for later synthesis stores no more snapshots, averaging continues: %s", run, error
+            )
 
     def _show(self, run: str) -> None:
         steps = [step_in(path.name) for path in self._folders(run)]
@@ -296,7 +298,7 @@ class Ring:
             if steps:
                 self._statuses[run] = RingStatus(len(steps), min(steps), max(steps), None)
         if known.error is not None:
-            logger.info("run %s: its ring for later synthesis grows again", run)
+            logger.info("run %s: its ring for later synthesis stores snapshots again", run)
 
 
 def _reason(error: Exception) -> str:

@@ -142,7 +142,7 @@ def test_synthesized_version_equals_the_average_that_was_not_kept(
             float((reader.load(reader.version("pair", name))["weight"].double() - exact).abs().max())
             for name in ("power-0.05", "power-0.1", "raw")
         )
-        assert bound < nearest / 5, "it could not be told from one that was kept"
+        assert bound < nearest / 5, "it could not be distinguished from one that was kept"
         assert found["count"].item() == _STEPS
         assert reader.derived.synthesize("pair", sigma_rel=width) == made
 
@@ -180,15 +180,15 @@ def test_stopped_ring_reports_its_error_and_the_run_continues(streamed: tuple[Se
         assert (run.ring.snapshots, run.ring.error) == (0, "step 1 could not be kept: Not a directory")
     shown = _ema(server, "status", "blocked").stdout
     assert "blocked: no more is stored to synthesise from: step 1 could not be kept: Not a directory" in shown
-    assert any("run blocked: its ring for later synthesis stands still" in line for line in server.errors)
+    assert any("run blocked: its ring for later synthesis stores no more snapshots" in line for line in server.errors)
 
 
 @pytest.mark.timeout(300)
 def test_command_prints_the_version(streamed: tuple[ServerProcess, _Walk]) -> None:
     server, _ = streamed
-    told = _ema(server, "synthesize", "pair", "--sigma-rel", "0.21", "--json")
-    assert told.returncode == 0, told.stderr
-    made = json.loads(told.stdout)
+    result = _ema(server, "synthesize", "pair", "--sigma-rel", "0.21", "--json")
+    assert result.returncode == 0, result.stderr
+    made = json.loads(result.stdout)
     assert made["version"]["average"] == "power-0.21"
     shown = _ema(server, "synthesize", "pair", "--sigma-rel", "0.21")
     assert f"pair/power-0.21 at step {_STEPS}" in shown.stdout
@@ -200,6 +200,6 @@ def test_command_prints_the_version(streamed: tuple[ServerProcess, _Walk]) -> No
 
     refused = _ema(server, "synthesize", "pair", "--sigma-rel", "0.25", "--step", str(_EVERY))
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert "What is stored of the run does not suffice: run 'pair': " in refused.stderr
+    assert "The stored snapshots of the run do not suffice: run 'pair': " in refused.stderr
     assert "ask for a width closer to theirs" in refused.stderr
     assert _ema(server, "synthesize", "pair").returncode == 2

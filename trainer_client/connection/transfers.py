@@ -108,7 +108,7 @@ class TransferQueue:
         if not self._warned:
             log.warning(
                 "ema: step %d was not sent: something other than an optimizer wrote the weights during their copy; "
-                "call before_weight_write() before that, or pass overlap=False (said once, then only counted)",
+                "call before_weight_write() before that, or pass overlap=False (logged once, then only counted)",
                 snapshot.step,
             )
         self._warned = True

@@ -22,7 +22,7 @@ class Pull:
     """Reads one run's averages. The defaults of `url` and `token` are those of `Reader`."""
 
     def __init__(self, url: str | None, token: str | None, run: str) -> None:
-        with _reader(url, token) as reader:  # opened for each read: hours may lie between two
+        with _reader(url, token) as reader:  # opened for each read: hours may pass between two
             self._url = reader.url
         self._token = token
         self._run = run
@@ -31,7 +31,7 @@ class Pull:
         """Whether the server knows a snapshot of the run.
 
         Raises:
-            AverageError: the server cannot be asked.
+            AverageError: the request fails.
         """
         from ema_reader import NotFound, ReaderError
 
@@ -44,7 +44,7 @@ class Pull:
             raise AverageError(self._text("its state", error)) from error
 
     def weights(self, average: str, step: int, timeout_s: float) -> dict[str, Tensor]:
-        """The average as it stood at `step`, as soon as that is published.
+        """The average at `step`, once that is published.
 
         Raises:
             AverageError: it was not published in time, or cannot be read.
@@ -56,7 +56,7 @@ class Pull:
         return weights
 
     def _try(self, reader: Reader, average: str, step: int, *, is_last: bool) -> dict[str, Tensor] | None:
-        """The average at `step`; None while it is not there and there is time left."""
+        """The average at `step`; None while it is not published and time is left."""
         from ema_reader import NotFound, ReaderError
 
         try:

@@ -24,12 +24,12 @@ _OWN_CALL = re.compile(rf"\b{_CLASS}\b")
 
 
 class UnknownTimm(EmaClientError):
-    """This timm, or this script, does not average in a way that we know; the text says what is different."""
+    """This timm, or this script, averages in an unknown way; the text says what is different."""
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The class to be replaced, and the modules that know it, with the name that it has there."""
+    """The class to be replaced, and the modules that contain it with its name in each."""
 
     original: type[Any]
     places: tuple[tuple[ModuleType, str], ...]
@@ -41,10 +41,10 @@ class Known:
 
 
 def find_known(script: str) -> Known:
-    """Look at the timm that is installed, and at the text of the script that is to be run with it.
+    """Inspect the installed timm and the source of the script.
 
     Raises:
-        UnknownTimm: timm is missing, has another averaging class than we know, or the script does not use it.
+        UnknownTimm: timm is missing, its averaging class is unknown, or the script does not use it.
     """
     try:
         timm = importlib.import_module("timm")

@@ -1,4 +1,4 @@
-"""A copy of the trained model, in eval mode, that holds averaged weights: to look at, validate and save.
+"""A copy of the trained model, in eval mode, that holds averaged weights, for validation and saving.
 
 Its tensors are filled in place, so that references to it see the new weights.
 """
@@ -22,7 +22,7 @@ _CPU = torch.device("cpu")
 class Copy:
     """`module`: a copy of `model` without its wrappers and without gradients.
 
-    It is on `device` from when it is shown until it is put away, and otherwise on the CPU, so that no accelerator holds
+    It is on `device` while it is used and otherwise on the CPU, so that no accelerator holds
     a second copy of the model while it trains.
     """
 
@@ -52,7 +52,7 @@ class Copy:
         self.fill({canonical_name(model, key): value for key, value in model.state_dict().items()})
 
     def fill(self, weights: Mapping[str, Tensor]) -> None:
-        """Write weights into the tensors that are there.
+        """Copy weights into the existing tensors.
 
         Raises:
             PlanError: a tensor is missing, or has another shape.
@@ -65,7 +65,7 @@ class Copy:
                 held.copy_(weights[name])
 
     def load(self, state: Mapping[str, Any], *, strict: bool) -> Any:
-        """Load a state dict of the module, or one whose names begin with `module.`, as the averaging classes' do."""
+        """Load a state dict of the module, or one whose names begin with `module.`, as in timm's averaging classes."""
         if not set(self.module.state_dict()) <= set(state):
             state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
         return self.module.load_state_dict(state, strict=strict)

@@ -37,7 +37,7 @@ class RemoteModelEma(nn.Module):
         use_warmup: let the decay rise to `decay`.
         warmup_gamma: of the warm-up.
         warmup_power: of the warm-up.
-        device: where `module` is while it is looked at, the CPU by default; between looks it waits on the CPU.
+        device: where `module` is while it is used (default: the CPU); between uses it is on the CPU.
         dtype: None only: averages are float32 on the server, and `module` has the model's dtypes.
         stochastic_rounding: without effect, like its seed and `foreach`: a float32 average needs no rounding.
         stochastic_rounding_seed: without effect.
@@ -52,7 +52,7 @@ class RemoteModelEma(nn.Module):
         resume: as of `EmaClient`.
         config: as of `EmaClient`.
         connect_timeout_s: as of `EmaClient`.
-        wait_timeout_s: how long an update waits, while connected, for a snapshot that is still on its way.
+        wait_timeout_s: how long an update waits, while connected, for a snapshot that is still being sent.
         module_timeout_s: how long `module` waits for the average.
         unknown: refused by name.
 
@@ -130,7 +130,7 @@ class RemoteModelEma(nn.Module):
 
     @property
     def module(self) -> nn.Module:
-        """The average as of the last update, in eval mode. Fetched when it is looked at, and kept until the next one.
+        """The average as of the last update, in eval mode. Fetched on access, and cached until the next update.
 
         Weights that are loaded into it before the first update are what the average begins with.
 
@@ -145,7 +145,7 @@ class RemoteModelEma(nn.Module):
 
     @property
     def ema(self) -> nn.Module:
-        """`module`, by the name that timm's first class had for it."""
+        """`module`, by its name in timm's first class."""
         return self.module
 
     def update(self, model: nn.Module, step: SupportsIndex | None = None) -> None:
@@ -185,7 +185,7 @@ class RemoteModelEma(nn.Module):
         return super().train(mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the averaged model answers."""
+        """The output of the averaged model."""
         return self.module(*args, **kwargs)
 
     def state_dict(  # type: ignore[override]
@@ -205,7 +205,7 @@ class RemoteModelEma(nn.Module):
         return loaded
 
     def finish(self, timeout_s: float = 60.0) -> bool:
-        """Have the run published and marked finished; whether that is confirmed. `module` can be looked at still."""
+        """Publish the run and mark it as finished; returns whether that is confirmed. `module` can still be read."""
         return self._client is not None and self._client.finish(timeout_s)
 
     def close(self) -> None:
@@ -226,7 +226,7 @@ class RemoteModelEma(nn.Module):
         if not self._is_new:
             return
         if rule is self._by_step and number <= rule.update_after + 1:
-            self._is_new = False  # this update copies: what was before it would leave no trace
+            self._is_new = False  # this update copies: earlier weights would have no effect
         else:
             self._is_new = not client.replace(self._copy.module, number - 1)
 
@@ -239,7 +239,7 @@ def _refuse(unknown: Mapping[str, object]) -> None:
 def _rules(
     decay: float, least: float, after: int, warmup: bool, gamma: float, power: float, exclude_buffers: bool, name: str
 ) -> tuple[Ema, Ema]:
-    """What timm's parameters mean with `step=`, and without."""
+    """The rule that timm's parameters mean with `step=`, and without."""
     buffers: Any = "copy" if exclude_buffers else "average"
     warm: dict[str, Any] = {"warmup": "timm", "gamma": gamma, "power": power, "min_decay": least} if warmup else {}
     try:

@@ -27,7 +27,7 @@ def run_script(script: Path, arguments: Sequence[str]) -> None:
     """Run the script with these arguments; its averages are kept by the server.
 
     Raises:
-        UnknownTimm: its average cannot be replaced, or was not although it asked for one.
+        UnknownTimm: its average cannot be replaced, or the script made none although one was requested.
         OSError: the script cannot be read.
         SystemExit: the script ended so.
     """
@@ -38,7 +38,7 @@ def run_script(script: Path, arguments: Sequence[str]) -> None:
         setattr(module, name, ours)
     passed = [argument for argument in arguments if not _is_force_cpu(argument)]
     _tell(known, forced=len(passed) < len(arguments))
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # timm's script logs all that others say from INFO on
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # timm's script logs the INFO records of all libraries
     sys.argv = [str(script), *passed]
     sys.path[0] = str(script.resolve().parent)
     _run(script, made)
@@ -64,7 +64,7 @@ def _run(script: Path, made: list[RemoteModelEma]) -> None:
 
 
 def _class(made: list[RemoteModelEma]) -> type[RemoteModelEma]:
-    """A class that is called as timm's, whose module is where the model is: there it is validated."""
+    """A class with timm's interface, whose module is on the model's device, where it is validated."""
 
     class OutOfProcess(RemoteModelEma):
         """timm's averaged model, kept by the server."""

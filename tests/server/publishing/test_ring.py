@@ -191,8 +191,8 @@ def test_disk_error_stops_only_the_ring(tmp_path: Path, caplog: pytest.LogCaptur
         assert status is not None
         assert status.error is not None
         assert status.error.startswith("step 2 could not be kept: ")
-        said = [record for record in caplog.records if "its ring for later synthesis stands still" in record.message]
-        assert len(said) == 1, "said once, not at every publication"
+        errors = [r for r in caplog.records if "its ring for later synthesis stores no more snapshots" in r.message]
+        assert len(errors) == 1, "logged once, not at every publication"
         assert core.statuses.get("r").published_step == 2  # type: ignore[union-attr]
 
         core.data_dir.ring_folder("r").unlink()
