@@ -1,4 +1,4 @@
-"""For all tests: settings of the calling shell do not reach them, and markers say what a test needs."""
+"""For all tests: isolates them from the settings of the calling shell, and marks what a test needs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _PROCESS_FOLDERS = ("bad_input", "cli", "parity", "system", "timm")
 
 
 def pytest_configure() -> None:
-    settings.register_profile("ema", deadline=None)  # how long an example takes depends on what else runs
+    settings.register_profile("ema", deadline=None)  # the duration of an example depends on the machine's load
     settings.load_profile("ema")
-    # A shell starts what runs in its background with Ctrl-C ignored, and every process inherits that.
+    # A shell starts background jobs with SIGINT ignored, and every child process inherits that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -42,7 +42,7 @@ def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("EMA_"):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("EMA_KERNEL", "torch")  # the compiled one takes each server that is started a second
+    monkeypatch.setenv("EMA_KERNEL", "torch")  # the compiled one adds a second to each server start
 
 
 @pytest.fixture(autouse=True)

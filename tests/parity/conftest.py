@@ -1,4 +1,4 @@
-"""One run through the whole service, and beside it every library's own average of the same weights."""
+"""One run through the complete service, and every library's own average of the same weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RUN = "parity"
 
 @dataclass(slots=True)
 class Compared:
-    """What came of the run: weights by step, the libraries' averages by label, ours and their ledgers by rule."""
+    """Results of the run: weights by step, the libraries' averages by label, ours and their ledgers by rule."""
 
     walk: Walk
     libraries: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -41,9 +41,9 @@ class Compared:
 
 @pytest.fixture(scope="session")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
-    """1,000 steps through a real server, and each of them given to all libraries."""
+    """1,000 steps through a real server and through all libraries."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for tensors this small a second thread only waits
+    torch.set_num_threads(1)  # a second thread does not help with tensors this small
     try:
         return _compare(tmp_path_factory.mktemp("parity") / "data")
     finally:

@@ -1,4 +1,4 @@
-"""Tests of the server use one thread per torch operation: two pools of threads on a busy machine stall each other."""
+"""Tests of the server use one thread per torch operation: two thread pools on a busy machine delay each other."""
 
 from __future__ import annotations
 

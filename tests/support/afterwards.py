@@ -33,6 +33,6 @@ class Afterwards:
 
 @contextmanager
 def afterwards(data: Path, **settings: Any) -> Iterator[Afterwards]:
-    """A core and its derived versions, for the length of a `with` block."""
+    """A core and its derived versions, within a `with` block."""
     with running_core(data, **settings) as core:
         yield Afterwards(core)

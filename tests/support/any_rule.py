@@ -1,4 +1,4 @@
-"""Rules of all kinds for Hypothesis: of any parameters that a rule may have, or of such that a short run shows."""
+"""Hypothesis strategies for rules: with any allowed parameters, or with parameters that affect a short run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _emas(
 
 
 def any_rules() -> st.SearchStrategy[AverageSpec]:
-    """Rules named `x`, with any parameters that are allowed."""
+    """Rules named `x`, with any allowed parameters."""
     lengths = st.one_of(
         st.fixed_dictionaries({"decay": _SHARE}),
         *(st.fixed_dictionaries({key: _QUANTITY}) for key in ("half_life", "half_life_samples", "half_life_epochs")),
@@ -81,7 +81,7 @@ def any_rules() -> st.SearchStrategy[AverageSpec]:
 
 @cache
 def short_rules(origin: int) -> st.SearchStrategy[AverageSpec]:
-    """Rules whose memory, warm-up, start and cadence show in 200 steps after `origin`."""
+    """Rules whose memory, warm-up, start and cadence take effect within 200 steps after `origin`."""
     lengths = st.one_of(
         st.fixed_dictionaries({"decay": _DECAYS}),
         st.fixed_dictionaries({"half_life": st.floats(0.1, 1000.0)}),

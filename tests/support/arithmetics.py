@@ -1,4 +1,4 @@
-"""Both kernels by name, for tests of what holds for each; without numba those of the compiled one are skipped."""
+"""Both kernels by name, for tests that apply to each; tests of the compiled one are skipped without numba."""
 
 from __future__ import annotations
 

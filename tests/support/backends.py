@@ -1,7 +1,7 @@
-"""Devices made of host memory: one that does everything at once, and one whose streams are as late as they may be.
+"""Devices made of host memory: one that is synchronous, and one whose streams run as late as they may.
 
-The late one keeps every call of torch that touches its memory in a queue, in order, and does it when a mark asks for
-it, or, with a seed, at any earlier time that the marks allow. What lacks a wait then computes with the wrong bytes.
+The late one queues every torch call that touches its memory, in order, and runs it when a mark requires it or, with a
+seed, at any earlier time that the marks allow. Code that lacks a wait then computes with wrong bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CPU = torch.device("cpu")
 
 
 class InlineBackend:
-    """A device that is the host: nothing is queued, nothing has to be waited for."""
+    """A device that is the host: nothing is queued and nothing needs a wait."""
 
     device = _CPU
 
@@ -40,10 +40,10 @@ class InlineBackend:
         return self
 
     def hold(self) -> None:
-        """Nothing is late."""
+        """Nothing is queued."""
 
     def wait(self) -> None:
-        """Nothing is late."""
+        """Nothing is queued."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         self.room_bytes -= nbytes
@@ -63,10 +63,10 @@ class InlineBackend:
 
 
 class LateBackend(InlineBackend):
-    """A device that is late.
+    """A device whose work runs late.
 
     Args:
-        seed: None does nothing before it must; a number does some of it earlier, by chance.
+        seed: None runs work only when it is required; a number runs some of it earlier, at random.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -76,7 +76,7 @@ class LateBackend(InlineBackend):
         self.streams: list[LateStream] = []
         self.late = 0
         self.moves = 0
-        self._memories: list[torch.Tensor] = []  # kept, so that an address is never another tensor's
+        self._memories: list[torch.Tensor] = []  # kept, so that no address is reused
 
     def stream(self) -> LateStream:  # type: ignore[override]
         with self.lock:
@@ -94,7 +94,7 @@ class LateBackend(InlineBackend):
         return any(memory.untyped_storage().data_ptr() == at for memory in self._memories)
 
     def lag(self) -> None:
-        """Let some streams go on, by chance."""
+        """Run some streams at random."""
         while self.chance is not None and self.chance.random() < 0.5:
             self.chance.choice(self.streams).advance()
 
@@ -127,7 +127,7 @@ class LateStream:
             self.backend.lag()
 
     def advance(self) -> None:
-        """Do the oldest thing."""
+        """Run the oldest call."""
         if self._work:
             self._work.popleft()()
             self.done += 1
@@ -143,7 +143,7 @@ class LateMark:
         self._stream, self._place = stream, place
 
     def hold(self) -> None:
-        """Queued like any work: the stream that comes to it has the other one catch up first."""
+        """Queued like any work: the waiting stream first runs the other one up to the mark."""
         _thread.stream.queue(self.wait)
 
     def wait(self) -> None:
@@ -151,7 +151,7 @@ class LateMark:
 
 
 class _Queueing(TorchDispatchMode):
-    """Queues what touches the device's memory, but for views of it."""
+    """Queues calls that touch the device's memory, except views of it."""
 
     def __init__(self, stream: LateStream) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Runs `ema` as a user does: a process of its own, with a bound on its time."""
+"""Runs `ema` as a user does: in a separate process, with a timeout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA's runtime and driver, and torch's way to them, from outside: which device is current, which got a context."""
+"""Fakes of CUDA's runtime and driver and of torch's calls to them: which device is current, which has a context."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-GPU = torch.device("cuda", 1)  # the current device is 0 until someone says otherwise
+GPU = torch.device("cuda", 1)  # the current device is 0 by default
 
 
 class CudaRuntime:
-    """In the place of `torch.cuda`, of an event and of the libraries, as far as we call them."""
+    """Replaces `torch.cuda`, an event and the libraries, as far as the client calls them."""
 
     def __init__(self, code: int = 0) -> None:
         self.code = code
@@ -25,21 +25,21 @@ class CudaRuntime:
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
-        """As torch's: going back opens no context."""
+        """Like torch's: restoring the device opens no context."""
         before, self.current = self.current, device.index
         yield
         self.current = before
 
     @contextmanager
     def stream(self, stream: object) -> Iterator[None]:
-        """As torch's: going back sets the device that was current, and CUDA opens a context for it."""
+        """Like torch's: restoring sets the device that was current, and CUDA opens a context for it."""
         before, self.current = self.current, GPU.index
         yield
         self.current = before
         self.contexts.add(before)
 
     def Event(self, *, blocking: bool) -> CudaRuntime:
-        """One that is this."""
+        """Returns this object as an event."""
         return self
 
     def record(self, stream: object) -> None:

@@ -1,7 +1,7 @@
-"""Every rule the slow, obvious way: a dense stream, one share kept for each step's weights. No code of the server.
+"""Reference for every rule: a dense stream, one share for each step's weights. Shares no code with the server.
 
 The formulas are written in other forms than the server's: decays one by one, a debiased average as one that began at
-zero, means as lists of steps. `shares[0]` is of the weights of before the first step, `shares[i]` of those after i.
+zero, means as lists of steps. `shares[0]` belongs to the initial weights, `shares[i]` to those after step i.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _power(rule: PowerEma, steps: int) -> list[Shares]:
 
 
 def _mean(rule: AverageSpec, origin: int, time: int, steps: int) -> Shares:
-    """A weighted mean of the weights at some steps, or the newest weights where there is none yet."""
+    """A weighted mean of the weights at some steps, or the newest weights if there is no average yet."""
     weighed: dict[int, float] = {}
     for step in range(origin + 1, origin + time + 1):
         share = _counts(rule, step)

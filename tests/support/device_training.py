@@ -1,6 +1,6 @@
-"""Training on a `FakeDevice`: weights that carry their step, written by an optimizer when the device's time comes.
+"""Training on a `FakeDevice`: weights that carry their step, written by an optimizer's queued kernels.
 
-A snapshot whose tensors carry different steps is torn. Ours is compared with nothing else.
+A snapshot whose tensors carry different steps is torn.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from trainer_client.hooks import Attachment
 from trainer_client.settings import Settings
 from trainer_client.staging.slots import Slot
 
-opened: list[tuple[FakeDevice, EmaClient]] = []  # clients made here: one that is left open hears of others' steps
+opened: list[tuple[FakeDevice, EmaClient]] = []  # clients made here: one that is left open receives later steps
 
-LARGE = 70_000  # more floats than are gathered in the scratch
+LARGE = 70_000  # more floats than the scratch gathers
 
 
 class RecordingWorker(FakeWorker):
-    """Reads each snapshot when it is offered and gives its slot back at once, as a fast server would."""
+    """Reads each snapshot when it is offered and releases its slot at once, as a fast server would."""
 
     def __init__(self, slots: int = 2) -> None:
         super().__init__(slots)
@@ -47,7 +47,7 @@ class RecordingWorker(FakeWorker):
 
 
 def client_on(device: FakeDevice, worker: FakeWorker, **given: Any) -> EmaClient:
-    """A client of a worker without a server, for a model that counts as being on `device`."""
+    """A client of a worker without a server, for a model that is treated as being on `device`."""
 
     class Client(EmaClient):
         @staticmethod
@@ -72,13 +72,13 @@ class Carrying(nn.Module):
 
 
 def note_write(tensor: Tensor) -> None:
-    """Count a write in the tensor's version, as torch does when it issues one, whenever that happens."""
+    """Count a write in the tensor's version, as torch does when it issues one."""
     with torch.no_grad():
         tensor.add_(0)
 
 
 def stamp(device: FakeDevice, tensors: Iterable[Tensor], value: float, seconds: float = 1e-6) -> None:
-    """A kernel for each tensor, which fills it when it ends; not noticed in its version."""
+    """A kernel for each tensor, which fills it when it ends; its version does not change."""
     for tensor in tensors:
         device.run(seconds, _filler(tensor, value))
 
@@ -93,7 +93,7 @@ def _filler(tensor: Tensor, value: float) -> Callable[[], None]:
 
 
 class Stamping(Optimizer):
-    """Its n-th step fills its parameters with n. With `noted=False` it writes as through `.data`."""
+    """The n-th step fills the parameters with n. With `noted=False` it writes as through `.data`."""
 
     def __init__(self, device: FakeDevice, parameters: Iterable[Tensor], *, noted: bool = True, steps: int = 0) -> None:
         super().__init__(parameters, {})
@@ -112,7 +112,7 @@ class Stamping(Optimizer):
 
 
 def train(device: FakeDevice, model: Carrying, optimizer: Stamping, steps: int, seconds: float = 0.02) -> None:
-    """Steps that take `seconds` of the device each, in which the loop runs ahead of it by a step."""
+    """Steps that take `seconds` of device time each, while the loop runs one step ahead."""
     for _ in range(steps):
         stamp(device, [model.seen], optimizer.steps + 1)  # forward
         device.run(seconds)
@@ -137,6 +137,6 @@ class Training:
         train(self.device, self.model, self.optimizer, steps)
 
     def end(self) -> None:
-        """Everything that was issued happens, and what was copied is handed over."""
+        """Run everything that was issued, and deliver the copies."""
         self.device.idle()
         assert self.client.flush(timeout_s=30)

@@ -1,4 +1,4 @@
-"""Evaluation functions that tests give to workers as processes. `EVALUATIONS` in the environment is a folder."""
+"""Evaluation functions for workers that run as processes. `EVALUATIONS` in the environment is a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def bias(state: dict[str, Tensor]) -> dict[str, float]:
 
 
 def gated(state: dict[str, Tensor]) -> dict[str, float]:
-    """Say which process is at it, and go on when the test has put a file `go` there."""
+    """Write this process's id, and continue once the test has created a file `go`."""
     folder = Path(os.environ["EVALUATIONS"])
     (folder / f"{os.getpid()}.pid").touch()
     deadline = time.monotonic() + GATED_S
@@ -27,7 +27,7 @@ def gated(state: dict[str, Tensor]) -> dict[str, float]:
 
 
 def stubborn(state: dict[str, Tensor]) -> dict[str, float]:
-    """Code that swallows every request to end."""
+    """Code that ignores every request to stop."""
     while True:
         try:
             gated(state)
@@ -36,11 +36,11 @@ def stubborn(state: dict[str, Tensor]) -> dict[str, float]:
 
 
 def fails(state: dict[str, Tensor]) -> dict[str, float]:
-    """What a user's mistake looks like."""
+    """A mistake in a user's function."""
     raise ValueError("the data set has no labels")
 
 
 def dies(state: dict[str, Tensor]) -> dict[str, float]:
-    """What running out of memory looks like."""
+    """A process that is killed, as for lack of memory."""
     os.kill(os.getpid(), 9)
     return {}

@@ -1,8 +1,8 @@
-"""An accelerator with a clock of its own: what is issued to a stream happens when time passes, and not before.
+"""An accelerator with a simulated clock: work issued to a stream runs when the clock advances.
 
-Its memory is the host's, so that tests can look into it. A kernel does what it is given when it ends; a copy between
-device and slot takes the time of its bytes, tensor by tensor. Waiting threads do not make time pass, but for the one
-that made the device: when that one blocks, the clock goes on until what it waits for has happened, as it would.
+Its memory is the host's, so that tests can read it. A kernel takes effect when it ends; a copy between device and slot
+takes time in proportion to its bytes, tensor by tensor. Waiting threads do not advance the clock, except the one that
+made the device: when it blocks, the clock advances until the condition it waits for holds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PATIENCE_S = 30.0
 
 @dataclass(eq=False)
 class _Point:
-    """A place in a stream that time has reached, or not yet."""
+    """A point in a stream, which the clock has reached or not."""
 
     reached_at: float | None = None
 
@@ -39,14 +39,14 @@ class _Work:
 
 @dataclass(eq=False)
 class FakeStream:
-    """Work in order."""
+    """Runs its work in order."""
 
     device: FakeDevice
     now: float = 0.0
     work: deque[_Work] = field(default_factory=deque)
 
     def add(self, duration_s: float, effect: Callable[[], None], after: _Point | None = None) -> None:
-        """Issue work that takes so long, and begins when `after` is reached."""
+        """Issue work of this duration, which begins when `after` is reached."""
         with self.device.changed:
             self.work.append(_Work(duration_s, effect, after, self.device.now))
 
@@ -58,24 +58,24 @@ class FakeStream:
 
 
 class FakeEvent:
-    """A CUDA event's rules: to wait for one that was not recorded is to wait for nothing."""
+    """Follows the rules of CUDA events: a wait for an unrecorded event returns at once."""
 
     def __init__(self) -> None:
         self.point: _Point | None = None
 
     def record(self, stream: FakeStream) -> None:
-        """As of what `stream` was given so far."""
+        """Record the work issued to `stream` so far."""
         point = self.point = _Point()
         stream.add(0.0, lambda: stream.device.reach(point, stream))
 
     def wait(self, stream: FakeStream) -> None:
-        """Have `stream` wait."""
+        """Make `stream` wait for this event."""
         if self.point is not None:
             stream.add(0.0, lambda: None, after=self.point)
 
 
 class FakeDevice:
-    """One device; see `trainer_client.staging.device.Device`. `advance` lets time pass."""
+    """One device; see `trainer_client.staging.device.Device`. `advance` moves the clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -86,7 +86,7 @@ class FakeDevice:
         self.copied: list[tuple[Tensor, Tensor]] = []
         self.allocated: list[int] = []
         self.fail_after: int | None = None
-        self.room: float = float("inf")  # bytes that are left of its memory
+        self.room: float = float("inf")  # bytes of its memory that are free
         self._owner = threading.get_ident()
         self._streams: list[FakeStream] = []
         self._memory: list[Tensor] = []
@@ -99,12 +99,12 @@ class FakeDevice:
         return stream
 
     def new_stream(self) -> FakeStream:
-        """Another one."""
+        """A new stream."""
         self._streams.append(FakeStream(self))
         return self._streams[-1]
 
     def new_event(self) -> FakeEvent:
-        """Not recorded yet."""
+        """A new event, not recorded yet."""
         return FakeEvent()
 
     @contextmanager
@@ -118,7 +118,7 @@ class FakeDevice:
             self._here.stream = before
 
     def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """Each takes the time of its bytes where it goes to a slot, none within the device."""
+        """A copy to a slot takes time in proportion to its bytes, one within the device takes none."""
         for target, source in zip(targets, sources, strict=True):
             if self.fail_after is not None:
                 self.fail_after -= 1
@@ -132,7 +132,7 @@ class FakeDevice:
             self.current_stream().add(seconds, _copier(target, source))
 
     def empty(self, nbytes: int) -> Tensor:
-        """Host memory that counts as the device's."""
+        """Host memory that is treated as the device's."""
         self.allocated.append(nbytes)
         if nbytes > self.room:
             raise torch.cuda.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes.\nIf so, do so.")
@@ -141,23 +141,23 @@ class FakeDevice:
         return self._memory[-1]
 
     def block_until(self, event: Any) -> None:
-        """Time passes if the calling thread is the one that made the device."""
+        """Advances the clock if the calling thread made the device."""
         assert isinstance(event, FakeEvent)
         assert event.point is not None, "waited for an event that was never recorded"
         self.block_at(event.point)
 
     def is_capturing(self) -> bool:
-        """As the test says."""
+        """Whether a graph is being captured, as set by the test."""
         return self.capturing
 
     def pin(self, memory: Tensor) -> str | None:
-        """Unless there is a problem."""
+        """Pins the memory unless the test sets a problem."""
         if self.pin_problem is None:
             self.pinned.append(memory.data_ptr())
         return self.pin_problem
 
     def unpin(self, memory: Tensor) -> None:
-        """What was pinned."""
+        """Unpins memory that was pinned."""
         self.pinned.remove(memory.data_ptr())
 
     def run(self, seconds: float, effect: Callable[[], None] = lambda: None) -> None:
@@ -165,7 +165,7 @@ class FakeDevice:
         self.current_stream().add(seconds, effect)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance the clock."""
         with self.changed:
             until = self.now + seconds
             while self._happen(until):
@@ -174,7 +174,7 @@ class FakeDevice:
             self.changed.notify_all()
 
     def idle(self) -> None:
-        """Let time pass until everything that was issued is done."""
+        """Advance the clock until all issued work is done."""
         with self.changed:
             while self._happen(float("inf")):
                 pass
@@ -182,11 +182,11 @@ class FakeDevice:
         assert not any(stream.work for stream in self._streams), "a stream waits for what never comes"
 
     def reach(self, point: _Point, stream: FakeStream) -> None:
-        """The stream is there now."""
+        """Mark the point as reached."""
         point.reached_at = stream.now
 
     def block_at(self, point: _Point) -> None:
-        """Block the calling thread until time has reached the point."""
+        """Block the calling thread until the clock has reached the point."""
         with self.changed:
             if threading.get_ident() == self._owner:
                 while point.reached_at is None:
@@ -194,13 +194,13 @@ class FakeDevice:
                 self.now = max(self.now, point.reached_at)
                 self.changed.notify_all()
             else:
-                assert self.changed.wait_for(lambda: self._is_past(point), _PATIENCE_S), "time stands still"
+                assert self.changed.wait_for(lambda: self._is_past(point), _PATIENCE_S), "the clock does not advance"
 
     def _is_past(self, point: _Point) -> bool:
         return point.reached_at is not None and point.reached_at <= self.now
 
     def _happen(self, until: float) -> bool:
-        """Do the piece of work that ends first, if it ends by then."""
+        """Run the work that ends first, if it ends by then."""
         ready = [(end, stream) for stream in self._streams if (end := _end(stream)) is not None and end <= until]
         if not ready:
             return False

@@ -1,4 +1,4 @@
-"""A worker that keeps what it is given instead of sending it: for the client's own logic, without sockets."""
+"""A worker that records snapshots and requests instead of sending them, to test the client without sockets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer_client.staging.slots import Pins, Slot, make_slots
 
 
 class FakeWorker(Worker):
-    """Offered slots stay in `offered` until `commit()`; the knobs say what the server would answer."""
+    """Offered slots stay in `offered` until `commit()`; the other attributes set the server's answers."""
 
     def __init__(self, slots: int = 2, device_of: DeviceOf = device_of) -> None:
         self.counters = Counters()
@@ -116,7 +116,7 @@ class FakeWorker(Worker):
         return [step for step, _ in self.offered]
 
     def sent(self, index: int) -> dict[str, Tensor]:
-        """The tensors that lie in the slot of the offer with that index, read now."""
+        """The current tensors in the slot of the offer with that index."""
         return decode(self.joins[-1].manifest, self.offered[index][1].view)
 
 
@@ -131,6 +131,6 @@ class OfflineClient(EmaClient):
 
     @property
     def worker(self) -> FakeWorker:
-        """What stands in for the connection."""
+        """The worker in place of the connection."""
         assert isinstance(self._worker, FakeWorker)
         return self._worker

@@ -1,6 +1,6 @@
-"""Averages of libraries that are not run here, by their published formulas: the weights of all steps, in float64.
+"""Averages of libraries that are not run, by their published formulas: the weights of all steps, in float64.
 
-They share no code with the server. Each function gives what a `Peer` begins with: weights in place of tensors.
+They share no code with the server. Each function returns what `Peer.begin` returns, with weights in place of tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from support.parity_model import STEPS
 
 
 def decays(decay: Callable[[int], float], *, copies_first: bool = False) -> Begin:
-    """`average = d(n) * average + (1 - d(n)) * new` at the n-th step, from the weights of before the first one.
+    """`average = d(n) * average + (1 - d(n)) * new` at the n-th step, from the initial weights.
 
     Args:
         decay: d.
@@ -50,7 +50,7 @@ def mean_of(steps: Iterable[int]) -> Begin:
 def merged(start: int, steps: int, factor: Callable[[float], float]) -> Begin:
     """A learning rate that falls after `start`, imitated by a mean (WSM, arXiv 2507.17634).
 
-    The update of the j-th step after `start` is to count as if its rate had been `factor` of what it was at the end of
+    The update of the j-th step after `start` counts as if its rate had been `factor` of the rate at the end of
     the step before: theta_0 + sum of f_j (theta_j - theta_(j-1)) is a mean with the shares f_j - f_(j+1).
     """
     weights = torch.zeros(STEPS + 2, dtype=torch.float64)

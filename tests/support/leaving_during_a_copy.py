@@ -12,7 +12,7 @@ from trainer_client.staging.slots import Slot
 
 
 class Telling(RecordingWorker):
-    """Says on stdout what it was offered."""
+    """Prints the steps that it was offered."""
 
     def _send(self, slot: Slot, step: int, mode: Mode) -> None:
         super()._send(slot, step, mode)
@@ -20,7 +20,7 @@ class Telling(RecordingWorker):
 
 
 def main() -> None:
-    """Take one step, and leave; the device is done some time later."""
+    """Take one step and exit; the device finishes some time later."""
     device, model = FakeDevice(), Carrying()
     optimizer = Stamping(device, model.parameters())
     client_on(device, Telling()).attach(model, optimizer)

@@ -1,7 +1,7 @@
-"""The averaging classes of other libraries, as they are installed, without the rest of those libraries.
+"""The averaging classes of installed libraries, without the rest of those libraries.
 
-Most of them import half a training stack (torchvision, transformers, a web dashboard) that a class which averages does
-not use. So the source of the class is taken from the installed file and run by itself.
+Most of them import large dependencies (torchvision, transformers, a web dashboard) that an averaging class does not
+use. So the source of the class is taken from the installed file and executed alone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def taken_from(package: str, file: str, *names: str, **needed: object) -> dict[s
     Args:
         package: name of the package.
         file: path of the file in it.
-        names: what is taken.
-        needed: the names that they use while they run; annotations are not evaluated.
+        names: the classes and functions to take.
+        needed: the names that they use at run time; annotations are not evaluated.
 
     Raises:
         AssertionError: the file no longer has them.

@@ -1,4 +1,4 @@
-"""What averages weights in other libraries, each beside the rule of ours that is to give the same."""
+"""The averaging classes of other libraries, each with the rule of ours that must give the same average."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Peer:
     """One way to average.
 
     Args:
-        label: what is run, as a user of the library would write it.
-        rule: our rule for it.
-        begin: makes it for a model; returns what is called after each step, and what tells its average by name.
-        decay: the decay that it reaches.
-        form: of the update.
-        differs: names of tensors in which the library is known to be wrong, by its own profile.
+        label: the call, as a user of the library writes it.
+        rule: our rule.
+        begin: starts it on a model; returns a function to call after each step and one for the average by name.
+        decay: its final decay.
+        form: form of the update.
+        differs: names of tensors for which the library is known to be wrong, judged by its own profile.
         float32_decay: the library computes the decay itself in float32.
     """
 
@@ -54,7 +54,7 @@ class Peer:
 
 
 def _listed(model: nn.Module, shadow: list[Tensor]) -> dict[str, Tensor]:
-    """Libraries that take a list of parameters have no names."""
+    """Libraries that take a list of parameters return no names."""
     return {name: value for (name, _), value in zip(model.named_parameters(), shadow, strict=True)}
 
 
@@ -79,7 +79,7 @@ def timm_v2(**given: Any) -> Begin:
 
 
 def averaged_model(on: Callable[[int], bool] = lambda _: True, **given: Any) -> Begin:
-    """`torch.optim.swa_utils.AveragedModel(model, ...).update_parameters(model)`, at the steps that `on` says."""
+    """`torch.optim.swa_utils.AveragedModel(model, ...).update_parameters(model)`, at the steps that `on` selects."""
 
     def begin(model: nn.Module) -> tuple[Update, State]:
         ema = swa_utils.AveragedModel(model, **given)
@@ -157,7 +157,7 @@ def lightning(kind: str, **given: Any) -> Begin:
 
 
 def composer(half_life: int) -> Begin:
-    """`compute_ema(model, parameters, smoothing)` as the algorithm EMA calls it after each batch.
+    """`compute_ema(model, parameters, smoothing)` as Composer's algorithm EMA calls it after each batch.
 
     Like the algorithm with `ema_start="0ba"` and `update_interval="1ba"` it begins with a copy after the first batch.
     """
@@ -187,7 +187,7 @@ def composer(half_life: int) -> Begin:
 
 
 def torchvision(decay: float) -> Begin:
-    """The ExponentialMovingAverage of torchvision's training reference: torch's class with a function of its own."""
+    """ExponentialMovingAverage of torchvision's training reference: torch's class with its own averaging function."""
 
     def average(averaged: Tensor, new: Tensor, _: Tensor | int) -> Tensor:
         return decay * averaged + (1 - decay) * new

@@ -1,7 +1,7 @@
-"""A receiver with the smallest honest model of a core: the applied snapshots, and a durable copy of their list.
+"""A receiver with a minimal model of a core: the applied snapshots, and a durable copy of their list.
 
 A restart falls back to the durable copy. `refusal` and `quarantine` are the core's answers to the next JOIN and the
-next snapshot. Nothing here is used by the product.
+next snapshot. It is used by tests only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHUNK_BYTES = CHUNK_BYTES_MIN
 
 
 class Server:
-    """A receiver with slots and the simplest core; `restart` forgets what was not durable."""
+    """A receiver with slots and a minimal core; `restart` drops what was not durable."""
 
     def __init__(self, *, token: str | None = None) -> None:
         self.token = token
@@ -28,7 +28,7 @@ class Server:
         self.restart()
 
     def restart(self) -> None:
-        """A new process on the durable state."""
+        """Start a new process on the durable state."""
         self.epoch = len(self.lives) + 1
         self.lives.append(list(self.durable))
         self.receiver = r.Receiver(
@@ -47,7 +47,7 @@ class Server:
         return self.applied[-1][0] if self.applied else None
 
     def take(self, peer: bytes, frames: tuple[bytes, ...], now: float) -> None:
-        """One message from a trainer, as the ingest thread would take it."""
+        """Receive one message from a trainer, as the ingest thread does."""
         match self.receiver.header(peer, frames[0], now):
             case e.Payload() as target:
                 view = memoryview(self.slots[target.ticket][target.slot])[target.offset : target.offset + target.length]
@@ -60,7 +60,7 @@ class Server:
                 pass
 
     def work(self) -> None:
-        """Answer everything that the machine asks of the core."""
+        """Answer all events of the machine as a core would."""
         while self.receiver.events:
             event = self.receiver.events.popleft()
             match event:

@@ -1,4 +1,4 @@
-"""A sender with two slots of random bytes; it remembers what it offered, and what it was told about it."""
+"""A sender with two slots of random bytes; it records what it offered and the answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def small_join(manifest: Manifest, *, first_step: int = 1, incarnation: int = 0,
 
 @dataclass
 class Connection:
-    """One transport: messages under way in both directions. Old ones linger, and may still deliver."""
+    """One transport: messages in transit in both directions. Old transports may still deliver messages."""
 
     peer: bytes
     up: deque[tuple[bytes, ...]] = field(default_factory=deque)
@@ -45,7 +45,7 @@ class Connection:
 
 
 class Trainer:
-    """A sender with two slots; records what it offered and what became of it."""
+    """A sender with two slots; records what it offered and the outcome."""
 
     def __init__(
         self, name: str, manifest: Manifest, *, token: str | None = None, incarnation: int = 0, first_step: int = 1
@@ -77,7 +77,7 @@ class Trainer:
         return self.connections[-1] if self.connections and not lost else None
 
     def open(self, now: float) -> None:
-        """Connect anew."""
+        """Open a new connection."""
         self.connections.append(Connection(f"{self.name}-{len(self.connections)}".encode()))
         self.sender.opened(now)
 
@@ -95,7 +95,7 @@ class Trainer:
         return True
 
     def rewind(self, step: int) -> None:
-        """Go back, at once: what is trained from now on waits behind the request."""
+        """Rewind at once: later steps wait for the answer."""
         self._step_before_rewind[self.sender.request_rewind(step)] = self.step
         self.step = step
 
@@ -110,7 +110,7 @@ class Trainer:
             self.step = max(self.step, before)
 
     def write(self) -> None:
-        """Put everything that the machine wants to say on the wire."""
+        """Send all messages of the machine."""
         while (out := self.sender.next_frame()) is not None:
             connection = self.connections[-1]
             if out.payload is None:

@@ -1,4 +1,4 @@
-"""A training on the second GPU of a machine, in a process whose current device stays the first."""
+"""Trains on the second GPU of a machine, in a process whose current device stays the first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORKER = FakeWorker(slots=3)
 
 
 class Client(EmaClient):
-    """Of a worker without a server."""
+    """A client of a worker without a server."""
 
     @staticmethod
     def _connect(settings: Settings) -> FakeWorker:
@@ -24,7 +24,7 @@ class Client(EmaClient):
 
 
 def main() -> None:
-    """Take three steps, and say whether the first GPU was touched."""
+    """Take three steps, and print whether the first GPU has a context."""
     weight = nn.Parameter(torch.zeros(1_000_000, device="cuda:1"))
     weight.grad = torch.ones_like(weight)
     optimizer = SGD([weight], lr=0.1)

@@ -1,6 +1,6 @@
-"""Averages computed the slow, obvious way in float64, from weights and a ledger's JSON alone: no code of the server.
+"""Reference averages in float64, computed from weights and a ledger's JSON. Shares no code with the server.
 
-`bound` says how far a float32 average may be from it.
+`bound` is the largest error that a float32 average may have.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A sender and a receiver joined in memory by a wire that can do everything that networks and restarts can do."""
+"""A sender and a receiver joined in memory by a wire with every fault of networks and restarts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class World:
         return trainer
 
     def turn(self, faults: Faults | None = None, *, seconds: float = 0.05) -> None:
-        """Let time pass, then move every message that is under way one hop."""
+        """Let time pass, then move every message in transit one hop."""
         self.now += seconds
         for trainer in self.trainers:
             if trainer.sender.state is SenderState.DISCONNECTED and self.now >= trainer.retry_at:
@@ -68,7 +68,7 @@ class World:
             self.turn(seconds=seconds)
 
     def calm(self, turns: int = 400, *, seconds: float = 0.25) -> None:
-        """No more faults: run until nothing is under way, or for this many turns."""
+        """Run without faults until no message is in transit, or for this many turns."""
         for _ in range(turns):
             self.turn(seconds=seconds)
             busy = any(len(t.free) < 2 and t.sender.state is not SenderState.FAILED for t in self.trainers)
@@ -110,7 +110,7 @@ class World:
 
 
 def check_agreement(world: World) -> None:
-    """What was applied is what one session sent, in order, once; and both ends tell the same story of each step."""
+    """Exactly what one session sent was applied, in order and once; both ends agree on the outcome of each step."""
     for life in world.server.lives:
         steps = [step for step, _ in life]
         assert steps == sorted(set(steps))
@@ -121,5 +121,5 @@ def check_agreement(world: World) -> None:
         for step, content, code in trainer.outcomes:
             if code is None:
                 assert (step, content) in ever_applied
-            elif code is not RejectCode.UNAVAILABLE:  # given up unanswered: nobody claims to know
+            elif code is not RejectCode.UNAVAILABLE:  # dropped without an answer: the outcome is unknown
                 assert (step, content) not in applied

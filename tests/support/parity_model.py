@@ -1,4 +1,4 @@
-"""A small model of everything that averaging libraries treat differently, moved at random, with its whole history."""
+"""A small model with everything that averaging libraries treat differently, moved at random, with its full history."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 STEPS = 1000
-LARGEST = 2.0  # of the weights that walk
+LARGEST = 2.0  # of the randomly moved weights
 
 
 class ParityModel(nn.Module):
-    """Convolution, batch norm, tied weights, dtypes, integers, and a tensor in which an average shows its weights.
+    """Convolution, batch norm, tied weights, dtypes, integers, and a tensor whose average is the list of step weights.
 
-    `profile` is 1 at the index of the step (0: before the first one) and 0 elsewhere. So the average of it is the list
-    of the weights with which the steps are inside the average; being float64, it has them to 15 digits.
+    `profile` is 1 at the index of the step (0: the initial weights) and 0 elsewhere. So its average is the list of the
+    weights of the steps in the average, in float64.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class ParityModel(nn.Module):
 
 
 class ProfileModel(nn.Module):
-    """That tensor alone."""
+    """Only that tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class ProfileModel(nn.Module):
 
 
 class Walk:
-    """The model on its way; `history` has its weights after each step, those before the first one at 0."""
+    """The random walk of the model; `history` has its weights after each step, with the initial ones at 0."""
 
     def __init__(self) -> None:
         torch.manual_seed(7)
@@ -81,7 +81,7 @@ class Walk:
         return average
 
     def values(self, name: str) -> Tensor:
-        """A tensor at all steps, in float64, stacked; to be asked for when the walk is over."""
+        """A tensor at all steps, in float64, stacked; valid after the walk."""
         if name not in self._stacked:
             self._stacked[name] = torch.stack([state[name].double() for state in self.history])
         return self._stacked[name]

@@ -1,4 +1,4 @@
-"""Which call of which library is which of our rules."""
+"""Calls of other libraries and our corresponding rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Machines in a given state, and bare peers for them: what one message does there."""
+"""Puts machines into a given state, and applies single messages to them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MESSAGES: dict[str, m.Message] = {
 
 
 class Peer:
-    """Frames written by hand to a receiver, whose answers are read."""
+    """Sends hand-written frames to a receiver, and reads the answers."""
 
     def __init__(self, receiver: Receiver, name: bytes = b"peer", session: bytes = SESSION, epoch: int = EPOCH) -> None:
         self.receiver = receiver
@@ -98,7 +98,7 @@ def accept(receiver: Receiver, *, last_step: int | None = None, recent: tuple[in
 
 
 def joined_peer(receiver: Receiver, *, join: m.Join = JOIN, name: bytes = b"peer", session: bytes = SESSION) -> Peer:
-    """A greeted peer that streams the run."""
+    """A connected peer that streams the run."""
     peer = Peer(receiver, name, session)
     peer.say(m.Hello())
     peer.say(join)
@@ -129,7 +129,7 @@ def receiver_after(state: str, message: str) -> str:
 
 
 def _state_of(receiver: Receiver, peer: Peer) -> str:
-    """Found out from outside, by what can be done next."""
+    """Determined from outside, by the accepted calls."""
     if peer.codes(peer.say(m.Heartbeat(reply=True))):
         return "strange"
     tickets = range(1, 4)
@@ -148,7 +148,7 @@ def _state_of(receiver: Receiver, peer: Peer) -> str:
 
 
 def sender_in(state: str) -> Sender:
-    """A sender of this session in `state`, with nothing left to say."""
+    """A sender of this session in `state`, with an empty outbox."""
     sender = Sender(SESSION, token="secret", jitter=lambda: 0.0)
     sender.opened(0.0)
     if state != "greeting":
@@ -162,12 +162,12 @@ def sender_in(state: str) -> Sender:
 
 
 def give(sender: Sender, message: m.Message, *, session: bytes = SESSION, epoch: int = EPOCH, now: float = 0.0) -> None:
-    """Hand the sender a message of the server's."""
+    """Deliver a message of the server to the sender."""
     sender.receive(encode(message, session=session, epoch=epoch), now)
 
 
 def drain(sender: Sender) -> list[m.Message]:
-    """Everything that the sender wants to write, chunks apart."""
+    """All messages in the sender's outbox except chunks."""
     written: list[m.Message] = []
     while (out := sender.next_frame()) is not None:
         if out.payload is None:
@@ -199,28 +199,28 @@ def sender_after(state: str, message: str) -> str:
 
 
 def done(sender: Sender) -> list[se.SnapshotDone]:
-    """The snapshots that it has given back."""
+    """The snapshots that it has released."""
     return [event for event in sender.events if isinstance(event, se.SnapshotDone)]
 
 
 def answered(sender: Sender) -> list[se.Answered]:
-    """The requests that it has had answered."""
+    """The requests that were answered."""
     return [event for event in sender.events if isinstance(event, se.Answered)]
 
 
 def kinds(sender: Sender) -> list[str]:
-    """Names of the messages that it wants to write."""
+    """Names of the messages in its outbox."""
     return [type(message).__name__ for message in drain(sender)]
 
 
 def rejoin(sender: Sender, joined: m.Joined) -> list[m.Message]:
-    """Lose the connection, open the next one, and be joined again; returns what was said before JOINED."""
+    """Lose the connection, open the next one, and join again; returns the messages sent before JOINED."""
     sender.lost(0.0, "cut")
     sender.opened(0.0)
     give(sender, m.Welcome(EPOCH, CHUNK_BYTES_MIN))
-    said = drain(sender)
+    sent = drain(sender)
     give(sender, joined)
-    return said
+    return sent
 
 
 def alive(sender: Sender, until: float) -> None:
@@ -234,5 +234,5 @@ def alive(sender: Sender, until: float) -> None:
 
 
 def ends(receiver: Receiver) -> list[e.SessionEnded]:
-    """The sessions whose end the core was told."""
+    """The sessions whose end was reported to the core."""
     return [event for event in receiver.events if isinstance(event, e.SessionEnded)]

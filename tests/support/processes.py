@@ -1,4 +1,4 @@
-"""Real processes: the server as users start it, and scripts beside it. All waits are bounded, all end with the test."""
+"""Real processes: the server as users start it, and scripts. All waits are bounded; all processes end with the test."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Process:
             self._changed.notify_all()
 
     def wait_line(self, wanted: Callable[[str], bool], timeout_s: float = START_S) -> str:
-        """The first stdout line that is wanted; fails with the process's errors when it does not come."""
+        """The first matching stdout line; fails with the process's stderr if there is none."""
 
         def found() -> list[str]:
             return [line for line in self.lines if wanted(line)]
@@ -112,7 +112,7 @@ class ServerProcess(Process):
 
     @property
     def http_address(self) -> str:
-        """HOST:PORT, to start another server in this one's place."""
+        """HOST:PORT, to start another server at the same address."""
         return self.http.removeprefix("http://")
 
     def get(self, path: str) -> Any:
@@ -123,5 +123,5 @@ class ServerProcess(Process):
 
 
 def _import_path() -> str:
-    """The tests' folder, so that children find `support`, then what this process was given."""
+    """The tests' folder, so that children find `support`, then this process's PYTHONPATH."""
     return os.pathsep.join(filter(None, (str(SUPPORT.parent), os.environ.get("PYTHONPATH"))))

@@ -1,4 +1,4 @@
-"""The averaging classes of the timm that is installed, without the rest of it, which wants torchvision."""
+"""The averaging classes of the installed timm, without the rest of it, which requires torchvision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @cache
 def model_ema() -> ModuleType:
-    """The file `utils/model_ema.py` of timm, as a module of its own; skips the test where timm is not installed."""
+    """The file `utils/model_ema.py` of timm, as a separate module; skips the test where timm is not installed."""
     timm = importlib.util.find_spec("timm")
     if timm is None or timm.origin is None:
         pytest.skip("timm is not installed (pip install --no-deps timm)")

@@ -13,11 +13,11 @@ _FOLDER = Path(__file__).parents[2] / "scripts"
 
 @cache
 def script(name: str) -> ModuleType:
-    """The script of this name, which is not run."""
+    """The module of this script, imported without running `main`."""
     spec = importlib.util.spec_from_file_location(name, _FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where its dataclasses look for it
+    sys.modules[name] = module  # dataclasses look the module up there
     spec.loader.exec_module(module)
     return module

@@ -26,7 +26,7 @@ WAIT_S = 20.0
 
 
 class Served:
-    """A server whose HTTP side alone runs, over generations that the test writes. `submit` is given by the test."""
+    """The HTTP side of a server, over generations that the test writes. The test provides `submit`."""
 
     def __init__(self, data: Path, *, token: str | None = None, submit: Callable[[Job], None] | None = None) -> None:
         self.server = build(ServerConfig(data, token=token, kernel="torch"))
@@ -47,12 +47,12 @@ class Served:
         self.server.start()
 
     def beat(self) -> None:
-        """Let the threads that readiness asks for have beaten now."""
+        """Record a heartbeat of each thread that readiness checks."""
         self.telemetry.beat("ingest")
         self.telemetry.beat("averager")
 
     def publish(self, run: str, step: int, averages: Sequence[str] = ("ema-0.9",), *, size: int = 8) -> Generation:
-        """Write a generation to disk and show it; the weights of each average depend on step and name."""
+        """Write a generation to disk and list it; the weights of each average depend on step and name."""
         self._seq += 1
         folder = self.data / "runs" / run / "generations" / f"{self._seq:08d}-{step:012d}"
         versions = tuple(_write(folder / "averages" / name, run, name, step, self._seq, size) for name in averages)
@@ -101,7 +101,7 @@ class Served:
 
     @contextmanager
     def listening(self, port: int = 0, graceful_s: int = 5, host: str = "127.0.0.1") -> Iterator[str]:
-        """Serve on a (free) port from a thread of its own; yields the URL."""
+        """Serve on a (free) port from a separate thread; yields the URL."""
         server = HttpServer(create_app(self.services), host, port, graceful_s=graceful_s)
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever)

@@ -1,4 +1,4 @@
-"""A whole server without its socket, driven by jobs as the ingest thread drives it."""
+"""A complete server without its socket, driven by jobs as by the ingest thread."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def manifest_of(
     roles: Mapping[str, Role] | None = None,
     aliases: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Manifest:
-    """The manifest of tensors in state-dict order; integers are buffers, floats parameters unless `roles` says."""
+    """The manifest of tensors in state-dict order; integers are buffers, floats parameters, unless in `roles`."""
     return layout(
         TensorSpec(
             name,
@@ -97,12 +97,12 @@ def encode(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def all_segments(manifest: Manifest) -> tuple[Segment, ...]:
-    """The segments of a run where every average averages all that can be averaged."""
+    """The segments of a run in which every average averages every tensor that can be averaged."""
     return segments(manifest, lambda tensor: -1 if can_be_averaged(tensor) else 0)
 
 
 class ServerCore:
-    """Jobs in, answers out; each call waits for its answer."""
+    """Submits jobs; each call waits for its answer."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class ServerCore:
         self.server.start()
 
     def stop(self) -> bool:
-        """Publish everything, stop the threads and let the folder go."""
+        """Publish everything, stop the threads and release the folder."""
         try:
             return self.averager.stop(WAIT_S)
         finally:
@@ -229,7 +229,7 @@ class ServerCore:
         self.averager.submit(Leave(run, lost))
 
     def settled(self, run: str, done: Callable[[RunStatus], bool]) -> RunStatus:
-        """The run's status as soon as `done` says so; every question asked on the way goes through the averager."""
+        """The run's status once `done` is true for it; each poll goes through the averager."""
 
         def reached() -> RunStatus | None:
             self._ask(lambda reply: Publish("no-such-run", "request", reply))
@@ -250,7 +250,7 @@ class ServerCore:
 
 @contextmanager
 def running_core(data: Path, **settings: Any) -> Iterator[ServerCore]:
-    """A core for the length of a `with` block, stopped as a server is on SIGTERM."""
+    """A core within a `with` block, stopped like a server on SIGTERM."""
     core = ServerCore(data, **settings)
     core.start()
     try:
@@ -260,13 +260,13 @@ def running_core(data: Path, **settings: Any) -> Iterator[ServerCore]:
 
 
 def durable(answer: Durable | Failed) -> Durable:
-    """The answer, which must be a success."""
+    """The answer; fails unless it is a success."""
     assert isinstance(answer, Durable), answer
     return answer
 
 
 def joined(answer: Joined | Refused) -> Joined:
-    """The answer, which must be a success."""
+    """The answer; fails unless it is a success."""
     assert isinstance(answer, Joined), answer
     return answer
 

@@ -1,6 +1,6 @@
-"""`ema serve` with a data folder on a small disk of its own: a tmpfs that only the server's process sees.
+"""`ema serve` with a data folder on a separate small disk: a tmpfs that only the server's process sees.
 
-The mount lives in a mount namespace, which needs no privileges where the kernel lets users have namespaces.
+The mount lives in a mount namespace, which needs no privileges where the kernel allows user namespaces.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _EXEC = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 def can_mount(folder: Path) -> bool:
-    """Whether this system lets us mount a tmpfs in a namespace of our own."""
+    """Whether this system allows mounting a tmpfs in a user namespace."""
     if shutil.which("unshare") is None:
         return False
     tried = subprocess.run([*_UNSHARE, "mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, check=False)
@@ -48,7 +48,7 @@ class SmallDiskProcess(Process):
         return Path(f"/proc/{self.popen.pid}/root{self.data}")
 
     def fill(self) -> Path:
-        """Leave no room; returns the file to delete."""
+        """Fill the disk; returns the file to delete."""
         ballast = self.disk / "ballast"
         with ballast.open("wb", buffering=0) as file:
             for size in (1 << 20, 1 << 12, 1):

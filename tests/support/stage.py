@@ -1,18 +1,18 @@
-"""Plays a transcript: lines that begin with `> ` are stage directions, the others are what the two machines then say.
+"""Plays a transcript: lines that begin with `> ` are commands, the others are messages that the two machines then send.
 
     > trainer NAME [token=T] [incarnation=N] [first_step=N]   a trainer connects and asks for the run
-    > NAME steps [N]                                          it takes N steps, and offers each if it has a slot
-    > NAME publishes | rewinds N | finishes | leaves          what its user can ask for
-    > NAME is cut off | dies                                  its connection breaks; it is gone without a word
-    > NAME loses TYPE                                         the next message of this type to it is lost on the way
+    > NAME steps [N]                                          it takes N steps, and offers each if a slot is free
+    > NAME publishes | rewinds N | finishes | leaves          a request of its user
+    > NAME is cut off | dies                                  its connection breaks; its process is killed
+    > NAME loses TYPE                                         the next message of this type to it is lost
     > stranger NAME                                           a connection whose frames the transcript writes itself
     > NAME says TYPE [field=value]... [BODY]                  one message, with these fields of the header
     > NAME says hex HEADER [BODY]                             two frames as they are
     > server has token T                                      before anything else
     > server restarts | publishes | quarantines | refuses CODE
-    > wait SECONDS                                            time passes for everybody
+    > wait SECONDS                                            the clock advances
 
-Every line of speech is `NAME -> TYPE …` (to the server) or `NAME <- TYPE …`, with the header's fields that are not zero
+Every message line is `NAME -> TYPE …` (to the server) or `NAME <- TYPE …`, with the header's fields that are not zero
 and the JSON body as it was sent.
 """
 
@@ -29,7 +29,7 @@ from support.memory_trainer import Connection, Trainer, small_manifest
 
 TYPES = {kind: message.__name__.upper() for kind, message in CONTROL_MESSAGES.items()} | {m.Chunk.type: "CHUNK"}
 _NUMBERS = {name: kind for kind, name in TYPES.items()}
-_SETTLED_AFTER = 50  # rounds without quiet mean that the machines talk in circles
+_SETTLED_AFTER = 50  # rounds without silence mean an endless exchange
 
 
 class Stage:
@@ -44,7 +44,7 @@ class Stage:
         self.lines: list[str] = []
 
     def direct(self, direction: str) -> list[str]:
-        """Do what the line says; return what is said until everybody is silent."""
+        """Execute the line; return the messages until both sides are silent."""
         self.lines = []
         who, _, what = direction.partition(" ")
         match who:
@@ -148,7 +148,7 @@ class Stage:
 
     def _settle(self) -> None:
         for _ in range(_SETTLED_AFTER):
-            said = len(self.lines)
+            count = len(self.lines)
             for trainer in list(self.trainers.values()):
                 if trainer.connection is not None or trainer.sender.state is SenderState.CLOSED:
                     trainer.write()
@@ -159,7 +159,7 @@ class Stage:
             self._reply()
             for trainer in self.trainers.values():
                 trainer.settle()
-            if len(self.lines) == said:
+            if len(self.lines) == count:
                 return
         raise AssertionError("the machines talk in circles: " + " / ".join(self.lines[-4:]))
 
@@ -202,7 +202,7 @@ def speech(frames: tuple[bytes, ...]) -> str:
 
 
 def play(text: str) -> str:
-    """The transcript with everything said anew: comments and directions as they are, speech as it happens now."""
+    """The transcript replayed: comments and commands are kept, messages are regenerated."""
     script = [line for line in text.splitlines() if not line or line.startswith(("#", "> "))]
     tokens = [line.removeprefix("> server has token ") for line in script if line.startswith("> server has token ")]
     stage = Stage(token=tokens[0] if tokens else None)

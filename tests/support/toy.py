@@ -1,6 +1,6 @@
-"""A model whose weights after step N are a function of N, so that any process can say what an average must be.
+"""A model whose weights after step N are a function of N, so that any process can compute the expected average.
 
-`replay` is the oracle: a loop in float64 over a ledger, with its own reading of the rule strings. It shares no code
+`replay` is the oracle: a loop in float64 over a ledger, with its own parser of the rule strings. It shares no code
 with the server.
 """
 
@@ -69,7 +69,7 @@ def ledger_steps(ledger: dict[str, Any]) -> Iterator[int]:
 
 
 def check_version(folder: Path) -> dict[str, Any]:
-    """Hold the version in `folder` against the oracle; returns its version.json.
+    """Compare the version in `folder` with the oracle; returns its version.json.
 
     float32 lerp errs by at most half an ulp of the result and of the product in each of the last 1 / (1 - decay) steps
     that still count: with values below 8 that is under 8 * 2**-23 * 2 / (1 - decay); bfloat16 weights are exact in it.

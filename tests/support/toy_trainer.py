@@ -1,6 +1,6 @@
-"""A trainer of the toy as a process: `python toy_trainer.py ENDPOINT RUN STEPS CHECKPOINT [PAUSE_S [KEY=VALUE ...]]`.
+"""Trains the toy in a process: `python toy_trainer.py ENDPOINT RUN STEPS CHECKPOINT [PAUSE_S [KEY=VALUE ...]]`.
 
-It resumes from its own checkpoint as real trainers do, prints what the server acknowledged as published, and ends with
+It resumes from its own checkpoint, prints the steps that the server acknowledged as published, and ends with
 one JSON line of its client's statistics.
 """
 

@@ -1,4 +1,4 @@
-"""The one way in which tests wait for something that happens elsewhere: polled, and bounded."""
+"""Polls a condition with a timeout: how tests wait for other threads and processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For tests of the trainer: clients on a simulated device are closed, and torch does not spread small copies."""
+"""For tests of the trainer: clients on a simulated device are closed, and torch uses one thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer_client.client import _streaming
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    # Several spin while they wait for one another: many times the work, beside other processes.
+    # Several threads spin while they wait for each other, which is slow beside other processes.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -27,5 +27,5 @@ def _ended() -> Iterator[None]:
         device.idle()
         client.close(10.0)
     opened.clear()
-    for client in tuple(_streaming):  # a new client of the same run would end it, and say so
+    for client in tuple(_streaming):  # a new client of the same run would end it, and log that
         client.close(0.0)

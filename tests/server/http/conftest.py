@@ -1,4 +1,4 @@
-"""The application over a data folder of its own, in process and on a socket."""
+"""The application over a temporary data folder, in process and on a socket."""
 
 from __future__ import annotations
 
