@@ -1,4 +1,4 @@
-"""The benchmarks at smoke sizes: they run, and say something. What they say at these sizes means nothing."""
+"""The benchmarks run at smoke sizes; their figures at these sizes are meaningless."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def test_benchmark_without_a_cuda_device_says_so() -> None:
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_trainer_reports_on_a_gpu_become_rows(rounds: int) -> None:
     arm = {"step_s": 0.1, "blocked_s": 0.0005, "skipped": 0.0, "memory": 1.0}
-    told = {name: {**arm, "step_s": 0.1 + n / 1000, "memory": 1.0 + n} for n, name in enumerate(gpu_trainer.ARMS)}
+    reports = {name: {**arm, "step_s": 0.1 + n / 1000, "memory": 1.0 + n} for n, name in enumerate(gpu_trainer.ARMS)}
 
-    rows = gpu_step.rows("87 M", [told] * rounds)
+    rows = gpu_step.rows("87 M", [reports] * rounds)
 
     assert rows[0].what == "87 M: `attach`"
     assert rows[0].ours.startswith("+1.00 ms (+1.00 to +1.00); blocked 0.50 ms")

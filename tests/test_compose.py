@@ -153,7 +153,7 @@ def test_demo_shares_nothing_with_a_server_beside_it() -> None:
     assert set(_DEMO["volumes"]) & set(_COMPOSE["volumes"]) == set()
     assert demo["image"] != _SERVICES["ema"]["image"]
     assert demo["volumes"] == [f"demo-data:{options['folder']}"]
-    assert "restart" not in demo  # it ends by itself
+    assert "restart" not in demo  # it ends without a stop
 
 
 def test_build_context_is_the_content_of_the_wheel() -> None:
@@ -184,7 +184,7 @@ def test_gpu_file_changes_only_the_server() -> None:
     "files", [("docker-compose.yml",), ("docker-compose.yml", "docker-compose.gpu.yml")], ids="+".join
 )
 def test_compose_accepts_the_files(files: tuple[str, ...]) -> None:
-    """It reads and merges them; no engine is asked."""
+    """It reads and merges them without a container engine."""
     done = subprocess.run(
         [*(_compose() or ()), *(word for file in files for word in ("-f", file)), "config"],
         cwd=_ROOT,

@@ -1,6 +1,6 @@
 """Each setting, command, endpoint, metric and reject code is documented in one place; documents and code agree.
 
-The reference pages are generated: these tests hold that the generated blocks name everything.
+The reference pages are generated: these tests check that the generated blocks name everything.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _options(command: str) -> list[str]:
 
 
 def _named(text: str) -> list[str]:
-    """What the first column of a table names, without its head."""
+    """The entries of the first column of a table, without its head."""
     return re.findall(r"^\| `([^`]+)`(?:<br>`\w+`)? \|", text, flags=re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole: exports, layering, packaging, sizes."""
+"""Rules for the repository: exports, layering, packaging, sizes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _lines(function: _Function) -> int:
 
 
 def _public_names(module: ModuleType) -> set[str]:
-    """Names that a module takes from elsewhere or defines, without its own submodules."""
+    """Names that a module imports or defines, without its own submodules."""
     return {
         name
         for name, value in vars(module).items()
@@ -107,9 +107,9 @@ def test_no_modules_import_each_other_in_a_cycle() -> None:
 @pytest.mark.process
 def test_importing_a_side_imports_nothing_of_the_others(package: str, stays_out: set[str]) -> None:
     program = f"import sys, {package}; print(*sorted(sys.modules))"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
 
-    assert stays_out & set(told.stdout.split()) == set()
+    assert stays_out & set(result.stdout.split()) == set()
 
 
 def test_proto_folder_is_not_a_package() -> None:
@@ -147,7 +147,7 @@ def test_files_and_functions_stay_small() -> None:
 
 
 def _undocumented(name: str, value: Any) -> list[str]:
-    """The name, and those of its public methods and properties, that have no docstring of their own."""
+    """The name and its public methods and properties that have no docstring."""
     if not callable(value) or not str(getattr(value, "__module__", "")).startswith(_PUBLIC):
         return []
     missing = [] if value.__doc__ else [name]

@@ -63,7 +63,7 @@ def url(served: Served) -> Iterator[str]:
 
 
 def ask(url: str, method: str, target: bytes) -> tuple[int, bytes]:
-    """Status and body for a request line that is sent as it is, which HTTP libraries would have tidied up."""
+    """Status and body for a raw request line, which HTTP libraries would normalize."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
         connection.sendall(method.encode() + b" " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

@@ -1,4 +1,4 @@
-"""Every command with wrong arguments: one line that helps, exit code 2, nothing on stdout, no traceback."""
+"""Every command with wrong arguments: one line with advice, exit code 2, nothing on stdout, no traceback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WAIT_S = 60.0
 
 
 def ema(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Carry out a command line in this process; what it says is captured by pytest."""
+    """Run a command line in this process; pytest captures its output."""
     monkeypatch.setattr(sys, "argv", ["ema", *arguments])
     return run(build())
 
@@ -35,12 +35,12 @@ def test_unknown_option_is_named_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     code = ema(monkeypatch, command, "--colour", "red")
-    said = capsys.readouterr()
+    output = capsys.readouterr()
 
-    assert (code, said.out, len(said.err.splitlines())) == (2, "", 1)
-    assert said.err.startswith(f"ema {command}: ")
-    assert "--colour" in said.err
-    assert f"ema {command} --help" in said.err
+    assert (code, output.out, len(output.err.splitlines())) == (2, "", 1)
+    assert output.err.startswith(f"ema {command}: ")
+    assert "--colour" in output.err
+    assert f"ema {command} --help" in output.err
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,11 @@ def test_wrong_arguments_are_named_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
     code = ema(monkeypatch, *arguments)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
 
-    assert (code, said.out, len(said.err.splitlines())) == (2, "", 1), said.err
-    assert said.err.startswith("ema")
-    assert says in said.err
+    assert (code, output.out, len(output.err.splitlines())) == (2, "", 1), output.err
+    assert output.err.startswith("ema")
+    assert says in output.err
 
 
 @pytest.mark.parametrize("rule", ["ema", "power", "swa", "window", "wsd", "raw"])
@@ -132,10 +132,10 @@ def test_invalid_rule_is_answered_with_an_example(
 
 def test_no_arguments_print_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code = ema(monkeypatch)
-    said = capsys.readouterr()
+    output = capsys.readouterr()
 
     assert code == 2
-    assert "serve" in said.out + said.err
+    assert "serve" in output.out + output.err
 
 
 def test_invalid_switch_variable_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,9 +155,9 @@ def test_unimportable_module_is_one_line(
     monkeypatch.delitem(sys.modules, "broken_evaluation", raising=False)
 
     assert ema(monkeypatch, "evaluate", "broken_evaluation:f", "--run", "r") == 2
-    said = capsys.readouterr()
-    assert len(said.err.splitlines()) == 1
-    assert "broken_evaluation" in said.err
+    output = capsys.readouterr()
+    assert len(output.err.splitlines()) == 1
+    assert "broken_evaluation" in output.err
 
 
 def test_nested_import_failure_shows_its_path_and_what_to_install(
@@ -190,7 +190,7 @@ def test_missing_module_is_named_with_the_folder(
 
 @contextmanager
 def answering(body: bytes, status: int = 200) -> Iterator[str]:
-    """A server of something else, which answers everything alike; yields its URL."""
+    """A server that is not an ema server, with one answer to every request; yields its URL."""
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -223,10 +223,10 @@ def test_answer_of_another_server_is_one_line(
 ) -> None:
     with answering(body) as url:
         code = ema(monkeypatch, *arguments, "--url", url)
-        said = capsys.readouterr()
+        output = capsys.readouterr()
 
-    assert (code, said.out, len(said.err.splitlines())) == (1, "", 1), said
-    assert url in said.err
+    assert (code, output.out, len(output.err.splitlines())) == (1, "", 1), output
+    assert url in output.err
 
 
 @pytest.mark.parametrize("body", [b"<html>\n<p>404</p>\n</html>", b'{"detail": "Not Found"}', b""])
@@ -238,10 +238,10 @@ def test_404_of_another_server_is_one_line_without_retries(
 ) -> None:
     with answering(body, status=404) as url:
         code = ema(monkeypatch, *arguments, "--url", url)
-        said = capsys.readouterr()
+        output = capsys.readouterr()
 
-    assert (code, said.out, len(said.err.splitlines())) == (1, "", 1), said
-    assert f"{url} answers 404" in said.err
+    assert (code, output.out, len(output.err.splitlines())) == (1, "", 1), output
+    assert f"{url} answers 404" in output.err
 
 
 @pytest.mark.parametrize("target", ["/raw", "r/", "r/raw/x"])
@@ -302,7 +302,7 @@ def test_server_names_never_lead_out_of_the_folder(
     ids=" ".join,
 )
 def test_ctrl_c_ends_a_command_that_waits_for_the_server(tmp_path: Path, arguments: list[str]) -> None:
-    """The server takes the connection and never answers."""
+    """The server accepts the connection and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with Process("-m", "ema_cli", *arguments, "--url", url, env={"NO_COLOR": "1"}) as process:
@@ -327,12 +327,12 @@ def test_ctrl_c_ends_the_doctor(tmp_path: Path) -> None:
             process.send(signal.SIGINT)
             code = process.wait(WAIT_S)
 
-    assert code in (130, 0, 1)  # it may be over before the signal comes
+    assert code in (130, 0, 1)  # it may end before the signal arrives
     assert not any("Traceback" in line for line in process.errors), list(process.errors)
 
 
 def test_ctrl_c_during_imports_prints_no_traceback(tmp_path: Path) -> None:
-    """The interruption comes from inside an import, which takes most of the time of a short command."""
+    """The interrupt is raised inside an import, which takes most of the time of a short command."""
     (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
     with Process("-m", "ema_cli", "status", env={"PYTHONPATH": path}) as process:

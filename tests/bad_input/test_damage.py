@@ -1,4 +1,4 @@
-"""Generations that a crash or a bad disk has damaged: a restart passes over them, and no reader gets their bytes."""
+"""Generations damaged by a crash or a bad disk: a restart skips them, and no reader gets their bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = Path("averages", "ema-0.9", "model.safetensors")
 
 @pytest.fixture
 def generations(tmp_path: Path) -> list[Path]:
-    """The folders of three generations, of steps 1 to 3, that a server has left."""
+    """The folders of three generations, of steps 1 to 3, of a stopped server."""
     with ServerProcess(tmp_path / "data") as server:
         client = EmaClient(server.zmq, "r", ["raw", "ema:0.9"], when_behind="wait")
         for step in (1, 2, 3):
@@ -33,7 +33,7 @@ def generations(tmp_path: Path) -> list[Path]:
 
 
 def test_damaged_files_are_neither_resumed_nor_downloaded(tmp_path: Path, generations: list[Path]) -> None:
-    """The newest has a flipped byte, the one before is cut short, and a folder has only its name."""
+    """The newest has a flipped byte, the one before is truncated, and one folder is empty."""
     flipped = bytearray((generations[2] / WEIGHTS).read_bytes())
     flipped[-5] ^= 1
     (generations[2] / WEIGHTS).write_bytes(flipped)
@@ -53,10 +53,10 @@ def test_damaged_files_are_neither_resumed_nor_downloaded(tmp_path: Path, genera
         with EmaClient(server.zmq, "r", ["raw", "ema:0.9"], step=3, when_behind="wait") as client:
             client.update(Toy().at(4), 4)
         about = check_version(reader.download(reader.version("r", "ema-0.9"), tmp_path / "whole"))
-        said = "\n".join(server.errors)
+        log = "\n".join(server.errors)
 
     assert list(ledger_steps(about["ledger"])) == [1, 4], "resumed from the one that is whole; what was lost is a gap"
     assert about["gap_steps"] == 2
     for folder in (generations[1].name, generations[2].name, f"{9:08d}-{9:012d}"):
-        assert f"{folder} is broken and set aside" in said
+        assert f"{folder} is broken and set aside" in log
         assert generations[0].with_name(f".bad-{folder}").is_dir(), "nothing is thrown away"

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or of another: averaging goes on, what is wrong is said, and room mends it."""
+"""A full or read-only disk, or a newer data folder: averaging continues, errors are reported, free space ends them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WAIT_S = 60.0
 @pytest.fixture(autouse=True)
 def _namespaces(tmp_path: Path) -> None:
     if not can_mount(tmp_path):
-        pytest.skip("this system lets nobody mount a file system in a namespace of its own")
+        pytest.skip("this system does not allow mounting a file system in a user namespace")
 
 
 def get(url: str) -> tuple[int, Any]:
@@ -49,11 +49,11 @@ def test_full_disk_stops_only_publishing_until_space_is_freed(tmp_path: Path) ->
             status = get(run_url)[1]
             assert (status["step"], status["published_step"]) == (30, 1)
             assert "No space left on device" in status["publish_error"]
-            code, said = get(ready_url)
+            code, answer = get(ready_url)
             assert code == 503
-            assert not said["checks"]["disk"]["ok"]
-            assert "run r: " in said["checks"]["publishing"]["detail"]
-            assert "No space left on device" in said["checks"]["publishing"]["detail"]
+            assert not answer["checks"]["disk"]["ok"]
+            assert "run r: " in answer["checks"]["publishing"]["detail"]
+            assert "No space left on device" in answer["checks"]["publishing"]["detail"]
             answer = httpx2.post(f"{run_url}/versions", timeout=WAIT_S)
             assert answer.status_code == 503
             assert "No space left on device" in answer.text
@@ -62,7 +62,7 @@ def test_full_disk_stops_only_publishing_until_space_is_freed(tmp_path: Path) ->
             assert load_file(old / "model.safetensors"), "what is published is served"
 
             ballast.unlink()
-            eventually(lambda: get(run_url)[1]["published_step"] == 30, "published again without being asked")
+            eventually(lambda: get(run_url)[1]["published_step"] == 30, "published again without a request")
             assert get(run_url)[1]["publish_error"] is None
             assert get(ready_url)[0] == 200
         with Reader(ready["http"]) as reader:
@@ -102,7 +102,7 @@ def test_full_disk_at_first_start_is_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """A data folder that a server has left, with one run."""
+    """The data folder of a stopped server, with one run."""
     with ServerProcess(tmp_path / "written") as server:
         with EmaClient(server.zmq, "r", ["raw", "ema:0.9"], when_behind="wait") as client:
             for step in range(1, 4):
@@ -113,7 +113,7 @@ def written(tmp_path: Path) -> Path:
 
 
 def test_full_disk_at_restart_is_one_line_and_loses_nothing(tmp_path: Path, written: Path) -> None:
-    """The supervisor that starts the server again and again gets it up as soon as there is room."""
+    """A supervisor that restarts the server succeeds once there is free space."""
     prepare = f'cp -r {written}/. "$0"; {_FILL}; {sys.executable} -m ema_cli serve --data "$0" --http 127.0.0.1:0'
     with SmallDiskProcess(
         tmp_path / "data", "size=4m", f'{prepare} --zmq tcp://127.0.0.1:0; rm "$0/ballast"'

@@ -1,4 +1,4 @@
-"""What is broken off in the middle: a download by a full disk, a waiting trainer by Ctrl-C."""
+"""Interruptions: of a download by a full disk, of a waiting trainer by Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people do to a model while it is trained: it is followed, or refused by name, and nothing is lost."""
+"""Changes of a model during training are followed, or refused by name, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run() -> str:
 
 
 class Reassigning(nn.Module):
-    """Its forward pass puts another tensor in place of a buffer, as many running statistics are written."""
+    """The forward pass replaces a buffer by another tensor, as many running statistics do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def test_restored_model_is_streamed_again(server: ServerProcess, run: str) -> No
 
 
 class Many(nn.Module):
-    """So many parameters of three values each."""
+    """A number of parameters of three values each."""
 
     def __init__(self, count: int) -> None:
         super().__init__()

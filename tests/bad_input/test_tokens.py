@@ -1,4 +1,4 @@
-"""A token that is missing, wrong or mangled: said at every door, before anything is sent, and never shown."""
+"""A missing, wrong or malformed token is reported by every client before anything is sent, and never shown."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def test_every_reading_command_exits_with_4(
     monkeypatch.setattr("sys.argv", ["ema", *command, "--url", server.http, *given])
 
     assert run(build()) == 4
-    said = capsys.readouterr()
-    assert (said.out, len(said.err.splitlines())) == ("", 1)
-    assert "EMA_TOKEN" in said.err
-    assert TOKEN not in said.err
-    assert token is None or token not in said.err
+    output = capsys.readouterr()
+    assert (output.out, len(output.err.splitlines())) == ("", 1)
+    assert "EMA_TOKEN" in output.err
+    assert TOKEN not in output.err
+    assert token is None or token not in output.err
 
 
 def test_healthcheck_needs_no_token(monkeypatch: pytest.MonkeyPatch, server: ServerProcess) -> None:

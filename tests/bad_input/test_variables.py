@@ -88,5 +88,5 @@ def test_client_warns_and_connects(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     with caplog.at_level(logging.WARNING, "ema"), pytest.raises(ConnectError):
         EmaClient("tcp://127.0.0.1:9", connect_timeout_s=0.0)
 
-    said = [record.message for record in caplog.records if "EMA_" in record.message]
-    assert said == ["ema: the variable EMA_RUN_ is set, but nothing reads it: did you mean EMA_RUN?"]
+    warnings = [record.message for record in caplog.records if "EMA_" in record.message]
+    assert warnings == ["ema: the variable EMA_RUN_ is set, but nothing reads it: did you mean EMA_RUN?"]

@@ -1,4 +1,4 @@
-"""What strangers and confused trainers send to a real server's socket: a run that goes on is untouched."""
+"""Malformed and unexpected messages to a real server's socket leave a streaming run unchanged."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_non_zeromq_bytes_disturb_no_run(server: ServerProcess, tmp_path: Path) 
 
 
 class Trainer:
-    """A session that writes its messages by hand, over a connection of its own."""
+    """A session whose messages are written by hand, over a separate connection."""
 
     def __init__(self, server: ServerProcess, session: bytes) -> None:
         self._context = zmq.Context()
@@ -103,7 +103,7 @@ class Trainer:
         self._socket.send_multipart((header, body if payload is None else payload))
 
     def hear(self, kind: type[_Said]) -> _Said:
-        """The next message, which must be of this kind; what the server says on its own is passed over."""
+        """The next message, which must be of this kind; other messages of the server are skipped."""
         while True:
             header, body = self._socket.recv_multipart()
             message = decode_frames((header, body))[1]
@@ -180,7 +180,7 @@ for step in range(1, 10_000):
 
 @pytest.mark.parametrize("fate", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "suspended"])
 def test_dead_trainer_is_replaced_at_once_and_does_no_harm_later(server: ServerProcess, fate: signal.Signals) -> None:
-    """The new one keeps to its default timeouts. The old one is evicted when it wakes, and its training goes on."""
+    """The new one uses its default timeouts. The old one is evicted when it wakes, and its training continues."""
     run = f"gone-{fate.name}"
     with Process("-c", _STREAMING, server.zmq, run) as old:
         old.wait_line(lambda line: line == "True")

@@ -1,4 +1,4 @@
-"""The demo as a newcomer runs it: real processes, real data; then what it told them to do next."""
+"""The demo with real processes and real data; then the commands that it prints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _children(parent: int) -> dict[int, str]:
             if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
                 found[int(stat.parent.name)] = (stat.parent / "cmdline").read_text().replace("\0", " ")
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended meanwhile
+            continue  # it has ended in the meantime
     return found
 
 
@@ -54,15 +54,15 @@ def _await_child(demo: subprocess.Popen[str], words: str) -> int:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Any]]:
-    """The folder of a demo that has ended, what it printed, and, of another one, its JSON."""
+    """The folder and the output of a finished demo, and the JSON of another one."""
     folder = tmp_path_factory.mktemp("demo")
-    told = []
+    outputs = []
     for arguments in (("--steps", str(_STEPS)), ("--steps", str(_STEPS), "--json")):
         demo = _demo(folder, *arguments)
         output, errors = demo.communicate(timeout=_WAIT_S)
         assert demo.returncode == 0, errors
-        told.append(output)
-    return folder, told[0], json.loads(told[1])
+        outputs.append(output)
+    return folder, outputs[0], json.loads(outputs[1])
 
 
 def test_every_average_is_complete_and_equals_its_replay(finished: tuple[Path, str, dict[str, Any]]) -> None:
@@ -73,7 +73,7 @@ def test_every_average_is_complete_and_equals_its_replay(finished: tuple[Path, s
     eps = torch.finfo(torch.float32).eps
     for result in report["results"]:
         assert (result["step"], result["updates"], result["gap_steps"]) == (_STEPS, _STEPS, 0)
-        # An update rounds by at most two eps of the tensor's values, and the decay forgets it after 1 / (1 - decay).
+        # An update rounds by at most two eps of the tensor's values, and it decays within 1 / (1 - decay) steps.
         decay = float(result["average"].partition("-")[2] or 0)
         assert result["difference"] <= (0.0 if decay == 0 else 2 * eps / (1 - decay))
         assert 0.05 < result["accuracy"] <= 1.0
@@ -98,7 +98,7 @@ def test_large_record_is_deleted_and_the_data_kept(finished: tuple[Path, str, di
 
 @contextmanager
 def _served(folder: Path, arguments: list[str]) -> Iterator[str]:
-    """The server that the demo says to start, on free ports; its HTTP address."""
+    """The server started as the demo prints it, on free ports; its HTTP address."""
     ports = ["--zmq", "tcp://127.0.0.1:0", "--http", "127.0.0.1:0"]
     command = [sys.executable, "-m", "ema_cli", *arguments, *ports]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
@@ -123,9 +123,9 @@ def test_printed_commands_fetch_the_checkpoint(finished: tuple[Path, str, dict[s
 
         again = [argument.replace("http://127.0.0.1:8080", url) for argument in validate[1:]]
         ema = [sys.executable, "-m", "ema_cli", *again, "--json"]
-        told = subprocess.run(ema, cwd=folder, check=True, timeout=_WAIT_S, capture_output=True, text=True).stdout
+        output = subprocess.run(ema, cwd=folder, check=True, timeout=_WAIT_S, capture_output=True, text=True).stdout
 
-    validated = json.loads(told)
+    validated = json.loads(output)
     about = json.loads((folder / "best" / "version.json").read_text())
     assert (validated["state"], validated["version"], validated["samples"]) == ("done", about["id"], 897)
     digests = [

@@ -20,7 +20,7 @@ from support.served import Served
 
 @contextmanager
 def _taken() -> Iterator[str]:
-    """An address on which something listens that is not ours."""
+    """An address on which another program listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
@@ -67,20 +67,20 @@ def test_working_machine_has_no_problem(tmp_path: Path) -> None:
 
 def test_taken_address_exits_1_with_advice(tmp_path: Path) -> None:
     with _taken() as address:
-        told = ema("doctor", "--http", address, "--zmq", f"tcp://{_free()}", "--data", str(tmp_path), "--json")
+        result = ema("doctor", "--http", address, "--zmq", f"tcp://{_free()}", "--data", str(tmp_path), "--json")
 
-    report = json.loads(told.stdout)
+    report = json.loads(result.stdout)
     problems = [check for check in report["checks"] if check["state"] == "problem"]
     assert [problem["name"] for problem in problems] == ["http address"]
     assert "--http" in problems[0]["advice"]
-    assert (report["ok"], told.returncode) == (False, 1)
+    assert (report["ok"], result.returncode) == (False, 1)
 
 
 def test_success_exits_0_with_a_line_for_each_check(tmp_path: Path) -> None:
-    told = ema("doctor", "--http", _free(), "--zmq", f"tcp://{_free()}", "--data", str(tmp_path))
+    result = ema("doctor", "--http", _free(), "--zmq", f"tcp://{_free()}", "--data", str(tmp_path))
 
-    assert told.returncode == 0, told.stdout
-    assert len(told.stdout.splitlines()) == len(doctor.examine("tcp://127.0.0.1:0", "127.0.0.1:0", tmp_path))
+    assert result.returncode == 0, result.stdout
+    assert len(result.stdout.splitlines()) == len(doctor.examine("tcp://127.0.0.1:0", "127.0.0.1:0", tmp_path))
 
 
 def test_address_of_a_running_ema_server_is_no_problem(tmp_path: Path) -> None:
@@ -111,11 +111,11 @@ def test_missing_folder_is_judged_by_its_parent(tmp_path: Path) -> None:
 
 
 def test_missing_package_is_a_note_that_names_its_extra() -> None:
-    told = ema("doctor", "--zmq", f"tcp://{_free()}", "--http", _free(), "--json", missing=["torch", "zmq"])
+    result = ema("doctor", "--zmq", f"tcp://{_free()}", "--http", _free(), "--json", missing=["torch", "zmq"])
 
-    report = {check["name"]: check for check in json.loads(told.stdout)["checks"]}
+    report = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
     assert report["gpu"]["state"] == report["libzmq"]["state"] == "note"
-    assert told.returncode == 0
+    assert result.returncode == 0
 
 
 def test_server_is_checked_by_its_url(tmp_path: Path) -> None:

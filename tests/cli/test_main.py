@@ -15,11 +15,11 @@ from support.command import ema
 _PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 _EXTRAS: dict[str, list[str]] = _PYPROJECT["project"]["optional-dependencies"]
 _IMPORT_NAMES = {"pyzmq": "zmq", "scikit-learn": "sklearn"}
-_SPEED_ONLY = {"httptools", "uvloop"}  # uvicorn does without them
+_SPEED_ONLY = {"httptools", "uvloop"}  # uvicorn works without them
 
 
 def _packages(extra: str) -> set[str]:
-    """Import names of what an extra brings, extras of ours within it included."""
+    """Import names of an extra's packages, including nested extras of ours."""
     found: set[str] = set()
     for requirement in _EXTRAS[extra]:
         name = re.match(r"[A-Za-z0-9_.-]+", requirement)
@@ -86,9 +86,9 @@ def test_missing_extra_leaves_other_commands_usable() -> None:
 
 def test_help_does_not_import_torch() -> None:
     program = "import sys; from ema_cli.app import build; build(); print(*sorted(sys.modules))"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
 
-    assert {"torch", "fastapi", "sklearn"} & set(told.stdout.split()) == set()
+    assert {"torch", "fastapi", "sklearn"} & set(result.stdout.split()) == set()
 
 
 def test_version_is_that_of_the_distribution() -> None:

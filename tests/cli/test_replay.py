@@ -1,4 +1,4 @@
-"""The demo's referee must be right itself: it is held against loops over Python's exact fractions."""
+"""The demo's replay is compared with loops over Python's exact fractions."""
 
 from __future__ import annotations
 

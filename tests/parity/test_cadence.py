@@ -1,4 +1,4 @@
-"""What a cadence does to a library's average, and that it does nothing to ours: `every` belongs to the transport."""
+"""A cadence changes a library's average and not ours: `every` belongs to the transport."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _width(profile: Tensor) -> float:
 
 
 def test_karras_ema_is_our_power_rule_without_its_first_step(server: ServerProcess) -> None:
-    """It counts one step more than there were: as if a step 0 had been missed."""
+    """It counts one additional step, as if a step 0 had been missed."""
     model = ProfileModel()
     karras = library("ema_pytorch").KarrasEMA(model, sigma_rel=0.05, update_every=1)
     for step in range(1, STEPS + 1):

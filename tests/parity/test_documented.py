@@ -30,7 +30,7 @@ def test_every_preset_is_documented_and_compared() -> None:
 
 @pytest.mark.parametrize("row", _ROWS, ids=lambda row: row[0])
 def test_preset_equals_its_table_row(row: list[str]) -> None:
-    """With the length that the table shows: a preset has one of its own, or wants one."""
+    """With the length in the table: a preset has its own length, or requires one."""
     name, shown = row[0].strip("`"), parse_average(row[2].strip("`"))
     text = row[2].strip("`")
     length = text.partition(":")[2].split(",")[0]

@@ -1,4 +1,4 @@
-"""Each rule gives what the real library gives: the same weights for the same steps, and so the same tensors.
+"""Each rule equals the real library: the same weights for the same steps, and so the same tensors.
 
 The profile (see `ParityModel`) shows the weights in float64; what a tensor of another dtype must be follows from it and
 the recorded history, in float64. Against that, float32 is allowed what its rounding does:
@@ -40,7 +40,7 @@ def _rounding(compared: Compared, name: str) -> float:
 
 
 def _scaling(peer: Peer) -> float:
-    """How far `SCALED` scales an average away, relatively, until its steady state or the last step."""
+    """The relative scaling of an average by `SCALED`, until its steady state or the last step."""
     if peer.form is Form.LERP:
         return 0.0
     kept, taken = torch.tensor(peer.decay).item(), torch.tensor(1 - peer.decay).item()
@@ -93,7 +93,7 @@ def test_every_tensor_is_the_mean_of_its_weights(compared: Compared, peer: Peer)
 
 @_each_peer
 def test_documented_faults_of_libraries_exist(compared: Compared, peer: Peer) -> None:
-    """Otherwise an exception from the comparison above would be hiding something."""
+    """Otherwise an exception from the comparison above would hide an error."""
     _, theirs = compared.pair(peer)
     for name in set(peer.differs) & set(theirs):
         if theirs[name].is_floating_point():

@@ -1,4 +1,4 @@
-"""Power averages made after the run: ours beside ema-pytorch's `PostHocEMA`, and both beside what they are to be."""
+"""Power averages made after the run: ours beside ema-pytorch's `PostHocEMA`, and both beside the exact average."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 def _both(server: ServerProcess, every: int, folder: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """What is said of our average, its weights, and those of ema-pytorch's; snapshots every so many steps."""
+    """The reported errors of our average, its weights, and those of ema-pytorch's, by the interval of snapshots."""
     model, run = ProfileModel(), f"every-{every}"
     theirs = library("ema_pytorch").PostHocEMA(
         model,

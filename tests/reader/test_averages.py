@@ -1,4 +1,4 @@
-"""`ema averages` and `ema ledger` as a user types them, and what they answer when the server says no."""
+"""`ema averages` and `ema ledger`, and their errors when the server refuses."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_long_rule_leaves_the_table_readable() -> None:
 
 
 class _Foreign(BaseHTTPRequestHandler):
-    """Answers everything with JSON that says nothing."""
+    """Answers every request with empty JSON."""
 
     def do_GET(self) -> None:
         body = b"{}"

@@ -1,4 +1,4 @@
-"""Downloads: resumed across processes, verified, and put in place whole or not at all."""
+"""Downloads: resumed across processes, verified, and renamed into place completely or not at all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ reader.download(reader.version("digits", "ema-0.9"), sys.argv[2], progress=Suici
 
 
 class Recorded:
-    """What a progress bar was told."""
+    """The values passed to a progress bar."""
 
     def __init__(self) -> None:
         self.started: list[tuple[str, int]] = []

@@ -45,7 +45,7 @@ http {{
 
 @contextmanager
 def _stripping(upstream: str, folder: Path) -> Iterator[str]:
-    """A proxy that removes the prefix and passes the rest on."""
+    """A proxy that removes the prefix and forwards the rest."""
     address = urlsplit(upstream)
 
     class Strip(http.server.BaseHTTPRequestHandler):
@@ -84,7 +84,7 @@ def _stripping(upstream: str, folder: Path) -> Iterator[str]:
 
 @contextmanager
 def _nginx(upstream: str, folder: Path) -> Iterator[str]:
-    """A real nginx; skips the test where there is none."""
+    """A real nginx; skips the test without one."""
     if _NGINX is None:
         pytest.skip("needs nginx")
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as free:

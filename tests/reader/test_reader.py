@@ -1,4 +1,4 @@
-"""`Reader` over a real socket: what it finds, what it waits for, what it reports."""
+"""`Reader` over a real socket: reading, waiting, and reporting."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def _answering(status: int, body: bytes, headers: dict[str, str]) -> Iterator[str]:
-    """A server that answers every request alike."""
+    """A server with one answer to every request."""
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -2,7 +2,7 @@
 
     python -m support.crashing ROOT SCENARIO
 
-Forks a process for call 1, one for call 2, and so on, until one lives to the end. Each works in `ROOT/{call}/data` and
+Forks a process for call 1, one for call 2, and so on, until one ends normally. Each works in `ROOT/{call}/data` and
 writes what was reported as durable to `ROOT/{call}/reported`. Prints how many were killed.
 """
 

@@ -51,7 +51,7 @@ EXAMPLES: dict[str, m.Message] = {
     "bye": m.Bye(),
     "challenge": m.Challenge("ab" * 32),
     "welcome": m.Welcome(EPOCH, 4 << 20),
-    "joined new": m.Joined(None, None, (), "new", 8),
+    "joined anew": m.Joined(None, None, (), "new", 8),
     "joined and continued": m.Joined(1000, 900, (998, 999, 1000), "continued", 8),
     "credit": m.Credit(16),
     "committed": m.Committed(1001, 1),

@@ -1,4 +1,4 @@
-"""What timm's train.py does about its average, and nothing else. Run with a timm; see `test_script.py`."""
+"""The parts of timm's train.py that handle its average. Run with a timm; see `test_script.py`."""
 
 from __future__ import annotations
 

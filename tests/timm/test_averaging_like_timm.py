@@ -127,7 +127,7 @@ def test_copied_buffers_are_the_newest_while_another_average_averages_them(core:
 
 
 def test_dropped_steps_count_as_if_with_the_next_weights(core: ServerCore) -> None:
-    """Against timm's class, updated once for each dropped step with the weights of the next one that came."""
+    """Against timm's class, updated once for each dropped step with the weights of the next received one."""
     rule = "ema:0.999,warmup=timm,power=0.8"
     walk = _Walk()
     timms = model_ema().ModelEmaV3(walk.model, decay=0.999, use_warmup=True, warmup_power=0.8)
@@ -146,7 +146,7 @@ def test_dropped_steps_count_as_if_with_the_next_weights(core: ServerCore) -> No
 
 
 def test_warmup_continues_after_a_restart_and_counts_from_the_first_join(tmp_path: Path) -> None:
-    """A run joined after 1,000 steps warms up from there; a restart of the server does not start that anew."""
+    """A run joined after 1,000 steps warms up from there; a restart of the server does not restart the warm-up."""
     rule = "ema:0.999,warmup=timm,update_after=2,buffers=copy"
     walk = _Walk()
     timms = model_ema().ModelEmaV3(walk.model, 0.999, use_warmup=True, update_after_step=2, exclude_buffers=True)

@@ -1,4 +1,4 @@
-"""`RemoteModelEma` in the place of timm's own classes: the same calls, a real server, the same weights."""
+"""`RemoteModelEma` in place of timm's own classes: the same calls, a real server, the same weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FORM_BOUND = 2e-4  # V2's `d * e + (1 - d) * m` has float32's error in d itself
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """One server; each test has a run of its own."""
+    """One server; each test has its own run."""
     with ServerProcess(tmp_path_factory.mktemp("shared") / "data") as process:
         yield process
 
@@ -47,7 +47,7 @@ def made(server: ServerProcess, request: pytest.FixtureRequest) -> Iterator[Any]
 
 
 class _Walk:
-    """A model with batch norm and a tied weight's worth of buffers, moved at random by seeded steps."""
+    """A model with batch norm, moved at random by seeded steps."""
 
     def __init__(self, seed: int = 5) -> None:
         torch.manual_seed(seed)
@@ -144,7 +144,7 @@ def test_module_is_fetched_on_access_and_cached_until_the_next_update(made: Any,
         assert len(reader.versions(ours.run, ours.average)) == 1, "looking again asks for nothing"
     held = ours.module
     ours.update(walk.step(), step=3)
-    assert ours.module is held, "the same module, for whoever compiled or wrapped it"
+    assert ours.module is held, "the same module, for code that compiled or wrapped it"
     assert largest_difference(_state(held), seen) > 0
     assert not any(module.training for module in held.modules())
     assert not any(parameter.requires_grad for parameter in held.parameters())
@@ -213,7 +213,7 @@ def test_state_dicts_use_timms_names_in_both_directions(made: Any) -> None:
 
 @pytest.mark.parametrize("same_run", [True, False])
 def test_resumed_training_continues_like_timms(made: Any, same_run: bool) -> None:
-    """As timm's script does it: it loads the checkpoint's average into `.module` and goes on with the next step."""
+    """As in timm's script, which loads the checkpoint's average into `.module` and continues with the next step."""
     walk = _Walk()
     given = {"decay": 0.995, "use_warmup": True}
     first, timms = made(walk.model, **given), model_ema().ModelEmaV3(walk.model, **given)
@@ -228,7 +228,7 @@ def test_resumed_training_continues_like_timms(made: Any, same_run: bool) -> Non
 
     walk.model = weights
     timms.module.load_state_dict(at_50)
-    second = made(walk.model, **given, **({} if same_run else {"run": f"{first.run}-anew"}))
+    second = made(walk.model, **given, **({} if same_run else {"run": f"{first.run}-new"}))
     second.module.load_state_dict(saved)
     for step in range(51, 111):
         walk.step()
@@ -238,7 +238,7 @@ def test_resumed_training_continues_like_timms(made: Any, same_run: bool) -> Non
 
 
 def test_new_run_that_begins_late_continues_from_the_set_weights(made: Any) -> None:
-    """As a script does that resumes from its own checkpoint while the server has lost the run."""
+    """As in a script that resumes from its own checkpoint while the server has lost the run."""
     walk, average = _Walk(), _Walk(6)
     ours, timms = made(walk.model, 0.9), model_ema().ModelEmaV3(walk.model, 0.9)
     for ema in (ours, timms):
@@ -259,9 +259,9 @@ def test_other_ranks_send_nothing_and_wait_for_the_version_of_rank_0(made: Any, 
         walk.step()
         zero.update(walk.model, step=step)
         one.update(walk.model, step=step)
-    want = _state(zero.module)
+    expected = _state(zero.module)
 
-    assert largest_difference(want, _state(one.module)) == 0
+    assert largest_difference(expected, _state(one.module)) == 0
     assert server.get(f"/v1/runs/{zero.run}")["applied"] == 3
     late = made(walk.model, 0.9, rank=2, module_timeout_s=0.5)
     late.update(walk.model, step=4)

@@ -1,6 +1,6 @@
-"""`python -m trainer_client.timm`: a script runs as it is, and its average is kept by a server.
+"""`python -m trainer_client.timm`: a script runs unchanged, and its average is kept by a server.
 
-Most tests run a stand-in of timm around timm's own averaging file, since timm itself wants torchvision. The last one
+Most tests run a stand-in of timm around timm's own averaging file, since timm itself requires torchvision. The last one
 runs timm's own train.py on images where `TIMM_TRAIN_PY` says where it is and torchvision can be imported:
 `TIMM_TRAIN_PY=pytorch-image-models/train.py PYTHONPATH=pytorch-image-models pytest tests/timm`.
 """
@@ -55,7 +55,7 @@ def timm(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """One server; each test has a run of its own."""
+    """One server; each test has its own run."""
     with ServerProcess(tmp_path_factory.mktemp("shared") / "data") as process:
         yield process
 
@@ -83,7 +83,7 @@ def _outputs(tmp_path: Path, *names: str) -> list[Path]:
 
 
 def _compare(one: Path, other: Path) -> float:
-    """The largest difference of two checkpoints; the trained weights must be the same bits."""
+    """The largest difference of two checkpoints; the trained weights must be bit-identical."""
     here, there = (torch.load(path, weights_only=False) for path in (one, other))
     assert largest_difference(here["state_dict"], there["state_dict"]) == 0
     return largest_difference(here["state_dict_ema"], there["state_dict_ema"])
@@ -101,8 +101,8 @@ def test_same_command_gives_the_same_average_and_metrics(tmp_path: Path, timm: P
     for epoch in range(3):
         name = f"checkpoint-{epoch}.pth.tar"
         assert _compare(inside / name, outside / name) <= _BOUND
-    for said in ("1.0.stand-in", "timm.task.task.ModelEmaV3", "timm.utils.ModelEmaV3", "run same"):
-        assert said in remote.stderr
+    for text in ("1.0.stand-in", "timm.task.task.ModelEmaV3", "timm.utils.ModelEmaV3", "run same"):
+        assert text in remote.stderr
     status = server.get("/v1/runs/same")
     assert (status["state"], status["step"], status["gap_steps"]) == ("finished", 60, 0)
 
@@ -117,7 +117,7 @@ def test_force_cpu_no_longer_disables_validation(tmp_path: Path, timm: Path, ser
     assert "is not passed on" in remote.stderr
 
 
-@pytest.mark.parametrize("resumed", ["cut", "anew"])
+@pytest.mark.parametrize("resumed", ["cut", "new"])
 def test_interrupted_training_resumes_from_its_checkpoint(
     tmp_path: Path, timm: Path, server: ServerProcess, resumed: str
 ) -> None:
@@ -132,7 +132,7 @@ def test_interrupted_training_resumes_from_its_checkpoint(
     assert "the disk of the trainer is full" in cut.stderr
     assert server.get(f"/v1/runs/{first}")["state"] != "finished"
 
-    checkpoint, run = outside / "checkpoint-1.pth.tar", first if resumed == "cut" else "anew"
+    checkpoint, run = outside / "checkpoint-1.pth.tar", first if resumed == "cut" else "new"
     again = _run(*ours, "--resume", checkpoint, site=timm.parent, env=_env(server, run))
     assert again.returncode == 0, again.stderr
     assert _compare(inside / "checkpoint-2.pth.tar", outside / "checkpoint-2.pth.tar") <= _BOUND

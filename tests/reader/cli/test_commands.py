@@ -1,4 +1,4 @@
-"""The reading commands as a user types them: what they print, and with which exit code they end."""
+"""The reading commands: their output and exit codes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fails(state):
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended."""
+    """The result of a command."""
 
     returncode: int
     stdout: str
@@ -39,7 +39,7 @@ class Done:
 
 
 def ema(*arguments: str | Path) -> Done:
-    """Run a command in this process, which is quicker."""
+    """Run a command in this process, which is faster."""
     result = CliRunner().invoke(build(), [str(argument) for argument in arguments])
     return Done(result.exit_code, result.stdout, result.stderr)
 
@@ -75,12 +75,12 @@ def test_download_prints_only_the_folder(
 
     monkeypatch.chdir(tmp_path)
     done = ema("download", "digits/raw@step-100", "--url", url)
-    told = ema("download", "digits/raw", "-o", tmp_path / "out", "--url", url, "--json")
+    result = ema("download", "digits/raw", "-o", tmp_path / "out", "--url", url, "--json")
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "digits-raw-step-100\n", "")
     assert (tmp_path / "digits-raw-step-100" / "model.safetensors").is_file()
-    assert json.loads(told.stdout)["path"] == str(tmp_path / "out")
-    assert json.loads(told.stdout)["version"]["step"] == 100
+    assert json.loads(result.stdout)["path"] == str(tmp_path / "out")
+    assert json.loads(result.stdout)["version"]["step"] == 100
 
 
 @pytest.mark.process

@@ -1,4 +1,4 @@
-"""`ema metrics`, `ema best`, and the metrics beside versions and averages, as a user types them."""
+"""`ema metrics`, `ema best`, and the metrics beside versions and averages."""
 
 from __future__ import annotations
 
