@@ -179,6 +179,7 @@ def test_gpu_file_changes_only_the_server() -> None:
     assert service["deploy"]["resources"]["reservations"]["devices"] == [device]
 
 
+@pytest.mark.process
 @pytest.mark.skipif(_compose() is None, reason="needs docker compose")
 @pytest.mark.parametrize(
     "files", [("docker-compose.yml",), ("docker-compose.yml", "docker-compose.gpu.yml")], ids="+".join

@@ -66,6 +66,8 @@ class Ema(Treatment):
     - `"debias"`: `decay * (1 - decay ** (n - 1)) / (1 - decay ** n)`, which is an average that began at zero and is
       divided by `1 - decay ** n`, as Adam's, optax's and TensorFlow's `zero_debias` are.
 
+    `Treatment` describes the parameters that all averaging rules have.
+
     Args:
         decay: share of the old average kept at each step, in [0, 1).
         name: name of the average; the default is made of the parameters, `ema-{decay}`.
@@ -81,7 +83,6 @@ class Ema(Treatment):
         update_after: the average is a copy of the weights for so many steps.
         init: `"first"`: the first update copies the weights. `"start"`: the average begins with the weights of before
             the first step, as a copy of the model made before training does.
-        buffers, include, exclude, accumulator: which tensors are averaged, and how precisely; see `Treatment`.
 
     Raises:
         LocalProtocolError: a parameter is out of range, does not go with another, or the name is not allowed.
@@ -134,12 +135,13 @@ class PowerEma(Treatment):
 
     Its memory grows with the run, so it needs no warm-up and forgets the beginning.
 
+    `Treatment` describes the parameters that all averaging rules have.
+
     Args:
         sigma_rel: standard deviation of its weights relative to the run so far, in [1e-6, 1/sqrt(12)); 0.05 and 0.10
             are usual. This or `gamma`.
         name: name of the average; the default is `power-{sigma_rel}` or `power-gamma-{gamma}`.
         gamma: the exponent, in [0, 1e6); 0 is the plain mean.
-        buffers, include, exclude, accumulator: which tensors are averaged, and how precisely; see `Treatment`.
 
     Raises:
         LocalProtocolError: a parameter is out of range, both or none are given, or the name is not allowed.
@@ -175,11 +177,12 @@ class PowerEma(Treatment):
 class Uniform(Treatment):
     """Plain mean of the weights (SWA) over all steps or some. Before the first of these it follows the weights.
 
+    `Treatment` describes the parameters that all averaging rules have.
+
     Args:
         start: the first step whose weights may count.
         every: only steps divisible by it count.
         name: name of the average; the default is `swa`, or made of the parameters, `swa-start-1000`.
-        buffers, include, exclude, accumulator: which tensors are averaged, and how precisely; see `Treatment`.
 
     Raises:
         LocalProtocolError: a parameter is out of range or the name is not allowed.
@@ -199,11 +202,12 @@ class Window(Treatment):
 
     Before the first such step it follows the weights, and before the k-th it is the mean of those so far.
 
+    `Treatment` describes the parameters that all averaging rules have.
+
     Args:
         k: how many snapshots, 1 to 256.
         every: only steps divisible by it count.
         name: name of the average; the default is made of the parameters, `window-5`.
-        buffers, include, exclude, accumulator: which tensors are averaged, and how precisely; see `Treatment`.
 
     Raises:
         LocalProtocolError: a parameter is out of range or the name is not allowed.
@@ -225,13 +229,14 @@ class Wsd(Treatment):
     update had been scaled by the rate's factor (warmup-stable-merge, arXiv 2507.17634). Before `start` the average
     follows the weights, and after `start + steps` it does not change.
 
+    `Treatment` describes the parameters that all averaging rules have.
+
     Args:
         start: the decay begins after this step.
         steps: length of the decay, 1 or more.
         shape: factor of the rate after a fraction x of them: `"linear"` 1 - x, `"sqrt"` 1 - sqrt(x), `"cosine"`
             (1 + cos(pi x)) / 2.
         name: name of the average; the default is made of the parameters, `wsd-start-10000-steps-2000`.
-        buffers, include, exclude, accumulator: which tensors are averaged, and how precisely; see `Treatment`.
 
     Raises:
         LocalProtocolError: a parameter is out of range or the name is not allowed.
