@@ -218,6 +218,7 @@ class Reader:
         *,
         task: str = "default",
         worker: str | None = None,
+        missing: Mapping[str, str] | None = None,
         error: str | None = None,
         samples: int | None = None,
         seconds: float | None = None,
@@ -225,18 +226,19 @@ class Reader:
         """Report the metrics of a version, or the `error` that prevented them.
 
         A second report of the same version, task and worker replaces the first. A metric that is NaN or infinite is
-        stored as missing, with that reason.
+        stored as missing, with that reason; `missing` has others, each with its reason.
 
         Raises:
-            UsageError: neither or both of metrics and error are given.
+            UsageError: neither metrics (or missing ones) nor an error are given, or both.
             RequestRefused: the server does not accept it; a name or a text is too long.
         """
-        if bool(metrics) == (error is not None):
+        if bool(metrics or missing) == (error is not None):
             raise UsageError("report either metrics (at least one) or an error")
         of, given = self._version(version), metrics or {}
         finite = {name: value for name, value in given.items() if math.isfinite(value)}
-        missing = {name: str(float(value)) for name, value in given.items() if name not in finite}
-        body: dict[str, object] = {"metrics": finite, "missing": missing, "task": task, "worker": worker}
+        others = {name: str(float(value)) for name, value in given.items() if name not in finite}
+        body: dict[str, object] = {"metrics": finite, "missing": {**others, **(missing or {})}}
+        body |= {"task": task, "worker": worker}
         body |= {"error": error, "samples": samples, "seconds": seconds}
         path = path_of("runs", of.run, "averages", of.average, "versions", of.id, "metrics")
         return MetricsRow.from_json(self._transport.post(path, body))

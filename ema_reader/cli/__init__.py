@@ -3,7 +3,8 @@
 - `commands`: registers all commands; `status`, `versions`, `download`, `healthcheck`
 - `metrics`: `metrics` and `best`
 - `evaluate`: `evaluate`, `validate` and `recalibrate`
-- `averages`: `averages`, `ledger` and `synthesize`
+- `averages`: `averages` and `ledger`
+- `synthesize`: `synthesize`
 - `options`: options, checks of arguments and exit codes that the commands share
 - `render`: values as tables for people, and as JSON for programs
 """

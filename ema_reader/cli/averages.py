@@ -1,4 +1,4 @@
-"""Commands about averages: `averages` shows and changes them, `ledger` lists their steps, `synthesize` makes one."""
+"""Commands about averages: `averages` shows and changes them, `ledger` lists the steps inside a version."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import typer
 
 from ema_reader.cli import render
 from ema_reader.cli.options import Json, RunName, Target, Token, Url, check_rule, exits
-from ema_reader.derived import Synthesized
 from ema_reader.errors import UsageError
 from ema_reader.reader import DEFAULT_URL, Reader
 from ema_reader.targets import named, parse_target
@@ -55,42 +54,3 @@ def ledger(
         version = reader.version(*parse_target(target))
         found = reader.averages.ledger(version.run, version.average, version.id, tail)
         typer.echo(render.as_json(found) if json else render.ledger_text(found))
-
-
-def synthesize(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run with at least two power averages.")],
-    sigma_rel: Annotated[
-        list[float] | None, typer.Option("--sigma-rel", help="The width, as 0.12; repeatable.")
-    ] = None,
-    gamma: Annotated[list[float] | None, typer.Option("--gamma", help="The exponent, instead; repeatable.")] = None,
-    step: Annotated[int | None, typer.Option("--step", min=1, help="At this step; default the newest.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Its name; default power-SIGMA_REL.")] = None,
-    url: Url = DEFAULT_URL,
-    token: Token = None,
-    json: Json = False,
-) -> None:
-    """Make power averages that the run did not keep from those that it kept.
-
-    Prints a line for each: the version, and the estimated error of its profile; warnings go to stderr.
-    """
-    with exits(), Reader(url, token) as reader:
-        widths, exponents = sigma_rel or [], gamma or []
-        if name is not None and len(widths) + len(exponents) > 1:
-            raise UsageError("--name names one average: give one --sigma-rel or --gamma with it")
-        if widths and exponents:
-            raise UsageError("--sigma-rel and --gamma say the same in two ways: give one of them")
-        asked: list[tuple[float | None, float | None]] = [(width, None) for width in widths] + [
-            (None, exponent) for exponent in exponents
-        ]
-        for width, exponent in asked or [(None, None)]:
-            made = reader.derived.synthesize(named("run", run), sigma_rel=width, gamma=exponent, step=step, name=name)
-            if made.warning is not None:
-                typer.echo(f"ema: warning: {made.warning}", err=True)
-            typer.echo(render.as_json(made) if json else _text(made))
-
-
-def _text(made: Synthesized) -> str:
-    return (
-        f"{made.version}: estimated error {made.estimated_error:.2%}, rounding amplified {made.amplification:.1f} "
-        f"times, made of {made.inputs} stored averages"
-    )

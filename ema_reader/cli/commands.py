@@ -14,10 +14,11 @@ from typing import Annotated, Any
 import typer
 
 from ema_reader.cli import render
-from ema_reader.cli.averages import averages, ledger, synthesize
+from ema_reader.cli.averages import averages, ledger
 from ema_reader.cli.evaluate import evaluate, recalibrate, validate
 from ema_reader.cli.metrics import best, metrics
 from ema_reader.cli.options import Json, Long, RunName, Target, Token, Url, exits
+from ema_reader.cli.synthesize import synthesize
 from ema_reader.errors import NotFound, ReaderError, UsageError
 from ema_reader.reader import DEFAULT_URL, Reader
 from ema_reader.scores import Score, scores_of

@@ -68,7 +68,7 @@ def evaluate(
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     with exits(), Reader(url, token) as reader:
         names = parse_averages(averages)
-        evaluator = _evaluator(function, recalibrate_bn)
+        evaluator = evaluator_of(function, recalibrate_bn)
         check_device(device)
         evaluation = EvaluationWorker(
             reader,
@@ -129,8 +129,13 @@ def recalibrate(
         typer.echo(render.as_json({"version": version}) if json else version.id)
 
 
-def _evaluator(function: str, loader: str | None) -> Evaluate:
-    """The user's function; with a loader, BatchNorm statistics are recomputed before it is called."""
+def evaluator_of(function: str, loader: str | None) -> Evaluate:
+    """The user's function; with a loader, BatchNorm statistics are recomputed before it is called.
+
+    Raises:
+        UsageError: a function cannot be imported.
+        ReaderError: recomputing needs torch, which is not installed.
+    """
     evaluator = import_function(function)
     if loader is None:
         return evaluator

@@ -23,7 +23,7 @@ Lower = Annotated[
     typer.Option("--min/--max", help="Which value is best; default: by the metric's name.", show_default=False),
 ]
 
-_Ranking = Mapping[str, tuple[Direction, tuple[Score, ...]]]
+Ranking = Mapping[str, tuple[Direction, tuple[Score, ...]]]
 
 
 def metrics(
@@ -45,16 +45,15 @@ def metrics(
             raise UsageError("--json and --csv are two formats: choose one")
         scores = scores_of(reader.metrics(named("run", run)))
         names = metric_names(scores)
-        directions = {name: direction_of(name, lower if by in (None, name) else None) for name in names}
-        ranking = {name: (directions[name], ranked(scores, name, directions[name])) for name in names}
+        ranking = ranking_of(scores, by, lower)
         if by is not None:
             scores = ranking[chosen_metric(run, scores, by)][1]
         if json:
-            typer.echo(render.as_json({"metrics": scores, "best": _best_json(ranking)}))
+            typer.echo(render.as_json({"metrics": scores, "best": best_json(ranking)}))
         elif as_csv:
             typer.echo(_csv(scores, names), nl=False)
         else:
-            typer.echo(_text(scores, ranking, long=long) if scores else "no metrics yet")
+            typer.echo(scores_text(scores, ranking, long=long) if scores else "no metrics yet")
 
 
 def best(
@@ -86,12 +85,27 @@ def best(
         typer.echo(f"{found.metric}: {found.direction}" if path is None else str(path))
 
 
-def _text(scores: Sequence[Score], ranking: _Ranking, *, long: bool) -> str:
+def ranking_of(scores: Sequence[Score], by: str | None, lower: bool | None) -> Ranking:
+    """For each metric whether lower is better, and the scores, best first; `lower` applies to `by`, None: to all."""
+    names = metric_names(scores)
+    directions = {name: direction_of(name, lower if by in (None, name) else None) for name in names}
+    return {name: (directions[name], ranked(scores, name, directions[name])) for name in names}
+
+
+def scores_text(
+    scores: Sequence[Score], ranking: Ranking, *, long: bool, others: Mapping[str, Mapping[str, str]] | None = None
+) -> str:
+    """A table with a line for each version and a column for each metric, then what the marks and gaps mean.
+
+    `others` has further columns: by name, the text of each version.
+    """
+    others = others or {}
     marked = {(name, first.version) for name, (_, order) in ranking.items() for first in order[:1]}
     rows = []
     for score in scores:
         values = [_value(score, name, is_best=(name, score.version) in marked) for name in ranking]
-        rows.append((score.step, score.average, render.shown_id(score.version, long=long), *values))
+        texts = [column.get(score.version) for column in others.values()]
+        rows.append((score.step, score.average, render.shown_id(score.version, long=long), *texts, *values))
     notes = [f"* best {name}: {direction}" for name, (direction, order) in ranking.items() if order]
     notes += [
         f"{score.average} at step {score.step}: task {task} failed: {error.splitlines()[0][:200]}"
@@ -104,7 +118,7 @@ def _text(scores: Sequence[Score], ranking: _Ranking, *, long: bool) -> str:
         for name, reason in score.missing.items()
         if not render.is_explained(reason)
     ]
-    return "\n".join([render.table(("step", "average", "version", *ranking), rows), *notes])
+    return "\n".join([render.table(("step", "average", "version", *others, *ranking), rows), *notes])
 
 
 def _value(score: Score, name: str, *, is_best: bool) -> str:
@@ -115,7 +129,8 @@ def _value(score: Score, name: str, *, is_best: bool) -> str:
     return f"{score.metrics[name]:.6g}{'*' if is_best else ''}"
 
 
-def _best_json(ranking: _Ranking) -> dict[str, object]:
+def best_json(ranking: Ranking) -> dict[str, object]:
+    """The best version by each metric that has a finite value."""
     return {
         name: {
             "version": order[0].version,

@@ -132,12 +132,11 @@ class EvaluationWorker:
                 raise NotFound(f"run {run.run!r} has no average {name!r}; it has {', '.join(known)}")
 
     def _evaluate(self, lease: Lease) -> Outcome | None:
-        version, started, settled = lease.version, time.monotonic(), False
+        version, settled = lease.version, False
         try:
             with Heartbeat(self._reader.leases, lease):
-                found, error = self._measure(version)
-            seconds = time.monotonic() - started
-            outcome = self._report(lease, Outcome(version, found.metrics, error, seconds, found.samples, found.missing))
+                outcome = measure(self._reader, version, self._function, self._device)
+            outcome = self._report(lease, outcome)
             settled = True
         except NotFound:
             log.info("%s was deleted before it could be evaluated; skipped", version)
@@ -154,26 +153,6 @@ class EvaluationWorker:
         if outcome.error is not None:
             self._skip.append(version.id)
         return outcome
-
-    def _measure(self, version: Version) -> tuple[Measured, str | None]:
-        try:
-            weights = self._load(version)
-        except VerificationFailed as failure:
-            return Measured({}), str(failure)
-        try:
-            return measured(self._function(weights)), None
-        except Exception as failure:  # the user's code: its error is the result to report
-            log.exception("evaluating %s failed", version)
-            return Measured({}), f"{type(failure).__name__}: {failure}"[:_ERROR_CHARS_MAX]
-
-    def _load(self, version: Version) -> dict[str, Tensor]:
-        for attempt in range(1, _LOAD_ATTEMPTS + 1):
-            try:
-                return retry_while_unreachable(lambda: self._reader.load(version, self._device))
-            except VerificationFailed:
-                if attempt == _LOAD_ATTEMPTS:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
 
     def _report(self, lease: Lease, outcome: Outcome) -> Outcome:
         """Report the outcome; if the server refuses the metrics (a name too long), report that as the error."""
@@ -196,6 +175,37 @@ class EvaluationWorker:
             self._reader.leases.give_back(lease)
         except ReaderError as error:
             log.info("%s could not be given back: %s", lease.version, error)
+
+
+def measure(reader: Reader, version: Version, function: Evaluate, device: str) -> Outcome:
+    """Load a version and evaluate it. What the function raises, or a damaged file, is the error of the outcome.
+
+    Raises:
+        NotFound: the version has been deleted.
+        ReaderError: torch is not installed, or the server requires another token.
+    """
+    started = time.monotonic()
+    found, error = Measured({}), None
+    try:
+        weights = _load(reader, version, device)
+    except VerificationFailed as failure:
+        return Outcome(version, {}, str(failure), time.monotonic() - started)
+    try:
+        found = measured(function(weights))
+    except Exception as failure:  # the user's code: its error is the result to report
+        log.exception("evaluating %s failed", version)
+        error = f"{type(failure).__name__}: {failure}"[:_ERROR_CHARS_MAX]
+    return Outcome(version, found.metrics, error, time.monotonic() - started, found.samples, found.missing)
+
+
+def _load(reader: Reader, version: Version, device: str) -> dict[str, Tensor]:
+    for attempt in range(1, _LOAD_ATTEMPTS + 1):
+        try:
+            return retry_while_unreachable(lambda: reader.load(version, device))
+        except VerificationFailed:
+            if attempt == _LOAD_ATTEMPTS:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def retry_while_unreachable(call: Callable[[], _Value], *, sleep: Callable[[float], None] = time.sleep) -> _Value:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ema_proto.averages.profiles import gamma_of
 from ema_reader import Reader, Synthesized, Version
+from support.command import ema
 from support.oracle import EPS32, ledger_steps
 from support.processes import ServerProcess
 from support.waiting import eventually
@@ -203,3 +204,71 @@ def test_command_prints_the_version(streamed: tuple[ServerProcess, _Walk]) -> No
     assert "The stored snapshots of the run do not suffice: run 'pair': " in refused.stderr
     assert "ask for a width closer to theirs" in refused.stderr
     assert _ema(server, "synthesize", "pair").returncode == 2
+
+
+_EVALUATION = """
+def evaluate(state):
+    power = float(state["weight"].square().mean())
+    return {"power": power, "loss": abs(power - 1), "auc": None, "samples": 64}
+
+def fails(state):
+    raise ValueError("no data")
+"""
+
+
+def _evaluated(server: ServerProcess, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "mine.py").write_text(_EVALUATION)
+    return ema("synthesize", "pair", *arguments, "--url", server.http, cwd=folder)
+
+
+@pytest.mark.timeout(300)
+def test_command_evaluates_several_widths_and_names_the_best(
+    streamed: tuple[ServerProcess, _Walk], tmp_path: Path
+) -> None:
+    server, _ = streamed
+    widths = ("--sigma-rel", "0.065,0.085", "--sigma-rel", "0.11")
+    done = _evaluated(server, tmp_path, *widths, "--evaluate", "mine:evaluate")
+    with Reader(server.http) as reader:
+        made = {name: reader.version("pair", name) for name in ("power-0.065", "power-0.085", "power-0.11")}
+        power = {name: float(reader.load(made[name])["weight"].square().mean()) for name in made}
+        rows = {row.average: row for row in reader.metrics("pair") if row.average in made}
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["step", "average", "version", "estimated_error", "auc", "loss", "power"]
+    best = max(power, key=lambda name: power[name])
+    for line, (name, version) in zip(lines[1:4], made.items(), strict=True):
+        step, average, shown, error, auc, _, value = line.split()
+        assert (step, average, shown, auc) == (str(_STEPS), name, version.id[:12], "missing")
+        assert error.endswith("%")
+        assert value == f"{power[name]:.6g}" + "*" * (name == best)
+    assert f"best power: ema download pair/{best}@{made[best].id[:12]}" in lines
+    assert "best auc" not in done.stdout
+    assert {row.metrics["power"] for row in rows.values()} == set(power.values())
+    assert all(row.missing["auc"].startswith("NoneType") for row in rows.values())
+
+    again = _evaluated(server, tmp_path, *widths, "--evaluate", "mine:fails", "--by", "power", "--min", "--json")
+    assert again.returncode == 0, "versions with metrics for the task are not evaluated again"
+    shown_again = json.loads(again.stdout)
+    assert [made["version"]["average"] for made in shown_again["synthesized"]] == list(made)
+    assert [score["average"] for score in shown_again["metrics"]] == sorted(power, key=lambda name: power[name])
+    assert shown_again["best"]["power"]["version"] == made[min(power, key=lambda name: power[name])].id
+
+
+@pytest.mark.timeout(300)
+def test_command_reports_widths_that_fail_and_keeps_the_others(
+    streamed: tuple[ServerProcess, _Walk], tmp_path: Path
+) -> None:
+    server, _ = streamed
+    partly = _evaluated(server, tmp_path, "--sigma-rel", "0.09,0.0001")
+    failed = _evaluated(server, tmp_path, "--sigma-rel", "0.09", "--evaluate", "mine:fails", "--task", "broken")
+    as_json = _evaluated(server, tmp_path, "--sigma-rel", "0.09,0.11", "--json")
+
+    assert partly.returncode == 1
+    assert partly.stdout.startswith("pair/power-0.09 at step")
+    assert partly.stderr.startswith(
+        "ema: warning: sigma_rel 0.0001 was not made: The stored snapshots of the run do not"
+    )
+    assert failed.returncode == 1
+    assert f"power-0.09 at step {_STEPS}: task broken failed: ValueError: no data" in failed.stdout
+    assert [json.loads(line)["sigma_rel"] for line in as_json.stdout.splitlines()] == [0.09, 0.11]
