@@ -1,4 +1,4 @@
-"""Sender and receiver against each other while the network and two restarting processes do what they can do."""
+"""Sender and receiver connected by a faulty network, while both processes restart."""
 
 from __future__ import annotations
 

@@ -167,13 +167,13 @@ def test_http_address_in_use_is_refused_in_one_line(server: ServerProcess, tmp_p
     with Process("-m", "ema_cli", "serve", *options) as second:
         code = second.wait(WAIT_S)
 
-    told = [line for line in second.errors if " INFO " not in line]  # which kernel it would have taken, for one
-    assert (code, len(told)) == (1, 1)
-    assert server.http_address in told[0]
+    problems = [line for line in second.errors if " INFO " not in line]
+    assert (code, len(problems)) == (1, 1)
+    assert server.http_address in problems[0]
 
 
 def test_failed_start_leaves_no_folder(server: ServerProcess, tmp_path: Path) -> None:
-    """Where it was to be made; one that was there stays, with what is in it."""
+    """A folder that the server made; an existing one stays with its content."""
     kept, new = tmp_path / "kept", tmp_path / "new"
     kept.mkdir()
     (kept / "notes.txt").write_text("mine")

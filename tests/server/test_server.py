@@ -1,4 +1,4 @@
-"""The end of the server: asked for, or forced by a dead thread."""
+"""The end of the server: on a signal, or after a thread has died."""
 
 from __future__ import annotations
 

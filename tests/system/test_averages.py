@@ -1,4 +1,4 @@
-"""Averages over real processes: they come and go over HTTP, survive kills bit for bit, and can be rebuilt."""
+"""Averages over real processes: added and removed over HTTP, unchanged by kills, equal to their ledgers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _client(server: ServerProcess, run: str, averages: tuple[str, ...] = ("ema:0
 
 
 def _ema(*arguments: str) -> str:
-    """What a command prints; in this process, which is quicker."""
+    """The output of a command, run in this process, which is faster."""
     result = CliRunner().invoke(build(), list(arguments))
     assert result.exit_code == 0, result.stderr
     return str(result.stdout)
@@ -123,9 +123,9 @@ def _stream(client: EmaClient, steps: tuple[int, ...]) -> None:
 
 
 def _check_rebuilt(server: ServerProcess, average: str, held: Tensor) -> None:
-    told = json.loads(_ema("ledger", f"broken/{average}", "--url", server.http, "--json"))
-    assert sum(share for _, share in told["steps"]) + told["rest"] == pytest.approx(1.0, abs=1e-12)
+    ledger = json.loads(_ema("ledger", f"broken/{average}", "--url", server.http, "--json"))
+    assert sum(share for _, share in ledger["steps"]) + ledger["rest"] == pytest.approx(1.0, abs=1e-12)
     rebuilt = torch.zeros(48, dtype=torch.float64)
-    for step, share in told["steps"]:
+    for step, share in ledger["steps"]:
         rebuilt += share * Toy().at(step).norm.weight.detach().double()
     assert (held.double() - rebuilt).abs().max().item() <= 100 * EPS32, average

@@ -1,4 +1,4 @@
-"""The client against a real server over real TCP: what raises, what is streamed, and what a missing server costs."""
+"""The client against a real server over real TCP: errors, streamed steps, and the effect of a missing server."""
 
 from __future__ import annotations
 
@@ -222,8 +222,8 @@ def test_client_reconnects_to_a_restarted_server(tmp_path: Path, caplog: pytest.
     assert torch.equal(weights["first.weight"], model.first.weight)
     assert client.stats()["reconnects"] == 1
     assert "ema_connections_total 1.0" in metrics.splitlines()
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [text.split(";")[0] for text in told] == ["ema: the connection broke", "ema: connected again"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.split(";")[0] for text in warnings] == ["ema: the connection broke", "ema: connected again"]
 
 
 @pytest.mark.parametrize("ending", ["checkpoint", "finish"])
@@ -354,7 +354,7 @@ def test_unclosed_client_never_blocks_process_exit(server: ServerProcess, run: s
         assert trainer.wait() == code
 
     assert list(trainer.errors) == []
-    eventually(lambda: server.get(f"/v1/runs/{run}")["state"] == "waiting", "the trainer has said goodbye")
+    eventually(lambda: server.get(f"/v1/runs/{run}")["state"] == "waiting", "the trainer has disconnected")
 
 
 @pytest.mark.parametrize("fate", [signal.SIGSTOP, signal.SIGKILL], ids=["stopped", "killed"])

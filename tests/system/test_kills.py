@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: nothing that was acknowledged as published is missing, and every generation is right."""
+"""SIGKILL at random moments: no acknowledged generation is lost, and every generation is correct."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def test_trainer_killed_at_random_resumes_at_its_checkpoint(tmp_path: Path) -> N
 
 
 def published_steps(trainer: Process) -> list[int]:
-    """Steps that the trainer was told are published."""
-    said = [line.split()[1] for line in list(trainer.lines) if line.startswith("published")]
-    return [int(step) for step in said if step != "None"]
+    """Steps that were acknowledged to the trainer as published."""
+    steps = [line.split()[1] for line in list(trainer.lines) if line.startswith("published")]
+    return [int(step) for step in steps if step != "None"]
 
 
 def wait_for_more(trainer: Process, before: int) -> None:

@@ -159,7 +159,7 @@ def test_schedule_publishes_by_steps(tmp_path: Path) -> None:
         assert client.flush()
         eventually(lambda: server.get("/v1/runs/toy")["published_step"] is not None, "a generation by schedule")
         assert server.get("/v1/runs/toy")["published_step"] >= 10
-        eventually(lambda: client.stats()["last_published_step"] is not None, "the trainer is told")
+        eventually(lambda: client.stats()["last_published_step"] is not None, "the trainer has the acknowledgement")
 
 
 def test_snapshots_with_nan_change_nothing_and_are_logged_once(

@@ -1,4 +1,4 @@
-"""Statistics recomputed for good: from `ema recalibrate` to a version that is listed, downloaded and evaluated."""
+"""Versions with recomputed statistics: from `ema recalibrate` to a version that is listed, downloaded and evaluated."""
 
 from __future__ import annotations
 

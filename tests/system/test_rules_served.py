@@ -138,8 +138,8 @@ def test_decay_of_a_length_in_samples_or_epochs_is_logged_when_joining(
     ):
         ema.update(nn.Linear(3, 2))
 
-    told = [record.getMessage() for record in caplog.records if "half-life" in record.getMessage()]
-    assert told == [
+    logged = [record.getMessage() for record in caplog.records if "half-life" in record.getMessage()]
+    assert logged == [
         f"ema: average {name} has a half-life of {steps} steps, a decay of {0.5 ** (1 / steps):.10g} at each"
         for name, steps in (("ema-half_life_samples-5000", 100), ("ema-half_life_epochs-2", 14))
     ]

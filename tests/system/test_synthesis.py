@@ -166,7 +166,7 @@ def test_ring_holds_no_steps_dropped_by_a_rewind(streamed: tuple[ServerProcess, 
 
 @pytest.mark.timeout(300)
 def test_stopped_ring_reports_its_error_and_the_run_continues(streamed: tuple[ServerProcess, _Walk]) -> None:
-    """A file lies where the ring is to be: to the server that is a disk that refuses."""
+    """A file at the path of the ring folder makes every write to the ring fail."""
     server, walk = streamed
     (server.data / "runs" / "blocked").mkdir()
     (server.data / "runs" / "blocked" / "ring").touch()

@@ -1,4 +1,4 @@
-"""Validation with processes that are really killed: results come, averages do not notice, nothing is left behind."""
+"""Validation with processes that are really killed: results arrive, averages are unaffected, and no process remains."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AVERAGES = ("raw", "ema-0.9")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the evaluation functions say what they are at."""
+    """The folder in which the evaluation functions record their state."""
     folder = tmp_path / "evaluations"
     folder.mkdir()
     monkeypatch.setenv("EVALUATIONS", str(folder))
@@ -42,7 +42,7 @@ def evaluating(data: Path, function: str) -> ServerProcess:
 
 
 def own_address() -> str:
-    """An address of this machine other than the loopback, if it has one; what is asked for is sent nowhere."""
+    """An address of this machine other than the loopback, if it has one; no packet is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("203.0.113.1", 9))
@@ -84,7 +84,7 @@ def at_work(folder: Path, known: set[int] | None = None) -> int:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie that nobody has waited for does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""A model that changes after its run was joined: training goes on, and what becomes of the run is a choice."""
+"""A model that changes after its run was joined: training continues, and `on_change` decides about the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training script sees: which steps are sent, what they hold, and what is raised when."""
+"""The client in a training script: which steps are sent, their content, and what is raised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients of several processes of one training: rank 0 streams, the others do nothing and get in nobody's way."""
+"""Clients of several processes of one training: rank 0 streams, the others do nothing."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_applied_step_is_acknowledged_again_and_a_skipped_one_is_not() -> None:
 
 
 def test_no_snapshot_is_accepted_between_rewind_and_its_answer() -> None:
-    """Step 9 was applied before the rewind; a new step 9 must not be taken for it."""
+    """Step 9 was applied before the rewind; a new step 9 must not be confused with it."""
     intake = new_intake(last_step=10, recent=(9, 10))
     intake.begin_rewind()
     assert send(intake, 9, 1) is None

@@ -1,4 +1,4 @@
-"""The server's end against peers that are wrong, hostile or merely unlucky."""
+"""The receiver against faulty, hostile and interrupted peers."""
 
 from __future__ import annotations
 

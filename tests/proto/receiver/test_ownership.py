@@ -29,7 +29,7 @@ def test_last_session_is_remembered_for_a_bounded_number_of_runs(monkeypatch: py
 
 
 def test_refused_newcomer_ends_the_session_that_it_replaced() -> None:
-    """Else the run would stay in memory, and be called active, without a trainer."""
+    """Otherwise the run would stay in memory as active without a trainer."""
     receiver = new_receiver()
     old = joined_peer(receiver)
     new = Peer(receiver, b"new", OTHER)
@@ -89,7 +89,7 @@ def test_owner_that_reconnects_while_probed_keeps_the_run() -> None:
 
     assert rival.codes(rival.heard()) == [RejectCode.RUN_IN_USE]
     receiver.tick(10.0)
-    assert not again.heard(), "nobody takes the run from it"
+    assert not again.heard(), "it keeps the run"
 
 
 def test_rival_that_reconnects_does_not_wait_longer() -> None:

@@ -1,4 +1,4 @@
-"""The trainer's end against servers that are wrong, slow or gone."""
+"""The sender against faulty, slow and lost servers."""
 
 from __future__ import annotations
 

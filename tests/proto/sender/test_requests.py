@@ -43,7 +43,7 @@ def test_nothing_is_written_before_rewind_or_finish_is_answered() -> None:
 
 
 def test_refused_rewind_drops_snapshots_below_the_last_step() -> None:
-    """The run still stands at step 5: a new step 4 or 5 would be taken for the old one."""
+    """The run is still at step 5: a new step 4 or 5 would be confused with the old one."""
     sender = sender_in("streaming")
     sender.offer(0, 5, 0.0)
     drain(sender)

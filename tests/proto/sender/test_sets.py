@@ -28,7 +28,7 @@ def test_run_may_begin_with_a_set_of_step_0() -> None:
 
 
 def test_set_of_the_last_applied_step_is_sent_again_after_reconnect() -> None:
-    """Whether the step was applied as an update or as this set cannot be told, and a set twice is a set once."""
+    """It is unknown whether the step was applied as an update or as this set, and a repeated set has no effect."""
     sender = sender_in("streaming")
     sender.offer(0, 3, 0.0)
     drain(sender)
@@ -36,9 +36,9 @@ def test_set_of_the_last_applied_step_is_sent_again_after_reconnect() -> None:
     sender.events.clear()
     sender.offer(0, 3, 0.0, "set")
     drain(sender)
-    said = rejoin(sender, m.Joined(3, None, (3,), "continued", 8))
+    sent = rejoin(sender, m.Joined(3, None, (3,), "continued", 8))
 
-    (join,) = (message for message in said if isinstance(message, m.Join))
+    (join,) = (message for message in sent if isinstance(message, m.Join))
     assert join.first_step == 4, "a set of step 3 says that 3 steps are taken"
     assert not done(sender)
     (begin, _) = drain(sender)

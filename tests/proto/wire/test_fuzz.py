@@ -1,4 +1,4 @@
-"""Whatever a stranger sends is a message or one named error, and both machines live on."""
+"""Any received bytes are a message or one named error, and both machines continue."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bodies(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def messages(draw: st.DrawFn) -> tuple[bytes, bytes]:
-    """Honest headers with the length of dishonest bodies, and pure noise."""
+    """Valid headers with the length of invalid bodies, and random bytes."""
     body = draw(st.one_of(bodies(), st.binary(max_size=200)))
     header = draw(st.one_of(headers, st.binary(max_size=80)))
     if len(header) == 64 and draw(st.booleans()):

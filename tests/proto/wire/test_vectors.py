@@ -1,4 +1,4 @@
-"""The golden frames and transcripts, replayed both ways. EMA_REWRITE_VECTORS=1 writes them anew."""
+"""The golden frames and transcripts, replayed both ways. EMA_REWRITE_VECTORS=1 rewrites them."""
 
 from __future__ import annotations
 

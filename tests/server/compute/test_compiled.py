@@ -127,7 +127,7 @@ def test_small_weights_do_not_go_to_torch(
 ) -> None:
     """What the loops do not compute torch does, so equal bits alone do not show that they are used."""
     loops = compiled.ByLoops()
-    monkeypatch.setattr(ByTorch, "lerp", lambda *_: pytest.fail("torch was asked"))
+    monkeypatch.setattr(ByTorch, "lerp", lambda *_: pytest.fail("torch was called"))
 
     loops.lerp(_elements(_values(7, 100, wire)), [(_values(8, 100, held), weight) for weight in _SMALL])
 
@@ -143,7 +143,7 @@ def test_concurrent_compilation_computes_correctly() -> None:
 
 
 def test_loops_release_the_interpreter_lock() -> None:
-    """Nobody is made to hand Python's lock over here, so another thread moves on during a loop only if it lets go."""
+    """Thread switching is off, so another thread proceeds during a loop only if the loop releases the lock."""
     source, average, weight = torch.zeros(1 << 20).numpy(), torch.zeros(1 << 20).numpy(), np.float32(0.1)
     turns, seen, over = [0], [0], threading.Event()
 

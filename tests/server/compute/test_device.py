@@ -1,7 +1,7 @@
-"""Averages on a device are those on the host, bit for bit on one that is made of host memory and late on purpose.
+"""Averages on a device are those on the host, bit for bit on a delayed one made of host memory.
 
-On a GPU they are within float32's rounding of it. What does not fit is refused, what is freed is given back, and a
-device that cannot be used is said so at the start.
+On a GPU they are within float32 rounding. A run that does not fit is refused, freed memory is returned, and an
+unusable device is reported at the start.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def test_buffers_in_the_dtype_of_the_version_are_accepted(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("buffers", "said"),
+    ("buffers", "text"),
     [
         ({}, "holds no tensor"),
         ({"nothing": torch.ones(2)}, "no tensor 'nothing'"),
@@ -72,8 +72,8 @@ def test_buffers_in_the_dtype_of_the_version_are_accepted(tmp_path: Path) -> Non
         ({**_NEW, "mean": torch.tensor([1.0, float("-inf")])}, "'mean' holds NaN or Inf"),
     ],
 )
-def test_buffers_that_do_not_fit_are_refused_by_name(tmp_path: Path, buffers: dict[str, Tensor], said: str) -> None:
-    with pytest.raises(BadBuffers, match=said):
+def test_buffers_that_do_not_fit_are_refused_by_name(tmp_path: Path, buffers: dict[str, Tensor], text: str) -> None:
+    with pytest.raises(BadBuffers, match=text):
         _checked(tmp_path, buffers)
 
 

@@ -1,4 +1,4 @@
-"""The averages of a run over HTTP: how they stand, one more, one less, and the ledger of a version."""
+"""The averages of a run over HTTP: status, addition, removal, and the ledger of a version."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_unreadable_ledger_is_a_problem(client: TestClient, served: Served) -> N
 def test_long_ledger_does_not_block_the_event_loop(
     client: TestClient, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A long read would stand in the way of every other request, the health check among them."""
+    """A long read would block every other request, including the health check."""
     version = _write_ledger(served, ledger={"origin": 0, "set": [5], "ranges": [[5, 5, 1]]}, paces=[])
     on_loop: list[bool] = []
 

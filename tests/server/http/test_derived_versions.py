@@ -1,4 +1,4 @@
-"""Derived versions over HTTP: listed, downloaded and evaluated like all others, and deleted by whoever asks."""
+"""Derived versions over HTTP: listed, downloaded and evaluated like all others, and deleted on request."""
 
 from __future__ import annotations
 

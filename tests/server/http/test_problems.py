@@ -1,4 +1,4 @@
-"""Every error is a problem: problem+json, with what is wrong and a word to branch on."""
+"""Every error is a problem: problem+json, with a detail for people and a code to branch on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What RFC 9110 and 9112 ask of every address: HEAD wherever GET is, and a Host."""
+"""Requirements of RFC 9110 and 9112 for every address: HEAD wherever GET is allowed, and a Host."""
 
 from __future__ import annotations
 

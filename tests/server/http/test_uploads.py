@@ -1,4 +1,4 @@
-"""Bodies with tensors: who sends one is looked at first, few are in memory at once, and none is waited for for ever."""
+"""Bodies with tensors: checked before they are read, few in memory at once, with a timeout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validations and leases over HTTP: what is answered, what is awaited, and what is said where nobody evaluates."""
+"""Validations and leases over HTTP: answers, waiting, and the text without a worker."""
 
 from __future__ import annotations
 

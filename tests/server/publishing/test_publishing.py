@@ -118,7 +118,7 @@ def test_draft_does_not_wait_for_a_refused_or_repeated_snapshot(core: ServerCore
 
 
 def test_publish_during_publish_reports_its_own_step(core: ServerCore) -> None:
-    """Every answer is at the step the run stood at when it was asked for, or later; never before."""
+    """Every answer has the run's step at the time of the request, or a later one."""
     answers: Queue[tuple[int, Durable | Failed]] = Queue()
 
     def answer(asked_at: int) -> Callable[[Durable | Failed], None]:
@@ -206,7 +206,7 @@ def test_without_a_shortest_time_a_trainer_gets_what_it_asks_for(tmp_path: Path)
 
 @contextmanager
 def _largest_file(nbytes: int) -> Iterator[None]:
-    """No file of this process may grow beyond `nbytes`: what a full disk does, without filling one."""
+    """Limit the size of files that this process writes to `nbytes`, to simulate a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
     try:

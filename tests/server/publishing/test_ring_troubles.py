@@ -38,7 +38,7 @@ def _steps(core: ServerCore) -> list[int]:
 
 
 def _refusing(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    """Whatever lies in a ring, or is one, cannot be worked on so."""
+    """Make the operation fail for ring folders and their content."""
     works: Callable[..., Any] = getattr(_FOLDER, method)
 
     def refuse(self: Path, *arguments: Any) -> Any:

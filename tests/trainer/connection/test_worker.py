@@ -1,4 +1,4 @@
-"""The training thread's end of a connection: what it holds, and until when."""
+"""The training thread's side of a connection: its slots, and when they are released."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer_client.connection.worker import Worker
 
 
 def test_closed_worker_holds_no_slots() -> None:
-    worker = Worker("tcp://127.0.0.1:9", token=None)  # nobody is there
+    worker = Worker("tcp://127.0.0.1:9", token=None)  # nothing listens there
     with pytest.raises(JoinError, match="has not answered"):
         worker.join(JOIN, 0.0)
     slots = [weakref.ref(slot.view.obj) for slot in worker.slots]

@@ -39,7 +39,7 @@ SURE_EVERY = 8  # so many steps have one snapshot for certain; the others have o
 
 
 class CheckingWorker(FakeWorker):
-    """Looks at each snapshot where it lies, in the thread that offers it, and gives its slot back."""
+    """Checks each snapshot in its slot, in the thread that offers it, and releases the slot."""
 
     def __init__(self) -> None:
         super().__init__(slots=2)
@@ -447,8 +447,8 @@ def test_gpu_without_the_model_gets_no_context() -> None:
     program = Path(__file__).parents[2] / "support" / "on_the_second_gpu.py"
     environ = {**os.environ, "PYTHONPATH": str(program.parents[1])}
 
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, program], env=environ, capture_output=True, text=True, timeout=200, check=False
     )
 
-    assert (told.returncode, told.stdout) == (0, "steps [1, 2, 3], a context on GPU 0: False\n"), told.stderr
+    assert (result.returncode, result.stdout) == (0, "steps [1, 2, 3], a context on GPU 0: False\n"), result.stderr

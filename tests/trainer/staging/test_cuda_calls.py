@@ -1,4 +1,4 @@
-"""What CUDA is asked for, and with which device current: looked at from its outside, where there is no GPU."""
+"""Calls of the CUDA libraries, and the current device during them, with fakes instead of a GPU."""
 
 from __future__ import annotations
 

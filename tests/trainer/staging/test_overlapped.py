@@ -1,4 +1,4 @@
-"""Copying while training goes on, on a device whose time the test keeps: what a snapshot holds, who waits for whom."""
+"""Copies during training, on a device with a simulated clock: content of snapshots, and waits."""
 
 from __future__ import annotations
 

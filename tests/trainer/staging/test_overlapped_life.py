@@ -1,4 +1,4 @@
-"""What a client takes of a device and when it lets go of it: scratch, locked memory, a thread, hooks."""
+"""Resources that a client takes of a device, and when they are released: scratch, pinned memory, a thread, hooks."""
 
 from __future__ import annotations
 

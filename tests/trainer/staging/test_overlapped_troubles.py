@@ -86,11 +86,11 @@ def test_failed_copy_wait_keeps_busy_memory_pinned(
         monkeypatch.setattr(FakeStream, "synchronize", broken)
     training.optimizer.step()
 
-    def told() -> bool:
+    def settled() -> bool:
         training.device.idle()
         return training.client.flush(timeout_s=0)
 
-    eventually(told, "the copy was given up")
+    eventually(settled, "the copy was abandoned")
     assert training.client.stats()["skipped"]["error"] == 1
     assert len(training.worker.free) == 2
     assert "the device is broken" in caplog.text
@@ -124,7 +124,7 @@ def test_device_without_room_logs_one_warning_and_does_not_overlap(
 
     assert worker.steps == [1, 2, 3]
     assert all(torch.equal(snapshot["weight"], weights) for _, snapshot in worker.snapshots)
-    assert len([nbytes for nbytes in device.allocated if nbytes > room]) == 1, "it is not asked again"
+    assert len([nbytes for nbytes in device.allocated if nbytes > room]) == 1, "it is not requested again"
     assert client.stats()["skipped"]["error"] == 0
     assert ["CUDA out of memory" in record.message for record in caplog.records] == [True]
 
