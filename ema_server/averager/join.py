@@ -33,6 +33,8 @@ def join(runs: ActiveRuns, job: Join) -> None:
 
 def _join(runs: ActiveRuns, job: Join) -> None:
     match decide(job.join, _known(runs, job.run)):
+        case Refused(code=RejectCode.NO_GENERATION) if (active := runs.get(job.run)) and not active.is_idle:
+            runs.hold(job)  # the generation in progress may be the one to go back to
         case Refused() as refused:
             job.reply(refused)
         case Decision.START:

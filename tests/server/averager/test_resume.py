@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -14,9 +15,13 @@ from torch import Tensor
 from ema_proto.errors import RejectCode
 from ema_proto.wire.manifest import Role
 from ema_server.averager.jobs import Applied, Failed, Refused, Rewound
+from ema_server.publishing.commit import Content, commit
+from ema_server.publishing.writer import GenerationWriter
 from ema_server.runs.status_store import RunState
+from ema_server.storage.catalog import Generation
+from ema_server.storage.records import GenerationInfo
 from support.oracle import bound, largest_difference, ledger_steps, replay
-from support.server_core import ServerCore, durable, joined, manifest_of, running_core, versions_by_average
+from support.server_core import WAIT_S, ServerCore, durable, joined, manifest_of, running_core, versions_by_average
 
 
 @cache
@@ -328,6 +333,28 @@ def test_run_without_a_snapshot_leaves_nothing(tmp_path: Path) -> None:
         core.leave("r")
         assert isinstance(core.publish("r"), Failed)
         assert core.statuses.get("r") is None
+
+
+def test_rewind_waits_for_the_generation_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(draft: GenerationWriter, content: Content, info: GenerationInfo) -> Generation:
+        begun.set()
+        go_on.wait(WAIT_S)
+        return commit(draft, content, info)
+
+    monkeypatch.setattr("ema_server.publishing.publisher.commit", slowly)
+    with running_core(tmp_path) as core:
+        _join(core)
+        _apply(core, 1)
+        core.leave("r")
+        assert begun.wait(WAIT_S)
+        assert _join(core, first_step=2, reconnect=True) == ("continued", 1, None)
+        _apply(core, 2, 3)
+        timer = threading.Timer(0.2, go_on.set)
+        timer.start()
+        assert _join(core, first_step=2) == ("rewound", 1, 1)
+        timer.join(WAIT_S)
 
 
 def test_two_runs_are_independent(tmp_path: Path) -> None:
