@@ -26,11 +26,12 @@ class Synthesized:
         sigma_rel: its width, relative to the run.
         gamma: its exponent.
         origin: the step from which its time is counted.
-        estimated_error: relative L2 error of its profile.
-        amplification: sum of the absolute weights of the stored averages in it.
-        rounding: largest rounding error that this amplification can cause, relative to the largest stored weight.
+        estimated_error: relative L2 error of the weights that it gives to the steps (of its profile).
+        amplification: sum of the absolute weights of the stored averages in it, by which their rounding errors grow.
+        rounding: largest rounding error that this can cause, relative to the largest stored value.
         warning: why it may be inaccurate; None if nothing speaks against it.
         inputs: number of stored averages that it was made from.
+        snapshots: number of steps at which these were stored.
     """
 
     version: Version
@@ -42,12 +43,14 @@ class Synthesized:
     rounding: float
     warning: str | None
     inputs: int
+    snapshots: int
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Synthesized:
         """Parse the server's answer."""
-        version = Version.from_json(value["version"])
-        return cls(**values_of(cls, value, version=version, inputs=len(value["inputs"])))
+        version, inputs = Version.from_json(value["version"]), value["inputs"]
+        steps = {stored["step"] for stored in inputs}
+        return cls(**values_of(cls, value, version=version, inputs=len(inputs), snapshots=len(steps)))
 
 
 class Derived:

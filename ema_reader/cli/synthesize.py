@@ -51,9 +51,9 @@ def synthesize(
 ) -> None:
     """Make power averages that the run did not keep from those that it kept.
 
-    Prints a line for each: the version, and the estimated error of its profile. With --evaluate, a table with a column
-    for each metric, and the best version by each. Warnings go to stderr. Exit code 1 when one could not be made or
-    evaluated.
+    Prints a line for each: the version, and the estimated error in its steps' weights. With --evaluate, a table with a
+    column for each metric, and the best version by each. Warnings go to stderr. Exit code 1 when one could not be made
+    or evaluated.
     """
     with exits(), Reader(url, token) as reader:
         asked = _asked(named("run", run), sigma_rel or (), gamma or (), name)
@@ -159,8 +159,9 @@ def _scores(reader: Reader, run: str, made: Sequence[Synthesized], task: str) ->
 
 def _line(made: Synthesized) -> str:
     return (
-        f"{made.version}: estimated error {made.estimated_error:.2%}, rounding amplified {made.amplification:.1f} "
-        f"times, made of {made.inputs} stored averages"
+        f"{made.version}: estimated error {made.estimated_error:.2%} in the weights of the steps, rounding errors "
+        f"{made.amplification:.1f} times those of the stored averages, made of {made.inputs} averages in "
+        f"{made.snapshots} snapshots"
     )
 
 

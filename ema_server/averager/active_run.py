@@ -13,6 +13,7 @@ from enum import Enum, auto
 from pathlib import Path
 
 from ema_proto.averages.rules import PowerEma
+from ema_proto.limits import SLOTS
 from ema_server.averager.jobs import Durable, Failed, JobQueue, Outcome, Reason
 from ema_server.averager.status import average_status
 from ema_server.compute.device import Device
@@ -116,12 +117,18 @@ class Rate:
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, int]] = deque(maxlen=_RATE_SAMPLES)
+        self._late = 0
 
     def add(self, now: float, step: int) -> None:
-        self._samples.append((now, step))
+        if self._late:
+            self._late -= 1
+        else:
+            self._samples.append((now, step))
 
-    def reset(self) -> None:
+    def reset(self, *, reconnected: bool = False) -> None:
+        """Begin again. A trainer that has reconnected first sends what waited in its slots, which says nothing."""
         self._samples.clear()
+        self._late = SLOTS if reconnected else 0
 
     def steps_per_second(self) -> float | None:
         """The rate, None before there are two samples."""

@@ -157,7 +157,7 @@ def _admit(active: ActiveRun, job: Join, continuation: Continuation, set_aside: 
     active.quarantine = None
     active.publish_every_steps = job.join.publish_every_steps
     active.is_held_back = active.is_held_back and job.join.reconnect
-    active.rate.reset()
+    active.rate.reset(reconnected=job.join.reconnect)
     run.every = job.join.every
     run.set_step_units(job.join.step_units)
     run.config = job.join.config if job.join.config is not None else run.config

@@ -119,7 +119,7 @@ def _plan(usable: Sequence[Part], gamma: float, step: int) -> Plan:
         error=blend.error,
         amplification=blend.amplification,
         rounding=rounding,
-        warning=_warning(blend, rounding),
+        warning=_warning(blend, rounding, len({one.snapshot.step for one in usable})),
     )
 
 
@@ -128,17 +128,18 @@ def _closest(usable: Sequence[Part], gamma: float) -> list[Part]:
     return [one for one in usable if one.member.gamma in gammas[:PROFILES_MAX]]
 
 
-def _warning(blend: Blend, rounding: float) -> str | None:
+def _warning(blend: Blend, rounding: float, snapshots: int) -> str | None:
     warnings = []
     if blend.error > ERROR_TRUSTED:
         warnings.append(
-            f"the profile is off by an estimated {blend.error:.1%}: the width is far from those of the run's averages, "
-            "or the ring has too few snapshots"
+            f"the weights of the steps are off by an estimated {blend.error:.1%}: the width is far from those of the "
+            f"run's averages, or {snapshots} snapshots are too few; the server's --ring-every-steps and --ring-size "
+            "set how many are stored"
         )
     if rounding > ROUNDING_TRUSTED:
         warnings.append(
-            f"the rounding of the stored weights is amplified {blend.amplification:.1f} times, to at most "
-            f"{rounding:.1%} of the largest weight: store them in float32 (--ring-dtype)"
+            f"the rounding errors of the stored tensors become {blend.amplification:.1f} times as large, at most "
+            f"{rounding:.1%} of the largest value: store them in float32 (--ring-dtype)"
         )
     return "; ".join(warnings) or None
 
@@ -147,9 +148,9 @@ def _too_inexact(plan: Plan, snapshots: Sequence[RingSnapshot]) -> str:
     used = sorted({part.member.average for part in plan.parts})
     steps = [snapshot.step for snapshot in snapshots if snapshot.step <= plan.step]
     return (
-        f"the profile made from {', '.join(used)} in {len(steps)} snapshots would be off by an estimated "
-        f"{plan.error:.0%}: ask for a width closer to theirs, or for a step with more snapshots before it; "
-        "--ring-every-steps and --ring-size set how many are stored"
+        f"the weights of the steps, made from {', '.join(used)} in {len(steps)} snapshots, would be off by an "
+        f"estimated {plan.error:.0%}: ask for a width closer to theirs, or for a step with more snapshots before it; "
+        "the server's --ring-every-steps and --ring-size set how many are stored"
     )
 
 

@@ -212,7 +212,8 @@ class Ingest:
             self._staging[event.ticket] = _Staging(
                 event.run, slots, FiniteCheck(outcome.manifest).exempt(outcome.exempt)
             )
-            where = "" if outcome.last_step is None else f" at step {outcome.last_step}"
+            place = "to" if outcome.continuation == "rewound" else "at"
+            where = "" if outcome.last_step is None else f" {place} step {outcome.last_step}"
             logger.info("run %s: %s%s", event.run, outcome.continuation, where)
             if outcome.set_aside is not None:
                 logger.info("run %s: the earlier run of this name is now %s", event.run, outcome.set_aside)

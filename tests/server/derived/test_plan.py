@@ -64,6 +64,7 @@ def test_width_far_from_the_stored_ones_gives_a_warning(sigma: float) -> None:
     assert plan.error > ERROR_TRUSTED
     assert plan.warning is not None
     assert f"off by an estimated {plan.error:.1%}" in plan.warning
+    assert "or 32 snapshots are too few; the server's --ring-every-steps and --ring-size" in plan.warning
 
 
 @pytest.mark.parametrize("sigma", [0.03, 0.04, 0.07, 0.12, 0.20])
@@ -74,7 +75,7 @@ def test_width_in_the_trusted_range_gives_no_warning(sigma: float) -> None:
 @pytest.mark.parametrize(
     ("ring", "sigma", "text"),
     [
-        (_FULL, 0.28, "from power-0.05, power-0.1 in 32 snapshots would be off by an estimated 13%"),
+        (_FULL, 0.28, "from power-0.05, power-0.1 in 32 snapshots, would be off by an estimated 13%"),
         (_FULL[:2], 0.15, r"be off by an estimated 22%: ask for a width closer to theirs, or for a step"),
         (
             _ring([8192], [0.05]),
@@ -95,7 +96,7 @@ def test_amplified_bfloat16_rounding_gives_a_warning() -> None:
 
     assert plan.error < ERROR_TRUSTED
     assert plan.warning is not None
-    assert "rounding of the stored weights is amplified 10.5 times, to at most 2.1%" in plan.warning
+    assert "rounding errors of the stored tensors become 10.5 times as large, at most 2.1%" in plan.warning
     assert plan.rounding == pytest.approx(plan.amplification * 2**-9)
 
 
