@@ -23,12 +23,15 @@ def ledger_steps(ledger: Mapping[str, Any]) -> list[int]:
 
 
 def replay(ledger: Mapping[str, Any], decay: float, weights: Weights) -> dict[str, Tensor]:
-    """The exponential moving average at the last step of `ledger`, every float in float64, everything else copied."""
+    """The exponential moving average at the last step of `ledger`, every float in float64, everything else copied.
+
+    The first update copies the weights, also where a set at the origin came before it.
+    """
     average: dict[str, Tensor] = {}
     previous = None
     for step in ledger_steps(ledger):
         new = {name: value.double() if value.is_floating_point() else value for name, value in weights(step).items()}
-        if step in ledger["set"] or previous is None:
+        if previous is None or step in ledger["set"] or previous == ledger["origin"]:
             average = {name: value.clone() for name, value in new.items()}
         else:
             kept = decay ** (step - previous)
@@ -49,7 +52,7 @@ def bound(ledger: Mapping[str, Any], decay: float, largest: float) -> float:
     """
     error, previous = 0.0, None
     for step in ledger_steps(ledger):
-        if step in ledger["set"] or previous is None:
+        if previous is None or step in ledger["set"] or previous == ledger["origin"]:
             error = 0.0
         else:
             kept = decay ** (step - previous)
