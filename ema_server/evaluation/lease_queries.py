@@ -259,6 +259,7 @@ def rename(db: sqlite3.Connection, run: str, new_run: str) -> None:
 def delete_run(db: sqlite3.Connection, run: str) -> None:
     """Delete every row of a run, its reports included."""
     db.execute("DELETE FROM leases WHERE run = ?", (run,))
+    db.execute("DELETE FROM scheduled WHERE run = ?", (run,))
     db.execute("DELETE FROM validations WHERE run = ?", (run,))
     delete_reports(db, run)
 

@@ -1,4 +1,4 @@
-"""BatchNorm statistics recomputed: what is computed, what is left alone, what the model is called with, what fails."""
+"""Recomputed BatchNorm statistics: their values, what stays unchanged, the arguments of the model, and errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def batches(count: int = 5, *shape: int) -> list[Tensor]:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """A state in which no statistic is the one that is to be found."""
+    """A state whose statistics all differ from the recomputed ones."""
     torch.manual_seed(3)
     return {
         name: tensor + 7 if name.endswith("tracked") else torch.rand_like(tensor) + 0.5
@@ -68,7 +68,7 @@ def oracle(state: dict[str, Tensor], given: list[Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def test_the_statistics_are_the_means_over_the_batches_under_these_weights_without_dropout() -> None:
+def test_statistics_are_means_over_the_batches_without_dropout() -> None:
     state, given = trained(Net()), batches()
     found = recomputed(state, "m:f", by(Net(), given))
 
@@ -80,7 +80,7 @@ def test_the_statistics_are_the_means_over_the_batches_under_these_weights_witho
     assert found["first.num_batches_tracked"].item() == len(given)
 
 
-def test_it_is_what_torch_computes_where_torch_can() -> None:
+def test_statistics_equal_those_of_update_bn() -> None:
     model, given = (
         nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3)),
         batches(3, 8, 1, 6, 6),
@@ -95,7 +95,7 @@ def test_it_is_what_torch_computes_where_torch_can() -> None:
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in found.items())
 
 
-def test_weights_modes_and_momenta_stay_and_no_gradient_is_computed() -> None:
+def test_weights_modes_and_momenta_are_unchanged_and_no_gradient_is_computed() -> None:
     model, state = Net(), trained(Net())
     model.second.eval()
     before = {name: tensor.clone() for name, tensor in state.items()}
@@ -119,7 +119,7 @@ def test_modes_are_restored_when_the_model_raises() -> None:
     assert model.first.momentum == 0.3
 
 
-def test_what_is_found_does_not_change_when_the_model_is_used_again() -> None:
+def test_statistics_do_not_change_when_the_model_is_used_again() -> None:
     model, state = Net(), trained(Net())
     first = recomputed(state, "m:f", by(model, batches()))
     before = {name: tensor.clone() for name, tensor in first.items()}
@@ -129,7 +129,7 @@ def test_what_is_found_does_not_change_when_the_model_is_used_again() -> None:
 
 
 class Derived(nn.BatchNorm2d):
-    """As timm's and others': with dropout of its own, and a mode that cannot be switched by `train`."""
+    """A subclass, as in timm: with a dropout of its own, and a mode that `train` does not change."""
 
     def __init__(self, features: int) -> None:
         super().__init__(features)
@@ -141,7 +141,7 @@ class Derived(nn.BatchNorm2d):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised, then dropped."""
+        """Normalize, then drop out."""
         y: Tensor = self.inner(super().forward(x))
         return y
 
@@ -169,7 +169,7 @@ def test_every_kind_of_batch_norm_is_recomputed(layer: nn.Module, shape: tuple[i
     assert set(found) == {"running_mean", "running_var", "num_batches_tracked"}
 
 
-def test_a_layer_under_two_names_is_found_under_both() -> None:
+def test_shared_layer_is_recomputed_under_both_names() -> None:
     layer = nn.BatchNorm1d(4)
     model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})
     model.forward = layer.forward
@@ -178,7 +178,7 @@ def test_a_layer_under_two_names_is_found_under_both() -> None:
     assert torch.equal(found["a.running_mean"], found["b.0.running_mean"])
 
 
-def test_a_layer_that_no_batch_reaches_keeps_its_statistics() -> None:
+def test_layer_that_no_batch_reaches_keeps_its_statistics() -> None:
     model, state = Net(), trained(Net())
     found = recomputed(state, "m:f", by(model, batches()))
 
@@ -186,7 +186,7 @@ def test_a_layer_that_no_batch_reaches_keeps_its_statistics() -> None:
     assert torch.equal(model.state_dict()["unused.running_mean"], state["unused.running_mean"])
 
 
-def test_the_shape_and_the_dtype_are_those_of_the_weights() -> None:
+def test_shapes_and_dtypes_are_those_of_the_weights() -> None:
     state = trained(Net())
     found = recomputed(state, "m:f", by(Net().double(), [batch.double() for batch in batches()]))
 
@@ -213,11 +213,11 @@ X, Y = torch.ones(2, 4), torch.tensor([0, 1])
         (((X, None, 3),), (X, None, 3), {}),
     ],
 )
-def test_a_batch_says_what_the_model_is_called_with(batch: object, positional: tuple[Any, ...], named: Any) -> None:
+def test_batch_determines_the_arguments_of_the_model(batch: object, positional: tuple[Any, ...], named: Any) -> None:
     assert arguments_of(batch, CPU) == (positional, named)
 
 
-def test_every_tensor_of_a_batch_goes_to_the_device_of_the_weights() -> None:
+def test_every_tensor_of_a_batch_is_moved_to_the_device_of_the_weights() -> None:
     positional, named = arguments_of((({"x": [X, (Y,)]}, X), Y), torch.device("meta"))
 
     assert named == {}
@@ -226,7 +226,7 @@ def test_every_tensor_of_a_batch_goes_to_the_device_of_the_weights() -> None:
     assert positional[1].is_meta
 
 
-def test_dicts_reach_the_forward_by_name() -> None:
+def test_dict_batches_are_passed_by_name() -> None:
     state = trained(Net())
     plain = recomputed(state, "m:f", by(Net(), [batch + 1 for batch in batches()]))
     named = recomputed(state, "m:f", by(Net(), [{"x": batch, "shift": torch.ones(())} for batch in batches()]))
@@ -262,18 +262,18 @@ def _torn() -> tuple[nn.Module, Iterable[Any]]:
         (lambda: (Net(), 3), "the batches are int"),
     ],
 )
-def test_what_goes_wrong_names_the_loader_and_the_reason(loader: Any, said: str) -> None:
+def test_error_names_the_loader_and_the_reason(loader: Any, said: str) -> None:
     with pytest.raises(RecalibrationFailed, match=rf"(?s)^my_data:calibration: .*({said})"):
         recomputed(trained(Net()), "my_data:calibration", loader)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(4, 3), nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False))])
-def test_a_model_without_running_statistics_is_told_so(model: nn.Module) -> None:
+def test_model_without_running_statistics_is_refused(model: nn.Module) -> None:
     with pytest.raises(RecalibrationFailed, match="has no BatchNorm layer with running statistics"):
         recomputed(trained(model), "m:f", by(model, [X]))
 
 
-def test_the_evaluation_function_gets_all_weights_with_the_new_statistics() -> None:
+def test_evaluation_function_gets_all_weights_with_the_new_statistics() -> None:
     state, seen = trained(Net()), {}
 
     def look(given: dict[str, Tensor]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The evaluation worker: every new version once, whatever the function, the server and the retention do meanwhile."""
+"""The evaluation worker: every new version once, despite failing functions, an absent server, and retention."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AVERAGES = ["ema-0.9", "raw"]
 
 
 def bias(state: dict[str, torch.Tensor]) -> dict[str, float]:
-    """A metric that tells which step was evaluated."""
+    """A metric whose value is the step that was evaluated."""
     return {"bias": float(state["bias"][0])}
 
 
@@ -53,7 +53,7 @@ def finished(served: Served) -> Served:
     return served
 
 
-def test_the_last_version_of_each_average_of_a_finished_run_is_evaluated_and_reported(
+def test_last_version_of_each_average_of_a_finished_run_is_evaluated_and_reported(
     finished: Served, reader: Reader
 ) -> None:
     outcomes = list(worker(reader).outcomes())
@@ -66,7 +66,7 @@ def test_the_last_version_of_each_average_of_a_finished_run_is_evaluated_and_rep
     assert [(row.average, row.metrics) for row in rows] == [("ema-0.9", {"bias": 200.0}), ("raw", {"bias": 200.0})]
 
 
-def test_only_the_averages_asked_for_are_evaluated_and_a_wrong_name_says_which_there_are(
+def test_only_requested_averages_are_evaluated_and_an_unknown_name_lists_the_known_ones(
     finished: Served, reader: Reader
 ) -> None:
     assert [o.version.average for o in worker(reader, averages=("raw",)).outcomes()] == ["raw"]
@@ -74,9 +74,7 @@ def test_only_the_averages_asked_for_are_evaluated_and_a_wrong_name_says_which_t
         list(worker(reader, averages=("ema-0.99",)).outcomes())
 
 
-def test_each_version_is_evaluated_once_while_it_is_the_newest_and_the_final_one_always(
-    served: Served, reader: Reader
-) -> None:
+def test_newest_version_is_evaluated_once_and_the_last_one_always(served: Served, reader: Reader) -> None:
     served.publish("digits", 100, AVERAGES)
     thread, found = in_thread(worker(reader))
     eventually(lambda: len(found) == 2, "2 results")
@@ -119,7 +117,7 @@ def test_slow_evaluation_gives_every_average_the_same_number_of_results(
     assert len(by_step) < step // 100, "some steps were skipped: evaluation was slower than publishing"
 
 
-def test_a_run_that_has_not_begun_is_waited_for(served: Served, reader: Reader) -> None:
+def test_worker_waits_for_a_run_that_has_not_begun(served: Served, reader: Reader) -> None:
     thread, found = in_thread(worker(reader))
     time.sleep(0.1)
     was_waiting = thread.is_alive()
@@ -131,9 +129,7 @@ def test_a_run_that_has_not_begun_is_waited_for(served: Served, reader: Reader) 
     assert len(found) == 2
 
 
-def test_a_function_that_raises_is_reported_for_that_version_and_the_worker_lives_on(
-    served: Served, reader: Reader
-) -> None:
+def test_error_of_the_function_is_reported_and_the_worker_continues(served: Served, reader: Reader) -> None:
     def fails_at_100(state: dict[str, torch.Tensor]) -> dict[str, float]:
         if state["bias"][0] == 100:
             raise RuntimeError("out of cheese")
@@ -152,7 +148,7 @@ def test_a_function_that_raises_is_reported_for_that_version_and_the_worker_live
     assert work.failures == ()
 
 
-def test_a_loader_that_raises_is_the_error_of_the_evaluation_and_is_named(finished: Served, reader: Reader) -> None:
+def test_error_of_the_loader_is_reported_with_its_name(finished: Served, reader: Reader) -> None:
     def loader() -> tuple[torch.nn.Module, list[torch.Tensor]]:
         raise FileNotFoundError("no such data set")
 
@@ -163,7 +159,7 @@ def test_a_loader_that_raises_is_the_error_of_the_evaluation_and_is_named(finish
     assert errors == ["RecalibrationFailed: my_data:calibration: FileNotFoundError: no such data set"]
 
 
-def test_a_last_version_that_could_not_be_evaluated_is_named(finished: Served, reader: Reader) -> None:
+def test_last_version_that_could_not_be_evaluated_is_a_failure(finished: Served, reader: Reader) -> None:
     def never(state: dict[str, torch.Tensor]) -> dict[str, float]:
         raise KeyError("weight")
 
@@ -173,9 +169,7 @@ def test_a_last_version_that_could_not_be_evaluated_is_named(finished: Served, r
     assert [o.version.average for o in work.failures] == AVERAGES
 
 
-def test_a_worker_that_starts_again_skips_what_has_metrics_and_tries_failures_again(
-    finished: Served, reader: Reader
-) -> None:
+def test_restarted_worker_skips_versions_with_metrics_and_retries_failures(finished: Served, reader: Reader) -> None:
     newest = {version.average: version for name in AVERAGES for version in reader.versions("digits", name)[:1]}
     reader.report(newest["raw"], {"bias": 200.0})
     reader.report(newest["ema-0.9"], error="it crashed")
@@ -185,11 +179,11 @@ def test_a_worker_that_starts_again_skips_what_has_metrics_and_tries_failures_ag
     assert [o.version.average for o in outcomes] == ["ema-0.9"]
 
 
-def test_a_version_pruned_before_it_is_loaded_is_skipped(served: Served, reader: Reader) -> None:
+def test_version_pruned_before_it_is_loaded_is_skipped(served: Served, reader: Reader) -> None:
     served.publish("digits", 100, ["raw"])
 
-    class Slow(Reader):
-        """Looks, and is overtaken by the retention before it loads."""
+    class Overtaken(Reader):
+        """Retention deletes the version before it is loaded."""
 
         def load(self, version: Any, device: str = "cpu") -> dict[str, torch.Tensor]:
             if version.step == 100 and served.catalog.generations("digits")[-1].step == 100:
@@ -198,13 +192,13 @@ def test_a_version_pruned_before_it_is_loaded_is_skipped(served: Served, reader:
                 served.show("digits", 200, ["raw"], RunState.FINISHED)
             return super().load(version, device)
 
-    with Slow(reader.url) as slow:
-        outcomes = list(worker(slow).outcomes())
+    with Overtaken(reader.url) as overtaken:
+        outcomes = list(worker(overtaken).outcomes())
 
     assert [o.version.step for o in outcomes] == [200]
 
 
-def test_a_server_that_goes_away_is_waited_for_and_said_once(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_worker_waits_for_an_absent_server_and_logs_it_once(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     served.publish("digits", 100, ["raw"])
     with served.listening() as url:
         reader = Reader(url)
@@ -225,7 +219,7 @@ def test_a_server_that_goes_away_is_waited_for_and_said_once(served: Served, cap
     "result",
     [None, {}, 0.5, [("a", 1)], {"a": None}, {"a": "good"}, {"a": torch.zeros(2)}, {1: 1.0}],
 )
-def test_a_result_that_is_no_dict_with_a_number_is_refused(result: object) -> None:
+def test_result_that_is_no_dict_with_a_number_is_refused(result: object) -> None:
     with pytest.raises(ValueError, match=r"returned|metric"):
         measured(result)
 
@@ -242,7 +236,7 @@ def test_a_result_that_is_no_dict_with_a_number_is_refused(result: object) -> No
         (10**400, None),
     ],
 )
-def test_a_metric_without_a_finite_value_is_missing_and_the_others_count(value: object, reason: str | None) -> None:
+def test_metric_without_a_finite_value_is_missing_and_the_others_count(value: object, reason: str | None) -> None:
     found = measured({"top1": 0.9, "loss": value, "samples": 5})
 
     assert (found.metrics, found.samples) == ({"top1": 0.9}, 5)
@@ -250,12 +244,12 @@ def test_a_metric_without_a_finite_value_is_missing_and_the_others_count(value: 
     assert reason in (None, found.missing["loss"])
 
 
-def test_a_result_of_nan_alone_is_a_result() -> None:
+def test_result_of_nan_alone_is_no_error() -> None:
     assert measured({"loss": float("nan")}) == Measured({}, None, {"loss": "nan"})
     assert measured({"a": 1.0, "samples": float("nan")}) == Measured({"a": 1.0}, None, {"samples": "nan"})
 
 
-def test_a_nan_metric_keeps_the_others_and_the_version_is_evaluated_once(finished: Served, reader: Reader) -> None:
+def test_version_with_a_nan_metric_keeps_the_others_and_is_evaluated_once(finished: Served, reader: Reader) -> None:
     def partly(state: dict[str, torch.Tensor]) -> dict[str, float]:
         return {**bias(state), "loss": float("nan")}
 
@@ -270,32 +264,32 @@ def test_a_nan_metric_keeps_the_others_and_the_version_is_evaluated_once(finishe
     assert (validated.state, validated.metrics, validated.missing) == ("done", {"bias": 200.0}, {"loss": "nan"})
 
 
-def test_numbers_of_torch_become_floats() -> None:
+def test_numbers_of_torch_are_converted_to_floats() -> None:
     metrics = measured({"a": torch.tensor(0.5), "b": 1, "c": True}).metrics
 
     assert metrics == {"a": 0.5, "b": 1.0, "c": 1.0}
     assert all(type(value) is float for value in metrics.values())
 
 
-def test_the_number_of_samples_is_no_metric() -> None:
+def test_number_of_samples_is_no_metric() -> None:
     assert measured({"accuracy": 0.5, "samples": 360}) == Measured({"accuracy": 0.5}, 360)
     assert measured({"accuracy": 0.5}) == Measured({"accuracy": 0.5}, None)
 
 
 @pytest.mark.parametrize("result", [{"samples": 3}, {"a": 1.0, "samples": -1}, {"a": 1.0, "samples": 0.5}])
-def test_a_wrong_number_of_samples_is_refused(result: dict[str, float]) -> None:
+def test_invalid_number_of_samples_is_refused(result: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="samples"):
         measured(result)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cpu:x"])
-def test_a_device_that_cannot_be_used_is_a_usage_error_that_names_it(device: str) -> None:
+def test_device_that_cannot_be_used_is_a_usage_error_that_names_it(device: str) -> None:
     check_device("cpu")
     with pytest.raises(UsageError, match=device):
         check_device(device)
 
 
-def test_samples_reach_the_server(finished: Served, reader: Reader) -> None:
+def test_number_of_samples_is_reported(finished: Served, reader: Reader) -> None:
     list(worker(reader, lambda state: {**bias(state), "samples": 12}, averages=("raw",)).outcomes())
 
     found = reader.validate("digits", "raw")
@@ -313,7 +307,7 @@ def test_two_workers_never_evaluate_the_same_version(served: Served, reader: Rea
     assert sorted(averages) == [f"ema-0.{digit}" for digit in range(1, 9)]
 
 
-def test_a_worker_without_a_run_takes_the_versions_of_all_runs(served: Served, reader: Reader) -> None:
+def test_worker_without_a_run_takes_versions_of_all_runs(served: Served, reader: Reader) -> None:
     served.publish("digits", 100, ["raw"])
     served.publish("other", 7, ["raw"])
     outcomes = EvaluationWorker(reader, bias, poll_s=0.02).outcomes()
@@ -321,7 +315,7 @@ def test_a_worker_without_a_run_takes_the_versions_of_all_runs(served: Served, r
     assert {next(outcomes).version.run for _ in range(2)} == {"digits", "other"}
 
 
-def test_a_validation_that_nobody_finishes_ends_in_time_and_says_how_it_stood(served: Served, reader: Reader) -> None:
+def test_timeout_of_a_validation_reports_its_state(served: Served, reader: Reader) -> None:
     served.publish("digits", 100, ["raw"])
     wanted = Wanted("w", "default", "digits", ())
     lease, _ = reader.leases.ask(wanted)
@@ -334,7 +328,7 @@ def test_a_validation_that_nobody_finishes_ends_in_time_and_says_how_it_stood(se
         reader.leases.settle(replace(lease, id="nope"), {"a": 1.0}, error=None, samples=None, seconds=0.0)
 
 
-def test_a_long_evaluation_keeps_its_lease(finished: Served, reader: Reader) -> None:
+def test_long_evaluation_keeps_its_lease(finished: Served, reader: Reader) -> None:
     held = []
 
     def long(state: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -351,12 +345,12 @@ def test_a_long_evaluation_keeps_its_lease(finished: Served, reader: Reader) -> 
 @pytest.mark.parametrize(
     "target", ["module", ":f", "module:", "no_such_module_here:f", "json:no_such_function", "json:__name__", "a b:c"]
 )
-def test_a_function_that_cannot_be_imported_is_a_usage_error(target: str) -> None:
+def test_function_that_cannot_be_imported_is_a_usage_error(target: str) -> None:
     with pytest.raises(UsageError):
         import_function(target)
 
 
-def test_loaded_weights_reach_the_function_unchanged(finished: Served, reader: Reader) -> None:
+def test_function_gets_the_weights_unchanged(finished: Served, reader: Reader) -> None:
     seen: list[dict[str, torch.Tensor]] = []
 
     def look(state: dict[str, torch.Tensor]) -> dict[str, float]:

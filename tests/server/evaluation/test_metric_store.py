@@ -32,7 +32,7 @@ def test_reports_survive_a_restart(tmp_path: Path) -> None:
     assert found == ((report("w"),), SUBJECT)
 
 
-def test_a_row_of_an_earlier_release_has_no_missing_metrics(tmp_path: Path) -> None:
+def test_row_of_an_earlier_release_has_no_missing_metrics(tmp_path: Path) -> None:
     store = MetricStore(tmp_path / "metrics.sqlite")
     store.add(report("w")).result(WAIT_S)
     store.submit(lambda db: db.execute("""UPDATE reports SET body = '[{"accuracy": 0.5}, null, null, null]'""")).result(
@@ -44,7 +44,7 @@ def test_a_row_of_an_earlier_release_has_no_missing_metrics(tmp_path: Path) -> N
     assert found == (report("w"),)
 
 
-def test_the_same_worker_replaces_its_row_and_another_adds_one(tmp_path: Path) -> None:
+def test_second_report_of_a_worker_replaces_its_row(tmp_path: Path) -> None:
     store = MetricStore(tmp_path / "metrics.sqlite")
     first = [store.add(report(worker)).result(WAIT_S) for worker in ("w1", "w1", "w2")]
     rows = store.reports("digits").result(WAIT_S)
@@ -54,7 +54,7 @@ def test_the_same_worker_replaces_its_row_and_another_adds_one(tmp_path: Path) -
     assert [row.worker for row in rows] == ["w1", "w2"]
 
 
-def test_reports_follow_a_run_to_its_new_name(tmp_path: Path) -> None:
+def test_reports_are_moved_when_a_run_is_renamed(tmp_path: Path) -> None:
     store = MetricStore(tmp_path / "metrics.sqlite")
     store.hand_out(SUBJECT)
     store.add(report("w")).result(WAIT_S)
@@ -67,7 +67,7 @@ def test_reports_follow_a_run_to_its_new_name(tmp_path: Path) -> None:
     assert [row.subject for row in new] == [found]
 
 
-def test_many_threads_may_report_at_once(tmp_path: Path) -> None:
+def test_reports_from_many_threads_are_all_stored(tmp_path: Path) -> None:
     store = MetricStore(tmp_path / "metrics.sqlite")
     with ThreadPoolExecutor(8) as threads:
         results = list(threads.map(lambda i: store.add(report(f"w{i}")).result(WAIT_S), range(64)))
@@ -78,7 +78,7 @@ def test_many_threads_may_report_at_once(tmp_path: Path) -> None:
     assert len(rows) == 64
 
 
-def test_the_database_syncs_each_commit_to_a_write_ahead_log(tmp_path: Path) -> None:
+def test_database_syncs_each_commit_to_a_write_ahead_log(tmp_path: Path) -> None:
     connection = connect((tmp_path / "metrics.sqlite").as_uri())
     modes = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
     connection.close()
@@ -86,7 +86,7 @@ def test_the_database_syncs_each_commit_to_a_write_ahead_log(tmp_path: Path) -> 
     assert modes == ["wal", 2]
 
 
-def test_without_shared_memory_a_rollback_journal_serves_with_one_warning(
+def test_file_system_without_shared_memory_uses_a_rollback_journal_and_warns_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -98,7 +98,7 @@ def test_without_shared_memory_a_rollback_journal_serves_with_one_warning(
     assert len(caplog.records) == 1
 
 
-def test_a_file_that_is_not_a_database_is_refused_by_name(tmp_path: Path) -> None:
+def test_file_that_is_not_a_database_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "metrics.sqlite"
     path.write_bytes(b"this is not a database" * 100)
 
@@ -106,7 +106,7 @@ def test_a_file_that_is_not_a_database_is_refused_by_name(tmp_path: Path) -> Non
         MetricStore(path)
 
 
-def test_a_database_of_a_newer_release_is_refused(tmp_path: Path) -> None:
+def test_database_of_a_newer_release_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "metrics.sqlite"
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA user_version=7")

@@ -24,7 +24,7 @@ GOOD = Finding({"accuracy": 0.5}, None, 10, 0.1)
 Result = TypeVar("Result")
 
 
-class Desk:
+class Scheduling:
     """The validations of a served folder, on a clock that only the test moves."""
 
     def __init__(self, served: Served, metrics: MetricStore) -> None:
@@ -66,170 +66,170 @@ def run(work: Coroutine[Any, Any, Result]) -> Result:
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
+def scheduling(tmp_path: Path) -> Iterator[Scheduling]:
     served = Served(tmp_path / "data")
     served.publish("digits", 100, ["raw"])
-    yield Desk(served, served.metrics)
+    yield Scheduling(served, served.metrics)
     served.close()
 
 
-def test_a_version_goes_to_one_worker_and_is_held_for_the_others(desk: Desk) -> None:
-    lease = desk.take("first")
+def test_version_is_leased_to_one_worker_and_counted_as_held_for_others(scheduling: Scheduling) -> None:
+    lease = scheduling.take("first")
 
-    assert (lease.subject.step, desk.held) == (100, 0)
-    assert (desk.ask("second"), desk.held) == (None, 1)
+    assert (lease.subject.step, scheduling.held) == (100, 0)
+    assert (scheduling.ask("second"), scheduling.held) == (None, 1)
 
 
-def test_a_worker_for_all_runs_gets_no_run_without_a_trainer_since_the_start(desk: Desk) -> None:
-    desk.served.show("digits", 100, ["raw"], RunState.FINISHED, is_current=False)
-    assert desk.ask(run=None) is None
-    desk.request(100)
-    asked_for = desk.take(run=None)
+def test_worker_for_all_runs_gets_only_runs_with_a_trainer_since_the_start(scheduling: Scheduling) -> None:
+    scheduling.served.show("digits", 100, ["raw"], RunState.FINISHED, is_current=False)
+    assert scheduling.ask(run=None) is None
+    scheduling.request(100)
+    asked_for = scheduling.take(run=None)
     assert asked_for.subject.run == "digits"
-    run(desk.validations.give_back(asked_for.id))
-    assert desk.ask(run="digits") is not None
+    run(scheduling.validations.give_back(asked_for.id))
+    assert scheduling.ask(run="digits") is not None
 
 
-def test_heartbeats_keep_a_lease_and_without_them_the_next_worker_takes_it_over(desk: Desk) -> None:
-    lease = desk.take("first")
+def test_lease_without_heartbeats_is_taken_over_by_the_next_worker(scheduling: Scheduling) -> None:
+    lease = scheduling.take("first")
     for _ in range(5):
-        desk.now += 29
-        assert run(desk.validations.beat(lease.id)) is not None
-        assert desk.ask("second") is None
-    desk.now += 31
-    taken = desk.take("second")
+        scheduling.now += 29
+        assert run(scheduling.validations.beat(lease.id)) is not None
+        assert scheduling.ask("second") is None
+    scheduling.now += 31
+    taken = scheduling.take("second")
 
     assert taken.subject == lease.subject
-    assert run(desk.validations.beat(lease.id)) is None
-    assert not desk.settle(lease)
-    assert desk.settle(taken)
+    assert run(scheduling.validations.beat(lease.id)) is None
+    assert not scheduling.settle(lease)
+    assert scheduling.settle(taken)
 
 
-def test_a_late_result_counts_unless_another_worker_took_over(desk: Desk) -> None:
-    lease = desk.take()
-    desk.now += 1000
+def test_late_result_counts_unless_another_worker_took_over(scheduling: Scheduling) -> None:
+    lease = scheduling.take()
+    scheduling.now += 1000
 
-    assert desk.settle(lease)
-    assert desk.ask() is None
+    assert scheduling.settle(lease)
+    assert scheduling.ask() is None
 
 
-def test_a_result_that_is_sent_twice_is_one_result(desk: Desk) -> None:
-    lease = desk.take()
-    first, again = (run(desk.validations.settle(lease.id, GOOD)) for _ in range(2))
+def test_result_sent_twice_is_stored_once(scheduling: Scheduling) -> None:
+    lease = scheduling.take()
+    first, again = (run(scheduling.validations.settle(lease.id, GOOD)) for _ in range(2))
 
     assert first is not None
     assert again is not None
     assert (first[1], again[1]) == (True, False)
-    assert len(desk.served.metrics.reports("digits").result(WAIT_S)) == 1
+    assert len(scheduling.served.metrics.reports("digits").result(WAIT_S)) == 1
 
 
-def test_a_version_that_has_metrics_is_done_for_its_task_and_due_for_others(desk: Desk) -> None:
-    desk.settle(desk.take())
+def test_version_with_metrics_is_due_for_other_tasks_only(scheduling: Scheduling) -> None:
+    scheduling.settle(scheduling.take())
 
-    assert desk.ask("another") is None
-    assert desk.take(task="robustness").task == "robustness"
-
-
-def test_a_failed_version_goes_to_a_worker_that_has_not_failed_on_it(desk: Desk) -> None:
-    lease = desk.take()
-    desk.settle(lease, Finding(error="ValueError: no"))
-
-    assert desk.ask(skip=(lease.subject.version,)) is None
-    assert desk.ask("another") is not None
+    assert scheduling.ask("another") is None
+    assert scheduling.take(task="robustness").task == "robustness"
 
 
-def test_a_returned_lease_is_free_at_once_and_no_attempt(desk: Desk) -> None:
+def test_failed_version_is_leased_to_a_worker_that_has_not_failed_on_it(scheduling: Scheduling) -> None:
+    lease = scheduling.take()
+    scheduling.settle(lease, Finding(error="ValueError: no"))
+
+    assert scheduling.ask(skip=(lease.subject.version,)) is None
+    assert scheduling.ask("another") is not None
+
+
+def test_returned_lease_is_free_at_once_and_counts_no_attempt(scheduling: Scheduling) -> None:
     for _ in range(ATTEMPTS_MAX + 2):
-        run(desk.validations.give_back(desk.take().id))
+        run(scheduling.validations.give_back(scheduling.take().id))
 
-    assert desk.ask("another") is not None
-
-
-def test_leases_of_a_dead_worker_are_free_at_once(desk: Desk) -> None:
-    desk.take("server")
-    desk.take("other", task="robustness")
-    desk.validations.abandon("server")
-
-    assert desk.take("next").subject.step == 100
-    assert desk.ask("next", task="robustness") is None
+    assert scheduling.ask("another") is not None
 
 
-def test_a_version_that_crashes_its_workers_is_reported_and_left_until_requested(
-    desk: Desk,
+def test_leases_of_a_dead_worker_are_free_at_once(scheduling: Scheduling) -> None:
+    scheduling.take("server")
+    scheduling.take("other", task="robustness")
+    scheduling.validations.abandon("server")
+
+    assert scheduling.take("next").subject.step == 100
+    assert scheduling.ask("next", task="robustness") is None
+
+
+def test_version_that_crashes_its_workers_is_reported_and_left_until_requested(
+    scheduling: Scheduling,
 ) -> None:
     for number in range(ATTEMPTS_MAX):
-        desk.take(f"w{number}")
-        desk.now += 31
+        scheduling.take(f"w{number}")
+        scheduling.now += 31
 
-    assert desk.ask("next") is None
-    rows = desk.served.metrics.reports("digits").result(WAIT_S)
+    assert scheduling.ask("next") is None
+    rows = scheduling.served.metrics.reports("digits").result(WAIT_S)
     assert [row.worker for row in rows] == [f"w{ATTEMPTS_MAX - 1}"]
     assert "vanished" in str(rows[0].error)
-    desk.request(100)
-    assert desk.ask("next") is not None
+    scheduling.request(100)
+    assert scheduling.ask("next") is not None
 
 
-def test_the_newest_version_of_each_average_of_each_run_is_due(desk: Desk) -> None:
-    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
-    desk.served.publish("other", 7, ["raw"])
-    found = [desk.take(run=None).subject for _ in range(3)]
+def test_newest_version_of_each_average_of_each_run_is_due(scheduling: Scheduling) -> None:
+    scheduling.served.publish("digits", 200, ["raw", "ema-0.9"])
+    scheduling.served.publish("other", 7, ["raw"])
+    found = [scheduling.take(run=None).subject for _ in range(3)]
 
     assert [(item.run, item.average, item.step) for item in found] == [
         ("digits", "raw", 200),
         ("digits", "ema-0.9", 200),
         ("other", "raw", 7),
     ]
-    assert desk.ask(run=None) is None
+    assert scheduling.ask(run=None) is None
 
 
-def test_every_nth_version_is_due_and_the_last_one_of_a_finished_run(desk: Desk) -> None:
+def test_every_nth_version_and_the_last_of_a_finished_run_are_due(scheduling: Scheduling) -> None:
     found = []
     for step in range(100, 700, 100):
         if step > 100:
-            desk.served.publish("digits", step, ["raw"])
-        if (lease := desk.ask(every=3)) is not None:
+            scheduling.served.publish("digits", step, ["raw"])
+        if (lease := scheduling.ask(every=3)) is not None:
             found.append(lease.subject.step)
-            desk.settle(lease)
-    desk.served.show("digits", 600, ["raw"], RunState.FINISHED)
-    last = desk.take(every=3)
+            scheduling.settle(lease)
+    scheduling.served.show("digits", 600, ["raw"], RunState.FINISHED)
+    last = scheduling.take(every=3)
 
     assert found == [100, 400]
     assert last.subject.step == 600
 
 
-def evaluate_while_publishing(desk: Desk, workers: int, until: float) -> list[tuple[float, str, int]]:
+def evaluate_while_publishing(scheduling: Scheduling, workers: int, until: float) -> list[tuple[float, str, int]]:
     """Publish three averages every 10 s and evaluate each version in about 6 s; returns time, average, step of results.
 
     Retention keeps three generations, as far as their versions are not held.
     """
-    averages, start, results, step = ["raw", "ema-0.9", "ema-0.99"], desk.now, [], 100
+    averages, start, results, step = ["raw", "ema-0.9", "ema-0.99"], scheduling.now, [], 100
     events: list[tuple[float, int, Lease | None]] = [(start + 0.1 * number, number, None) for number in range(workers)]
     next_publish = start
     while events:
-        desk.now, number, lease = heapq.heappop(events)
-        while next_publish <= desk.now and next_publish < start + until:
+        scheduling.now, number, lease = heapq.heappop(events)
+        while next_publish <= scheduling.now and next_publish < start + until:
             step, next_publish = step + 100, next_publish + 10
-            desk.served.publish("digits", step, averages)
-            for old in desk.served.catalog.generations("digits")[3:]:
-                desk.served.catalog.remove(old)
+            scheduling.served.publish("digits", step, averages)
+            for old in scheduling.served.catalog.generations("digits")[3:]:
+                scheduling.served.catalog.remove(old)
         if next_publish >= start + until:
-            desk.served.show("digits", step, averages, RunState.FINISHED)
+            scheduling.served.show("digits", step, averages, RunState.FINISHED)
         if lease is not None:
-            assert desk.settle(lease)
-            results.append((desk.now, lease.subject.average, lease.subject.step))
-        lease = desk.ask(f"w{number}")
+            assert scheduling.settle(lease)
+            results.append((scheduling.now, lease.subject.average, lease.subject.step))
+        lease = scheduling.ask(f"w{number}")
         if lease is not None:
-            heapq.heappush(events, (desk.now + 6 + 0.1 * number, number, lease))
-        elif desk.now < start + until:
-            heapq.heappush(events, (desk.now + 1, number, None))
+            heapq.heappush(events, (scheduling.now + 6 + 0.1 * number, number, lease))
+        elif scheduling.now < start + until:
+            heapq.heappush(events, (scheduling.now + 1, number, None))
     return results
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
 def test_averages_are_evaluated_equally_often_when_evaluation_is_slower_than_publishing(
-    desk: Desk, workers: int
+    scheduling: Scheduling, workers: int
 ) -> None:
-    results = evaluate_while_publishing(desk, workers, 300.0)
+    results = evaluate_while_publishing(scheduling, workers, 300.0)
 
     counts: Counter[str] = Counter()
     for _, average, _ in results:
@@ -243,185 +243,185 @@ def test_averages_are_evaluated_equally_often_when_evaluation_is_slower_than_pub
     assert len(by_step) >= 300 / 18 - 1, "the worker was never idle"
 
 
-def test_a_step_that_was_begun_is_completed_before_the_newest_one_begins(desk: Desk) -> None:
+def test_step_in_progress_is_completed_before_the_newest_step_begins(scheduling: Scheduling) -> None:
     names = ["raw", "ema-0.9", "ema-0.99"]
-    desk.served.publish("digits", 200, names)
-    first = desk.take()
-    desk.served.publish("digits", 300, names)
-    desk.served.publish("digits", 400, names)
-    desk.settle(first)
-    rest = [desk.take("w2").subject, desk.take("w3").subject]
-    newest = desk.take("w4").subject
+    scheduling.served.publish("digits", 200, names)
+    first = scheduling.take()
+    scheduling.served.publish("digits", 300, names)
+    scheduling.served.publish("digits", 400, names)
+    scheduling.settle(first)
+    rest = [scheduling.take("w2").subject, scheduling.take("w3").subject]
+    newest = scheduling.take("w4").subject
 
     assert [(item.average, item.step) for item in (first.subject, *rest)] == [(name, 200) for name in names]
     assert (newest.average, newest.step) == ("raw", 400)
 
 
-def test_requests_come_before_the_rest_of_a_step_and_do_not_begin_one(desk: Desk) -> None:
-    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
-    desk.served.publish("digits", 300, ["raw", "ema-0.9"])
-    begun = desk.take()
-    desk.request(200)
-    requested = desk.take("w2")
+def test_requested_version_precedes_the_step_in_progress_and_begins_no_step(scheduling: Scheduling) -> None:
+    scheduling.served.publish("digits", 200, ["raw", "ema-0.9"])
+    scheduling.served.publish("digits", 300, ["raw", "ema-0.9"])
+    begun = scheduling.take()
+    scheduling.request(200)
+    requested = scheduling.take("w2")
     for lease in (begun, requested):
-        desk.settle(lease)
-    desk.served.publish("digits", 400, ["raw", "ema-0.9"])
-    after = [desk.take(f"w{number}").subject for number in range(3)]
+        scheduling.settle(lease)
+    scheduling.served.publish("digits", 400, ["raw", "ema-0.9"])
+    after = [scheduling.take(f"w{number}").subject for number in range(3)]
 
     assert (begun.subject.step, requested.subject.step) == (300, 200)
     assert [(item.average, item.step) for item in after] == [("ema-0.9", 300), ("raw", 400), ("ema-0.9", 400)]
 
 
-def test_the_rest_of_a_step_is_not_pruned_between_two_evaluations_but_once_leases_expire(desk: Desk) -> None:
-    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
-    desk.settle(desk.take())
-    between = desk.prune(200)
-    desk.settle(desk.take())
-    desk.now += 31
+def test_step_in_progress_is_kept_between_two_evaluations(scheduling: Scheduling) -> None:
+    scheduling.served.publish("digits", 200, ["raw", "ema-0.9"])
+    scheduling.settle(scheduling.take())
+    between = scheduling.prune(200)
+    scheduling.settle(scheduling.take())
+    scheduling.now += 31
 
-    assert (between, desk.prune(200)) == (False, True)
-
-
-def test_the_rest_of_a_step_without_a_worker_is_pruned_and_not_offered(desk: Desk) -> None:
-    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
-    desk.settle(desk.take())
-    desk.now += 31
-    assert desk.prune(200)
-    desk.served.publish("digits", 300, ["raw"])
-
-    assert desk.take().subject.step == 300
+    assert (between, scheduling.prune(200)) == (False, True)
 
 
-def test_a_version_that_fails_completes_its_step_for_every_worker(desk: Desk) -> None:
-    desk.served.publish("digits", 200, ["raw"])
-    failed = desk.take()
-    desk.settle(failed, Finding(error="ValueError: no"))
-    desk.served.publish("digits", 300, ["raw"])
+def test_step_in_progress_without_a_worker_is_pruned_and_not_offered(scheduling: Scheduling) -> None:
+    scheduling.served.publish("digits", 200, ["raw", "ema-0.9"])
+    scheduling.settle(scheduling.take())
+    scheduling.now += 31
+    assert scheduling.prune(200)
+    scheduling.served.publish("digits", 300, ["raw"])
 
-    assert desk.take("another").subject.step == 300
+    assert scheduling.take().subject.step == 300
 
 
-def test_a_step_that_was_begun_is_completed_after_a_restart(desk: Desk) -> None:
-    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
-    desk.settle(desk.take())
-    desk.served.publish("digits", 300, ["raw", "ema-0.9"])
-    with closing(MetricStore(desk.served.data / "metrics.sqlite")) as reopened:
-        restarted = Desk(desk.served, reopened)
+def test_failed_version_completes_its_step_for_every_worker(scheduling: Scheduling) -> None:
+    scheduling.served.publish("digits", 200, ["raw"])
+    failed = scheduling.take()
+    scheduling.settle(failed, Finding(error="ValueError: no"))
+    scheduling.served.publish("digits", 300, ["raw"])
+
+    assert scheduling.take("another").subject.step == 300
+
+
+def test_step_in_progress_is_completed_after_a_restart(scheduling: Scheduling) -> None:
+    scheduling.served.publish("digits", 200, ["raw", "ema-0.9"])
+    scheduling.settle(scheduling.take())
+    scheduling.served.publish("digits", 300, ["raw", "ema-0.9"])
+    with closing(MetricStore(scheduling.served.data / "metrics.sqlite")) as reopened:
+        restarted = Scheduling(scheduling.served, reopened)
 
         assert [restarted.take(name).subject.step for name in ("w1", "w2", "w3")] == [200, 300, 300]
 
 
-def test_a_step_begun_by_a_worker_for_one_average_is_not_completed_by_it(desk: Desk) -> None:
-    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
-    desk.settle(desk.take(averages=("raw",)))
-    desk.served.publish("digits", 300, ["raw", "ema-0.9"])
+def test_worker_for_one_average_evaluates_no_other(scheduling: Scheduling) -> None:
+    scheduling.served.publish("digits", 200, ["raw", "ema-0.9"])
+    scheduling.settle(scheduling.take(averages=("raw",)))
+    scheduling.served.publish("digits", 300, ["raw", "ema-0.9"])
 
-    assert desk.take(averages=("raw",)).subject.step == 300
+    assert scheduling.take(averages=("raw",)).subject.step == 300
 
 
-def test_a_derived_version_does_not_wait_for_the_end_of_the_run(desk: Desk) -> None:
-    folder = desk.served.data / "runs" / "digits" / "derived" / "00000001-000000000100"
+def test_derived_version_precedes_a_new_step(scheduling: Scheduling) -> None:
+    folder = scheduling.served.data / "runs" / "digits" / "derived" / "00000001-000000000100"
     folder.mkdir(parents=True)
-    base = desk.served.catalog.versions("digits", "raw")[0]
-    desk.served.catalog.add_derived(
+    base = scheduling.served.catalog.versions("digits", "raw")[0]
+    scheduling.served.catalog.add_derived(
         replace(base, id="d" * 40, average="power-0.05", folder=folder, seq=1, derived="synthesized")
     )
-    desk.served.publish("digits", 200, ["raw", "ema-0.9"])
+    scheduling.served.publish("digits", 200, ["raw", "ema-0.9"])
 
-    assert desk.take().subject.average == "power-0.05"
-    assert desk.take("another").subject.step == 200
+    assert scheduling.take().subject.average == "power-0.05"
+    assert scheduling.take("another").subject.step == 200
 
 
-def test_runs_take_turns_when_a_worker_for_all_runs_is_slower_than_they_publish(desk: Desk) -> None:
+def test_runs_take_turns_when_evaluation_is_slower_than_publishing(scheduling: Scheduling) -> None:
     given = []
     for step in range(200, 1000, 100):
         for name in ("digits", "other"):
-            desk.served.publish(name, step, ["raw", "ema-0.9"])
-        lease = desk.take(run=None)
+            scheduling.served.publish(name, step, ["raw", "ema-0.9"])
+        lease = scheduling.take(run=None)
         given.append(lease.subject.run)
-        desk.settle(lease)
+        scheduling.settle(lease)
 
     assert given == ["digits", "digits", "other", "other"] * 2
 
 
-def test_a_lease_holds_its_version_against_pruning_until_it_ends_or_expires(desk: Desk) -> None:
-    lease = desk.take()
-    held = desk.prune(100)
-    desk.now += 31
-    expired = desk.prune(100)
+def test_leased_version_is_not_pruned_until_the_lease_ends_or_expires(scheduling: Scheduling) -> None:
+    lease = scheduling.take()
+    held = scheduling.prune(100)
+    scheduling.now += 31
+    expired = scheduling.prune(100)
 
     assert (held, expired) == (False, True)
-    desk.served.publish("digits", 200, ["raw"])
-    lease = desk.take()
-    assert not desk.prune(200)
-    desk.settle(lease)
-    assert desk.prune(200)
+    scheduling.served.publish("digits", 200, ["raw"])
+    lease = scheduling.take()
+    assert not scheduling.prune(200)
+    scheduling.settle(lease)
+    assert scheduling.prune(200)
 
 
-def test_a_requested_version_is_held_for_ten_minutes(desk: Desk) -> None:
-    asked = desk.request(100)
-    held = desk.prune(100)
-    desk.now += REQUEST_HOLD_S + 1
-    pruned = desk.prune(100)
-    desk.ask()
-    found = desk.result(asked)
+def test_requested_version_is_not_pruned_for_ten_minutes(scheduling: Scheduling) -> None:
+    asked = scheduling.request(100)
+    held = scheduling.prune(100)
+    scheduling.now += REQUEST_HOLD_S + 1
+    pruned = scheduling.prune(100)
+    scheduling.ask()
+    found = scheduling.result(asked)
 
     assert (held, pruned) == (False, True)
     assert found is not None
     assert "pruned" in str(found.error)
 
 
-def test_requested_versions_come_first_and_every_request_gets_the_result(
-    desk: Desk,
+def test_requested_version_comes_first_and_every_request_gets_the_result(
+    scheduling: Scheduling,
 ) -> None:
-    desk.served.publish("digits", 200, ["raw"])
-    asked = desk.request(100)
-    twice = desk.request(100)
-    lease = desk.take()
-    running = run(desk.validations.find("digits", asked.id))
-    desk.settle(lease)
+    scheduling.served.publish("digits", 200, ["raw"])
+    asked = scheduling.request(100)
+    twice = scheduling.request(100)
+    lease = scheduling.take()
+    running = run(scheduling.validations.find("digits", asked.id))
+    scheduling.settle(lease)
 
     assert asked.id == twice.id
     assert lease.subject.step == 100
     assert running is not None
     assert (running.leased_to, running.finding) == ("w", None)
-    assert desk.result(asked) == GOOD
+    assert scheduling.result(asked) == GOOD
 
 
-def test_a_version_with_metrics_is_evaluated_again_only_on_request(desk: Desk) -> None:
-    desk.settle(desk.take())
-    known = desk.request(100, possible=False)
-    again = desk.request(100, again=True)
-    once_more = desk.request(100)
-    lease = desk.take()
-    desk.settle(lease, Finding({"accuracy": 0.75}))
-    newer = desk.result(again)
+def test_version_with_metrics_is_evaluated_again_only_on_request(scheduling: Scheduling) -> None:
+    scheduling.settle(scheduling.take())
+    known = scheduling.request(100, possible=False)
+    again = scheduling.request(100, again=True)
+    once_more = scheduling.request(100)
+    lease = scheduling.take()
+    scheduling.settle(lease, Finding({"accuracy": 0.75}))
+    newer = scheduling.result(again)
 
     assert (known.finding, once_more.finding) == (GOOD, GOOD)
     assert newer is not None
     assert newer.metrics == {"accuracy": 0.75}
-    assert desk.ask() is None
+    assert scheduling.ask() is None
 
 
-def test_a_request_without_a_possible_worker_does_not_wait(desk: Desk) -> None:
-    assert desk.request(100, possible=False) is None
-    desk.settle(desk.take())
-    assert desk.request(100, possible=False, task="robustness") is None
+def test_request_without_a_possible_worker_does_not_wait(scheduling: Scheduling) -> None:
+    assert scheduling.request(100, possible=False) is None
+    scheduling.settle(scheduling.take())
+    assert scheduling.request(100, possible=False, task="robustness") is None
 
 
-def test_a_worker_is_present_until_it_stops_asking(desk: Desk) -> None:
-    desk.ask(averages=("raw",))
-    there = [desk.validations.has_worker("digits", name, "default") for name in ("raw", "ema-0.9")]
-    desk.now += 3600
-    later = desk.validations.has_worker("digits", "raw", "default")
+def test_worker_is_present_until_it_stops_asking(scheduling: Scheduling) -> None:
+    scheduling.ask(averages=("raw",))
+    there = [scheduling.validations.has_worker("digits", name, "default") for name in ("raw", "ema-0.9")]
+    scheduling.now += 3600
+    later = scheduling.validations.has_worker("digits", "raw", "default")
 
     assert (there, later) == ([True, False], False)
 
 
-def test_leases_and_requests_outlive_the_server(desk: Desk, tmp_path: Path) -> None:
-    lease, asked = desk.take("first"), desk.request(100)
-    with closing(MetricStore(desk.served.data / "metrics.sqlite")) as reopened:
-        after = Desk(desk.served, reopened)
+def test_leases_and_requests_survive_a_restart(scheduling: Scheduling, tmp_path: Path) -> None:
+    lease, asked = scheduling.take("first"), scheduling.request(100)
+    with closing(MetricStore(scheduling.served.data / "metrics.sqlite")) as reopened:
+        after = Scheduling(scheduling.served, reopened)
         held = after.prune(100)
 
         assert (after.ask("second"), held) == (None, False)
@@ -429,12 +429,26 @@ def test_leases_and_requests_outlive_the_server(desk: Desk, tmp_path: Path) -> N
         assert after.result(asked) == GOOD
 
 
-def test_leases_and_requests_follow_a_run_to_its_new_name(desk: Desk) -> None:
-    lease, asked = desk.take(), desk.request(100)
-    desk.served.catalog.move("digits", "digits.old", desk.served.data / "runs" / "digits.old")
-    desk.settle(lease)
+def test_leases_and_requests_are_moved_when_a_run_is_renamed(scheduling: Scheduling) -> None:
+    lease, asked = scheduling.take(), scheduling.request(100)
+    scheduling.served.catalog.move("digits", "digits.old", scheduling.served.data / "runs" / "digits.old")
+    scheduling.settle(lease)
 
-    moved = run(desk.validations.find("digits.old", asked.id))
-    assert run(desk.validations.find("digits", asked.id)) is None
+    moved = run(scheduling.validations.find("digits.old", asked.id))
+    assert run(scheduling.validations.find("digits", asked.id)) is None
     assert moved is not None
     assert moved.finding == GOOD
+
+
+def test_deleted_run_leaves_no_rows(scheduling: Scheduling) -> None:
+    scheduling.served.publish("digits", 200, ["raw", "ema-0.9"])
+    scheduling.settle(scheduling.take())
+    scheduling.take()
+    scheduling.request(200, again=True)
+    scheduling.validations.delete("digits").result(WAIT_S)
+    count = (
+        "SELECT (SELECT COUNT(*) FROM reports), (SELECT COUNT(*) FROM leases), (SELECT COUNT(*) FROM validations),"
+        " (SELECT COUNT(*) FROM scheduled)"
+    )
+
+    assert scheduling.served.metrics.submit(lambda db: db.execute(count).fetchone()).result(WAIT_S) == (0, 0, 0, 0)

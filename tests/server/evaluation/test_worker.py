@@ -24,7 +24,7 @@ async def until(check: Callable[[], bool]) -> None:
     await asyncio.to_thread(eventually, check, "the state of the evaluator", WAIT_S)
 
 
-def test_a_failing_worker_is_restarted_after_twice_the_pause_each_time() -> None:
+def test_failing_worker_is_restarted_after_twice_the_pause_each_time() -> None:
     ended: list[str] = []
     evaluator = Evaluator(ServerConfig(Path("data"), evaluate="no_such_module_here:f"), ended.append)
 
@@ -44,7 +44,7 @@ def test_a_failing_worker_is_restarted_after_twice_the_pause_each_time() -> None
     assert ended == [WORKER] * 3
 
 
-def test_stopping_ends_the_worker_and_starts_no_other() -> None:
+def test_stop_ends_the_worker_and_starts_no_other() -> None:
     ended: list[str] = []
     evaluator = Evaluator(ServerConfig(Path("data"), evaluate="json:dumps"), ended.append)
 
@@ -57,11 +57,11 @@ def test_stopping_ends_the_worker_and_starts_no_other() -> None:
     assert ended == []
 
 
-def test_an_evaluator_that_was_never_started_can_be_stopped() -> None:
+def test_evaluator_that_was_never_started_can_be_stopped() -> None:
     asyncio.run(Evaluator(ServerConfig(Path("data"), evaluate="json:dumps"), print).stop())
 
 
-def test_the_worker_reaches_its_server_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_reaches_its_server_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """`Reader` needs no usable proxy for a host in NO_PROXY."""
     monkeypatch.setenv("ALL_PROXY", "nonsense://x:1")
     monkeypatch.setenv("no_proxy", "example.org")
