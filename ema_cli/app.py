@@ -6,6 +6,7 @@ A command whose packages are missing stays in the list and says which extra it n
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -39,6 +40,7 @@ def build() -> typer.Typer:
         name="ema",
         no_args_is_help=True,
         add_completion=False,
+        rich_markup_mode=None,  # rich cuts long names of options and variables
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -52,6 +54,9 @@ def build() -> typer.Typer:
                 raise
             for command in commands:
                 _register_missing(app, command, advice)
+    for info in app.registered_commands:  # the list of commands shows whole sentences, which click would cut
+        text = info.help or inspect.getdoc(info.callback) or ""
+        info.short_help = text.partition("\n\n")[0]
     return app
 
 

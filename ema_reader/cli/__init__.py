@@ -6,5 +6,6 @@
 - `averages`: `averages` and `ledger`
 - `synthesize`: `synthesize`
 - `options`: options, checks of arguments and exit codes that the commands share
-- `render`: values as tables for people, and as JSON for programs
+- `render`: values as text for people, and as JSON for programs
+- `tables`: aligned columns that fit into a terminal
 """

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ema_reader.cli import render
-from ema_reader.cli.options import Json, RunName, Target, Token, Url, check_rule, exits
+from ema_reader.cli.options import Json, Long, RunName, Target, Token, Url, check_rule, exits
 from ema_reader.errors import UsageError
 from ema_reader.reader import DEFAULT_URL, Reader
 from ema_reader.targets import named, parse_target
@@ -15,9 +15,14 @@ from ema_reader.targets import named, parse_target
 
 def averages(
     run: RunName,
-    add: Annotated[list[str] | None, typer.Option("--add", metavar="SPEC", help="Add one, as ema:0.9995.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="With --add: its name; default: the rule's.")] = None,
-    remove: Annotated[list[str] | None, typer.Option("--remove", metavar="AVERAGE", help="Remove this one.")] = None,
+    add: Annotated[
+        list[str] | None, typer.Option("--add", metavar="SPEC", help="Add an average, for example ema:0.9995.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the added average; default: by its rule.")] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option("--remove", metavar="AVERAGE", help="Remove this average.")
+    ] = None,
+    long: Long = False,
     url: Url = DEFAULT_URL,
     token: Token = None,
     json: Json = False,
@@ -39,7 +44,7 @@ def averages(
         for old in names:
             reader.averages.remove(run, named("average", old))
         found = reader.averages.of(run)
-        typer.echo(render.as_json({"averages": found}) if json else render.averages_text(found))
+        typer.echo(render.as_json({"averages": found}) if json else render.averages_text(found, long=long))
 
 
 def ledger(

@@ -38,23 +38,30 @@ def register(app: typer.Typer) -> None:
 
 
 def status(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="One run; default all.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Show only this run, with its metrics.")] = None,
+    long: Long = False,
     url: Url = DEFAULT_URL,
     token: Token = None,
     json: Json = False,
 ) -> None:
-    """Show the runs: state, steps, rates, gaps. With RUN also the newest metrics of each average."""
+    """Show the runs: state, steps, rates, gaps. With RUN also the newest metrics of each average.
+
+    The state of a run is active (its trainer streams), no-trainer (it is not finished and no trainer is connected; a
+    trainer can continue it), lost (its trainer went silent) or finished. JSON says waiting for no-trainer.
+    """
     with exits(), Reader(url, token) as reader:
         if run is None:
             runs = reader.runs()
-            typer.echo(render.as_json({"runs": runs}) if json else render.status_text(runs))
+            typer.echo(render.as_json({"runs": runs}) if json else render.status_text(runs, long=long))
             return
         found = reader.run(named("run", run))
         newest = {score.average: score for score in _scores(reader, run)}  # by step: the last one stays
         if json:
             typer.echo(render.as_json({"runs": [_with_metrics(found, newest)]}))
         else:
-            typer.echo(f"{render.status_text([found])}\n\n{render.newest_metrics_text(found, newest)}")
+            typer.echo(
+                f"{render.status_text([found], long=long)}\n\n{render.newest_metrics_text(found, newest, long=long)}"
+            )
 
 
 def versions(

@@ -12,6 +12,7 @@ import typer
 
 from ema_reader.cli import render
 from ema_reader.cli.options import Json, Long, RunName, Token, Url, exits
+from ema_reader.cli.tables import table
 from ema_reader.errors import UsageError
 from ema_reader.reader import DEFAULT_URL, Reader
 from ema_reader.scores import Direction, Score, chosen_metric, direction_of, metric_names, ranked, scores_of
@@ -53,7 +54,7 @@ def metrics(
         elif as_csv:
             typer.echo(_csv(scores, names), nl=False)
         else:
-            typer.echo(scores_text(scores, ranking, long=long) if scores else "no metrics yet")
+            typer.echo(scores_text(scores, ranking, by, long=long) if scores else "no metrics yet")
 
 
 def best(
@@ -81,7 +82,7 @@ def best(
             return
         columns = ("average", "step", "id", found.metric)
         row = (version.average, version.step, render.shown_id(version.id, long=long), f"{found.value:.6g}")
-        typer.echo(render.table(columns, [row]))
+        typer.echo(table(columns, [row]))
         typer.echo(f"{found.metric}: {found.direction}" if path is None else str(path))
 
 
@@ -93,11 +94,17 @@ def ranking_of(scores: Sequence[Score], by: str | None, lower: bool | None) -> R
 
 
 def scores_text(
-    scores: Sequence[Score], ranking: Ranking, *, long: bool, others: Mapping[str, Mapping[str, str]] | None = None
+    scores: Sequence[Score],
+    ranking: Ranking,
+    by: str | None,
+    *,
+    long: bool,
+    others: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
     """A table with a line for each version and a column for each metric, then what the marks and gaps mean.
 
-    `others` has further columns: by name, the text of each version.
+    `by` is the metric that is shown first of all where not all fit. `others` has further columns: by name, the text of
+    each version.
     """
     others = others or {}
     marked = {(name, first.version) for name, (_, order) in ranking.items() for first in order[:1]}
@@ -107,18 +114,10 @@ def scores_text(
         texts = [column.get(score.version) for column in others.values()]
         rows.append((score.step, score.average, render.shown_id(score.version, long=long), *texts, *values))
     notes = [f"* best {name}: {direction}" for name, (direction, order) in ranking.items() if order]
-    notes += [
-        f"{score.average} at step {score.step}: task {task} failed: {error.splitlines()[0][:200]}"
-        for score in scores
-        for task, error in score.errors.items()
-    ]
-    notes += [
-        f"{score.average} at step {score.step}: {name} is missing: {reason}"
-        for score in scores
-        for name, reason in score.missing.items()
-        if not render.is_explained(reason)
-    ]
-    return "\n".join([render.table(("step", "average", "version", *others, *ranking), rows), *notes])
+    columns = ("step", "average", "version", *others, *ranking)
+    optional = (*([by] if by is not None else []), *ranking, *others, "version")
+    lines = table(columns, rows, optional=optional, long=long)
+    return "\n".join([lines, *notes, *render.metric_notes(scores)])
 
 
 def _value(score: Score, name: str, *, is_best: bool) -> str:

@@ -4,40 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-import typer
-
+from ema_reader.cli.tables import table
 from ema_reader.evaluation.worker import Outcome
-from ema_reader.scores import Score
+from ema_reader.scores import Score, metric_names
 from ema_reader.values import Average, Ledger, Run, Validation, Version
 
 _NAMES_SHOWN = 3
 _NON_FINITE = ("nan", "inf", "-inf")
 _ID_CHARS = 12
-_RULE_CHARS = 60  # patterns may have thousands
-_LAST_CHARS_MIN = 8
+_STATE_WORDS = {"waiting": "no-trainer"}  # in tables: the run itself waits for nothing
 _ROUNDING = 1e-9  # by which ten million shares that add up to 1 may miss it
 
 
-def status_text(runs: Sequence[Run]) -> str:
+def status_text(runs: Sequence[Run], *, long: bool = False) -> str:
     """One line for each run, then what needs attention."""
     if not runs:
         return "no runs yet"
-    columns = ("run", "state", "step", "published_step", "steps_per_second", "applied", "gap_steps")
+    columns = ("run", "state", "step", "published_step", "steps_per_second", "applied", "gap_steps", "disk_bytes")
     rows = [
         (
-            *(r.run, r.state, r.step, r.published_step, r.steps_per_second, r.applied, r.gap_steps),
-            None if r.disk_bytes is None else size_text(r.disk_bytes),
+            *(r.run, _STATE_WORDS.get(r.state, r.state), r.step, r.published_step),
+            *(r.steps_per_second, r.applied, r.gap_steps),
+            _size_cell(r.disk_bytes, long=long),
             _names(r),
         )
         for r in runs
     ]
+    optional = ("published_step", "steps_per_second", "averages", "gap_steps", "disk_bytes", "applied")
     notes = [f"{r.run}: cannot publish: {r.publish_error}" for r in runs if r.publish_error is not None]
     notes += [f"{r.run}: no more is stored to synthesise from: {r.ring.error}" for r in runs if r.ring and r.ring.error]
     notes += [f"{r.run}: {r.quarantined} snapshots were not finite and left out" for r in runs if r.quarantined]
@@ -47,38 +44,45 @@ def status_text(runs: Sequence[Run]) -> str:
         if r.nonfinite_buffers
     ]
     notes += [f"{r.run}/{a.name}: {a.warning}" for r in runs for a in r.averages if a.warning is not None]
-    return "\n".join([table((*columns, "disk_bytes", "averages"), rows), *notes])
+    return "\n".join([table((*columns, "averages"), rows, optional=optional, long=long), *notes])
 
 
-def newest_metrics_text(run: Run, newest: Mapping[str, Score]) -> str:
+def newest_metrics_text(run: Run, newest: Mapping[str, Score], *, long: bool = False) -> str:
     """One line for each average of a run, with its newest metrics."""
+    names = metric_names(newest.values())
     rows = []
-    for name in run.average_names:
-        score = newest.get(name)
-        rows.append((name, None if score is None else score.step, None if score is None else metrics_text(score)))
-    return table(("average", "metrics_step", "metrics"), rows)
+    for average in run.average_names:
+        score = newest.get(average)
+        rows.append((average, None if score is None else score.step, *metric_cells(score, names)))
+    lines = table(("average", "metrics_step", *names), rows, optional=names, long=long)
+    return "\n".join([lines, *metric_notes(newest.values())])
 
 
 def versions_text(versions: Sequence[Version], scores: Mapping[str, Score], *, long: bool) -> str:
     """One line for each version, with its metrics; `long` shows every column."""
     if not versions:
         return "no versions yet"
-    columns = ["average", "step", "id", "updates", "gap_steps", "size", "created", "metrics"]
+    listed = [scores[v.id] for v in versions if v.id in scores]
+    names = metric_names(listed)
+    exact = ("decay", "half_life_steps") if long else ()
+    columns = ("average", "step", "id", "updates", "gap_steps", "size", "created", *exact, *names)
     rows: list[tuple[object, ...]] = []
     for v in versions:
-        metrics = metrics_text(scores[v.id]) if v.id in scores else None
         nbytes = sum(item.size for item in v.files)
-        common = (v.average, v.step, shown_id(v.id, long=long), v.updates, v.gap_steps)
-        if long:
-            rows.append((*common, nbytes, v.created, _precisely(v.decay), _precisely(v.half_life_steps), metrics))
-        else:
-            rows.append((*common, size_text(nbytes), age_text(v.created), metrics))
-    if long:
-        columns[-1:-1] = ["decay", "half_life_steps"]
-    return table(columns, rows)
+        details = (_precisely(v.decay), _precisely(v.half_life_steps)) if long else ()
+        created = v.created if long else age_text(v.created)
+        rows.append(
+            (
+                *(v.average, v.step, shown_id(v.id, long=long), v.updates, v.gap_steps),
+                *(_size_cell(nbytes, long=long), created, *details),
+                *metric_cells(scores.get(v.id), names),
+            )
+        )
+    lines = table(columns, rows, optional=(*names, "created", "size", "gap_steps", "updates"), long=long)
+    return "\n".join([lines, *metric_notes(listed)])
 
 
-def averages_text(averages: Sequence[Average]) -> str:
+def averages_text(averages: Sequence[Average], *, long: bool = False) -> str:
     """One line for each average."""
     columns = ("name", "step", "updates", "gap_steps", "decay", "half_life_steps", "age_steps", "initial_share")
     rows = [
@@ -92,12 +96,13 @@ def averages_text(averages: Sequence[Average]) -> str:
             _precisely(a.age_steps),
             None if a.initial_share is None else f"{a.initial_share:.3%}",
             a.accumulator,
-            _shortened(a.spec),
+            a.spec,
         )
         for a in averages
     ]
+    optional = ("spec", "decay", "age_steps", "half_life_steps", "initial_share", "updates", "gap_steps", "accumulator")
     notes = [f"{a.name}: {a.warning}" for a in averages if a.warning is not None]
-    return "\n".join([table((*columns, "accumulator", "spec"), rows), *notes])
+    return "\n".join([table((*columns, "accumulator", "spec"), rows, optional=optional, long=long), *notes])
 
 
 def ledger_text(ledger: Ledger) -> str:
@@ -128,20 +133,35 @@ def validation_text(found: Validation) -> str:
     return f"{found.run}/{found.average} at step {found.step} ({shown_id(found.version)}): {result} {by}"
 
 
-def metrics_text(score: Score) -> str:
-    """The metrics of a version in one cell."""
-    failed = "failed: " * bool(score.errors) + ", ".join(score.errors)
-    return "  ".join(filter(None, (_pairs(score.metrics, score.missing), failed)))
+def metric_cells(score: Score | None, names: Sequence[str]) -> tuple[str | None, ...]:
+    """The values of these metrics; None for a metric that a version does not have."""
+    if score is None:
+        return (None,) * len(names)
+    shown = {name: f"{value:.6g}" for name, value in score.metrics.items()}
+    shown |= {name: missing_text(reason) for name, reason in score.missing.items()}
+    return tuple(shown.get(name) for name in names)
+
+
+def metric_notes(scores: Iterable[Score]) -> list[str]:
+    """A line for each failed evaluation, and for each missing metric whose cell does not say why."""
+    found = tuple(scores)
+    notes = [
+        f"{score.average} at step {score.step}: task {task} failed: {error.splitlines()[0][:200]}"
+        for score in found
+        for task, error in score.errors.items()
+    ]
+    notes += [
+        f"{score.average} at step {score.step}: {name} is missing: {reason}"
+        for score in found
+        for name, reason in score.missing.items()
+        if reason not in _NON_FINITE
+    ]
+    return notes
 
 
 def missing_text(reason: str) -> str:
     """Why a metric is missing, for a cell: `nan`, `inf`, `-inf`, or `missing` for a longer reason."""
     return reason if reason in _NON_FINITE else "missing"
-
-
-def is_explained(reason: str) -> bool:
-    """Whether `missing_text` says all of a reason."""
-    return reason in _NON_FINITE
 
 
 def as_json(value: Any) -> str:
@@ -176,60 +196,8 @@ def age_text(created: str, now: datetime | None = None) -> str:
     return f"{max(0, int(seconds))} s ago"
 
 
-def styled(text: str, **style: Any) -> str:
-    """Text in a style, which `typer.echo` removes where stdout is no terminal. `NO_COLOR` switches styles off."""
-    return text if os.environ.get("NO_COLOR") else typer.style(text, **style)
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Aligned columns, numbers to the right; None is shown as a dash.
-
-    On a terminal too narrow for it, column names are broken at underscores, and the last column is cut.
-    """
-    texts = [[_cell(value) for value in row] for row in rows]
-    numeric = [all(isinstance(row[column], int | float | None) for row in rows) for column in range(len(columns))]
-    heads = [[name] for name in columns]
-    room = _terminal_columns()
-    if room is not None and _width(heads, texts) > room:
-        heads = [_broken(name) for name in columns]
-        left = room - _width(heads[:-1], [row[:-1] for row in texts]) - 2
-        last = max(left, _LAST_CHARS_MIN, *(len(part) for part in heads[-1]))
-        texts = [[*row[:-1], row[-1] if len(row[-1]) <= last else f"{row[-1][: last - 3]}..."] for row in texts]
-    height = max(len(head) for head in heads)
-    lines = [[head[at] if at < len(head) else "" for head in heads] for at in range(height)]
-    widths = _widths(heads, texts)
-    titles = [styled(_line(line, widths, numeric), bold=True) for line in lines]
-    return "\n".join(titles + [_line(row, widths, numeric) for row in texts])
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> str:
-    aligned = zip(cells, widths, numeric, strict=True)
-    return "  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in aligned).rstrip()
-
-
-def _widths(heads: Sequence[Sequence[str]], texts: Sequence[Sequence[str]]) -> list[int]:
-    return [max(len(text) for text in [*head, *(row[column] for row in texts)]) for column, head in enumerate(heads)]
-
-
-def _width(heads: Sequence[Sequence[str]], texts: Sequence[Sequence[str]]) -> int:
-    widths = _widths(heads, texts)
-    return sum(widths) + 2 * (len(widths) - 1)
-
-
-def _broken(name: str) -> list[str]:
-    parts = name.split("_")
-    return [f"{part}_" for part in parts[:-1]] + parts[-1:]
-
-
-def _terminal_columns() -> int | None:
-    """The width of the terminal; None where stdout is none, and nothing limits a line."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+def _size_cell(nbytes: int | None, *, long: bool) -> int | str | None:
+    return nbytes if long or nbytes is None else size_text(nbytes)
 
 
 def _precisely(value: float | None) -> str | None:
@@ -240,10 +208,6 @@ def _pairs(metrics: Mapping[str, float], missing: Mapping[str, str]) -> str:
     shown = {name: f"{value:.6g}" for name, value in metrics.items()}
     shown |= {name: missing_text(reason) for name, reason in missing.items()}
     return "  ".join(f"{name}={text}" for name, text in shown.items())
-
-
-def _shortened(spec: str) -> str:
-    return spec if len(spec) <= _RULE_CHARS else f"{spec[: _RULE_CHARS - 3]}..."
 
 
 def _names(run: Run) -> str:

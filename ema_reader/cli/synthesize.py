@@ -78,7 +78,7 @@ def synthesize(
         if json:
             typer.echo(render.as_json({"synthesized": made, "metrics": scores, "best": best_json(ranking)}))
         else:
-            typer.echo(_text(run, made, scores, ranking, long=long))
+            typer.echo(_text(run, made, scores, ranking, by, long=long))
         raise typer.Exit(int(failed))
 
 
@@ -165,9 +165,11 @@ def _line(made: Synthesized) -> str:
     )
 
 
-def _text(run: str, made: Sequence[Synthesized], scores: Sequence[Score], ranking: Ranking, *, long: bool) -> str:
+def _text(
+    run: str, made: Sequence[Synthesized], scores: Sequence[Score], ranking: Ranking, by: str | None, *, long: bool
+) -> str:
     errors = {each.version.id: f"{each.estimated_error:.2%}" for each in made}
-    lines = [scores_text(scores, ranking, long=long, others={"estimated_error": errors})]
+    lines = [scores_text(scores, ranking, by, long=long, others={"estimated_error": errors})]
     for name, (_, order) in ranking.items():
         for best in order[:1]:
             target = f"{run}/{best.average}@{render.shown_id(best.version, long=long)}"

@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from ema_cli.app import COMMANDS, build
-from ema_reader.cli import render
+from ema_reader.cli import render, tables
 from ema_reader.scores import Score
 from ema_reader.values import Average, File, Ring, Run, Version
 
@@ -19,7 +20,7 @@ _FILES = (File("model.safetensors", 44_790_000, "0" * 64),)
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "_terminal_columns", lambda: 80)
+    monkeypatch.setattr(tables, "terminal_width", lambda: 80)
     monkeypatch.setenv("NO_COLOR", "1")
 
 
@@ -32,15 +33,79 @@ def _run(name: str) -> Run:
     return Run(name, "finished", 450_000, 450_000, 12.25, 450_000, 3, 0, None, (), ("power-0.1", "power-0.05"), ring)
 
 
-def test_tables_fit_into_80_columns(narrow: None) -> None:
-    score = Score("f" * 40, "ema-0.9999", 450_000, {"accuracy": 0.123456, "loss": 1.23456789}, {})
-    tables = [
-        render.status_text([_run("resnet34"), _run("digits")]),
-        render.versions_text([_version(450_000), _version(1)], {"f" * 40: score}, long=False),
+def _average(name: str, spec: str) -> Average:
+    return Average(name, spec, 450_000, 3, 450_000, "float32", 0.9999, 6931.12, 9999.5, 0.00012)
+
+
+_METRICS = {
+    "accuracy": 0.123456,
+    "top5": 0.5,
+    "loss": 1.23456789,
+    "robust/accuracy": 0.25,
+    "robust/loss": 2.5,
+    "ece": 0.1,
+}
+_SCORE = Score("f" * 40, "ema-0.9999", 450_000, _METRICS, {})
+_AVERAGES = (_average("raw", "raw"), _average("ema-0.9999-head", "ema:0.9999:warmup=timm,gamma=10,only=head.*"))
+
+
+@pytest.mark.parametrize(
+    "spec", ["ema:0.9999", "ema:0.9999:warmup=timm,only=head.*", "ema:0.9:only=" + "layer.*|" * 99]
+)
+@pytest.mark.parametrize("name", ["mlp", "resnet34-on-imagenet"])
+def test_tables_fit_into_80_columns_and_name_what_they_leave_out(narrow: None, name: str, spec: str) -> None:
+    run = replace(_run(name), averages=_AVERAGES)
+    score = replace(_SCORE, average="raw")
+    shown = [
+        render.status_text([run, _run("digits")]),
+        render.newest_metrics_text(run, {"raw": score}),
+        render.versions_text([_version(450_000), _version(1)], {"f" * 40: _SCORE}, long=False),
+        render.averages_text([*_AVERAGES, _average(name, spec)]),
     ]
 
-    for table in tables:
+    for table in shown:
         assert max(map(len, table.splitlines())) <= 80, table
+        assert "..." not in table
+        assert "--long or --json" in " ".join(table.split())
+
+
+def test_values_and_specs_are_whole_or_left_out(narrow: None) -> None:
+    listed = render.versions_text([_version(450_000)], {"f" * 40: _SCORE}, long=False)
+    averages = render.averages_text(_AVERAGES)
+
+    assert listed.splitlines()[1].split() == [
+        "ema-0.9999",
+        "450000",
+        "f" * 12,
+        "0.123456",
+        "0.1",
+        "1.23457",
+        "0.5",
+        "0.25",
+    ]
+    assert "updates, gap_steps, size, created, robust/loss" in " ".join(listed.split())
+    assert [line.split()[-1] for line in averages.splitlines()[1:3]] == [average.spec for average in _AVERAGES]
+
+
+def test_long_and_piped_tables_have_every_column(monkeypatch: pytest.MonkeyPatch, narrow: None) -> None:
+    versions = [_version(450_000)]
+    long = render.versions_text(versions, {"f" * 40: _SCORE}, long=True)
+    monkeypatch.setattr(tables, "terminal_width", lambda: None)
+    piped = render.versions_text(versions, {"f" * 40: _SCORE}, long=False)
+
+    for text in (long, piped):
+        assert set(_METRICS) < set(text.splitlines()[0].split())
+        assert "1.23457" in text
+
+
+def test_columns_of_one_name_are_shown_or_left_out_together(narrow: None) -> None:
+    def columns(width: int) -> list[str]:
+        return (
+            tables.table(("run", "step", "step"), [("a", "1", "1" * width)], optional=["step"]).splitlines()[0].split()
+        )
+
+    assert columns(40) == ["run", "step", "step"]
+    assert columns(80) == ["run"]
 
 
 def test_an_average_that_is_too_long_is_a_line_below_the_table() -> None:
@@ -52,14 +117,6 @@ def test_an_average_that_is_too_long_is_a_line_below_the_table() -> None:
     assert status[2:] == ["digits/ema-0.9999: 92% of it is old"]
     assert render.averages_text([fine, long]).splitlines()[3:] == ["ema-0.9999: 92% of it is old"]
     assert len(render.averages_text([fine]).splitlines()) == 2  # a title and a row
-
-
-def test_wide_heading_breaks_at_underscores(narrow: None) -> None:
-    lines = render.status_text([_run("resnet34-on-imagenet")]).splitlines()
-
-    assert [line.split()[0] for line in lines[:2]] == ["run", "step"]
-    assert "published_" in lines[0]
-    assert "published_step" in render.table(["published_step"], [(1,)])
 
 
 def test_long_output_has_full_ids_exact_sizes_and_times() -> None:
@@ -91,6 +148,21 @@ def test_ages_have_units(created: str, text: str) -> None:
     assert render.age_text(created, datetime(2026, 1, 1, 12, tzinfo=UTC)) == text
 
 
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_into_80_columns_and_cuts_nothing(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    group: Any = typer.main.get_command(build())
+    options = [name for option in group.commands[command].params for name in option.opts] if command else COMMANDS
+
+    shown = CliRunner().invoke(build(), [*filter(None, [command]), "--help"]).stdout
+
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    assert "..." not in shown.replace("cuda:0, ...", "").replace("[ARGS]...", "")
+    assert "<bool>" not in shown
+    assert [name for name in options if name.startswith("-") or not command if name not in shown] == []
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_short_and_long_help_are_the_same(command: str) -> None:
     short, long = (CliRunner().invoke(build(), [command, option]) for option in ("-h", "--help"))
@@ -101,8 +173,8 @@ def test_short_and_long_help_are_the_same(command: str) -> None:
 
 def test_no_color_switches_styles_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
-    styled: Any = render.styled("x", bold=True)
+    styled: Any = tables.styled("x", bold=True)
     monkeypatch.setenv("NO_COLOR", "1")
 
     assert "\x1b[" in styled
-    assert render.styled("x", bold=True) == "x"
+    assert tables.styled("x", bold=True) == "x"
