@@ -17,6 +17,7 @@ from ema_proto.averages.rules import Ema
 from ema_proto.errors import LocalProtocolError
 from ema_proto.wire.messages import Resume
 from trainer_client.errors import SettingsError
+from trainer_client.ranks import rank_of
 from trainer_client.settings import check_step, check_timeout
 from trainer_client.timm.client import RemoteClient
 from trainer_client.timm.fetch import Pull
@@ -48,7 +49,7 @@ class RemoteModelEma(nn.Module):
         run: name of the run; default `EMA_RUN`, else generated.
         name: name of the average; default: made of its parameters.
         token: shared secret; default `EMA_TOKEN`.
-        rank: only rank 0 streams; default: torch.distributed's, else `RANK`, else 0.
+        rank: only rank 0 streams; default: torch.distributed's, else the launcher's `RANK`, else 0.
         resume: as of `EmaClient`.
         config: as of `EmaClient`.
         connect_timeout_s: as of `EmaClient`.
@@ -99,7 +100,7 @@ class RemoteModelEma(nn.Module):
         self._rule: Ema | None = None
         self._timeout_s = check_timeout("module_timeout_s", module_timeout_s)
         self._client: RemoteClient | None = None
-        if _rank(rank) == 0:
+        if rank_of(None if rank is None else check_step("rank", rank, 0), os.environ) == 0:
             self._client = RemoteClient(
                 endpoint,
                 run,
@@ -247,14 +248,6 @@ def _rules(
         return by_step, Ema(decay, name, init="start", buffers=buffers)
     except LocalProtocolError as error:
         raise SettingsError(str(error)) from None
-
-
-def _rank(given: int | None) -> int:
-    if given is not None:
-        return check_step("rank", given, 0)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK") or "0")
 
 
 def _run(given: str | None) -> str:
