@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 _PREFIX = "EMA_"
 _SIMILARITY = 0.65  # EMA_URI is like EMA_URL, EMA_PUBLISH_SECONDS like EMA_PUBLISH_EVERY_SECONDS; EMA_DECAY like none
+_NEARLY = 0.06  # a second name this close to the best one is suggested too
 
 
 def misspelt(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
@@ -20,5 +21,9 @@ def misspelt(names: Iterable[str], known: Collection[str]) -> Iterator[str]:
     """
     suffixes = [name.removeprefix(_PREFIX) for name in known]
     for name in sorted(name for name in names if name.upper().startswith(_PREFIX) and name not in known):
-        for closest in get_close_matches(name.upper().removeprefix(_PREFIX), suffixes, n=1, cutoff=_SIMILARITY):
-            yield f"the variable {name} is set, but nothing reads it: did you mean {_PREFIX}{closest}?"
+        wrong = name.upper().removeprefix(_PREFIX)
+        closest = get_close_matches(wrong, suffixes, n=2, cutoff=_SIMILARITY)
+        alike = [SequenceMatcher(None, each, wrong).ratio() for each in closest]
+        meant = [_PREFIX + each for each, ratio in zip(closest, alike, strict=True) if ratio > alike[0] - _NEARLY]
+        if meant:
+            yield f"the variable {name} is set, but nothing reads it: did you mean {' or '.join(meant)}?"

@@ -46,7 +46,7 @@ def test_missing_or_extra_letter_is_found_in_every_name(name: str) -> None:
         ("EMA_TOKN", "EMA_TOKEN"),
         ("EMA_DATA_DIR", "EMA_DATA"),
         ("EMA_ENDPIONT", "EMA_ENDPOINT"),
-        ("EMA_PUBLISH_SECONDS", "EMA_PUBLISH_EVERY_SECONDS"),
+        ("EMA_PUBLISH_SECONDS", "EMA_PUBLISH_MIN_SECONDS or EMA_PUBLISH_EVERY_SECONDS"),
         ("EMA_PUBLISH_EVERY_STEP", "EMA_PUBLISH_EVERY_STEPS"),
     ],
 )

@@ -272,6 +272,7 @@ def test_other_ranks_send_nothing_and_wait_for_the_version_of_rank_0(made: Any, 
 def test_other_ranks_must_know_the_run(monkeypatch: pytest.MonkeyPatch, server: ServerProcess) -> None:
     monkeypatch.delenv("EMA_RUN", raising=False)
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(SettingsError, match="EMA_RUN"):
         RemoteModelEma(_Walk().model)
 
