@@ -47,6 +47,7 @@ fix: $(STAMP)
 
 docs: $(STAMP) $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "built site/index.html"
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -61,8 +62,9 @@ $(BIN)/python:
 	  || { echo "'$(PYTHON)' has no venv module. Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
+# The group parity is installed without its dependencies, which pip would report as conflicts.
 $(VENV)/.installed-docs: $(STAMP)
-	$(BIN)/pip install --quiet --group docs
+	$(BIN)/pip install --quiet --no-warn-conflicts --group docs
 	@touch $@
 
 # The CPU build comes from PyTorch's own index. Where that does not answer within 5 s, the plain index serves.

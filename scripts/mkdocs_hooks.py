@@ -14,8 +14,9 @@ from scripts import docs_reference
 
 ROOT = docs_reference.ROOT
 
-# Files of the repository that are pages of the site: where they are in the site.
+# Files of the repository that are part of the site: where they are in the site.
 MOUNTED = {
+    **{f"examples/{file.name}": f"examples/{file.name}" for file in sorted((ROOT / "examples").glob("*.*"))},
     "proto/SPEC.md": "reference/protocol.md",
     "proto/openapi.json": "reference/openapi.json",
     "benchmarks/README.md": "benchmarks.md",

@@ -27,6 +27,7 @@ from trainer_client.counters import Counters
 from trainer_client.errors import ConnectError, JoinError, PlanError, RewindError, SettingsError
 from trainer_client.hooks import Attachment, Listener
 from trainer_client.lifecycle import Lifecycle, State, when_forgotten
+from trainer_client.messages import log_finished, log_joined
 from trainer_client.optimizers import steppers_of
 from trainer_client.ranks import rank_of
 from trainer_client.settings import OnChange, Settings, check_state, check_step, check_timeout
@@ -306,13 +307,17 @@ class EmaClient:
             False when nothing was joined or sent, or not in time. Closed either way.
         """
         if self._life.ended():
+            if self._life.state is State.INERT and not self._rank and not self._life.forked():
+                log.warning("ema: finish() did nothing: this client no longer streams run %s (see above)", self.run)
             return self._life.state is State.FINISHED or self._rank != 0
         deadline = time.monotonic() + check_timeout("timeout_s", timeout_s)
         finished = False
-        if self._stream is not None:
+        if (stream := self._stream) is not None:
             self._attachment.settle()
-            self._stream.catch_up(seconds_left(deadline))
-            finished = self._is_finished(self._worker.finish(seconds_left(deadline)), self._stream.last_due)
+            stream.catch_up(seconds_left(deadline))
+            answer = self._worker.finish(seconds_left(deadline))
+            finished = log_finished(self.run, answer, stream.last_due, stream.stopped)
+            self._attachment.when_stepped_later(partial(_warn_stepped_later, self.run))
         self._end(_CLOSE_TIMEOUT_S, State.FINISHED if finished else State.CLOSED)
         return finished
 
@@ -347,13 +352,23 @@ class EmaClient:
             self.rewind(step, timeout_s)
 
     def stats(self) -> dict[str, Any]:
-        """Counts since construction: snapshots offered, committed and skipped by reason, seconds blocked, and so on."""
+        """What became of the snapshots since construction, and the states of the client and of its connection.
+
+        Returns:
+            `run`, `steps`, and `client`: `open`, `finished`, `closed`, or `inert`: it does nothing, as on ranks other
+            than 0 and after a newer client of this process took its run over. `stopped`: why nothing is sent since the
+            model has changed. `skipped`: due snapshots that were not sent, by reason; `torn`: those whose weights were
+            written meanwhile. `blocked_s_total`, `blocked_s_max`: seconds of the training loop in this client's code.
+            `state` of the connection: `disconnected`, `greeting`, `greeted`, `joining`, `streaming`, `closed`, or
+            `failed`: the server refused for good. `reconnects`: how often it came back.
+            `offered`, `committed` (also what a killed server had applied and lost), `dropped` (by reject code), and the
+            newest steps sent, applied and published, as `last_offered_step` and so on.
+        """
         stopped = None if self._stream is None else self._stream.stopped
         own = {"run": self.run, "client": self._life.state.value, "steps": self.steps, "stopped": stopped}
-        if self._rank:
-            return own | Counters().to_json()
-        worker = {} if self._life.forked() else dataclasses.asdict(self._worker.stats())
-        return own | self._worker.counters.to_json() | worker
+        counters = Counters() if self._rank else self._worker.counters
+        worker = {} if self._rank or self._life.forked() else dataclasses.asdict(self._worker.stats())
+        return own | counters.to_json() | worker
 
     def __enter__(self) -> Self:
         return self
@@ -385,9 +400,7 @@ class EmaClient:
             self._end(_CLOSE_TIMEOUT_S, State.CLOSED)
             raise
         _streaming.add(self)
-        if self._stream.joined.set_aside is not None:
-            text = "ema: run %s begins; the earlier run of this name is kept as %s (to resume a run, pass step= or %s)"
-            log.warning(text, self.run, self._stream.joined.set_aside, "call load_state_dict()")
+        log_joined(self.run, self._stream.joined, steps, self._stream.last_due)
         return self._stream
 
     def _try(self, model: nn.Module, send: Callable[[], bool | None]) -> bool | None:
@@ -450,23 +463,6 @@ class EmaClient:
         stream.catch_up(timeout_s)
         return self._worker.checkpoint(seconds_left(deadline))
 
-    def _is_finished(self, answer: Answered, last_due: int) -> bool:
-        if answer.error is not None:
-            text = "ema: run %s is not finished on the server, which keeps what it has applied: %s"
-            log.warning(text, self.run, answer.error)
-            return False
-        if answer.step is None:
-            log.warning("ema: run %s ends without a snapshot: no step was sent", self.run)
-            return False
-        if answer.step < last_due:
-            is_stopped = self._stream is not None and self._stream.stopped is not None
-            why = "since the model has changed" if is_stopped else "when_behind='wait' sends every step"
-            text = "ema: run %s ends with step %d: those up to %d were not sent; %s"
-            log.warning(text, self.run, answer.step, last_due, why)
-        if answer.warning is not None:
-            log.warning("ema: run %s is finished: %s", self.run, answer.warning)
-        return True
-
     def _end(self, timeout_s: float, state: State) -> None:
         """Stop, and release the memory of host and device; the run stays as it is on the server."""
         self._attachment.remove()
@@ -497,3 +493,8 @@ class EmaClient:
     def _hold_back_writes(self, optimizer: Optimizer | None = None) -> None:
         if self._stream is not None and not self._life.forked():
             self._stream.hold_back_writes(optimizer)
+
+
+def _warn_stepped_later(run: str) -> None:
+    if all(client._life.ended() for client in tuple(_streaming)):  # none streams the same optimizer's next run
+        log.warning("ema: steps after finish() are neither counted nor sent (run %s)", run)

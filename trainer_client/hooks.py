@@ -106,6 +106,20 @@ class Attachment:
             stepper.forget()
         _remove_dead()
 
+    def when_stepped_later(self, warn: Callable[[], None]) -> None:
+        """Have `warn` called once, if one of the optimizers steps after this."""
+        called = False
+
+        def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
+            nonlocal called
+            if not called:
+                called = True  # the hook stays: torch iterates over the hooks while it calls them
+                warn()
+
+        for optimizer in tuple(self._members):
+            if hasattr(optimizer, "_optimizer_step_post_hooks"):
+                optimizer.register_step_post_hook(hook)
+
     def settle(self) -> None:
         """Take the snapshot of the last step now, if it waits for optimizers that may not step again."""
         rounds = self._rounds

@@ -274,8 +274,12 @@ class Stream:
     def _skip_none(self, step: int) -> Skip:
         reason = self._why_none()
         if reason is Skip.BUSY:
-            text = f"step {step} was skipped, the snapshots before it are still on their way"
-            self._skip(reason, text + "; when_behind='wait' waits for them, every= sends fewer")
+            self._skip(
+                reason,
+                f"step {step} was skipped, because the snapshots before it are still being sent. The averages stay "
+                "correct: skipped steps count as gaps, and the next snapshot is weighed with the exact decay over the "
+                "gap. when_behind='wait' sends every step, every=N fewer",
+            )
         else:
             self._counters.skipped[reason] += 1
             self._worker.log_outage()  # a refusal was logged by the connection's thread
@@ -284,7 +288,7 @@ class Stream:
     def _skip(self, reason: Skip, text: str, error: Exception | None = None) -> None:
         self._counters.skipped[reason] += 1
         if reason not in self._warned:
-            log.warning("ema: %s (logged once, then only counted)", text, exc_info=error)
+            log.warning("ema: %s. Further ones are only counted, in stats()['skipped']", text, exc_info=error)
         self._warned.add(reason)
 
 

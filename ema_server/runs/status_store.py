@@ -10,7 +10,7 @@ _DELETED_MAX = 1000  # names of deleted runs that are remembered, for the answer
 
 
 class RunState(StrEnum):
-    """`waiting`: known, not finished, no trainer. `lost`: its trainer went silent."""
+    """`active`: a trainer streams it. `waiting`: not finished, and no trainer. `lost`: its trainer has gone silent."""
 
     ACTIVE = "active"
     WAITING = "waiting"

@@ -226,6 +226,29 @@ def test_client_reconnects_to_a_restarted_server(tmp_path: Path, caplog: pytest.
     assert [text.split(";")[0] for text in warnings] == ["ema: the connection broke", "ema: connected again"]
 
 
+def test_steps_that_a_killed_server_had_applied_are_reported_as_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Toy()
+    with ServerProcess(tmp_path / "data", "--publish-every-seconds", "0") as first:
+        client = _client(first, "r")
+        client.update(model.at(1), 1)
+        assert client.flush(durable=True)
+        for step in range(2, 6):
+            client.update(model.at(step), step)
+        assert client.flush()
+        first.kill()
+
+    with ServerProcess(tmp_path / "data", zmq=first.zmq, http=first.http_address):
+        eventually(lambda: client.stats()["reconnects"] == 1, "the client is back")
+        assert client.stats()["last_committed_step"] == 1
+        client.update(model.at(6), 6)
+        assert client.finish()
+
+    text = "the server continues at step 1; 4 steps that it had applied since its last generation are lost"
+    assert [text in message for message in caplog.messages if "connected again" in message] == [True]
+
+
 @pytest.mark.parametrize("ending", ["checkpoint", "finish"])
 def test_last_step_is_sent_after_the_server_returns(tmp_path: Path, ending: str) -> None:
     model = Toy()

@@ -110,8 +110,10 @@ def test_new_client_takes_the_run_over_from_an_older_one_of_its_process(
     assert sorted(each["step"] for each in runs.values()) == [2, 3]
     assert runs[run]["step"] == 2
     assert older.stats()["client"] == "inert"
-    assert [record.message.count("takes over run") for record in caplog.records if "earlier" not in record.message] == [
-        1
+    messages = [text for text in caplog.messages if "the earlier run of this name" not in text]
+    assert [text.split(run)[0] for text in messages] == [
+        "ema: a newer client of this process takes over run ",
+        "ema: finish() did nothing: this client no longer streams run ",
     ]
 
 

@@ -34,20 +34,30 @@ def resolve(endpoint: str) -> list[str]:
     return list(dict.fromkeys(addresses))
 
 
-def identify(endpoint: str) -> str:
-    """What listens at an endpoint that did not answer as an ema server does, by its first bytes. Takes up to 2 s."""
-    unknown = "no ema server answered"
+def first_bytes(endpoint: str) -> bytes:
+    """What a TCP endpoint answers to an HTTP request, empty if it says nothing. Takes up to 2 s."""
     match = _TCP.fullmatch(endpoint)
     if match is None:
-        return unknown
+        return b""
     try:
         with socket.create_connection((match["host"].strip("[]"), int(match["port"])), _IDENTIFY_S) as connection:
             connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            first = connection.recv(_FIRST_BYTES)
+            return connection.recv(_FIRST_BYTES)
     except OSError:
-        return unknown
-    if first.startswith(b"HTTP/"):
-        return "an HTTP server listens, which is no address for trainers,"
+        return b""
+
+
+def is_http(first: bytes) -> bool:
+    """Whether an HTTP server answers with these first bytes."""
+    return first.startswith(b"HTTP/")
+
+
+def described(endpoint: str, first: bytes) -> str:
+    """What listens at an endpoint that did not answer as an ema server does, by its first bytes."""
+    if is_http(first):
+        return f"{endpoint} is the address of an HTTP server, not of ema serve's trainer port"
     if first.startswith(b"\xff"):
-        return "a ZeroMQ socket listens that did not answer as an ema server"
-    return f"something else than an ema server listens (it says {first!r})" if first else unknown
+        return f"a ZeroMQ socket listens at {endpoint}, but it does not answer as an ema server"
+    if first:
+        return f"something other than an ema server listens at {endpoint} (it says {first!r})"
+    return f"no ema server answered at {endpoint}"

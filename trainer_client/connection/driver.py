@@ -200,17 +200,34 @@ class Driver:
     def _take_joined(self, joined: Joined) -> None:
         if self._shared.joined is not None:
             self._shared.reconnects += 1
-            # As loud as the line that says the connection broke: most scripts show warnings only.
-            level = logging.WARNING if self._shared.outage_logged else logging.INFO
-            logger.log(level, "ema: connected again; the server is at step %s", joined.last_step)
+            self._log_reconnect(joined.last_step, self._shared.last_committed)
             self._shared.outage, self._shared.outage_logged = None, False
         self._shared.joined = joined
         self._shared.last_published = joined.published_step
+
+    def _log_reconnect(self, at: int | None, committed: int | None) -> None:
+        """A server that was killed continues from its newest generation, which may be behind what it had applied."""
+        # As loud as the line that says the connection broke: most scripts show warnings only.
+        level = logging.WARNING if self._shared.outage_logged else logging.INFO
+        if committed is None or (at is not None and at >= committed):
+            where = "the run has no snapshot yet" if at is None else f"the server is at step {at}"
+            logger.log(level, "ema: connected again; %s", where)
+            return
+        self._shared.last_committed = at
+        if at is None:
+            text = (
+                "ema: connected again; the server has no generation of the run, and what it had applied up to step %d "
+            )
+            logger.warning(text + "is lost and counts as a gap", committed)
+        else:
+            text = "ema: connected again; the server continues at step %d; %d steps that it had applied since its last "
+            logger.warning(text + "generation are lost and count as a gap", at, committed - at)
 
     def _take_lost(self, event: e.ConnectionLost) -> None:
         self._link.close()
         self._outgoing = None
         self._retry_at = event.retry_at
+        self._shared.hung_up = self._shared.hung_up or not self._shared.greeted
         if self._shared.streaming:  # once for each time it was up, not for each attempt
             self._shared.outage = event.reason
 

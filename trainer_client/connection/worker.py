@@ -18,7 +18,7 @@ from ema_proto.limits import SLOTS
 from ema_proto.sender.events import Answered, SenderState
 from ema_proto.sender.machine import Sender
 from ema_proto.wire import messages as m
-from trainer_client.connection.addresses import identify
+from trainer_client.connection.addresses import described, first_bytes, is_http
 from trainer_client.connection.driver import Driver
 from trainer_client.connection.link import Link
 from trainer_client.connection.shared_state import Shared, WorkerStats
@@ -81,9 +81,14 @@ class Worker:
 
     def greet(self, timeout_s: float) -> None:
         """Wait until the server has accepted the connection; raises as `connect` does."""
-        shared = self._shared
+        shared, deadline = self._shared, time.monotonic() + timeout_s
         with shared.changed:
-            shared.wait(lambda: shared.greeted or shared.refused is not None, timeout_s)
+            shared.wait(lambda: shared.greeted or shared.refused is not None or shared.hung_up, timeout_s)
+            hung_up = shared.hung_up
+        if hung_up:  # an HTTP server never answers: more attempts would only fill its log
+            self._check_not_http()
+        with shared.changed:
+            shared.wait(lambda: shared.greeted or shared.refused is not None, seconds_left(deadline))
             if shared.greeted:
                 return
             refused = shared.refused
@@ -91,11 +96,22 @@ class Worker:
             raise ConnectError(f"the server at {self._endpoint} refused this client: {refused.text}")
         if self._link.unresolved is not None:
             raise ConnectError(f"{self._link.unresolved}: correct the endpoint {self._endpoint} (EMA_ENDPOINT)")
-        what = "nothing listens" if self._link.refused else identify(self._endpoint)
+        if self._link.refused:
+            what = f"nothing listens at {self._endpoint}"
+        else:
+            self._check_not_http()
+            what = described(self._endpoint, first_bytes(self._endpoint))
         raise ConnectError(
-            f"{what} at {self._endpoint} ({timeout_s:g} s waited): start one with `ema serve`, or correct the endpoint "
-            '(EMA_ENDPOINT); it is the address that the server prints as "zmq"'
+            f"{what} (waited {timeout_s:g} s): start a server with `ema serve`, and use the address that it prints as "
+            '"zmq" (EMA_ENDPOINT)'
         )
+
+    def _check_not_http(self) -> None:
+        first = first_bytes(self._endpoint)
+        if is_http(first):
+            raise ConnectError(
+                f'{described(self._endpoint, first)}: use the address that ema serve prints as "zmq" (EMA_ENDPOINT)'
+            )
 
     def join(self, join: m.Join, timeout_s: float) -> m.Joined:
         """Make the slots and join the run; return the server's answer.

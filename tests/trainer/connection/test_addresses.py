@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from trainer_client import ConnectError, EmaClient
-from trainer_client.connection.addresses import identify, resolve
+from trainer_client.connection.addresses import described, first_bytes, resolve
 from trainer_client.connection.link import Link
 
 _HAS_IPV6 = socket.has_ipv6 and bool(socket.getaddrinfo("::1", None))
@@ -70,20 +70,21 @@ def test_numeric_addresses_and_scopes_are_kept(endpoint: str, resolved: list[str
 @pytest.mark.parametrize(
     ("says", "expected"),
     [
-        (b"HTTP/1.0 400 Bad Request\r\n\r\n", "an HTTP server listens"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", "something else than an ema server listens (it says b'SSH-2.0"),
+        (b"HTTP/1.0 400 Bad Request\r\n\r\n", "is the address of an HTTP server, not of ema serve's trainer port"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "(it says b'SSH-2.0-OpenSSH_')"),
         (b"\xff\0\0\0\0\0\0\0\1\x7f", "a ZeroMQ socket listens"),
     ],
 )
 def test_other_server_is_identified_by_its_first_bytes(says: bytes, expected: str) -> None:
     with _peer(says) as port:
-        assert expected in identify(f"tcp://127.0.0.1:{port}")
+        endpoint = f"tcp://127.0.0.1:{port}"
+        assert expected in described(endpoint, first_bytes(endpoint))
 
 
 def test_http_server_at_the_endpoint_is_named_by_the_constructor() -> None:
     with (
         _peer(b"HTTP/1.0 400 Bad Request\r\n\r\n") as port,
-        pytest.raises(ConnectError, match=r'an HTTP server listens.*prints as "zmq"'),
+        pytest.raises(ConnectError, match=r'is the address of an HTTP server.*prints as "zmq"'),
     ):
         EmaClient(f"tcp://127.0.0.1:{port}", "r", connect_timeout_s=0.5)
 
