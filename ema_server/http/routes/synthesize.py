@@ -53,9 +53,9 @@ class InputOut(Out):
 class SynthesizedOut(Out):
     """A version made of stored power averages, and its accuracy.
 
-    `estimated_error` is the relative L2 error of its profile, `amplification` the sum of the shares' absolute values,
-    `rounding` the largest error that this makes of the stored weights' rounding; `origin`: the step its time is counted
-    from.
+    `estimated_error` is the relative L2 error of the weights of its steps, `amplification` the sum of the shares'
+    absolute values, `rounding` the largest error that this makes of the stored tensors' rounding; `origin`: the step
+    from which its time is counted.
     """
 
     version: VersionOut
