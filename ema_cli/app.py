@@ -49,14 +49,14 @@ def build() -> typer.Typer:
         try:
             importlib.import_module(module).register(app)
         except ModuleNotFoundError as error:
-            advice = missing_advice(error)
-            if advice is None:
+            advice = {command: text for command in commands if (text := missing_advice(error, command))}
+            if not advice:
                 raise
-            for command in commands:
-                _register_missing(app, command, advice)
+            for command, text in advice.items():
+                _register_missing(app, command, text)
     for info in app.registered_commands:  # the list of commands shows whole sentences, which click would cut
-        text = info.help or inspect.getdoc(info.callback) or ""
-        info.short_help = text.partition("\n\n")[0]
+        whole = info.help or inspect.getdoc(info.callback) or ""
+        info.short_help = whole.partition("\n\n")[0]
     return app
 
 

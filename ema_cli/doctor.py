@@ -27,11 +27,12 @@ import typer
 
 from ema_cli.exits import EXIT_FAILURE
 from ema_reader import Reader, ReaderError
+from ema_reader.cli.render import size_text
 from ema_server.config import split_host_port
 from ema_server.storage.disk import probe_write
 
-_GIB = 1 << 30
-_FREE_DISK_GIB = 1.0  # a generation of a small model with a few averages
+_FREE_DISK_BYTES = 1_000_000_000  # a generation of a small model with a few averages
+_PROBE_BYTES = 1_000_000  # of the durable write
 _NETWORK_FILESYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "ceph", "lustre")
 
 
@@ -120,7 +121,11 @@ def versions() -> Iterator[Check]:
     sizes = Counter(extra for _, extra in pairs)
     extras = {package: min((e for p, e in pairs if p == package), key=lambda e: sizes[e]) for package, _ in pairs}
     for package, extra in extras.items():
-        advice = "the build made for this machine" if package == "torch" else f"pip install 'ema-sidecar[{extra}]'"
+        advice = (
+            "the build made for this machine"
+            if package == "torch"
+            else f"in a clone of ema-sidecar, pip install '.[{extra}]'"
+        )
         try:
             yield Check(package, State.OK, version(package))
         except PackageNotFoundError:
@@ -170,10 +175,10 @@ def disk(folder: Path) -> Iterator[Check]:
         yield Check("disk", State.PROBLEM, f"{folder} is not a folder", "choose another with --data")
         return
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free_gib = shutil.disk_usage(place).free / _GIB
-    short = free_gib < _FREE_DISK_GIB
+    free = shutil.disk_usage(place).free
+    short = free < _FREE_DISK_BYTES
     advice = "each generation holds every average once: free some space, or choose another --data" if short else ""
-    yield Check("disk", State.PROBLEM if short else State.OK, f"{free_gib:.1f} GiB free at {place}", advice)
+    yield Check("disk", State.PROBLEM if short else State.OK, f"{size_text(free)} free at {place}", advice)
     yield _filesystem(place)
     yield _durable_write(place)
 
@@ -195,10 +200,12 @@ def _filesystem(place: Path) -> Check:
 def _durable_write(place: Path) -> Check:
     started = time.perf_counter()
     try:
-        probe_write(place, 1 << 20)
+        probe_write(place, _PROBE_BYTES)
     except OSError as error:
         return Check("durable write", State.PROBLEM, str(error), "choose a folder that can be written with --data")
-    return Check("durable write", State.OK, f"1 MiB in {(time.perf_counter() - started) * 1000:.1f} ms")
+    return Check(
+        "durable write", State.OK, f"{size_text(_PROBE_BYTES)} in {(time.perf_counter() - started) * 1000:.1f} ms"
+    )
 
 
 def memory() -> Iterator[Check]:
@@ -210,7 +217,7 @@ def memory() -> Iterator[Check]:
     if available is None:
         yield Check("memory", State.NOTE, "unknown")
     else:
-        yield Check("memory", State.OK, f"{available / _GIB:.1f} GiB available")
+        yield Check("memory", State.OK, f"{size_text(available)} available")
 
 
 def gpu() -> Check:

@@ -20,12 +20,16 @@ _EXTRA_OF = {
 }
 
 
-def missing_advice(error: ModuleNotFoundError) -> str | None:
-    """How to install the missing module; None if no extra of this project provides it."""
+_EXTRA_OF_COMMAND = {"serve": "server", "demo": "demo"}  # of those that need more than the extra `reader`
+
+
+def missing_advice(error: ModuleNotFoundError, command: str = "") -> str | None:
+    """How to install what a command needs, when a module is missing; None if no extra of this project provides it."""
     package = (error.name or "").partition(".")[0]
     if package == "torch":
         return "this command needs torch, which is not installed: install the build made for this machine"
     extra = _EXTRA_OF.get(package)
     if extra is None:
         return None
-    return f"this command needs {package}, which is not installed: pip install 'ema-sidecar[{extra}]'"
+    wanted = _EXTRA_OF_COMMAND.get(command, extra)
+    return f"this command needs {package}, which is not installed: in a clone of ema-sidecar, pip install '.[{wanted}]'"

@@ -14,7 +14,7 @@ def main() -> None:
 
         sys.exit(run(build()))
     except ModuleNotFoundError as error:
-        advice = missing_advice(error)
+        advice = missing_advice(error, *sys.argv[1:2])
         if advice is None:
             raise
         print(f"ema: {advice}", file=sys.stderr)

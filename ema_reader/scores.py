@@ -44,7 +44,7 @@ class Direction:
     reason: str
 
     def __str__(self) -> str:
-        return f"{'lower' if self.lower else 'higher'} is better ({self.reason})"
+        return f"{'lower' if self.lower else 'higher'} is better, {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,8 @@ def direction_of(metric: str, lower: bool | None = None) -> Direction:
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     for word in words:
         if word.lower() in _LOWER_WORDS or _LOWER_PART.search(word.lower()):
-            return Direction(True, f"its name has {word!r}")
-    return Direction(False, "its name has no word such as loss or error")
+            return Direction(True, f"because the name contains {word!r}")
+    return Direction(False, "because the name contains neither loss nor error")
 
 
 def ranked(scores: Iterable[Score], metric: str, direction: Direction) -> tuple[Score, ...]:

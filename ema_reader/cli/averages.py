@@ -8,9 +8,12 @@ import typer
 
 from ema_reader.cli import render
 from ema_reader.cli.options import Json, Long, RunName, Target, Token, Url, check_rule, exits
+from ema_reader.cli.tables import terminal_width
 from ema_reader.errors import UsageError
 from ema_reader.reader import DEFAULT_URL, Reader
 from ema_reader.targets import named, parse_target
+
+_LEDGER_LINES = 20  # on a terminal; a version may hold thousands of steps
 
 
 def averages(
@@ -49,7 +52,10 @@ def averages(
 
 def ledger(
     target: Target,
-    tail: Annotated[int | None, typer.Option("--tail", min=1, help="Only this many newest steps.")] = None,
+    tail: Annotated[
+        int | None,
+        typer.Option("--tail", min=1, help="Show only this many newest steps. On a terminal, the default is 20."),
+    ] = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
     json: Json = False,
@@ -58,4 +64,5 @@ def ledger(
     with exits(), Reader(url, token) as reader:
         version = reader.version(*parse_target(target))
         found = reader.averages.ledger(version.run, version.average, version.id, tail)
-        typer.echo(render.as_json(found) if json else render.ledger_text(found))
+        limit = _LEDGER_LINES if tail is None and terminal_width() is not None else None
+        typer.echo(render.as_json(found) if json else render.ledger_text(found, limit))

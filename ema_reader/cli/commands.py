@@ -99,7 +99,7 @@ def download(
         version = reader.version(*parse_target(target))
         folder = output or Path(f"{version.run}-{version.average}-step-{version.step}")
         path = reader.download(version, folder)
-        typer.echo(render.as_json({"path": str(path), "version": version}) if json else str(path))
+        typer.echo(render.as_json({"path": str(path), "version": version}) if json else render.folder_text(path))
 
 
 def delete(

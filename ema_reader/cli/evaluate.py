@@ -42,7 +42,10 @@ def evaluate(
     poll_s: Annotated[float, typer.Option("--poll-s", min=0.05, max=3600, help="Seconds between two requests.")] = 1.0,
     every: Annotated[int, typer.Option("--every-versions", min=1, help="Evaluate every Nth version.")] = 1,
     lease_s: Annotated[
-        float, typer.Option("--lease-s", min=1, max=900, help="After so many silent seconds others take over.")
+        float,
+        typer.Option(
+            "--lease-s", min=1, max=900, help="Seconds without a sign of life after which another worker takes over."
+        ),
     ] = LEASE_S,
     device: Annotated[str, typer.Option("--device", help="Where weights are loaded: cpu, cuda:0, ...")] = "cpu",
     recalibrate_bn: Annotated[
@@ -60,7 +63,8 @@ def evaluate(
 ) -> None:
     """Evaluate each new version of a run, and requested validations; ends when the run is finished.
 
-    Exit code 1 when the last version of an average could not be evaluated. Without --run it does not end by itself.
+    A run that does not exist yet is waited for. Exit code 1 when the last version of an average could not be evaluated.
+    Without --run it does not end by itself.
     """
     log_to_stderr()
     signal.signal(signal.SIGTERM, _terminated)
@@ -91,8 +95,8 @@ def evaluate(
 
 def validate(
     target: Target,
-    task: Annotated[str, typer.Option("--task", help="The task of the worker that shall evaluate it.")] = "default",
-    again: Annotated[bool, typer.Option("--again", help="Also if it has metrics for the task already.")] = False,
+    task: Annotated[str, typer.Option("--task", help="Evaluate it with a worker of this task.")] = "default",
+    again: Annotated[bool, typer.Option("--again", help="Evaluate it even if it has metrics for the task.")] = False,
     timeout_s: Annotated[
         float | None, typer.Option("--timeout-s", min=1, help="Seconds to wait; default: no limit.")
     ] = None,

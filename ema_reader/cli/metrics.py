@@ -18,7 +18,7 @@ from ema_reader.reader import DEFAULT_URL, Reader
 from ema_reader.scores import Direction, Score, chosen_metric, direction_of, metric_names, ranked, scores_of
 from ema_reader.targets import named
 
-By = Annotated[str | None, typer.Option("--by", metavar="METRIC", help="Sort by it, or choose by it.")]
+By = Annotated[str | None, typer.Option("--by", metavar="METRIC", help="The metric to sort and choose by.")]
 Lower = Annotated[
     bool | None,
     typer.Option("--min/--max", help="Which value is best; default: by the metric's name.", show_default=False),
@@ -39,7 +39,8 @@ def metrics(
 ) -> None:
     """Show the metrics of every version: one column for each metric, its best value marked with *.
 
-    With --by, only versions that have this metric, best first; --min and --max apply to it, or to all without it.
+    With --by, only versions that have this metric are shown, best first, and --min or --max says which of its values is
+    best. Without --by, --min or --max applies to every metric.
     """
     with exits(), Reader(url, token) as reader:
         if json and as_csv:
@@ -83,7 +84,7 @@ def best(
         columns = ("average", "step", "id", found.metric)
         row = (version.average, version.step, render.shown_id(version.id, long=long), f"{found.value:.6g}")
         typer.echo(table(columns, [row]))
-        typer.echo(f"{found.metric}: {found.direction}" if path is None else str(path))
+        typer.echo(f"{found.metric}: {found.direction}" if path is None else render.folder_text(path))
 
 
 def ranking_of(scores: Sequence[Score], by: str | None, lower: bool | None) -> Ranking:

@@ -75,5 +75,5 @@ def exits(code: int | None = None) -> Iterator[None]:
 
 def log_to_stderr() -> None:
     """Log what a long command does, with times."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs each poll

@@ -6,9 +6,10 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from ema_reader.cli.tables import table
+from ema_reader.cli.tables import table, terminal_width
 from ema_reader.evaluation.worker import Outcome
 from ema_reader.scores import Score, metric_names
 from ema_reader.values import Average, Ledger, Run, Validation, Version
@@ -105,10 +106,16 @@ def averages_text(averages: Sequence[Average], *, long: bool = False) -> str:
     return "\n".join([table((*columns, "accumulator", "spec"), rows, optional=optional, long=long), *notes])
 
 
-def ledger_text(ledger: Ledger) -> str:
-    """One line for each step inside a version, then the share of the older ones."""
-    lines = table(("step", "share"), [(step, f"{share:.12g}") for step, share in ledger.steps])
-    return f"{lines}\n{ledger.rest:.12g} of it lies in older steps" if ledger.rest > _ROUNDING else lines
+def ledger_text(ledger: Ledger, limit: int | None = None) -> str:
+    """One line for each step inside a version, `limit` at most, then the share of the older ones."""
+    listed, more = ledger.steps[:limit], ledger.steps[len(ledger.steps[:limit]) :]
+    lines = table(("step", "share"), [(step, f"{share:.12g}") for step, share in listed])
+    rest = ledger.rest + sum(share for _, share in more)
+    if more:
+        return (
+            f"{lines}\n({len(more)} older steps, with {rest:.6g} of it, are not shown; --tail N or --json shows them)"
+        )
+    return f"{lines}\n{rest:.12g} of it lies in older steps" if rest > _ROUNDING else lines
 
 
 def health_text(ready: bool, checks: Mapping[str, Mapping[str, object]]) -> str:
@@ -172,6 +179,11 @@ def as_json(value: Any) -> str:
 def shown_id(version: str, *, long: bool = False) -> str:
     """The id of a version, or its first 12 digits."""
     return version if long else version[:_ID_CHARS]
+
+
+def folder_text(path: Path) -> str:
+    """Where a version was downloaded to: a sentence on a terminal, else only the folder."""
+    return str(path) if terminal_width() is None else f"downloaded to {path}/"
 
 
 def size_text(nbytes: int) -> str:

@@ -68,8 +68,9 @@ def synthesize(
         check_device(device)
         check_label("--task", task)
         made = _make(reader, run, asked, step, name)
+        traced: set[type[Exception]] = set()
         for each in made:
-            _evaluate(reader, each.version, evaluator, task, device)
+            _evaluate(reader, each.version, evaluator, task, device, traced)
         scores = _scores(reader, run, made, task)
         failed = len(made) < len(asked) or any(score.errors for score in scores)
         ranking = ranking_of(scores, by, lower)
@@ -130,13 +131,15 @@ def _make(
     return made
 
 
-def _evaluate(reader: Reader, version: Version, evaluator: Evaluate, task: str, device: str) -> None:
+def _evaluate(
+    reader: Reader, version: Version, evaluator: Evaluate, task: str, device: str, traced: set[type[Exception]]
+) -> None:
     """Evaluate a version and report the result, unless it has metrics for the task."""
     rows = (row for row in reader.metrics(version.run) if row.version == version.id and row.task == task)
     if any(row.error is None for row in rows):
         log.info("%s has metrics already", version)
         return
-    outcome = measure(reader, version, evaluator, device)
+    outcome = measure(reader, version, evaluator, device, traced)
     reader.report(
         version,
         outcome.metrics,

@@ -16,11 +16,11 @@ from ema_reader.errors import UsageError
 _SAMPLES = "samples"
 _FRAMES_SHOWN = 3
 _INSTALL = {  # what a training script may need that is imported for evaluation only
-    "ema_server": "pip install 'ema-sidecar[server]'",
-    "trainer_client": "pip install 'ema-sidecar[trainer]'",
+    "ema_server": "in a clone of ema-sidecar, pip install '.[server]'",
+    "trainer_client": "in a clone of ema-sidecar, pip install '.[trainer]'",
     "sklearn": "pip install scikit-learn",
     "torch": "install the build made for this machine",
-    "zmq": "pip install 'ema-sidecar[trainer]'",
+    "zmq": "in a clone of ema-sidecar, pip install '.[trainer]'",
 }
 
 Evaluate = Callable[[dict[str, Any]], Mapping[str, Any]]

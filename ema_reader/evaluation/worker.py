@@ -84,6 +84,7 @@ class EvaluationWorker:
         self._function = function
         self._wanted = Wanted(worker or socket.gethostname(), task, run, averages, every, lease_s, poll_s)
         self._device = device
+        self._traced: set[type[Exception]] = set()
         self._skip: list[str] = []
         self._last: dict[tuple[str, str], Outcome] = {}
 
@@ -121,9 +122,13 @@ class EvaluationWorker:
                 return retry_while_unreachable(lambda: self._reader.run(run))
             except NotFound:
                 if not waiting:
-                    log.info("run %r does not exist yet; waiting for it", run)
+                    log.info("run %r does not exist yet; waiting for it (the runs are: %s)", run, self._known_runs())
                 waiting = True
                 time.sleep(self._wanted.poll_s)
+
+    def _known_runs(self) -> str:
+        names = [known.run for known in retry_while_unreachable(self._reader.runs)]
+        return ", ".join(names) or "none yet"
 
     def _check_averages(self, run: Run | None) -> None:
         known = () if run is None else run.average_names
@@ -135,7 +140,7 @@ class EvaluationWorker:
         version, settled = lease.version, False
         try:
             with Heartbeat(self._reader.leases, lease):
-                outcome = measure(self._reader, version, self._function, self._device)
+                outcome = measure(self._reader, version, self._function, self._device, self._traced)
             outcome = self._report(lease, outcome)
             settled = True
         except NotFound:
@@ -177,8 +182,11 @@ class EvaluationWorker:
             log.info("%s could not be given back: %s", lease.version, error)
 
 
-def measure(reader: Reader, version: Version, function: Evaluate, device: str) -> Outcome:
+def measure(reader: Reader, version: Version, function: Evaluate, device: str, traced: set[type[Exception]]) -> Outcome:
     """Load a version and evaluate it. What the function raises, or a damaged file, is the error of the outcome.
+
+    The function's error is logged: with its traceback if its type is not in `traced`, to which it is added; else in one
+    line, since the next versions usually fail in the same way.
 
     Raises:
         NotFound: the version has been deleted.
@@ -193,8 +201,10 @@ def measure(reader: Reader, version: Version, function: Evaluate, device: str) -
     try:
         found = measured(function(weights))
     except Exception as failure:  # the user's code: its error is the result to report
-        log.exception("evaluating %s failed", version)
         error = f"{type(failure).__name__}: {failure}"[:_ERROR_CHARS_MAX]
+        is_new = type(failure) not in traced
+        log.error("evaluating %s failed: %s", version, error.splitlines()[0], exc_info=is_new)
+        traced.add(type(failure))
     return Outcome(version, found.metrics, error, time.monotonic() - started, found.samples, found.missing)
 
 

@@ -324,4 +324,4 @@ def _leave(active: ActiveRun, job: Leave) -> None:
 
 
 def _not_streaming(job: AddAverage | RemoveAverage) -> str:
-    return f"run {job.run!r} has no trainer: its averages are changed while one streams"
+    return f"the averages of run {job.run!r} can only be changed while a trainer streams"

@@ -34,7 +34,8 @@ def choose(setting: str, device: torch.device) -> Arithmetic:
     except (ImportError, OSError, RuntimeError) as error:
         if setting == "compiled":
             raise KernelUnavailableError(
-                f"the compiled kernel is not available ({error}): pip install 'ema-sidecar[fast]', or use --kernel auto"
+                f"the compiled kernel is not available ({error}): in a clone of ema-sidecar, pip install '.[fast]', "
+                "or use --kernel auto"
             ) from None
         return _chosen(BY_TORCH, f"the compiled kernel is not available: {error}")
 

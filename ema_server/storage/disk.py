@@ -84,10 +84,15 @@ def sync_folders(folders: Iterable[Path]) -> None:
             os.close(fd)
 
 
+def megabytes(nbytes: int) -> str:
+    """A size for people, as `1,234.5 MB`."""
+    return f"{nbytes / 1e6:,.1f} MB"
+
+
 def shortage(folder: Path, needed: int) -> str | None:
     """Why `needed` bytes do not fit on the disk of `folder`; None if they do."""
     free = shutil.disk_usage(folder).free
-    return f"{free} bytes are free on the disk, {needed} are needed" if free < needed else None
+    return f"{megabytes(free)} are free on the disk, {megabytes(needed)} are needed" if free < needed else None
 
 
 def probe_write(folder: Path, nbytes: int = 1) -> None:

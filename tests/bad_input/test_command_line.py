@@ -182,7 +182,7 @@ def test_nested_import_failure_shows_its_path_and_what_to_install(
     assert "far_evaluation.py:1 > far_training.py:" in line
     assert "OSError: no" in line
     assert "zmq" in line
-    assert "pip install 'ema-sidecar[trainer]'" in line
+    assert "pip install '.[trainer]'" in line
 
 
 def test_missing_module_is_named_with_the_folder(

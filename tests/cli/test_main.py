@@ -38,7 +38,7 @@ def test_missing_package_names_its_extra(package: str) -> None:
     advice = missing_advice(ModuleNotFoundError(name=f"{package}.inner"))
 
     assert advice is not None
-    extra = re.search(r"ema-sidecar\[(\w+)\]", advice)
+    extra = re.search(r"pip install '\.\[(\w+)\]'", advice)
     assert extra is not None
     assert package in _packages(extra[1])
 
@@ -58,11 +58,15 @@ def test_help_lists_commands_in_workflow_order() -> None:
 @pytest.mark.parametrize(
     ("missing", "arguments", "says"),
     [
-        ("zmq", ["serve", "--data", "data"], "ema-sidecar[server]"),
-        ("fastapi", ["serve", "--data", "data"], "ema-sidecar[server]"),
-        ("httpx2", ["download", "run/average"], "ema-sidecar[reader]"),
-        ("sklearn", ["demo", "--steps", "10"], "ema-sidecar[demo]"),
-        ("typer", ["status"], "ema-sidecar[reader]"),
+        ("zmq", ["serve", "--data", "data"], ".[server]"),
+        ("fastapi", ["serve", "--data", "data"], ".[server]"),
+        ("httpx2", ["download", "run/average"], ".[reader]"),
+        ("sklearn", ["demo", "--steps", "10"], ".[demo]"),
+        ("typer", ["status"], ".[reader]"),
+        ("typer", ["serve"], ".[server]"),
+        ("typer", ["demo"], ".[demo]"),
+        ("httpx2", ["demo"], ".[demo]"),
+        ("rich", ["demo"], ".[demo]"),
     ],
 )
 def test_command_without_its_extra_prints_one_line_of_advice(

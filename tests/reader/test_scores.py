@@ -40,9 +40,9 @@ def test_higher_is_better_for_every_other_name(name: str) -> None:
 
 
 def test_requested_direction_overrides_the_name_and_has_a_reason() -> None:
-    assert str(direction_of("loss", lower=False)) == "higher is better (as asked)"
-    assert str(direction_of("val_loss")) == "lower is better (its name has 'loss')"
-    assert str(direction_of("top1")).startswith("higher is better (")
+    assert str(direction_of("loss", lower=False)) == "higher is better, as asked"
+    assert str(direction_of("val_loss")) == "lower is better, because the name contains 'loss'"
+    assert str(direction_of("top1")).startswith("higher is better, because")
 
 
 def _missing(step: int, missing: dict[str, str], at: str = "1") -> MetricsRow:

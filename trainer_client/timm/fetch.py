@@ -80,7 +80,8 @@ def _reader(url: str | None, token: str | None) -> Reader:
         from ema_reader import Reader, ReaderError
     except ImportError as error:
         raise SettingsError(
-            f"averages come back over HTTP, and {error.name} is missing: pip install 'ema-sidecar[trainer,reader]'"
+            f"averages come back over HTTP, and {error.name} is missing: in a clone of ema-sidecar, "
+            "pip install '.[trainer,reader]'"
         ) from error
     try:
         return Reader(url, token)

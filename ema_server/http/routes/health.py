@@ -14,7 +14,7 @@ from ema_server.compute.device import Device
 from ema_server.http.problems import Code, Problem
 from ema_server.http.schemas import CheckOut, HealthOut, ProblemOut, ReadyOut
 from ema_server.http.services import Services, ServicesDep
-from ema_server.storage.disk import probe_write, shortage
+from ema_server.storage.disk import megabytes, probe_write, shortage
 
 THREADS = ("ingest", "averager")
 BEAT_AGE_S_MAX = 5.0
@@ -55,7 +55,7 @@ def _thread(services: Services, name: str) -> CheckOut:
     age_s = services.telemetry.age_s(name)
     if age_s is None:
         return CheckOut(ok=False, detail="not started")
-    detail = f"last beat {age_s:.1f} s ago, limit {BEAT_AGE_S_MAX:.0f} s"
+    detail = f"its thread reported {age_s:.1f} s ago; it counts as stopped after {BEAT_AGE_S_MAX:.0f} s"
     return CheckOut(ok=age_s < BEAT_AGE_S_MAX, detail=detail)
 
 
@@ -87,4 +87,4 @@ def _room(data: Path, needed: int) -> CheckOut:
         short = shortage(data, needed)
     except OSError as error:
         return CheckOut(ok=False, detail=f"{data}: {error.strerror}")
-    return CheckOut(ok=short is None, detail=short or f"there is room to publish every run once ({needed} bytes)")
+    return CheckOut(ok=short is None, detail=short or f"there is room to publish every run once ({megabytes(needed)})")

@@ -46,7 +46,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Number(Kind):
-    """A float in [`low`, `high`), as text in `range`; `infinite` allows infinity, written `inf`."""
+    """A float in [`low`, `high`), which `range` says in words; `infinite` allows infinity, written `inf`."""
 
     range: str
     example: str

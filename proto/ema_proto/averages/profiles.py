@@ -23,7 +23,7 @@ def sigma_rel_of(gamma: float) -> float:
         ValueError: `gamma` is not in [0, 1e6].
     """
     if not 0 <= gamma <= GAMMA_MAX:
-        raise ValueError(f"gamma {gamma!r} is not in [0, {GAMMA_MAX:.0f}]")
+        raise ValueError(f"gamma {gamma!r} is not from 0 to {GAMMA_MAX:.0f}")
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
@@ -38,7 +38,7 @@ def gamma_of(sigma_rel: float) -> float:
         ValueError: `sigma_rel` is not in [1e-6, 1/sqrt(12)).
     """
     if not SIGMA_REL_MIN <= sigma_rel < SIGMA_REL_MAX:
-        raise ValueError(f"sigma_rel {sigma_rel!r} is not in [{SIGMA_REL_MIN}, {SIGMA_REL_MAX:.6f})")
+        raise ValueError(f"sigma_rel {sigma_rel!r} is not at least {SIGMA_REL_MIN:f} and below {SIGMA_REL_MAX:.6f}")
     s = sigma_rel**-2
     root = 1 / sigma_rel
     for _ in range(_ITERATIONS_MAX):

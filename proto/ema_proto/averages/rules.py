@@ -17,7 +17,7 @@ from ema_proto.limits import PATTERNS_MAX, QUANTITY_MAX, QUANTITY_MIN, WINDOW_MA
 from ema_proto.names import check_name, unmatched
 
 _EXAMPLE = "for example ema:0.9999,warmup=timm"
-_SHARE = "in [0, 1)"
+_SHARE = "at least 0 and below 1"
 _LENGTHS = ("decay", "half_life", "half_life_samples", "half_life_epochs")
 _WARMUPS = ("timm", "tf", "exponential", "half_life", "debias")
 _BELONGS = {"gamma": "timm", "power": "timm", "min_decay": "timm", "tau": "exponential", "fraction": "half_life"}
@@ -26,7 +26,7 @@ _COPYING = ("timm", "debias")
 
 def _quantity(example: str, *, infinite: bool = False) -> Number:
     return Number(
-        "a number in [1e-9, 1e15)",
+        "a number of at least 1e-9 and below 1e15",
         f"for example {example}",
         low=QUANTITY_MIN,
         high=QUANTITY_MAX,
@@ -36,12 +36,12 @@ def _quantity(example: str, *, infinite: bool = False) -> Number:
 
 _NAMES_SHOWN = 5
 _SIGMA_REL = Number(
-    f"in [{SIGMA_REL_MIN:f}, 1/sqrt(12))",
+    f"at least {SIGMA_REL_MIN:f} and below {SIGMA_REL_MAX:.6f} (1/sqrt(12))",
     "for example power:sigma_rel=0.05",
     low=SIGMA_REL_MIN,
     high=SIGMA_REL_MAX,
 )
-_GAMMA = Number(f"in [0, {GAMMA_MAX:.0f})", "for example power:gamma=6.94", high=GAMMA_MAX)
+_GAMMA = Number(f"at least 0 and below {GAMMA_MAX:.0f}", "for example power:gamma=6.94", high=GAMMA_MAX)
 _EVERY = Count("for example every=100", low=1)
 
 

@@ -28,7 +28,9 @@ class StepUnits:
                 continue
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not QUANTITY_MIN <= value < QUANTITY_MAX:
-                raise LocalProtocolError(f"{name} {value!r} is not a number in [1e-9, 1e15): say how many")
+                raise LocalProtocolError(
+                    f"{name} {value!r} is not a number of at least 1e-9 and below 1e15: say how many"
+                )
             object.__setattr__(self, name, float(value))
 
     def updated(self, newer: StepUnits) -> StepUnits:

@@ -44,7 +44,7 @@ def test_table_has_a_column_per_metric_and_marks_the_best_value(scored: Served, 
     assert cells["200", "ema-0.9"] == ["0.9*", "0.3"]
     assert cells["100", "raw"] == ["0.7", "0.2*"]
     assert table.count("*") == 2 + 2, "two marks, and two lines that explain them"
-    assert "* best loss: lower is better (its name has 'loss')" in table
+    assert "* best loss: lower is better, because the name contains 'loss'" in table
     assert "* best accuracy: higher is better" in table
 
 
@@ -72,7 +72,7 @@ def test_csv_and_json_have_full_ids_and_every_value(scored: Served, url: str, re
     assert {row["version"] for row in rows} == {row["version"] for row in report["metrics"]} == ids
     assert [(row["step"], row["loss"]) for row in rows if row["average"] == "raw"] == [("100", "0.2"), ("200", "0.4")]
     assert (report["best"]["accuracy"]["average"], report["best"]["accuracy"]["step"]) == ("ema-0.9", 200)
-    assert report["best"]["loss"]["direction"] == {"lower": True, "reason": "its name has 'loss'"}
+    assert report["best"]["loss"]["direction"] == {"lower": True, "reason": "because the name contains 'loss'"}
 
 
 def test_best_prints_the_version_and_downloads_it(scored: Served, url: str, tmp_path: Path, reader: Reader) -> None:

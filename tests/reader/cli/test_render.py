@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from ema_cli.app import COMMANDS, build
 from ema_reader.cli import render, tables
 from ema_reader.scores import Score
-from ema_reader.values import Average, File, Ring, Run, Version
+from ema_reader.values import Average, File, Ledger, Ring, Run, Version
 
 _FILES = (File("model.safetensors", 44_790_000, "0" * 64),)
 
@@ -21,6 +22,7 @@ _FILES = (File("model.safetensors", 44_790_000, "0" * 64),)
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "terminal_width", lambda: 80)
+    monkeypatch.setattr(render, "terminal_width", lambda: 80)
     monkeypatch.setenv("NO_COLOR", "1")
 
 
@@ -124,6 +126,26 @@ def test_long_output_has_full_ids_exact_sizes_and_times() -> None:
 
     assert all(part in text for part in ("f" * 40, "44790000", "2026-01-01T00:00:00Z", "half_life_steps"))
     assert "44.8 MB" in render.versions_text([_version(7)], {}, long=False)
+
+
+def test_ledger_shows_its_newest_steps_and_the_share_of_the_others() -> None:
+    steps = tuple((step, 0.01) for step in range(100, 0, -1))
+    ledger = Ledger("r", "swa", "f" * 40, "swa", None, None, 100, 0, steps, 0.0)
+
+    lines = render.ledger_text(ledger, 20).splitlines()
+
+    assert len(lines) == 22
+    assert lines[1].split()[0] == "100"
+    assert lines[-1] == "(80 older steps, with 0.8 of it, are not shown; --tail N or --json shows them)"
+    assert len(render.ledger_text(ledger).splitlines()) == 101
+
+
+def test_folder_of_a_download_is_a_sentence_on_a_terminal_and_bare_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, narrow: None
+) -> None:
+    assert render.folder_text(Path("best")) == "downloaded to best/"
+    monkeypatch.setattr(render, "terminal_width", lambda: None)
+    assert render.folder_text(Path("best")) == "best"
 
 
 @pytest.mark.parametrize(

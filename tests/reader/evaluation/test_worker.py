@@ -361,3 +361,33 @@ def test_function_gets_the_weights_unchanged(finished: Served, reader: Reader) -
 
     expected = weights("raw", 200, 8)
     assert all(torch.equal(seen[0][name], expected[name]) for name in expected)
+
+
+def test_a_failing_function_is_logged_with_one_traceback_per_kind_of_error(
+    finished: Served, reader: Reader, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(_: dict[str, torch.Tensor]) -> dict[str, float]:
+        raise ValueError("no data\nin line 3")
+
+    outcomes = list(worker(reader, fails).outcomes())
+
+    logged = [record for record in caplog.records if "failed: ValueError: no data" in record.getMessage()]
+    assert len(outcomes) == len(logged) == 2
+    assert [bool(record.exc_info) for record in logged] == [True, False]
+    assert all(len(record.getMessage().splitlines()) == 1 for record in logged)
+
+
+def test_waiting_for_a_missing_run_names_the_known_ones_once(
+    finished: Served, reader: Reader, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ema_reader")
+    work = EvaluationWorker(reader, bias, "later", poll_s=0.02)
+    thread = threading.Thread(target=lambda: list(work.outcomes()), daemon=True)
+    thread.start()
+    eventually(lambda: "does not exist yet" in caplog.text, "the worker waits for the run")
+    finished.publish("later", 100, AVERAGES)
+    finished.show("later", 100, AVERAGES, RunState.FINISHED)
+    thread.join(WAIT_S)
+
+    assert not thread.is_alive()
+    assert caplog.text.count("run 'later' does not exist yet; waiting for it (the runs are: digits)") == 1

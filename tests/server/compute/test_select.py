@@ -51,7 +51,8 @@ def test_auto_without_numba_uses_torch_and_logs_why(caplog: pytest.LogCaptureFix
 @pytest.mark.usefixtures("without_numba")
 def test_compiled_kernel_without_numba_is_refused_with_what_to_do() -> None:
     with pytest.raises(
-        KernelUnavailableError, match=r"numba.*: pip install 'ema-sidecar\[fast\]', or use --kernel auto"
+        KernelUnavailableError,
+        match=r"numba.*: in a clone of ema-sidecar, pip install '\.\[fast\]', or use --kernel auto",
     ):
         choose("compiled", _CPU)
 
