@@ -178,9 +178,9 @@ def test_stopped_ring_reports_its_error_and_the_run_continues(streamed: tuple[Se
         run = reader.run("blocked")
         assert (run.state, run.published_step, run.publish_error) == ("finished", 1, None)
         assert run.ring is not None
-        assert (run.ring.snapshots, run.ring.error) == (0, "step 1 could not be kept: Not a directory")
+        assert (run.ring.snapshots, run.ring.error) == (0, "step 1 could not be kept: File exists")
     shown = _ema(server, "status", "blocked").stdout
-    assert "blocked: no more is stored to synthesise from: step 1 could not be kept: Not a directory" in shown
+    assert "blocked: no more is stored to synthesise from: step 1 could not be kept: File exists" in shown
     assert any("run blocked: its ring for later synthesis stores no more snapshots" in line for line in server.errors)
 
 
