@@ -89,7 +89,7 @@ def versions(
 
 def download(
     target: Target,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder; default RUN-AVERAGE-step-N.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder; default: RUN-AVERAGE-step-N.")] = None,
     url: Url = DEFAULT_URL,
     token: Token = None,
     json: Json = False,

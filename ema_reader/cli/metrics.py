@@ -12,7 +12,7 @@ import typer
 
 from ema_reader.cli import render
 from ema_reader.cli.options import Json, Long, RunName, Token, Url, exits
-from ema_reader.cli.tables import table
+from ema_reader.cli.tables import table, wrapped
 from ema_reader.errors import UsageError
 from ema_reader.reader import DEFAULT_URL, Reader
 from ema_reader.scores import Direction, Score, chosen_metric, direction_of, metric_names, ranked, scores_of
@@ -118,7 +118,7 @@ def scores_text(
     columns = ("step", "average", "version", *others, *ranking)
     optional = (*([by] if by is not None else []), *ranking, *others, "version")
     lines = table(columns, rows, optional=optional, long=long)
-    return "\n".join([lines, *notes, *render.metric_notes(scores)])
+    return "\n".join([lines, *wrapped([*notes, *render.metric_notes(scores)])])
 
 
 def _value(score: Score, name: str, *, is_best: bool) -> str:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ema_reader.cli.tables import table, terminal_width
+from ema_reader.cli.tables import table, terminal_width, wrapped
 from ema_reader.evaluation.worker import Outcome
 from ema_reader.scores import Score, metric_names
 from ema_reader.values import Average, Ledger, Run, Validation, Version
@@ -45,7 +45,7 @@ def status_text(runs: Sequence[Run], *, long: bool = False) -> str:
         if r.nonfinite_buffers
     ]
     notes += [f"{r.run}/{a.name}: {a.warning}" for r in runs for a in r.averages if a.warning is not None]
-    return "\n".join([table((*columns, "averages"), rows, optional=optional, long=long), *notes])
+    return "\n".join([table((*columns, "averages"), rows, optional=optional, long=long), *wrapped(notes)])
 
 
 def newest_metrics_text(run: Run, newest: Mapping[str, Score], *, long: bool = False) -> str:
@@ -56,7 +56,7 @@ def newest_metrics_text(run: Run, newest: Mapping[str, Score], *, long: bool = F
         score = newest.get(average)
         rows.append((average, None if score is None else score.step, *metric_cells(score, names)))
     lines = table(("average", "metrics_step", *names), rows, optional=names, long=long)
-    return "\n".join([lines, *metric_notes(newest.values())])
+    return "\n".join([lines, *wrapped(metric_notes(newest.values()))])
 
 
 def versions_text(versions: Sequence[Version], scores: Mapping[str, Score], *, long: bool) -> str:
@@ -80,7 +80,7 @@ def versions_text(versions: Sequence[Version], scores: Mapping[str, Score], *, l
             )
         )
     lines = table(columns, rows, optional=(*names, "created", "size", "gap_steps", "updates"), long=long)
-    return "\n".join([lines, *metric_notes(listed)])
+    return "\n".join([lines, *wrapped(metric_notes(listed))])
 
 
 def averages_text(averages: Sequence[Average], *, long: bool = False) -> str:
@@ -103,7 +103,7 @@ def averages_text(averages: Sequence[Average], *, long: bool = False) -> str:
     ]
     optional = ("spec", "decay", "age_steps", "half_life_steps", "initial_share", "updates", "gap_steps", "accumulator")
     notes = [f"{a.name}: {a.warning}" for a in averages if a.warning is not None]
-    return "\n".join([table((*columns, "accumulator", "spec"), rows, optional=optional, long=long), *notes])
+    return "\n".join([table((*columns, "accumulator", "spec"), rows, optional=optional, long=long), *wrapped(notes)])
 
 
 def ledger_text(ledger: Ledger, limit: int | None = None) -> str:

@@ -28,11 +28,13 @@ log = logging.getLogger(__name__)
 def synthesize(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run with at least two power averages.")],
     sigma_rel: Annotated[
-        list[str] | None, typer.Option("--sigma-rel", help="The widths, as 0.12 or 0.03,0.05,0.1; repeatable.")
+        list[str] | None, typer.Option("--sigma-rel", help="Widths, for example 0.12 or 0.03,0.05; repeatable.")
     ] = None,
-    gamma: Annotated[list[str] | None, typer.Option("--gamma", help="The exponents, instead.")] = None,
-    step: Annotated[int | None, typer.Option("--step", min=1, help="At this step; default the newest.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Its name; default power-SIGMA_REL.")] = None,
+    gamma: Annotated[
+        list[str] | None, typer.Option("--gamma", help="Exponents, instead of widths; repeatable.")
+    ] = None,
+    step: Annotated[int | None, typer.Option("--step", min=1, help="The step; default: the newest.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the average; default: power-SIGMA_REL.")] = None,
     function: Annotated[
         str | None, typer.Option("--evaluate", metavar="MODULE:FUNCTION", help="Evaluate each, and name the best.")
     ] = None,

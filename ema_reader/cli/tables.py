@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import typer
@@ -39,7 +39,7 @@ def table(
             aligned.append([text.rjust(widths[at]) if is_numeric else text.ljust(widths[at]) for text in texts[at]])
     title, *lines = [(" " * _GAP).join(cells).rstrip() for cells in zip(*aligned, strict=True)]
     left_out = [name for name in columns if name not in shown]
-    return "\n".join([styled(title, bold=True), *lines, *_left_out_lines(left_out, terminal)])
+    return "\n".join([styled(title, bold=True), *lines, *wrapped(_left_out_notes(left_out))])
 
 
 def styled(text: str, **style: Any) -> str:
@@ -50,6 +50,16 @@ def styled(text: str, **style: Any) -> str:
 def terminal_width() -> int | None:
     """Columns of the terminal; None where stdout is none, and nothing limits a line."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def wrapped(notes: Iterable[str]) -> list[str]:
+    """The lines of notes below a table: broken between words on a terminal too narrow for them."""
+    terminal = terminal_width()
+    if terminal is None:
+        return list(notes)
+    return [
+        line for note in notes for line in textwrap.wrap(note, terminal, break_long_words=False, break_on_hyphens=False)
+    ]
 
 
 def _fitting(columns: Sequence[str], widths: Sequence[int], optional: Sequence[str], terminal: int) -> set[str]:
@@ -69,11 +79,8 @@ def _fitting(columns: Sequence[str], widths: Sequence[int], optional: Sequence[s
     return shown
 
 
-def _left_out_lines(names: Sequence[str], terminal: int | None) -> list[str]:
-    if not names or terminal is None:
-        return []
-    text = f"(too wide for this terminal: {', '.join(names)}; --long or --json shows them)"
-    return textwrap.wrap(text, terminal, break_long_words=False, break_on_hyphens=False)
+def _left_out_notes(names: Sequence[str]) -> list[str]:
+    return [f"(too wide for this terminal: {', '.join(names)}; --long or --json shows them)"] if names else []
 
 
 def _cell(value: object) -> str:
