@@ -93,7 +93,7 @@ def test_unknown_option_is_named_in_one_line(
         (["synthesize", "r"], "give the widths to make, for example: ema synthesize r --sigma-rel 0.12"),
         (["synthesize", "r", "--sigma-rel", "nan"], "sigma_rel 'nan' is not a number"),
         (["synthesize", "r", "--sigma-rel", "0.1,"], "sigma_rel '' is not a number"),
-        (["synthesize", "r", "--sigma-rel", "0.1,0.9"], "sigma_rel 0.9 is not in"),
+        (["synthesize", "r", "--sigma-rel", "0.1,0.9"], "sigma_rel 0.9 is not at least"),
         (["synthesize", "r", "--sigma-rel", "0.1,0.2", "--name", "x"], "--name names one average"),
         (["synthesize", "r", "--sigma-rel", "0.1", "--by", "top1"], "belong to --evaluate"),
         (["synthesize", "r", "--sigma-rel", "0.1", "--evaluate", "m"], "'m' is not module:function"),
