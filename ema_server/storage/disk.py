@@ -85,8 +85,8 @@ def sync_folders(folders: Iterable[Path]) -> None:
 
 
 def megabytes(nbytes: int) -> str:
-    """A size for people, as `1,234.5 MB`."""
-    return f"{nbytes / 1e6:,.1f} MB"
+    """A size for people: `1,234.5 MB`, below 1 MB in bytes."""
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1_000_000 else f"{nbytes:,} bytes"
 
 
 def shortage(folder: Path, needed: int) -> str | None:

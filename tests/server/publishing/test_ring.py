@@ -210,7 +210,7 @@ def test_nearly_full_disk_is_left_to_the_generations(tmp_path: Path, monkeypatch
         status = _status(core)
         assert status is not None
         assert status.error is not None
-        assert status.error.startswith("step 2 could not be kept: 50000 bytes are free on the disk, 1")
+        assert status.error.startswith("step 2 could not be kept: 50,000 bytes are free on the disk, ")
         assert (_steps(core), core.statuses.get("r").published_step) == ([1], 2)  # type: ignore[union-attr]
         full.free = 1 << 30
         _publish(core, 3)
