@@ -14,8 +14,6 @@ from typer.testing import CliRunner
 
 from ema_cli.app import build
 from ema_reader import NotFound, Reader, ReaderError, RequestRefused
-from ema_reader.cli.render import averages_text
-from ema_reader.values import Average
 from ema_server.averager.jobs import AddAverage, Changed, Job, RemoveAverage, Unchanged, WhyNot
 from ema_server.storage.catalog import Version
 from support.served import Served
@@ -47,15 +45,6 @@ def test_averages_print_as_a_table_or_json(served: Served, url: str) -> None:
     assert lines[0][:6] == ["name", "step", "updates", "gap_steps", "decay", "half_life_steps"]
     assert lines[2] == ["ema-0.9", "100", "100", "0", "0.9", "6.6", "4.5", "25.000%", "float32", "ema:0.9"]
     assert json.loads(told)["averages"][1]["initial_share"] == 0.25
-
-
-def test_long_rule_leaves_the_table_readable() -> None:
-    average = Average("x", f"ema:0.9,include={'a' * 300}", 9, 0, 9, "float32", 0.9, 6.6, 4.5, 0.25)
-
-    lines = averages_text([average]).splitlines()
-
-    assert max(map(len, lines)) < 180
-    assert lines[1].split()[::9] == ["x", f"ema:0.9,include={'a' * 41}..."]
 
 
 class _Foreign(BaseHTTPRequestHandler):

@@ -17,7 +17,7 @@ from ema_proto.limits import PATTERNS_MAX, QUANTITY_MAX, QUANTITY_MIN, WINDOW_MA
 from ema_proto.names import check_name, unmatched
 
 _EXAMPLE = "for example ema:0.9999,warmup=timm"
-_SHARE = "at least 0 and below 1"
+_SHARE = "in [0, 1)"  # golden vectors contain this text
 _LENGTHS = ("decay", "half_life", "half_life_samples", "half_life_epochs")
 _WARMUPS = ("timm", "tf", "exponential", "half_life", "debias")
 _BELONGS = {"gamma": "timm", "power": "timm", "min_decay": "timm", "tau": "exponential", "fraction": "half_life"}

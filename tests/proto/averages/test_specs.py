@@ -294,7 +294,7 @@ def test_name_in_a_string_and_name_argument_must_agree() -> None:
 
 @pytest.mark.parametrize("decay", [10**400, -(10**400), float("nan"), float("inf")])
 def test_number_too_large_for_a_float_is_out_of_range(decay: float) -> None:
-    with pytest.raises(LocalProtocolError, match=r"is not at least 0 and below 1"):
+    with pytest.raises(LocalProtocolError, match=r"is not in \[0, 1\)"):
         Ema(decay)
     with pytest.raises(LocalProtocolError, match=r"is not a number of at least 1e-9 and below 1e15"):
         Ema(half_life_samples=decay)
