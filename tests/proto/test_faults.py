@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ema_proto.sender.events import SenderState
 from support.pair import Faults, World, check_agreement
+
+pytestmark = pytest.mark.slow
 
 faults = st.builds(
     Faults,

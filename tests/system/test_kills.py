@@ -14,6 +14,8 @@ from support.processes import SUPPORT, Process, ServerProcess
 from support.toy import check_version
 from support.waiting import eventually
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 
 

@@ -600,6 +600,7 @@ def test_time_spent_in_the_loop_is_measured() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower")  # Python 3.13.0 only
+@pytest.mark.slow
 def test_compiled_model_streams_under_its_own_names() -> None:
     model, optimizer = _training()
     compiled: Any = torch.compile(model, backend="eager")
@@ -612,6 +613,7 @@ def test_compiled_model_streams_under_its_own_names() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_compiled_optimizer_step_is_sent_and_not_recompiled() -> None:
     model, optimizer = _training()
     client = _client()

@@ -152,6 +152,7 @@ def seconds_for(tensors: int) -> float:
     return time.process_time() - started
 
 
+@pytest.mark.slow
 def test_work_for_30_000_tensors_is_linear() -> None:
     few = max(seconds_for(3_000), 0.006)
 

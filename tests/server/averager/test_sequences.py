@@ -22,6 +22,8 @@ from ema_server.averager.jobs import Applied, Changed, Failed, Joined, Quarantin
 from support.oracle import bound, largest_difference, ledger_steps, replay
 from support.server_core import ServerCore, durable, joined, manifest_of, versions_by_average
 
+pytestmark = pytest.mark.slow
+
 _FIRST = ("raw", "ema:0.9")
 _OTHERS = ("ema:0.5", "swa", "window:2", "power:sigma_rel=0.1", "ema:half_life_samples=64,name=samples")
 _DECAYS = {"ema-0.9": 0.9, "ema-0.5": 0.5}

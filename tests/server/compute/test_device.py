@@ -129,6 +129,7 @@ def _life(data: Path, device: Device) -> list[Files]:
     return seen
 
 
+@pytest.mark.slow
 def test_run_on_a_device_equals_the_host_bit_for_bit(tmp_path: Path, device: Device) -> None:
     """Float64, float32, both half floats, integers, masks, structural and NaN buffers; gaps, a set, a window."""
     ours, plain = _life(tmp_path / "device", device), _life(tmp_path / "host", HOST)

@@ -55,6 +55,7 @@ def test_joining_while_a_graph_is_captured_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_optimizer_step_is_compiled_once_and_without_our_hooks() -> None:
     torch._dynamo.reset()
     device, worker, weight = FakeDevice(), RecordingWorker(), nn.Parameter(torch.ones(2))
