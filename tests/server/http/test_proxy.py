@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urljoin
@@ -14,29 +10,10 @@ import httpx2
 import pytest
 
 from ema_server.averager.jobs import AddAverage, Changed, Job
+from support.reverse_proxy import nginx
 from support.served import WAIT_S, Served
 
-pytestmark = [pytest.mark.process, pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")]
-
-CONFIG = """
-worker_processes 1;
-daemon off;
-error_log {folder}/error.log;
-pid {folder}/nginx.pid;
-events {{ worker_connections 64; }}
-http {{
-    access_log off;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    scgi_temp_path {folder}/scgi;
-    server {{
-        listen 127.0.0.1:{port};
-        location /team/ema/ {{ proxy_pass {url}/; }}
-    }}
-}}
-"""
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture
@@ -54,27 +31,8 @@ def served(tmp_path: Path) -> Iterator[Served]:
 @pytest.fixture
 def prefix(url: str, tmp_path: Path) -> Iterator[str]:
     """The URL of the server behind the proxy."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    config = tmp_path / "nginx.conf"
-    config.write_text(CONFIG.format(folder=tmp_path, port=port, url=url))
-    proxy = subprocess.Popen(["nginx", "-c", config, "-p", tmp_path, "-e", tmp_path / "error.log"])
-    try:
-        deadline = time.monotonic() + WAIT_S
-        while not _answers(f"http://127.0.0.1:{port}/team/ema/healthz"):
-            assert time.monotonic() < deadline, (tmp_path / "error.log").read_text()
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}/team/ema"
-    finally:
-        proxy.terminate()
-        proxy.wait(WAIT_S)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx2.get(url, timeout=WAIT_S, trust_env=False).status_code == 200
-    except httpx2.HTTPError:
-        return False
+    with nginx(url, tmp_path / "proxy") as address:
+        yield address
 
 
 def test_redirects_and_locations_keep_the_prefix(prefix: str, served: Served) -> None:
