@@ -1,7 +1,7 @@
 # Each target creates .venv first if it is missing or out of date; a second run installs nothing.
 #   make demo    the whole service at work: a server, a trainer and an evaluation worker on real data
 #   make test    all tests (ARGS="-k name" is passed on to pytest)
-#   make quick   the tests that start no processes and are not slow, in about a minute
+#   make quick   the tests that start no processes and are not slow, in under two minutes
 #   make compat  these on every Python from 3.11 to 3.14 that is found, and on the oldest torch
 #   make check   format, lint, types, import contracts       make fix   format and repair what can be repaired
 #   make docs    the docs site, in site/                 make bench   the benchmarks
