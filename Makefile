@@ -2,7 +2,8 @@
 #   make demo    the whole service at work: a server, a trainer and an evaluation worker on real data
 #   make test    all tests (ARGS="-k name" is passed on to pytest)
 #   make quick   the tests that start no processes and are not slow, in under two minutes
-#   make compat  these on every Python from 3.11 to 3.14 that is found, and on the oldest torch
+#   make integrations  the tests with real frameworks (transformers, Lightning, ...), after installing those
+#   make compat  those of quick on every Python from 3.11 to 3.14 that is found, and on the oldest torch
 #   make check   format, lint, types, import contracts       make fix   format and repair what can be repaired
 #   make docs    the docs site, in site/                 make bench   the benchmarks
 # PYTHON: the interpreter to build .venv from (3.11 or newer).  TORCH: the torch release to install.  VENV: where to.
@@ -21,7 +22,7 @@ INDEX := https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quick compat check fix docs bench clean
+.PHONY: demo test quick integrations compat check fix docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/ema demo $(ARGS)
@@ -31,6 +32,9 @@ test: $(STAMP)
 
 quick: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not process and not slow" $(ARGS)
+
+integrations: $(VENV)/.installed-integrations
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m integration $(ARGS)
 
 compat:
 	scripts/compat.sh
@@ -63,6 +67,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The group parity is installed without its dependencies, which pip would report as conflicts.
+$(VENV)/.installed-integrations: $(STAMP)
+	$(BIN)/pip install --quiet --no-warn-conflicts --group integrations 'torch==$(TORCH)'
+	@touch $@
+
 $(VENV)/.installed-docs: $(STAMP)
 	$(BIN)/pip install --quiet --no-warn-conflicts --group docs
 	@touch $@

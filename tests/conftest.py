@@ -14,7 +14,7 @@ from hypothesis import settings
 
 _TESTS = Path(__file__).parent
 # Most tests in these folders start servers, trainers or commands.
-_PROCESS_FOLDERS = ("bad_input", "cli", "parity", "system", "timm")
+_PROCESS_FOLDERS = ("bad_input", "cli", "integrations", "parity", "system", "timm")
 
 
 def pytest_configure() -> None:
@@ -29,6 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(_TESTS).parts[0] in _PROCESS_FOLDERS:
             item.add_marker(pytest.mark.process)
+        if item.path.is_relative_to(_TESTS / "integrations"):
+            item.add_marker(pytest.mark.integration)
+            item.add_marker(
+                pytest.mark.filterwarnings("default")
+            )  # the frameworks' own warnings are not this project's
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
