@@ -1,4 +1,4 @@
-"""Tests with real frameworks. Each file begins with `pytest.importorskip`: it is skipped where its framework is missing."""
+"""Tests with real frameworks. Each file begins with `pytest.importorskip`, which skips it where there is none."""
 
 from __future__ import annotations
 
