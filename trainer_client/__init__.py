@@ -5,11 +5,8 @@ In the order of a snapshot's way, from an optimizer's step to the socket:
 - `settings`: the constructor's arguments and the environment, validated
 - `client`: `EmaClient`, which joins a run, takes its snapshots and ends it
 - `ranks`: which process of a distributed training streams
-- `hooks`: calls after every real optimizer step, and before any
-- `optimizers`: the optimizer that really steps, inside wrappers or around another
-- `rounds`: after whose step a snapshot is taken when there are several optimizers
+- `steps`: which optimizer steps happened
 - `stream`: the steps of a joined run: when a snapshot is taken, and why not
-- `watch`: notices weights that are written while no step is counted
 - `model`: which tensors a snapshot holds
 - `staging`: copies tensors into slots, on the CPU or from a device while training goes on
 - `connection`: the thread that sends snapshots, and its socket

@@ -25,12 +25,12 @@ from ema_proto.wire.messages import Resume
 from trainer_client.connection.worker import Worker, seconds_left
 from trainer_client.counters import Counters
 from trainer_client.errors import ConnectError, JoinError, PlanError, RewindError, SettingsError
-from trainer_client.hooks import Attachment, Listener
 from trainer_client.lifecycle import Lifecycle, State, when_forgotten
 from trainer_client.messages import log_finished, log_joined
-from trainer_client.optimizers import steppers_of
 from trainer_client.ranks import rank_of
 from trainer_client.settings import OnChange, Settings, check_state, check_step, check_timeout
+from trainer_client.steps.hooks import Attachment, Listener
+from trainer_client.steps.optimizers import steppers_of
 from trainer_client.stream import Stream, plan_of, steps_before
 
 log = logging.getLogger("ema")

@@ -29,7 +29,7 @@ from trainer_client.model.selection import Selection
 from trainer_client.model.sources import version_of
 from trainer_client.settings import Settings, WhenBehind
 from trainer_client.staging.stagers import Stagers
-from trainer_client.watch import Watch
+from trainer_client.steps.watch import Watch
 
 log = logging.getLogger("ema")
 

@@ -17,9 +17,9 @@ from support.fake_device import FakeDevice
 from support.fake_worker import FakeWorker
 from support.snapshots import decode
 from trainer_client import EmaClient
-from trainer_client.hooks import Attachment
 from trainer_client.settings import Settings
 from trainer_client.staging.slots import Slot
+from trainer_client.steps.hooks import Attachment
 
 opened: list[tuple[FakeDevice, EmaClient]] = []  # clients made here: one that is left open receives later steps
 

@@ -1,4 +1,4 @@
-"""Hooks on optimizers: tells when a step of a model's training has been taken, and when its snapshot is due."""
+"""Hooks on optimizers: calls back after each real step of a model, and when the snapshot of one is due."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from trainer_client.optimizers import Stepper, is_within_step_of, parameters_of, shapes_of, trains, untraced
-from trainer_client.rounds import PATIENCE, Rounds
+from trainer_client.steps.optimizers import Stepper, is_within_step_of, parameters_of, shapes_of, trains, untraced
+from trainer_client.steps.rounds import PATIENCE, Rounds
 
 log = logging.getLogger("ema")
 

@@ -2,7 +2,7 @@
 
 One of them counts the steps. Its snapshot is due when the last optimizer of the round has stepped: a round is one pass
 through the training loop, in whichever order and however often each optimizer steps in it. The order is learned from
-earlier rounds. Where they do not tell, the snapshot waits for the next round to begin, which is always correct.
+earlier rounds. Until it is known, the snapshot waits for the next round to begin, which is always correct.
 """
 
 from __future__ import annotations

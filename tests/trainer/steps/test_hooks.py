@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from trainer_client.hooks import Attachment, Listener
-from trainer_client.optimizers import steppers_of
+from trainer_client.steps.hooks import Attachment, Listener
+from trainer_client.steps.optimizers import steppers_of
 
 
 def _parameter() -> nn.Parameter:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer_client.watch import Watch
+from trainer_client.steps.watch import Watch
 
 
 def _write(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer_client.rounds import PATIENCE, Rounds
+from trainer_client.steps.rounds import PATIENCE, Rounds
 
 
 def _taken(order: str, rounds: Rounds | None = None) -> tuple[list[int], list[int]]:
