@@ -1,0 +1,205 @@
+"""Validates averages on the batches of the Trainer's own validation, without writing the trained weights.
+
+A copy of the LightningModule is filled with an average. Each batch that the trained module has validated is given to
+the copy's hooks too, and what the copy logs is logged by the trained module under `AVERAGE/NAME`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch.distributed
+from torch import Tensor
+
+from trainer_client.client import EmaClient
+from trainer_client.errors import AverageError
+from trainer_client.lightning.base import isolated_rng, takes_batch_idx
+from trainer_client.lightning.server import Server
+from trainer_client.model.wrappers import canonical_name
+from trainer_client.timm.module_copy import Copy
+
+log = logging.getLogger("ema")
+
+# What Lightning sets on a compiled LightningModule, bound to the trained module.
+_COMPILED: Final = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
+
+class Validation:
+    """Validates averages beside the trained module.
+
+    Nothing here raises: what cannot be validated is logged, and left out.
+
+    Args:
+        averages: names of the averages.
+        prefix: what the names of an average's tensors lack at their beginning, `"net."` if only `net` is averaged.
+        timeout_s: how long to wait for the version that is about to be validated.
+
+    Attributes:
+        logged: the names of all that the copies have logged.
+    """
+
+    def __init__(self, averages: Sequence[str], prefix: str, timeout_s: float) -> None:
+        self._averages, self._prefix, self._timeout_s = averages, prefix, timeout_s
+        self._copies: dict[str, AverageCopy] = {}
+        self._versions: dict[str, str] = {}
+        self._is_running = False
+        self.logged: set[str] = set()
+
+    def begin(self, trainer: Any, pl_module: Any, client: EmaClient, server: Server | None) -> None:
+        """Publish the averages, fetch them, and run the hooks with which a validation begins. On all ranks."""
+        fetched: dict[str, Mapping[str, Tensor]] = {}
+        try:
+            if server is not None:
+                fetched = self._fetch(client, server)
+            self._fill(trainer, pl_module, fetched)
+        except Exception as error:  # noqa: BLE001  no reason to end a training
+            log.error("ema: the averages are not validated at step %d: %s", client.steps, error)
+            fetched = {}
+        self._is_running = trainer.strategy.broadcast(bool(fetched))
+        if self._is_running and trainer.world_size > 1:
+            for copy in self._copies.values():
+                copy.receive()
+        self._run("on_validation_start")
+        self._run("on_validation_epoch_start")
+
+    def step(self, *batch: Any) -> None:
+        """Validate a batch: the batch, its index, and if there are several dataloaders, the index of its dataloader."""
+        if self._is_running:
+            self._run("on_validation_batch_start", *batch)
+            outputs = self._run("validation_step", *batch)
+            self._run("on_validation_batch_end", *batch, outputs=outputs)
+
+    def end_epoch(self) -> None:
+        """Run the hook in which results of all batches are logged."""
+        self._run("on_validation_epoch_end")
+
+    def end(self, trainer: Any, server: Server | None) -> None:
+        """Report what was logged to the server, and free the device."""
+        if not self._is_running:
+            return
+        self._run("on_validation_end")
+        for copy in self._copies.values():
+            copy.put_away()
+        self._is_running = False
+        if server is None:
+            return
+        try:
+            for average, version in self._versions.items():
+                server.report(version, self._scores(trainer.callback_metrics, f"{average}/"))
+        except AverageError as error:
+            log.warning("ema: %s", error)
+
+    def _scores(self, metrics: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
+        """Those metrics of one average that a copy has logged."""
+        logged = tuple(name for name in self.logged if name.startswith(prefix))  # Lightning may add a suffix
+        return {name.removeprefix(prefix): float(each) for name, each in metrics.items() if name.startswith(logged)}
+
+    def _fetch(self, client: EmaClient, server: Server) -> dict[str, Mapping[str, Tensor]]:
+        """The newest averages; those of now if they can be published in time."""
+        client.checkpoint(client.steps, self._timeout_s)
+        newest = {average: server.newest(average) for average in self._averages}
+        self._versions = {average: version for average, (version, _) in newest.items()}
+        return {average: weights for average, (_, weights) in newest.items()}
+
+    def _fill(self, trainer: Any, pl_module: Any, fetched: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if not self._copies:
+            self._copies = {
+                name: AverageCopy(name, trainer, pl_module, self._prefix, self.logged) for name in self._averages
+            }
+        for average, weights in fetched.items():
+            self._copies[average].fill(weights)
+
+    def _run(self, hook: str, *args: Any, **outputs: Any) -> dict[str, Any]:
+        """Run a hook of each copy; what each returned."""
+        returned: dict[str, Any] = {}
+        for average, copy in self._copies.items() if self._is_running else ():
+            before = (outputs["outputs"].get(average),) if outputs else ()
+            try:
+                returned[average] = copy.run(hook, *before, *args)
+            except Exception as error:
+                self._is_running = False
+                log.exception("ema: %s of the copy with average %s failed: %r", hook, average, error)
+                return {}
+        return returned
+
+
+class AverageCopy:
+    """A copy of a LightningModule that holds an average while the Trainer validates.
+
+    Between two validations it is on the CPU.
+
+    Args:
+        average: name of the average.
+        trainer: validates.
+        pl_module: is trained.
+        prefix: as of `Validation`.
+        logged: receives the names of what is logged.
+    """
+
+    def __init__(self, average: str, trainer: Any, pl_module: Any, prefix: str, logged: set[str]) -> None:
+        self.average, self._logged = average, logged
+        self._trainer, self._pl_module, self._prefix = trainer, pl_module, prefix
+        self._copy = _copy_of(pl_module)
+        self._module: Any = self._copy.module
+        vars(self._module)["log"] = self._log
+
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights of the average, and from the trained module all that is not in it.
+
+        Raises:
+            PlanError: a tensor has another shape.
+        """
+        held = {canonical_name(self._pl_module, key): value for key, value in self._pl_module.state_dict().items()}
+        self._copy.fill(held | {self._prefix + name: value for name, value in weights.items()})
+
+    def receive(self) -> None:
+        """Have every rank's copy be that of rank 0."""
+        shown = self._copy.shown()
+        for tensor in shown.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
+
+    def run(self, hook: str, *args: Any) -> Any:
+        """Run a hook of the copy, as the Trainer runs it for the trained module; what it returns."""
+        self._copy.shown()
+        self._module.trainer = self._trainer
+        function = getattr(self._module, hook)
+        if hook == "validation_step" and not takes_batch_idx(function):
+            args = (args[0], *args[2:])
+        with isolated_rng(), self._trainer.precision_plugin.val_step_context(), self._as_within(hook):
+            return function(*args)
+
+    def put_away(self) -> None:
+        """Free the device."""
+        self._copy.put_away()
+
+    def _log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        name = f"{self.average}/{name}"
+        # Lightning looks for a logged torchmetrics.Metric among those of the trained module, unless it has a name.
+        kwargs.setdefault("metric_attribute", name)
+        self._logged.add(name)
+        self._pl_module.log(name, value, *args, **kwargs)
+
+    @contextmanager
+    def _as_within(self, hook: str) -> Iterator[None]:
+        """Have the trained module log as it does in that hook: what may be logged, and when it is reset."""
+        module = self._pl_module
+        before, module._current_fx_name = module._current_fx_name, hook
+        try:
+            yield
+        finally:
+            module._current_fx_name = before
+
+
+def _copy_of(pl_module: Any) -> Copy:
+    device, context = pl_module.device, pl_module._compiler_ctx
+    pl_module._compiler_ctx = None  # a compiler cannot be copied
+    try:
+        copy = Copy(pl_module, device)
+    finally:
+        pl_module._compiler_ctx = context
+    for name in _COMPILED:
+        vars(copy.module).pop(name, None)
+    return copy
