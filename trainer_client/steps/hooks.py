@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -42,13 +43,13 @@ class Listener:
     Attributes:
         count: so many steps were taken.
         take: the snapshot of the last counted step is due.
-        before_write: an optimizer is about to write its parameters.
+        before_write: an optimizer is about to write its parameters; None: a wrapper may write any.
         when_removed: the attachment is being removed.
     """
 
     count: Callable[[int], None] = lambda steps: None
     take: Callable[[], None] = lambda: None
-    before_write: Callable[[Optimizer], None] = lambda optimizer: None
+    before_write: Callable[[Optimizer | None], None] = lambda optimizer: None
     when_removed: Callable[[], None] = lambda: None
 
 
@@ -90,6 +91,13 @@ class Attachment:
             if model is not None and not any(trains(each, model) for each in self._members):
                 text = "ema: %s holds no parameter of the model, which is right only if it steps copies of them"
                 log.warning(text, " and ".join(stepper.name for stepper in steppers))
+            for stepper in steppers:
+                if stepper.has_modes:
+                    log.warning(
+                        "ema: %s evaluates other weights than it trains; the ones it trains are streamed. To stream "
+                        "the others, call update(model, step) between its eval() and train() instead of attach()",
+                        stepper.name,
+                    )
 
     @property
     def attached(self) -> bool:
@@ -146,12 +154,18 @@ class Attachment:
         self._rounds.members = len(self._steppers)
         if stepper.optimizer is not None:
             self._members[stepper.optimizer] = index
-        stepper.watch(self._before, lambda _: self._after(index))
+        stepper.watch(partial(self._before_member, index), partial(self._after, index))
         return index
 
     def _before(self, optimizer: Optimizer) -> None:
         member = self._members.get(optimizer)
-        if member is not None and self._rounds.before(member):
+        if member is not None:
+            self._before_member(member, optimizer)
+        else:
+            self._listener.before_write(optimizer)
+
+    def _before_member(self, member: int, optimizer: Optimizer | None = None) -> None:
+        if self._rounds.before(member):
             self._take()
         self._listener.before_write(optimizer)
 

@@ -1,12 +1,14 @@
 """Finds the optimizer that really steps inside the wrappers put around it, and calls back when it does.
 
-Accelerate and Lightning hand out objects that forward to a torch optimizer; Lookahead and SAM are optimizers that step
-another one; and a subclass that does not call `Optimizer.__init__` has a step that torch does not hook.
+Accelerate and Lightning hand out objects that forward to a torch optimizer. Lookahead, SAM and wrappers for half
+precision step another optimizer and write the weights before or after that. So a step counts when the innermost
+optimizer has stepped, and its snapshot is due when the outermost call around that has returned.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -22,9 +24,18 @@ from torch.optim import Optimizer
 from trainer_client.errors import SettingsError
 from trainer_client.model.sources import storage_address
 
-# Where objects keep the optimizer that they step: those that only forward to it, and those that do more in their step.
-_FORWARDING: Final = ("optimizer", "_optimizer")
-_STEPPING: Final = ("base_optimizer", "_base_optimizer")
+# Where wrappers keep the optimizer that they step. Not `optim`: torch's ZeroRedundancyOptimizer replaces what it keeps
+# there, and is followed by its own step.
+_INNER: Final = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer", "base", "original_optimizer")
+
+# Methods that write the weights, besides `step`: of SAM, of optimizers that evaluate other weights than they train
+# (schedule-free), and of Lookahead.
+_WRITING: Final = ("first_step", "second_step", "train", "eval", "backup_and_load_cache", "clear_and_load_backup")
+
+# Step inside backward(): their step() is missing or does nothing.
+_IN_BACKWARD: Final = ("Lomo", "AdaLomo", "LOMO", "AdaLOMO")
+# Their step() writes shards of the weights, which are gathered later.
+_DEEPSPEED: Final = ("DeepSpeedEngine", "DeepSpeedOptimizer", "DeepSpeedOptimizerWrapper")
 
 # What torch wraps around the step of every class of optimizers, and calls the hooks from.
 _WRAPPER: Final = Optimizer.profile_hook_step(lambda self: None).__code__
@@ -33,16 +44,16 @@ _BY_HAND: Final = "call update(model, step) after each step instead of attach()"
 
 
 class Stepper:
-    """One optimizer as attached: the innermost one, and those around it whose step does more. Keeps none alive.
+    """One optimizer as attached: the innermost one, and the wrappers around it. Keeps none alive.
 
     Raises:
         SettingsError: there is no torch optimizer inside `given`, or none whose steps can be followed.
     """
 
     def __init__(self, given: object) -> None:
-        optimizer, outer = _unwrapped(given)
-        if not callable(getattr(optimizer, "step", None)):
-            raise SettingsError(f"{_class(optimizer)} has no step(): {_BY_HAND}")
+        chain = _unwrapped(given)
+        optimizer = chain[-1]
+        assert isinstance(optimizer, Optimizer)
         self._is_hooked = bool(getattr(type(optimizer).step, "hooked", False))
         if self._is_hooked and not hasattr(optimizer, "_optimizer_step_post_hooks"):
             raise SettingsError(
@@ -50,11 +61,11 @@ class Stepper:
                 "call super().__init__(params, defaults) in it"
             )
         self.name = _class(given)
+        self.has_modes = any(_has_modes(each) for each in chain)
         self._inner = weakref.ref(optimizer)
-        self._outer = [weakref.ref(each) for each in outer]
+        self._outer = [_reference(each) for each in chain[:-1]]
         self._depth = 0
         self._stepped = False
-        self._is_wrapped_step = False
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -62,55 +73,44 @@ class Stepper:
         """The innermost one, while it lives."""
         return self._inner()
 
-    def watch(self, before: Callable[[Optimizer], None], after: Callable[[Stepper], None]) -> None:
-        """Call `after(self)` after each real step, and `before` where torch's global hooks do not."""
-
-        def end() -> None:
-            if self._depth:
-                self._stepped = True  # an outer step goes on, and may write the weights again
-            else:
-                after(self)
+    def watch(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Call `after` after each real step, and `before` where torch's global hooks do not see a write coming."""
 
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
             if not _is_nested(optimizer):
-                untraced(end)()
+                untraced(stepped)()
+
+        def stepped() -> None:
+            if self._depth:
+                self._stepped = True  # a call around it goes on, and may write the weights again
+            else:
+                after()
 
         @contextmanager
-        def step(optimizer: Optimizer) -> Iterator[None]:
-            before(optimizer)
-            self._is_wrapped_step = True
-            try:
-                yield
-            finally:
-                self._is_wrapped_step = False
-            end()
-
-        @contextmanager
-        def outer_step(outer: Optimizer) -> Iterator[None]:
-            before(outer)
-            self._depth, self._stepped = self._depth + 1, False
+        def call(*, is_step: bool) -> Iterator[None]:
+            before()
+            if not self._depth:
+                self._stepped = False  # of a call that failed
+            self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
-            if self._stepped:
-                end()
-
-        @contextmanager
-        def write(outer: Optimizer) -> Iterator[None]:
-            before(outer)
-            yield
+            if is_step or self._stepped:
+                self._stepped = False
+                stepped()
 
         optimizer = self._inner()
         if optimizer is not None and self._is_hooked:
             self._undo.append(optimizer.register_step_post_hook(hook).remove)
         elif optimizer is not None:
-            self._undo.append(_wrap(optimizer, "step", step))
-        for outer in [each for ref in self._outer if (each := ref()) is not None]:
-            self._undo.append(_wrap(outer, "step", outer_step))
-            for name in ("first_step", "second_step"):  # of SAM: they write the weights outside its step
-                if callable(getattr(outer, name, None)):
-                    self._undo.append(_wrap(outer, name, write))
+            self._undo.append(_wrap(optimizer, "step", partial(call, is_step=True)))
+        outer = [each for reference in self._outer if (each := reference()) is not None]
+        writes = [(each, name) for each in outer for name in ("step", *_WRITING)]
+        writes += [(optimizer, name) for name in _WRITING]
+        for each, name in writes:
+            if callable(getattr(each, name, None)):
+                self._undo.append(_wrap(each, name, partial(call, is_step=False)))
 
     def forget(self) -> None:
         """Stop calling back."""
@@ -120,11 +120,11 @@ class Stepper:
     @property
     def is_stepping(self) -> bool:
         """Whether this is called within a step that is not one of torch's, see `is_within_step_of` for those."""
-        return self._is_wrapped_step or self._depth > 0
+        return self._depth > 0
 
     def is_around(self, optimizer: Optimizer) -> bool:
         """Whether `optimizer` is the innermost one, or one that steps it."""
-        return any(optimizer is ref() for ref in (self._inner, *self._outer))
+        return optimizer is self._inner() or any(optimizer is reference() for reference in self._outer)
 
 
 def steppers_of(given: object) -> list[Stepper]:
@@ -169,10 +169,8 @@ def untraced(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-def _wrap(
-    target: Optimizer, name: str, around: Callable[[Optimizer], AbstractContextManager[None]]
-) -> Callable[[], None]:
-    """Have each call of the method run within `around(target)`; return a function that takes that back.
+def _wrap(target: object, name: str, around: Callable[[], AbstractContextManager[None]]) -> Callable[[], None]:
+    """Have each call of the method run within `around()`; return a function that takes that back.
 
     Replaced on the instance, as torch's schedulers do, since other instances of the class are not ours to change.
     """
@@ -182,11 +180,11 @@ def _wrap(
     reference, active = weakref.ref(target), [True]
 
     @functools.wraps(original)
-    def wrapped(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: object, *args: Any, **kwargs: Any) -> Any:
         call = original if function is None else partial(function, self)
         if not active or self is not reference():
             return call(*args, **kwargs)
-        with around(self):
+        with around():
             return call(*args, **kwargs)
 
     method = MethodType(wrapped, target)  # schedulers that are made later look for its __func__
@@ -232,25 +230,57 @@ def _class(given: object) -> str:
     return type(given).__name__
 
 
-def _unwrapped(given: object) -> tuple[Optimizer, list[Optimizer]]:
-    """The innermost optimizer, and those around it that do more in their step than to call it."""
-    chain, outer = [given], list[Optimizer]()
+def _reference(wrapper: object) -> weakref.ref[object]:
+    try:
+        vars(wrapper)  # its methods are replaced there
+        return weakref.ref(wrapper)
+    except TypeError:
+        raise SettingsError(
+            f"{_class(wrapper)} has __slots__, so that its step() cannot be followed: "
+            f"pass the optimizer inside if it only forwards to that, or {_BY_HAND}"
+        ) from None
+
+
+def _has_modes(given: object) -> bool:
+    """Whether it evaluates other weights than it trains, and swaps them in `train()` and `eval()`."""
+    groups = getattr(given, "param_groups", None) or [{}]
+    return hasattr(given, "train_mode") or "train_mode" in groups[0]
+
+
+def _unwrapped(given: object) -> list[object]:
+    """The wrappers, the outermost first, and the innermost optimizer."""
+    chain = [given]
     while (inner := _inner(chain[-1])) is not None and all(inner is not each for each in chain):
-        if isinstance(chain[-1], Optimizer) and any(getattr(chain[-1], name, None) is inner for name in _STEPPING):
-            outer.append(chain[-1])
         chain.append(inner)
-    if any(_class(each).startswith("DeepSpeed") for each in chain):
-        raise SettingsError(f"{_class(given)} steps inside its engine, where a snapshot would be torn: {_BY_HAND}")
-    if not isinstance(chain[-1], Optimizer):
+    for each in chain:
+        _check(each)
+    innermost = chain[-1]
+    if not isinstance(innermost, Optimizer):
         raise SettingsError(
             f"{_class(given)} is not a torch.optim.Optimizer and has none inside: pass the optimizer, or {_BY_HAND}"
         )
-    return chain[-1], outer
+    if inspect.unwrap(type(innermost).step) is inspect.unwrap(Optimizer.step):
+        raise SettingsError(f"{_class(innermost)} has no step() of its own: {_BY_HAND}")
+    return chain
 
 
-def _inner(given: object) -> object | None:
-    """The optimizer that `given` forwards to or steps, if any."""
-    for name in (*_FORWARDING, *_STEPPING):
+def _check(given: object) -> None:
+    """Refuse what cannot be followed, by name."""
+    kinds = type(given).__mro__
+    if any(kind.__name__ in _DEEPSPEED or kind.__module__.startswith("deepspeed.runtime") for kind in kinds):
+        raise SettingsError(
+            f"{_class(given)} steps inside DeepSpeed's engine, where a snapshot would be torn: {_BY_HAND}, "
+            "with engine.module as the model and engine.global_steps as the step"
+        )
+    if any(kind.__name__ in _IN_BACKWARD for kind in kinds):
+        raise SettingsError(f"{_class(given)} steps inside backward(), and not in step(): {_BY_HAND}")
+    if getattr(given, "_overlap_with_ddp", False) is True:
+        raise SettingsError(f"{_class(given)} with overlap_with_ddp=True steps inside backward(): {_BY_HAND}")
+
+
+def _inner(given: object) -> Optimizer | None:
+    """The optimizer that `given` steps, if any."""
+    for name in _INNER:
         try:
             inner = getattr(given, name, None)
         except Exception:  # noqa: BLE001, S112

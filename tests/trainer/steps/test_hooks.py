@@ -43,9 +43,9 @@ class _Listener:
     def __init__(self, *, collects: bool = False) -> None:
         self.attachment = Attachment()
         self.collects = collects
-        self.seen: list[Optimizer] = []
+        self.seen: list[Optimizer | None] = []
 
-    def before(self, optimizer: Optimizer) -> None:
+    def before(self, optimizer: Optimizer | None) -> None:
         self.seen.append(optimizer)
         if self.collects:
             gc.collect()
