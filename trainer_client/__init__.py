@@ -3,7 +3,8 @@
 In the order of a snapshot's way, from an optimizer's step to the socket:
 
 - `settings`: the constructor's arguments and the environment, validated
-- `client`: `EmaClient`, which joins a run, takes its snapshots and ends it
+- `client`: `EmaClient`, the public API
+- `session`: one connection and the run joined over it: its snapshots, and its end
 - `ranks`: which process of a distributed training streams
 - `steps`: which optimizer steps happened
 - `stream`: the steps of a joined run: when a snapshot is taken, and why not

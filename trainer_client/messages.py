@@ -1,4 +1,4 @@
-"""The log lines with which a run is joined and ends: what the averages lack of the trainer's steps."""
+"""The log lines when a run is joined, checkpointed or finished: what the averages lack of the trainer's steps."""
 
 from __future__ import annotations
 
@@ -29,6 +29,26 @@ def log_joined(run: str, joined: Joined, steps: int, last_due: int) -> None:
             log.warning(text, run, steps, verb, joined.last_step, steps - joined.last_step)
         else:
             log.info("ema: run %s continues at step %d", run, steps)
+
+
+def log_checkpoint(step: int, answer: Answered, due: int) -> bool:
+    """Log why the generation of a checkpoint lacks steps; whether it has them.
+
+    Args:
+        step: of the trainer's checkpoint.
+        answer: the server's.
+        due: the newest step up to `step` that `every` sends.
+    """
+    if answer.error is not None:
+        log.warning("ema: no checkpoint at step %d: %s", step, answer.error)
+    elif answer.step is None:
+        log.warning("ema: no checkpoint at step %d: the run has no snapshot", step)
+    elif answer.step < due:
+        text = "ema: no checkpoint at step %d: the generation holds step %d, later steps were not applied"
+        log.warning(text, step, answer.step)
+    else:
+        return True
+    return False
 
 
 def log_finished(run: str, answer: Answered, last_due: int, stopped: str | None) -> bool:

@@ -132,5 +132,6 @@ class OfflineClient(EmaClient):
     @property
     def worker(self) -> FakeWorker:
         """The worker in place of the connection."""
-        assert isinstance(self._worker, FakeWorker)
-        return self._worker
+        assert self._session is not None
+        assert isinstance(self._session.worker, FakeWorker)
+        return self._session.worker

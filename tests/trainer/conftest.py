@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from support.device_training import opened
-from trainer_client.client import _streaming
+from trainer_client.session import _streaming
 
 
 @pytest.fixture(autouse=True)
@@ -27,5 +27,5 @@ def _ended() -> Iterator[None]:
         device.idle()
         client.close(10.0)
     opened.clear()
-    for client in tuple(_streaming):  # a new client of the same run would end it, and log that
-        client.close(0.0)
+    for session in tuple(_streaming):  # a new client of the same run would end it, and log that
+        session.close(0.0)

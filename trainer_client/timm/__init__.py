@@ -1,7 +1,7 @@
 """timm's averaged model, kept by the server instead of the trainer.
 
 - `remote`: `RemoteModelEma`, with the interface of timm's `ModelEmaV3`
-- `client`: the `EmaClient` behind it
+- `client`: the session behind it, which can replace and publish the average
 - `fetch`: reads an average back over HTTP
 - `module_copy`: a module that holds averaged weights, to validate and save
 - `known`: finds timm's averaging class, and checks that it can be replaced

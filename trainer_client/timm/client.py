@@ -1,9 +1,12 @@
-"""The client behind `RemoteModelEma`: it can also replace the averages, and says which step was published."""
+"""The session behind `RemoteModelEma`: the average is chosen when it joins, and can be replaced and published."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
+import os
+from typing import Any
 
 from torch import nn
 
@@ -11,12 +14,32 @@ from ema_proto.averages.rules import AverageSpec
 from trainer_client.client import EmaClient
 from trainer_client.errors import AverageError
 from trainer_client.lifecycle import State
+from trainer_client.session import CLOSE_TIMEOUT_S, Session, connect
+from trainer_client.settings import Settings
 
 log = logging.getLogger("ema")
 
 
-class RemoteClient(EmaClient):
-    """See `EmaClient`; `begin` comes before anything is sent."""
+class RemoteClient:
+    """Streams updates by hand to a run with one average. It connects at once, and joins with `begin`.
+
+    Args:
+        settings: arguments of `EmaClient`, by their names; the others have its defaults.
+
+    Raises:
+        SettingsError: an argument cannot be used.
+        ConnectError: the server cannot be reached.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        defaults = {name: each.default for name, each in inspect.signature(EmaClient).parameters.items()}
+        self._settings = Settings.of(os.environ, defaults | settings)
+        self._session = Session(self._settings, connect)
+
+    @property
+    def run(self) -> str:
+        """The run's name."""
+        return self._settings.run
 
     def begin(self, model: nn.Module, average: AverageSpec, steps: int) -> None:
         """Join the run with this average, `steps` optimizer steps after its beginning.
@@ -26,13 +49,26 @@ class RemoteClient(EmaClient):
             JoinError: the server refuses the run.
             ClientClosed: the client was closed or finished.
         """
-        if self._life.usable() and self._stream is None:
+        if self._session.life.usable() and not self._session.joined:
             self._settings = dataclasses.replace(self._settings, averages=(average,))
-            self._join(model, steps)
+            self._session.join(model, self._settings, steps)
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Send a snapshot of `model` as of `step`; the weights have been copied when this returns.
+
+        Raises:
+            ClientClosed: the client was closed or finished.
+        """
+        if self._session.life.usable():
+            self._session.update(model, step)
 
     def replace(self, model: nn.Module, step: int) -> bool:
-        """Have the averages become the weights of `model`, as of `step`; False when they could not be sent."""
-        return self._life.usable() and self._replace(model, step)
+        """Have the averages become the weights of `model`, as of `step`; False when they could not be sent.
+
+        Raises:
+            ClientClosed: the client was closed or finished.
+        """
+        return self._session.life.usable() and self._session.replace(model, step)
 
     def publish(self, timeout_s: float) -> int:
         """Publish everything that was sent, and keep it like a checkpoint; return the step of that generation.
@@ -41,23 +77,28 @@ class RemoteClient(EmaClient):
             AverageError: that is not confirmed in time, or nothing has been applied.
             ClientClosed: the client was closed.
         """
-        if self._life.state is State.FINISHED:
-            return self.steps  # it was published when it finished
-        if not self._life.usable() or self._stream is None:
+        session, steps = self._session, self._session.steps or 0
+        if session.life.state is State.FINISHED:
+            return steps  # it was published when it finished
+        if not session.life.usable() or not session.joined:
             raise AverageError(f"run {self.run} is streamed by another client: this one has no average")
-        answer = self._publish(self._stream, timeout_s)
+        answer = session.publish(timeout_s)
         if answer.error is not None or answer.step is None:
-            stats = self._worker.stats()
+            stats = session.worker.stats()
             raise AverageError(
-                f"run {self.run}: the average at step {self.steps} was not published within {timeout_s:g} s "
+                f"run {self.run}: the average at step {steps} was not published within {timeout_s:g} s "
                 f"({answer.error or 'nothing was applied'}; the connection is {stats.state}, applied are steps up to "
                 f"{stats.last_committed_step}): see the server's log"
             )
-        if answer.step != self.steps:
-            log.warning(
-                "ema: the average of run %s is that of step %d: later steps were not applied (now at step %d)",
-                self.run,
-                answer.step,
-                self.steps,
-            )
+        if answer.step != steps:
+            text = "ema: the average of run %s is that of step %d: later steps were not applied (now at step %d)"
+            log.warning(text, self.run, answer.step, steps)
         return answer.step
+
+    def finish(self, timeout_s: float) -> bool:
+        """See `EmaClient.finish`."""
+        return self._session.finish(timeout_s)
+
+    def close(self) -> None:
+        """Leave the run open on the server and stop; calling it again changes nothing."""
+        self._session.close(CLOSE_TIMEOUT_S)

@@ -102,8 +102,8 @@ class RemoteModelEma(nn.Module):
         self._client: RemoteClient | None = None
         if rank_of(None if rank is None else check_step("rank", rank, 0), os.environ) == 0:
             self._client = RemoteClient(
-                endpoint,
-                run,
+                endpoint=endpoint,
+                run=run,
                 when_behind="wait",
                 resume=resume,
                 token=token,
@@ -207,7 +207,7 @@ class RemoteModelEma(nn.Module):
 
     def finish(self, timeout_s: float = 60.0) -> bool:
         """Publish the run and mark it as finished; returns whether that is confirmed. `module` can still be read."""
-        return self._client is not None and self._client.finish(timeout_s)
+        return self._client is not None and self._client.finish(check_timeout("timeout_s", timeout_s))
 
     def close(self) -> None:
         """Stop. A run that is not finished is left open on the server."""

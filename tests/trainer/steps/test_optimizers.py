@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from support.fake_worker import OfflineClient
 from trainer_client import SettingsError
+from trainer_client.steps.hooks import Attachment
 
 
 class Forwarding(Optimizer):
@@ -146,6 +147,11 @@ def _model() -> nn.Linear:
 
 def _client(**given: Any) -> OfflineClient:
     return OfflineClient("tcp://127.0.0.1:5555", run="r", **given)
+
+
+def _attachment_of(client: OfflineClient) -> Attachment:
+    assert client._session is not None
+    return client._session.attachment
 
 
 def _is_last(client: OfflineClient, model: nn.Module) -> bool:
@@ -393,7 +399,7 @@ def test_replaced_optimizer_is_freed() -> None:
     client = _client()
     client.attach(model, optimizer)
     optimizer.step()
-    weak = next(iter(client._attachment._members.keyrefs()))
+    weak = next(iter(_attachment_of(client)._members.keyrefs()))
     del optimizer
     gc.collect()
 
@@ -509,7 +515,7 @@ def test_optimizers_made_in_each_round_share_one_place(caplog: pytest.LogCapture
         SGD(model.parameters(), lr=0.1).step()
 
     assert client.worker.steps == list(range(1, 21))
-    assert len(client._attachment._steppers) == 1
+    assert len(_attachment_of(client)._steppers) == 1
     assert len(_errors(caplog)) == 3
 
 
