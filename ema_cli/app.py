@@ -28,6 +28,7 @@ COMMANDS_OF: Mapping[str, tuple[str, ...]] = {
         *("evaluate", "validate", "recalibrate"),
         *("averages", "ledger", "synthesize", "delete", "healthcheck"),
     ),
+    "ema_server.checkpoints.command": ("average",),
     "ema_cli.doctor": ("doctor",),
     "ema_cli.demo.command": ("demo",),
 }

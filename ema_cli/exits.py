@@ -20,7 +20,11 @@ _EXTRA_OF = {
 }
 
 
-_EXTRA_OF_COMMAND = {"serve": "server", "demo": "demo"}  # of those that need more than the extra `reader`
+_EXTRA_OF_COMMAND = {
+    "average": "server",
+    "serve": "server",
+    "demo": "demo",
+}  # of those that need more than the extra `reader`
 
 
 def missing_advice(error: ModuleNotFoundError, command: str = "") -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from ema_proto.dtypes import ITEM_BYTES
 from ema_proto.wire.manifest import Manifest, TensorSpec
 from ema_server.compute.memory import allocate
 from ema_server.tensors.dtypes import view
+from ema_server.tensors.finite import is_finite
 from ema_server.tensors.selection import can_be_averaged
 
 
@@ -80,7 +80,7 @@ class FiniteCheck:
             if run.begin >= end:
                 break
             first, last = max(offset, run.begin), min(end, run.end)
-            if first < last and not _is_finite(_elements(slot, run.dtype, first, last)):
+            if first < last and not is_finite(_elements(slot, run.dtype, first, last)):
                 found.extend(_not_finite(run, first, last, slot))
         return tuple(found)
 
@@ -88,17 +88,8 @@ class FiniteCheck:
 def _not_finite(run: _Run, first: int, last: int, slot: torch.Tensor) -> Iterator[str]:
     for tensor in run.tensors:
         begin, end = max(first, tensor.offset), min(last, tensor.end)
-        if begin < end and not _is_finite(_elements(slot, run.dtype, begin, end)):
+        if begin < end and not is_finite(_elements(slot, run.dtype, begin, end)):
             yield tensor.name
-
-
-def _is_finite(values: torch.Tensor) -> bool:
-    # NaN or Inf always makes the sum NaN or Inf, and summing runs at the speed of memory (half floats are summed in
-    # float32). The sum of finite values may overflow too: then the extremes decide, at half the speed.
-    if math.isfinite(values.sum().item()):
-        return True
-    lowest, highest = torch.aminmax(values)
-    return math.isfinite(lowest.item()) and math.isfinite(highest.item())
 
 
 def _elements(slot: torch.Tensor, dtype: str, begin: int, end: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Which byte is where: from the manifest to memory and to safetensors files.
 
 - `dtypes`: wire dtypes as torch's
+- `finite`: whether a tensor has NaN or Inf
 - `layout`: where each element lies in a snapshot and in an average's memory
 - `selection`: which tensors an average averages
 - `file_plan`: which bytes of an average go where in its files

@@ -1,6 +1,6 @@
 """Safetensors files: headers written and read, and where each tensor lies.
 
-Every header says `format=pt`, which loaders look for, and holds nothing else that is not a tensor.
+A server's headers say `format=pt`, which loaders look for, and hold nothing else that is not a tensor.
 """
 
 from __future__ import annotations
@@ -9,19 +9,23 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from ema_proto.dtypes import ITEM_BYTES
 
 CHUNK_BYTES = 4 << 20  # large enough for full speed
 
+FORMAT_PT: Mapping[str, str] = {"format": "pt"}
+
 _METADATA_KEY = "__metadata__"
-_METADATA = {_METADATA_KEY: {"format": "pt"}}  # constant: the headers of a run's versions are the same
 _HEADER_ALIGN = 8
 _HEADER_BYTES_MAX = 100 << 20  # the limit of the safetensors library
 _LENGTH = struct.Struct("<Q")
+
+Parsed = TypeVar("Parsed")
 
 
 class BadModelFile(ValueError):
@@ -46,9 +50,14 @@ class Stored:
         return self.elements * ITEM_BYTES[self.dtype]
 
 
-def describe(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[bytes, tuple[Stored, ...]]:
-    """The header of a file of these tensors (name, dtype, shape) in this order, and where each one lies."""
-    position, described, placed = 0, dict[str, object](_METADATA), list[Stored]()
+def describe(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] = FORMAT_PT
+) -> tuple[bytes, tuple[Stored, ...]]:
+    """The header of a file of these tensors (name, dtype, shape) in this order, and where each one lies.
+
+    The headers of a run's versions are the same, so `metadata` is constant there.
+    """
+    position, described, placed = 0, dict[str, object]({_METADATA_KEY: dict(metadata)}), list[Stored]()
     for name, dtype, shape in tensors:
         stored = Stored(name, dtype, shape, position)
         described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + stored.nbytes]}
@@ -67,16 +76,17 @@ def read_header(path: Path) -> tuple[Stored, ...]:
         BadModelFile: it is not a safetensors file.
         OSError: the disk fails.
     """
-    with path.open("rb") as file:
-        start = file.read(_LENGTH.size)
-        length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else _HEADER_BYTES_MAX + 1
-        text = file.read(length) if length <= _HEADER_BYTES_MAX else b""
-    try:
-        if len(text) < length:
-            raise ValueError(f"its header has {length} bytes, of which {len(text)} can be read")
-        return _parse(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadModelFile(f"{path} is not a safetensors file: {error!r}") from None
+    return _read(path, _parse)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header of a file says besides its tensors.
+
+    Raises:
+        BadModelFile: it is not a safetensors file.
+        OSError: the disk fails.
+    """
+    return _read(path, lambda text: dict(json.loads(text).get(_METADATA_KEY) or {}))
 
 
 def data_shift(path: Path, header: bytes) -> int:
@@ -128,6 +138,19 @@ def pieces_of(fd: int, begin: int, end: int) -> Iterator[bytes]:
         yield os.pread(fd, min(CHUNK_BYTES, end - at), at)
 
 
+def _read(path: Path, parse: Callable[[bytes], Parsed]) -> Parsed:
+    with path.open("rb") as file:
+        start = file.read(_LENGTH.size)
+        length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else _HEADER_BYTES_MAX + 1
+        text = file.read(length) if length <= _HEADER_BYTES_MAX else b""
+    try:
+        if len(text) < length:
+            raise ValueError(f"its header has {length} bytes, of which {len(text)} can be read")
+        return parse(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadModelFile(f"{path} is not a safetensors file: {error!r}") from None
+
+
 def _parse(text: bytes) -> tuple[Stored, ...]:
     """The tensors that a header describes, by offset in the file."""
     begin = _LENGTH.size + len(text)
@@ -139,6 +162,8 @@ def _parse(text: bytes) -> tuple[Stored, ...]:
 def _stored(name: str, entry: Mapping[str, object], begin: int) -> Stored:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(first), int(end)]}:
+            if dtype not in ITEM_BYTES:
+                raise ValueError(f"tensor {name!r} has dtype {dtype}; known are {', '.join(ITEM_BYTES)}")
             stored = Stored(name, dtype, tuple(int(size) for size in shape), begin + first)
             if stored.nbytes == end - first:
                 return stored
