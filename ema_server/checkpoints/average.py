@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ema_proto.averages.rules import Ema, PowerEma
+from ema_proto.averages.rules import Ema, PowerEma, Raw
 from ema_server.checkpoints.combine import combine
 from ema_server.checkpoints.errors import ArgumentError, CheckpointError
 from ema_server.checkpoints.folders import Checkpoint
@@ -101,6 +101,8 @@ def warnings_of(weighings: Sequence[Weighing]) -> list[str]:
         text = initial_share_warning(weighing.shares[first]) if isinstance(weighing.rule, Ema) else None
         if text is not None:
             found.append(f"{weighing.name} begins with the checkpoint of step {weighing.steps[first]}: {text}")
+        if weighing.shares[weighing.newest] == 1.0 and not isinstance(weighing.rule, Raw):
+            found.append(f"{weighing.name} consists of one checkpoint, that of step {weighing.steps[weighing.newest]}")
         if weighing.steps[0] == 0 and weighing.shares[0] == 0.0 and isinstance(weighing.rule, Ema | PowerEma):
             found.append(
                 f"{weighing.name} has nothing of the checkpoint of step 0, which is that of before the first step: "

@@ -6,7 +6,7 @@ of a tensor: one block for each average, and one for each thread that reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Protocol
@@ -64,15 +64,20 @@ def combine(
     kernel = Kernel(BLOCK_ELEMENTS, torch.device("cpu"), arithmetic)
     held = [_block_memory().data for _ in weighings]
     with closing(_Reader(checkpoints, on_read)) as reader:
-        for one in work:
-            for block_start in range(0, one.stored.elements, BLOCK_ELEMENTS):
-                count = min(BLOCK_ELEMENTS, one.stored.elements - block_start)
-                block = Segment(one.stored.dtype, one.averaged, count, 0, 0, 0)
-                for weights, source in reader.blocks(one, block_start, count):
-                    kernel.update([(block, source)], _targets(held, forms, weights))
-                for number, form in enumerate(forms):
-                    values = view(held[number], held_dtype(form, one.stored.dtype), 0, count)
-                    sink.write(number, one.stored.name, block_start, values)
+        for one, start, block in _blocks(work):
+            for weights, source in reader.read(one, start, block.count):
+                kernel.update([(block, source)], _targets(held, forms, weights))
+            for number, form in enumerate(forms):
+                values = view(held[number], held_dtype(form, block.dtype), 0, block.count)
+                sink.write(number, one.stored.name, start, values)
+
+
+def _blocks(work: Iterable[Work]) -> Iterator[tuple[Work, int, Segment]]:
+    """Each tensor in blocks: the number of the first element, and the block as the kernel sees it."""
+    for one in work:
+        for start in range(0, one.stored.elements, BLOCK_ELEMENTS):
+            count = min(BLOCK_ELEMENTS, one.stored.elements - start)
+            yield one, start, Segment(one.stored.dtype, one.averaged, count, 0, 0, 0)
 
 
 def _targets(held: Sequence[torch.Tensor], forms: Sequence[Form], weights: Sequence[float | None]) -> Sequence[Target]:
@@ -91,7 +96,7 @@ class _Reader:
         self._buffers = [_block_memory() for _ in range(min(_READERS, len(checkpoints)))]
         self._pool = ThreadPoolExecutor(len(self._buffers), "checkpoints")
 
-    def blocks(self, work: Work, start: int, count: int) -> Iterator[tuple[tuple[float | None, ...], torch.Tensor]]:
+    def read(self, work: Work, start: int, count: int) -> Iterator[tuple[tuple[float | None, ...], torch.Tensor]]:
         """The weights of each checkpoint that is read, with its block, which is valid until the next is requested."""
         at_once = len(self._buffers)
         for first in range(0, len(work.weights), at_once):

@@ -49,7 +49,7 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor], shards: int = 3) -
     """A checkpoint of several files with an index, as transformers writes it."""
     folder.mkdir(parents=True, exist_ok=True)
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         inside = {name: tensors[name] for name in names[number::shards]}

@@ -69,6 +69,24 @@ def test_json_is_the_content_of_version_json_with_the_folder(tmp_path: Path, ema
     assert shown == {"averages": [{"path": "avg", **version}], "warnings": []}
 
 
+def test_average_of_one_checkpoint_is_a_warning(tmp_path: Path, ema: _Command) -> None:
+    save_run(tmp_path / "run", (500, 1000))
+
+    code, _, err = ema("average", "run", "--rule", "wsd:start=2000,steps=500", "--rule", "raw", "-o", "avg")
+
+    assert code == 0
+    assert err == ("ema: warning: wsd-start-2000-steps-500 consists of one checkpoint, that of step 1000\n")
+
+
+def test_step_0_without_a_share_is_a_warning(tmp_path: Path, ema: _Command) -> None:
+    save_run(tmp_path / "run", (0, 1, 2))
+
+    code, _, err = ema("average", "run", "--rule", "power:gamma=0", "-o", "avg")
+
+    assert code == 0
+    assert "power-gamma-0 has nothing of the checkpoint of step 0" in err
+
+
 def test_given_weights_belong_to_the_checkpoints_in_the_order_given(tmp_path: Path, ema: _Command) -> None:
     save(tmp_path / "b", {"w": torch.tensor([1.0])})
     save(tmp_path / "a", {"w": torch.tensor([5.0])})
