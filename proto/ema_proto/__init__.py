@@ -6,7 +6,7 @@
 - `receiver`: the server's end as a state machine
 - `limits`: the version and all bounds, with their reasons
 - `errors`: exceptions and reject codes
-- `names`: names of runs and averages, patterns of tensor names
+- `names`: names of runs, averages and companion files, patterns of tensor names
 - `dtypes`: the dtypes on the wire
 - `auth`: proof of a shared token
 - `variables`: misspelt environment variables

@@ -17,6 +17,10 @@ CHUNK_BYTES_MAX = 16 << 20
 JOIN_BODY_BYTES_MAX = 16 << 20  # a manifest of 100,000 tensors; no larger than a chunk, so one frame limit serves both
 CONTROL_BODY_BYTES_MAX = 64 << 10  # every other JSON body
 CONFIG_BYTES_MAX = 1 << 20  # config.json is a model's description, not a data channel
+FILES_MAX = 256  # companion files of a run; their list fits a JOIN and a JOINED
+FILE_BYTES_MAX = 64 << 20  # twice the largest tokenizer.json in use
+FILES_BYTES_MAX = 256 << 20  # of one run in all; the trainer holds them in memory
+FILE_NAME_CHARS_MAX = 128
 
 FRAME_BYTES_MAX = CHUNK_BYTES_MAX + (4 << 10)  # what the socket accepts; the slack covers transport security
 

@@ -1,4 +1,4 @@
-"""Names of runs and averages, and patterns of tensor names.
+"""Names of runs, averages and companion files, and patterns of tensor names.
 
 A name is safe in a path, a URL and a Hugging Face repository id. Patterns are those of `fnmatch`, over whole canonical
 names and case-sensitive: `*` is any text, dots included, `?` one character.
@@ -11,12 +11,26 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from ema_proto.errors import SHOWN_CHARS, LocalProtocolError
-from ema_proto.limits import NAME_CHARS_MAX, PATTERNS_MAX, TENSOR_NAME_CHARS_MAX
+from ema_proto.limits import FILE_NAME_CHARS_MAX, NAME_CHARS_MAX, PATTERNS_MAX, TENSOR_NAME_CHARS_MAX
 
 # First path segments of the HTTP API and of the Hub protocol served beside it.
 RESERVED = frozenset({"api", "v1", "ui", "docs", "metrics", "models", "datasets", "spaces"})
 
+# Files that a server writes into the folder of a version.
+OWN_FILES = frozenset(
+    {
+        "adapter_model.safetensors",
+        "config.json",
+        "generation.json",
+        "model.safetensors",
+        "state.safetensors",
+        "version.json",
+    }
+)
+
 _ALLOWED = re.compile(r"[A-Za-z0-9_.-]+")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]*")
+_DEVICES = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)  # of Windows
 
 
 def check_name(kind: str, name: str) -> str:
@@ -50,6 +64,41 @@ def _problem(name: str) -> str | None:
         return "contains '--' or '..'"
     if name.lower() in RESERVED:
         return "is reserved"
+    return None
+
+
+def check_file_name(name: str) -> str:
+    """Return `name` if it may name a companion file: `NAME` or `FOLDER/NAME`, safe on every file system.
+
+    Raises:
+        LocalProtocolError: it is not, or the server writes a file of this name itself.
+    """
+    problem = _file_problem(name)
+    if problem:
+        raise LocalProtocolError(
+            f"file name {name[: FILE_NAME_CHARS_MAX + 1]!r} {problem}; use NAME or FOLDER/NAME, at most "
+            f"{FILE_NAME_CHARS_MAX} characters in all, of A-Z a-z 0-9 _ . + = @ -"
+        )
+    return name
+
+
+def _file_problem(name: str) -> str | None:
+    parts = name.split("/")
+    if not name:
+        return "is empty"
+    if len(name) > FILE_NAME_CHARS_MAX:
+        return f"has {len(name)} characters"
+    if len(parts) > 2:
+        return "has more than one folder"
+    for part in parts:
+        if not _FILE.fullmatch(part):
+            return "has a character that is not allowed" if part else "has an empty part"
+        if part.endswith("."):
+            return "has a part that ends in '.'"
+        if _DEVICES.fullmatch(part):
+            return f"has a part, {part!r}, that names a device on Windows"
+    if parts[0].lower() in OWN_FILES:
+        return "is that of a file which the server writes itself"
     return None
 
 

@@ -11,7 +11,7 @@ import pytest
 from ema_proto import limits
 from ema_proto.dtypes import ITEM_BYTES
 from ema_proto.errors import RejectCode
-from ema_proto.names import RESERVED
+from ema_proto.names import OWN_FILES, RESERVED
 from ema_proto.receiver.ownership import ClaimState
 from ema_proto.sender.events import SenderState
 from ema_proto.wire import codec
@@ -53,15 +53,24 @@ def test_message_table_names_every_key_of_every_body() -> None:
     rows = {row["message"]: bare(row["body keys"]) for row in table("## 3.", "type")}
     for message in EXAMPLES.values():
         if isinstance(message, m.Join):  # what is None is left out of the body
-            message = replace(message, publish_every_steps=100, host="machine", pid=1)
+            message = replace(message, publish_every_steps=100, host="machine", pid=1, files=())
         if isinstance(message, m.Joined):
-            message = replace(message, set_aside="run-20260101")
+            message = replace(message, set_aside="run-20260101", missing_files=())
         if isinstance(message, m.Finished):
             message = replace(message, warning="an average is too long")
-        if not isinstance(message, m.Chunk):
+        if not isinstance(message, m.Chunk | m.File):
             assert set(message.body()) == set(rows[TYPES[message.type]])
     described = {key for row in table("## 3.", "key") for key in bare(row["key"])}
     assert described == {key for keys in rows.values() for key in keys}
+
+
+def test_own_file_names_and_limits_of_files_are_listed() -> None:
+    section = SPEC[SPEC.index("**Companion files.**") : SPEC.index("JOINED names the contents")]
+
+    own = section[section.index("own files, in any case") :].partition("A file has")[0]
+    assert set(bare(own)) == OWN_FILES
+    for limit in (limits.FILE_NAME_CHARS_MAX, limits.FILE_BYTES_MAX, limits.FILES_BYTES_MAX):
+        assert f"{limit:,}" in section
 
 
 def test_message_table_names_uses_of_step_and_attempt() -> None:

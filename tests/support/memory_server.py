@@ -1,10 +1,13 @@
 """A receiver with a minimal model of a core: the applied snapshots, and a durable copy of their list.
 
-A restart falls back to the durable copy. `refusal` and `quarantine` are the core's answers to the next JOIN and the
-next snapshot. It is used by tests only.
+A restart falls back to the durable copy. `files` has the companion files that are whole, by sha256; with `damages`, the
+next one arrives damaged. `refusal` and `quarantine` are the core's answers to the next JOIN and the next snapshot. It
+is used by tests only.
 """
 
 from __future__ import annotations
+
+from hashlib import sha256
 
 from ema_proto.errors import RejectCode
 from ema_proto.limits import CHUNK_BYTES_MIN, RECENT_STEPS
@@ -22,6 +25,8 @@ class Server:
         self.token = token
         self.refusal: tuple[RejectCode, str] | None = None
         self.quarantine: str | None = None
+        self.damages = False
+        self.files: dict[str, bytes] = {}
         self.lives: list[list[tuple[int, bytes]]] = [[]]
         self.history: list[tuple[int, bytes]] = []
         self.durable: list[tuple[int, bytes]] = []
@@ -35,6 +40,7 @@ class Server:
             epoch=self.epoch, token=self.token, nonce=lambda: "nonce", chunk_bytes=CHUNK_BYTES, lost_after_s=60.0
         )
         self.slots: dict[int, list[bytearray]] = {}
+        self.parts: dict[int, bytes] = {}
 
     @property
     def applied(self) -> list[tuple[int, bytes]]:
@@ -54,6 +60,8 @@ class Server:
                 body = frames[1] if len(frames) == 2 else b""
                 view[: min(len(body), len(view))] = body[: len(view)]
                 self.receiver.payload(view if len(body) == len(view) else None)
+            case e.FileBody():
+                self.receiver.file_payload(frames[1] if len(frames) == 2 else None)
             case e.Control():
                 self.receiver.control(frames[1] if len(frames) == 2 else b"")
             case e.Discard():
@@ -69,6 +77,8 @@ class Server:
                     self.refusal = None
                 case e.JoinRequested():
                     self._join(event)
+                case e.FileReceived():
+                    self._store(event)
                 case e.SnapshotReady() if self.quarantine is not None:
                     self.receiver.quarantined(event.run, event.ticket, event.slot, self.quarantine)
                     self.quarantine = None
@@ -86,6 +96,18 @@ class Server:
                     self.receiver.finished(event.run, event.ticket, event.request, self.last_step)
                 case e.SessionEnded():
                     pass
+
+    def _store(self, event: e.FileReceived) -> None:
+        known = self.parts.pop(event.ticket, b"") if event.offset else b""
+        assert len(known) == event.offset
+        data = self.parts[event.ticket] = known + event.payload
+        if len(data) == event.file.nbytes:
+            if self.damages or sha256(data).hexdigest() != event.file.sha256:
+                self.damages = False
+                self.receiver.file_failed(event.run, event.ticket, f"file {event.file.name!r} arrived damaged")
+                return
+            self.files[event.file.sha256] = data
+        self.receiver.file_stored(event.run, event.ticket)
 
     def publish(self) -> None:
         """Make what is applied durable."""
@@ -124,4 +146,7 @@ class Server:
             published_step=self.durable[-1][0] if self.durable else None,
             recent=self._recent(),
             continuation=continuation,
+            missing_files=tuple(
+                dict.fromkeys(file.sha256 for file in event.join.files or () if file.sha256 not in self.files)
+            ),
         )

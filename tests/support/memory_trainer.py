@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from zlib import crc32
 
 from ema_proto.averages.rules import Ema
@@ -12,8 +14,10 @@ from ema_proto.errors import RejectCode
 from ema_proto.sender import events as e
 from ema_proto.sender import machine as s
 from ema_proto.sender.events import SenderState
+from ema_proto.sender.file_queue import FilePayload
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import with_crc32
+from ema_proto.wire.files import FileSpec
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from support.memory_server import CHUNK_BYTES
 
@@ -23,7 +27,14 @@ def small_manifest(chunks: float = 3.5) -> Manifest:
     return layout([TensorSpec("weight", "U8", (int(chunks * CHUNK_BYTES),), Role.PARAM, 0)])
 
 
-def small_join(manifest: Manifest, *, first_step: int = 1, incarnation: int = 0, checksum: bool = True) -> m.Join:
+def small_join(
+    manifest: Manifest,
+    *,
+    first_step: int = 1,
+    incarnation: int = 0,
+    checksum: bool = True,
+    files: tuple[FileSpec, ...] | None = None,
+) -> m.Join:
     """A JOIN for the run of these tests."""
     return m.Join(
         run="run",
@@ -32,7 +43,13 @@ def small_join(manifest: Manifest, *, first_step: int = 1, incarnation: int = 0,
         averages=(Ema(0.9),),
         incarnation=incarnation,
         checksum=checksum,
+        files=files,
     )
+
+
+def specs_of(files: Mapping[str, bytes]) -> tuple[FileSpec, ...]:
+    """Names, sizes and digests of companion files."""
+    return tuple(FileSpec(name, len(data), sha256(data).hexdigest()) for name, data in files.items())
 
 
 @dataclass
@@ -45,14 +62,27 @@ class Connection:
 
 
 class Trainer:
-    """A sender with two slots; records what it offered and the outcome."""
+    """A sender with two slots; records what it offered and the outcome. With `files`, it supports companion files."""
 
     def __init__(
-        self, name: str, manifest: Manifest, *, token: str | None = None, incarnation: int = 0, first_step: int = 1
+        self,
+        name: str,
+        manifest: Manifest,
+        *,
+        token: str | None = None,
+        incarnation: int = 0,
+        first_step: int = 1,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         self.name = name
         self.manifest = manifest
-        self.sender = s.Sender(name.encode().ljust(16, b"."), token=token, jitter=lambda: 0.5)
+        self.files = [] if files is None else list(files.values())
+        self.sender = s.Sender(
+            name.encode().ljust(16, b"."),
+            token=token,
+            jitter=lambda: 0.5,
+            capabilities=("crc32",) if files is None else ("crc32", "files"),
+        )
         self.slots = [bytes(manifest.nbytes)] * 2
         self.free = [0, 1]
         self.sent: dict[int, bytes] = {}
@@ -68,7 +98,8 @@ class Trainer:
         self.retry_at = 0.0
         self._step_before_rewind: dict[int, int] = {}
         self.step = first_step - 1
-        self.sender.join(small_join(manifest, first_step=first_step, incarnation=incarnation))
+        specs = None if files is None else specs_of(files)
+        self.sender.join(small_join(manifest, first_step=first_step, incarnation=incarnation, files=specs))
 
     @property
     def connection(self) -> Connection | None:
@@ -117,7 +148,8 @@ class Trainer:
                 connection.up.append((out.header, out.body))
                 continue
             payload = out.payload
-            body = self.slots[payload.slot][payload.offset : payload.offset + payload.length]
+            source = self.files[payload.file] if isinstance(payload, FilePayload) else self.slots[payload.slot]
+            body = source[payload.offset : payload.offset + payload.length]
             header = out.header
             if out.checksum:
                 header = with_crc32(header, crc32(body))

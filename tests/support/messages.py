@@ -5,6 +5,7 @@ from __future__ import annotations
 from ema_proto.averages.rules import Ema, Raw
 from ema_proto.errors import RejectCode
 from ema_proto.wire import messages as m
+from ema_proto.wire.files import FileSpec
 from ema_proto.wire.manifest import Role, TensorSpec, layout
 
 SESSION = bytes(range(1, 17))
@@ -63,8 +64,23 @@ EXAMPLES: dict[str, m.Message] = {
     "finished": m.Finished(4, 1001),
     "reject": m.Reject(RejectCode.STALE_EPOCH, "the server has restarted since: say HELLO again"),
     "reject of a snapshot": m.Reject(RejectCode.NOT_FINITE, "tensor 'norm.weight' is not finite", 1001, 1),
+    "hello of a trainer with files": m.Hello(capabilities=("crc32", "files")),
+    "welcome of a trainer with files": m.Welcome(EPOCH, 4 << 20, ("crc32", "files")),
+    "join with files": m.Join(
+        run="llama-lora",
+        first_step=1,
+        manifest=MANIFEST,
+        averages=(Raw(),),
+        files=(
+            FileSpec("tokenizer.json", 35_000_000, "ab" * 32),
+            FileSpec("additional_chat_templates/tool_use.jinja", 900, "cd" * 32),
+        ),
+    ),
+    "joined with missing files": m.Joined(None, None, (), "new", 8, missing_files=("ab" * 32,)),
+    "file": m.File(0, 4 << 20, len(PAYLOAD)),
+    "file with checksum": m.File(1, 0, len(PAYLOAD), 0x6B7EE9F7),
 }
 
 CONTROL: dict[str, m.ControlMessage] = {
-    name: message for name, message in EXAMPLES.items() if not isinstance(message, m.Chunk)
+    name: message for name, message in EXAMPLES.items() if not isinstance(message, m.Chunk | m.File)
 }

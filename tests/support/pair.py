@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ema_proto.errors import RejectCode
@@ -34,10 +35,16 @@ class World:
         self.trainers: list[Trainer] = []
 
     def trainer(
-        self, name: str = "a", *, chunks: float = 3.5, token: str | None = None, incarnation: int = 0
+        self,
+        name: str = "a",
+        *,
+        chunks: float = 3.5,
+        token: str | None = None,
+        incarnation: int = 0,
+        files: Mapping[str, bytes] | None = None,
     ) -> Trainer:
         """Add a trainer."""
-        trainer = Trainer(name, small_manifest(chunks), token=token, incarnation=incarnation)
+        trainer = Trainer(name, small_manifest(chunks), token=token, incarnation=incarnation, files=files)
         self.trainers.append(trainer)
         return trainer
 

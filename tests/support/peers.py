@@ -28,6 +28,7 @@ MESSAGES: dict[str, m.Message] = {
     "BEGIN": m.Begin(1, 1),
     "CHUNK": m.Chunk(1, 1, 0, CHUNK_BYTES_MIN),
     "COMMIT": m.Commit(1, 1, 1, CHUNK_BYTES_MIN),
+    "FILE": m.File(0, 0, CHUNK_BYTES_MIN),
     "PUBLISH": m.Publish(1),
     "REWIND": m.Rewind(1, 0),
     "FINISH": m.Finish(1),
@@ -63,6 +64,8 @@ class Peer:
         match self.receiver.header(self.name, header, now):
             case e.Payload(length=length):
                 self.receiver.payload(body if len(body) == length else None)
+            case e.FileBody(length=length):
+                self.receiver.file_payload(body if len(body) == length else None)
             case e.Control():
                 self.receiver.control(body)
         return self.heard()
@@ -123,7 +126,7 @@ def receiver_after(state: str, message: str) -> str:
         peer.say(m.Finish(1))
     peer.heard()
     sent = MESSAGES["CREDIT" if message == "a server's message" else message]
-    answers = peer.say(sent, payload=bytes(CHUNK_BYTES_MIN) if message == "CHUNK" else None)
+    answers = peer.say(sent, payload=bytes(CHUNK_BYTES_MIN) if message in ("CHUNK", "FILE") else None)
     codes = [code for code in peer.codes(answers) if code is not RejectCode.OUT_OF_ORDER]
     return codes[0].value if codes else _state_of(receiver, peer)
 

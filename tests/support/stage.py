@@ -1,6 +1,7 @@
 """Plays a transcript: lines that begin with `> ` are commands, the others are messages that the two machines then send.
 
     > trainer NAME [token=T] [incarnation=N] [first_step=N]   a trainer connects and asks for the run
+              [files=NAME:BYTES,...]                          with companion files of this many zero bytes
     > NAME steps [N]                                          it takes N steps, and offers each if a slot is free
     > NAME publishes | rewinds N | finishes | leaves          a request of its user
     > NAME is cut off | dies                                  its connection breaks; its process is killed
@@ -9,7 +10,7 @@
     > NAME says TYPE [field=value]... [BODY]                  one message, with these fields of the header
     > NAME says hex HEADER [BODY]                             two frames as they are
     > server has token T                                      before anything else
-    > server restarts | publishes | quarantines | refuses CODE
+    > server restarts | publishes | quarantines | refuses CODE | damages files
     > wait SECONDS                                            the clock advances
 
 Every message line is `NAME -> TYPE …` (to the server) or `NAME <- TYPE …`, with the header's fields that are not zero
@@ -27,7 +28,10 @@ from ema_proto.wire.codec import CONTROL_MESSAGES, Header, decode_header, encode
 from support.memory_server import Server
 from support.memory_trainer import Connection, Trainer, small_manifest
 
-TYPES = {kind: message.__name__.upper() for kind, message in CONTROL_MESSAGES.items()} | {m.Chunk.type: "CHUNK"}
+TYPES = {kind: message.__name__.upper() for kind, message in CONTROL_MESSAGES.items()} | {
+    m.Chunk.type: "CHUNK",
+    m.File.type: "FILE",
+}
 _NUMBERS = {name: kind for kind, name in TYPES.items()}
 _SETTLED_AFTER = 50  # rounds without silence mean an endless exchange
 
@@ -73,6 +77,7 @@ class Stage:
             token=given.get("token"),
             incarnation=int(given.get("incarnation", 0)),
             first_step=int(given.get("first_step", 1)),
+            files=_files(given["files"]) if "files" in given else None,
         )
         self.trainers[name] = trainer
         trainer.open(self.now)
@@ -83,6 +88,8 @@ class Stage:
                 self.server.restart()
             case ["publishes"]:
                 self.server.publish()
+            case ["damages", "files"]:
+                self.server.damages = True
             case ["quarantines"]:
                 self.server.quarantine = "tensor 'weight' is not finite"
             case ["refuses", code]:
@@ -129,7 +136,7 @@ class Stage:
             self.server.take(name.encode(), frames, self.now)
             return
         body = text[text.index("{") :].encode() if "{" in text else b"{}"
-        if kind == "CHUNK":
+        if kind in ("CHUNK", "FILE"):
             length = next(int(word.removeprefix("length=")) for word in words if word.startswith("length="))
             body = bytes(length)
         given = dict(word.split("=") for word in text.partition("{")[0].split()[1:])
@@ -185,6 +192,10 @@ class Stage:
                 trainer.sender.receive(frames, self.now)
 
 
+def _files(text: str) -> dict[str, bytes]:
+    return {name: bytes(int(size)) for name, _, size in (item.partition(":") for item in text.split(",") if item)}
+
+
 def speech(frames: tuple[bytes, ...]) -> str:
     """One message in readable form."""
     header = decode_header(frames[0])
@@ -193,7 +204,7 @@ def speech(frames: tuple[bytes, ...]) -> str:
         value = getattr(header, field)
         if value and (field, value) != ("major", 1):
             shown.append(f"{field}={value}")
-    if header.type == m.Chunk.type:
+    if header.type in (m.Chunk.type, m.File.type):
         shown.append(f"length={header.length}")
         shown += [] if header.crc32 is None else [f"crc32={header.crc32:08x}"]
     elif len(frames[1]) > 2:

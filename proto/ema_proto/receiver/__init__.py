@@ -5,4 +5,5 @@
 - `connections`: greets connections, refuses frames, forgets silent connections
 - `ownership`: which session owns which run, probes and take-overs
 - `intake`: the snapshots of one joined session: slots, credit, commits
+- `file_intake`: the companion files that come before them
 """

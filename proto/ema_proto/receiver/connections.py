@@ -92,7 +92,9 @@ class Connections:
         if self._token is None or connection.welcomed or self._is_proven(connection, self._token, hello.proof):
             self.greeted += not connection.welcomed
             connection.welcomed = True
-            self.send(connection.peer, m.Welcome(self._epoch, self._chunk_bytes))
+            # Files are offered only to a sender that has them: what others receive does not change.
+            capabilities = (m.CRC32, m.FILES) if m.FILES in hello.capabilities else (m.CRC32,)
+            self.send(connection.peer, m.Welcome(self._epoch, self._chunk_bytes, capabilities))
         else:
             connection.nonce = connection.nonce or self._nonce()
             self.send(connection.peer, m.Challenge(connection.nonce))

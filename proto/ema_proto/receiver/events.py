@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ema_proto.wire import messages as m
+from ema_proto.wire.files import FileSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,13 @@ class Payload:
     slot: int
     attempt: int
     offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileBody:
+    """Receive exactly `length` bytes and pass them to `file_payload`."""
+
     length: int
 
 
@@ -34,7 +42,7 @@ class Discard:
     """Drop whatever follows the header."""
 
 
-Target: TypeAlias = Payload | Control | Discard
+Target: TypeAlias = Payload | FileBody | Control | Discard
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,20 @@ class JoinRequested:
     run: str
     ticket: int
     join: m.Join
+
+
+@dataclass(frozen=True, slots=True)
+class FileReceived:
+    """Store a part of a companion file, which begins at byte `offset`; then `file_stored` or `file_failed`.
+
+    Parts come in order. With the last one of a file, its size and sha256 are to be checked.
+    """
+
+    run: str
+    ticket: int
+    file: FileSpec
+    offset: int
+    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,5 +118,5 @@ class SessionEnded:
 
 
 ReceiverEvent: TypeAlias = (
-    JoinRequested | SnapshotReady | PublishRequested | RewindRequested | FinishRequested | SessionEnded
+    JoinRequested | FileReceived | SnapshotReady | PublishRequested | RewindRequested | FinishRequested | SessionEnded
 )

@@ -11,9 +11,11 @@ from zlib import crc32
 
 from ema_proto.errors import RejectCode, RemoteProtocolError
 from ema_proto.limits import CREDIT_WINDOW_CHUNKS, RECENT_STEPS
+from ema_proto.receiver.file_intake import FileIntake
 from ema_proto.wire import messages as m
 from ema_proto.wire.chunks import Coverage, count_chunks
 from ema_proto.wire.codec import Header, decode_chunk
+from ema_proto.wire.files import FileSpec
 
 
 @dataclass(slots=True)
@@ -28,6 +30,7 @@ class Intake:
     """Staging of one session, in `slots` slots of `nbytes` bytes.
 
     With `checksum`, chunks carry a CRC-32 that must match. `last_step` is the last applied one, None without any.
+    `files` are companion files that come first: before they are whole, no credit is given for snapshots.
     """
 
     def __init__(
@@ -39,9 +42,11 @@ class Intake:
         checksum: bool,
         last_step: int | None,
         recent: tuple[int, ...],
+        files: tuple[FileSpec, ...] = (),
     ) -> None:
         self.replies: deque[m.Committed | m.Credit | m.Reject] = deque()
         self.recent = deque(recent, maxlen=RECENT_STEPS)
+        self.files = FileIntake(files, chunk_bytes=chunk_bytes, checksum=checksum)
         self._nbytes = nbytes
         self._chunk_bytes = chunk_bytes
         self._slots = slots
@@ -59,8 +64,9 @@ class Intake:
             return
         self._filling = None
         slot = next((index for index in range(self._slots) if index not in self._held), None)
-        if slot is None:
-            self._reject(begin, RejectCode.OUT_OF_ORDER, "BEGIN came without credit: no slot is free")
+        if slot is None or not self.files.whole:
+            what = "no slot is free" if slot is None else "files are missing"
+            self._reject(begin, RejectCode.OUT_OF_ORDER, f"BEGIN came without credit: {what}")
             return
         self._filling = _Filling(slot, begin, Coverage(self._nbytes, self._chunk_bytes))
 
@@ -89,6 +95,20 @@ class Intake:
             self._refuse(filling, RejectCode.CHECKSUM, f"the chunk at {header.offset} has another checksum")
         elif filling is not None:
             filling.coverage.add(header.offset)
+        self._grant()
+
+    def file_target(self, part: m.File) -> None:
+        """Check that a part of a companion file is the next one.
+
+        Raises:
+            RemoteProtocolError: `bad_message`; it is not.
+        """
+        self.files.expect(part)
+        self._received_chunks += 1
+
+    def file_stored(self) -> None:
+        """A part of a companion file is stored."""
+        self.files.stored()
         self._grant()
 
     def commit(self, commit: m.Commit) -> tuple[int, m.Begin] | None:
@@ -175,7 +195,9 @@ class Intake:
         self.replies.append(m.Reject(code, text, what.step, what.attempt))
 
     def _allowance(self) -> int:
-        """Chunks that may be sent now: as many as the slots have room for, at most a window."""
+        """Chunks that may be sent now: as many as the slots have room for, at most a window; or parts of files."""
+        if not self.files.whole:
+            return self.files.allowance
         missing = self._filling.coverage.missing if self._filling else 0
         free = self._slots - len(self._held) - (1 if self._filling else 0)
         return min(CREDIT_WINDOW_CHUNKS, missing + free * count_chunks(self._nbytes, self._chunk_bytes))

@@ -1,8 +1,8 @@
 """The server's end of the protocol as a state machine: headers, bodies and the time in, messages and events out.
 
 For each message the caller passes the header frame and learns where the body belongs: into a slot (`Payload`), into a
-buffer (`Control`), or nowhere (`Discard`). `events` ask the averager for something; it answers by `accept_join`,
-`applied` and so on. Answers with a stale ticket are ignored.
+buffer (`Control`, `FileBody`), or nowhere (`Discard`). `events` ask the averager for something; it answers by
+`accept_join`, `applied` and so on. Answers with a stale ticket are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from ema_proto.receiver.connections import Connection, Connections
 from ema_proto.receiver.intake import Intake
 from ema_proto.receiver.ownership import Claim, ClaimState, Ownership
 from ema_proto.wire import messages as m
-from ema_proto.wire.codec import Header, decode, decode_header
+from ema_proto.wire.codec import Header, decode, decode_file, decode_header
+from ema_proto.wire.files import by_digest
 
 
 class Receiver:
@@ -67,6 +68,8 @@ class Receiver:
         except RemoteProtocolError as error:
             self._connections.refuse(connection, error.code, error.text)
             return e.Discard()
+        if header.type == m.File.type:
+            return self._file_target(connection, header)
         if header.type != m.Chunk.type:
             self._pending = connection, header
             return e.Control(header.length)
@@ -87,6 +90,19 @@ class Receiver:
         if claim is not None and claim.intake is not None:
             claim.intake.payload(header, received)
             self._flush(claim)
+
+    def file_payload(self, payload: bytes | None) -> None:
+        """A `FileBody` was received; None if its length was wrong."""
+        connection, header = self._take_pending()
+        claim = self._streaming(connection)
+        if claim is None or claim.intake is None:
+            return
+        try:
+            part = decode_file(header)
+            file = claim.intake.files.take(part, payload)
+            self.events.append(e.FileReceived(claim.run, claim.ticket, file, part.offset, payload or b""))
+        except RemoteProtocolError as error:
+            self._connections.refuse(connection, error.code, error.text)
 
     def control(self, body: bytes) -> None:
         """A `Control` body (of any length: it is checked here)."""
@@ -119,11 +135,16 @@ class Receiver:
         continuation: m.Continuation,
         slots: int = SLOTS,
         set_aside: str | None = None,
+        missing_files: tuple[str, ...] = (),
     ) -> bool:
-        """The run is ready and has `slots` slots; False when the session that asked has ended."""
+        """The run is ready and has `slots` slots; False when the session that asked has ended.
+
+        `missing_files` are the sha256 of the JOIN's companion files that are to be sent before snapshots.
+        """
         claim = self._runs.by_ticket(run, ticket)
         if claim is None or claim.state is not ClaimState.JOINING:
             return False
+        files = claim.join.files
         intake = Intake(
             nbytes=claim.join.manifest.nbytes,
             chunk_bytes=self._chunk_bytes,
@@ -131,10 +152,18 @@ class Receiver:
             checksum=claim.join.checksum,
             last_step=last_step,
             recent=recent,
+            files=tuple(files[place] for place in by_digest(files, missing_files)) if files else (),
         )
         self._runs.stream(claim, intake)
-        newest = tuple(intake.recent)
-        joined = m.Joined(last_step, published_step, newest, continuation, intake.credit_limit, set_aside=set_aside)
+        joined = m.Joined(
+            last_step,
+            published_step,
+            tuple(intake.recent),
+            continuation,
+            intake.credit_limit,
+            set_aside=set_aside,
+            missing_files=None if files is None else missing_files,
+        )
         self._connections.send(claim.peer, joined)
         return True
 
@@ -143,6 +172,19 @@ class Receiver:
         claim = self._runs.by_ticket(run, ticket)
         if claim is not None:
             self._runs.refuse(claim, code, text)
+
+    def file_stored(self, run: str, ticket: int) -> None:
+        """The oldest unstored part of a companion file is stored; with the last one of a file, the file is durable."""
+        claim = self._runs.by_ticket(run, ticket)
+        if claim is not None and claim.intake is not None:
+            claim.intake.file_stored()
+            self._flush(claim)
+
+    def file_failed(self, run: str, ticket: int, text: str) -> None:
+        """A companion file could not be stored, or arrived damaged. The session has ended with this."""
+        claim = self._runs.by_ticket(run, ticket)
+        if claim is not None:
+            self._runs.fail(claim, RejectCode.UNAVAILABLE, text)
 
     def applied(self, run: str, ticket: int, slot: int) -> None:
         """The snapshot in `slot` is in the averages; the slot is free."""
@@ -255,6 +297,18 @@ class Receiver:
             case m.Finish():
                 claim.state = ClaimState.FINISHING
                 self.events.append(e.FinishRequested(claim.run, claim.ticket, message.request))
+
+    def _file_target(self, connection: Connection, header: Header) -> e.Target:
+        claim = self._streaming(connection)
+        if claim is None or claim.intake is None:
+            return e.Discard()
+        try:
+            claim.intake.file_target(decode_file(header))
+        except RemoteProtocolError as error:
+            self._connections.refuse(connection, error.code, error.text)
+            return e.Discard()
+        self._pending = connection, header
+        return e.FileBody(header.length)
 
     def _streaming(self, connection: Connection) -> Claim | None:
         claim = self._runs.of(connection)

@@ -141,6 +141,11 @@ class Ownership:
         if is_owner:
             self._report_end(claim, lost=lost)
 
+    def fail(self, claim: Claim, code: RejectCode, text: str) -> None:
+        """The session that streams the run cannot go on with it."""
+        self.end(claim, code, text)
+        self._report_end(claim, lost=False)
+
     def end(self, claim: Claim, code: RejectCode, text: str) -> None:
         self._connections.send(claim.peer, m.Reject(code, text))
         self.drop(claim)

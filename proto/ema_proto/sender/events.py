@@ -24,7 +24,9 @@ class SenderState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Greeted:
-    """The server accepted the connection; version and token are right."""
+    """The server accepted the connection; version and token are right. `capabilities` are those of both sides."""
+
+    capabilities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,14 +35,24 @@ class Sender:
         session: 16 random bytes, new for each process.
         token: shared secret, or None.
         jitter: returns a number in [0, 1); spreads reconnections.
+        capabilities: what the caller supports. Without `files`, or if the server does not support them, JOIN is sent
+            without the companion files.
     """
 
-    def __init__(self, session: bytes, *, token: str | None, jitter: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        session: bytes,
+        *,
+        token: str | None,
+        jitter: Callable[[], float],
+        capabilities: tuple[str, ...] = (m.CRC32,),
+    ) -> None:
         self.state = SenderState.DISCONNECTED
         self.events: deque[e.Event] = deque()
         self._session = session
         self._token = token
         self._jitter = jitter
+        self._capabilities = capabilities
         self._epoch = 0
         self._welcome: m.Welcome | None = None
         self._join: m.Join | None = None
@@ -57,7 +67,7 @@ class Sender:
             raise LocalProtocolError(f"a transport was opened while {self.state.value}")
         self.state = SenderState.GREETING
         self._epoch = 0
-        self._send(m.Hello())
+        self._send(m.Hello(capabilities=self._capabilities))
         self._timeouts.restart(now)
 
     def lost(self, now: float, reason: str) -> None:
@@ -196,7 +206,11 @@ class Sender:
         if self._token is None:
             text = "the server asks for a token: set EMA_TOKEN to the server's"
             raise RemoteProtocolError(RejectCode.UNAUTHORIZED, text)
-        self._send(m.Hello(proof=prove(self._token, nonce=challenge.nonce, session=self._session)))
+        self._send(
+            m.Hello(
+                capabilities=self._capabilities, proof=prove(self._token, nonce=challenge.nonce, session=self._session)
+            )
+        )
 
     def _take_welcome(self, welcome: m.Welcome, now: float) -> None:
         if welcome.major != VERSION_MAJOR:
@@ -207,14 +221,16 @@ class Sender:
         self._epoch = welcome.epoch
         self._welcome = welcome
         self._stream.chunk_bytes = welcome.chunk_bytes
-        self.events.append(e.Greeted())
+        self.events.append(e.Greeted(tuple(name for name in self._capabilities if name in welcome.capabilities)))
         if self._join is not None:
             self._send_join(self._join, welcome)
 
     def _send_join(self, join: m.Join, welcome: m.Welcome) -> None:
         if self._joined_before:
             join = replace(join, reconnect=True, first_step=self._stream.next_step(join.first_step))
-        if join.checksum and "crc32" not in welcome.capabilities:
+        if m.FILES not in self._capabilities or m.FILES not in welcome.capabilities:
+            join = replace(join, files=None)
+        if join.checksum and m.CRC32 not in welcome.capabilities:
             self._fail(RejectCode.VERSION, "the server cannot check CRC-32: upgrade it, or turn the checksum off")
             return
         try:
@@ -224,6 +240,8 @@ class Sender:
             self._fail(RejectCode.MANIFEST_INVALID, str(error))
 
     def _take_joined(self, joined: m.Joined, now: float) -> None:
+        if self._join is not None:
+            self._stream.files.begin(self._join.files or (), joined.missing_files or ())
         self.state = SenderState.STREAMING
         self._joined_before = True
         self._timeouts.progressed(now)

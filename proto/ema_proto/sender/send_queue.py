@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ema_proto.errors import LocalProtocolError, RejectCode
+from ema_proto.sender.file_queue import FilePayload, FileQueue
 from ema_proto.wire import messages as m
 from ema_proto.wire.chunks import count_chunks
 from ema_proto.wire.codec import encode
@@ -33,7 +34,7 @@ class Outgoing:
 
     header: bytes
     body: bytes
-    payload: Payload | None = None
+    payload: Payload | FilePayload | None = None
     checksum: bool = False
 
 
@@ -75,13 +76,17 @@ class Request:
 
 
 class StreamQueue:
-    """Unanswered items in the order in which they were offered, and the credit of the current connection."""
+    """Unanswered items in the order in which they were offered, and the credit of the current connection.
+
+    Companion files that the server lacks go before all of them.
+    """
 
     def __init__(self) -> None:
         self.nbytes = 0
         self.checksum = False
         self.chunk_bytes = 1
         self.credit_limit = 0
+        self.files = FileQueue()
         self._last_step = 0
         self._items: deque[Snapshot | Request] = deque()
         self._chunks_sent = 0
@@ -90,7 +95,9 @@ class StreamQueue:
 
     @property
     def awaiting(self) -> bool:
-        """Whether a snapshot is unanswered that does not wait behind a REWIND or FINISH."""
+        """Whether a file is to be sent, or a snapshot is unanswered that does not wait behind a REWIND or FINISH."""
+        if self.files:
+            return True
         for item in self._items:
             if isinstance(item, Snapshot):
                 return True
@@ -132,6 +139,8 @@ class StreamQueue:
         A request waits until every snapshot before it is answered: one that had to be sent again would otherwise come
         after the generation that should hold it, or after the REWIND that undid it.
         """
+        if self.files:
+            return self._next_part(session, epoch)
         unanswered = False
         for item in self._items:
             if isinstance(item, Snapshot):
@@ -166,6 +175,14 @@ class StreamQueue:
         snapshot.sent_bytes += length
         header, _ = encode(m.Chunk(snapshot.step, snapshot.attempt, offset, length), session=session, epoch=epoch)
         return Outgoing(header, b"", Payload(snapshot.slot, offset, length), self.checksum)
+
+    def _next_part(self, session: bytes, epoch: int) -> Outgoing | None:
+        if self._chunks_sent >= self.credit_limit:
+            return None
+        self._chunks_sent += 1
+        part, payload = self.files.next_part(self.chunk_bytes)
+        header, _ = encode(part, session=session, epoch=epoch)
+        return Outgoing(header, b"", payload, self.checksum)
 
     def find(self, step: int, attempt: int) -> Snapshot | None:
         for item in self._items:
@@ -223,6 +240,7 @@ class StreamQueue:
             else:
                 item.phase, item.sent_bytes = Phase.BEGIN, 0
         self.credit_limit = self._chunks_sent = 0
+        self.files.clear()
 
     def settle(self, joined: m.Joined) -> list[Snapshot]:
         """Take the credit of a JOINED; remove and return the snapshots it answers, `dropped` if not applied."""

@@ -3,6 +3,7 @@
 - `messages`: all messages as frozen values
 - `body`: JSON bodies, and the kinds of values that a message's fields may have
 - `manifest`: the tensors of a snapshot and their layout in one flat buffer
+- `files`: companion files of a run: names, sizes and digests
 - `codec`: messages to frames and back
 - `chunks`: cutting a flat buffer into chunks, and recording which have arrived
 """

@@ -99,18 +99,18 @@ def decode_header(frame: bytes) -> Header:
 
 
 def body_bytes_max(kind: int) -> int:
-    if kind == m.Chunk.type:
+    if kind in (m.Chunk.type, m.File.type):
         return CHUNK_BYTES_MAX
     return JOIN_BODY_BYTES_MAX if kind == m.Join.type else CONTROL_BODY_BYTES_MAX
 
 
 def encode(message: m.Message, *, session: bytes, epoch: int) -> tuple[bytes, bytes]:
-    """Header and body of a message. A chunk's body is its payload, which the caller appends: it comes back empty.
+    """Header and body of a message. The body of a CHUNK or FILE is the payload, which the caller appends: it is empty.
 
     Raises:
         LocalProtocolError: the body is over the limit of its type (a JOIN with too many, or too long, tensor names).
     """
-    body = b"" if isinstance(message, m.Chunk) else encode_body(message.body())
+    body = b"" if isinstance(message, m.Chunk | m.File) else encode_body(message.body())
     if len(body) > body_bytes_max(message.type):
         text = f"{type(message).__name__.upper()} has a body of {len(body)} bytes, over {body_bytes_max(message.type)}"
         raise LocalProtocolError(text)
@@ -132,6 +132,11 @@ def decode_chunk(header: Header) -> m.Chunk:
     if header.length == 0:
         raise RemoteProtocolError(RejectCode.BAD_CHUNK, "a chunk is empty")
     return m.Chunk(header.step, header.attempt, header.offset, header.length, header.crc32)
+
+
+def decode_file(header: Header) -> m.File:
+    """The part of a companion file that a header describes; its payload follows."""
+    return m.File(header.attempt, header.offset, header.length, header.crc32)
 
 
 def decode_frames(frames: Sequence[bytes]) -> tuple[Header, m.ControlMessage]:

@@ -21,6 +21,7 @@ from ema_proto.limits import (
     CHUNK_BYTES_MAX,
     CHUNK_BYTES_MIN,
     CONFIG_BYTES_MAX,
+    FILES_MAX,
     MAJORS_MAX,
     NAME_CHARS_MAX,
     NONCE_CHARS_MAX,
@@ -30,6 +31,7 @@ from ema_proto.limits import (
     VERSION_MAJOR,
     VERSION_MINOR,
 )
+from ema_proto.wire import files as companions
 from ema_proto.wire import manifest as manifests
 from ema_proto.wire.body import (
     FLAG,
@@ -45,7 +47,11 @@ from ema_proto.wire.body import (
     shown,
     text,
 )
+from ema_proto.wire.files import FileSpec
 from ema_proto.wire.manifest import Manifest
+
+CRC32 = "crc32"  # capability: chunks may carry a checksum
+FILES = "files"  # capability: a run may have companion files
 
 Mode: TypeAlias = Literal["update", "set"]
 Resume: TypeAlias = Literal["auto", "never", "must"]
@@ -87,6 +93,8 @@ _CHECKSUM = Kind(
     lambda value: optional(choice("crc32")).read(value) is not None, lambda checksum: "crc32" if checksum else None
 )
 _MANIFEST = Kind(manifests.from_json, Manifest.to_json)
+_FILES = Kind(companions.from_json, companions.to_json)
+_DIGESTS = list_of(companions.SHA256, FILES_MAX)
 
 _Byte: TypeAlias = Annotated[int, integer(0, _U8)]
 _Step: TypeAlias = Annotated[int, integer(0, STEP_MAX)]
@@ -108,7 +116,7 @@ class Hello(WithBody):
     type: ClassVar[int] = 1
     majors: Annotated[tuple[int, ...], list_of(integer(0, _U8), MAJORS_MAX)] = (VERSION_MAJOR,)
     minor: _Byte = VERSION_MINOR
-    capabilities: _Capabilities = ("crc32",)
+    capabilities: _Capabilities = (CRC32,)
     proof: Annotated[str | None, optional(text(PROOF_CHARS_MAX))] = None
 
 
@@ -121,7 +129,8 @@ class Join(WithBody):
     `steps_per_epoch` apply until a later JOIN gives others. `rank` and `world` are reserved for sharded trainers.
     `publish_every_steps` asks for a generation at least every so many steps, within the bounds of the server's own.
     The receiver checks the run's name, which has a reject code of its own. `host` and `pid` say where the trainer runs,
-    for the refusal of another one that asks for the run.
+    for the refusal of another one that asks for the run. `files` are the companion files of its versions from now on;
+    None leaves those that it has.
     """
 
     type: ClassVar[int] = 2
@@ -142,6 +151,7 @@ class Join(WithBody):
     publish_every_steps: Annotated[int | None, optional(integer(1, STEP_MAX), omit_none=True)] = None
     host: Annotated[str | None, optional(text(_HOST_CHARS_MAX), omit_none=True)] = None
     pid: Annotated[int | None, optional(integer(0, _U32), omit_none=True)] = None
+    files: Annotated[tuple[FileSpec, ...] | None, optional(_FILES, omit_none=True)] = None
 
     @property
     def step_units(self) -> StepUnits:
@@ -222,6 +232,23 @@ class Bye(WithBody):
     type: ClassVar[int] = 10
 
 
+@dataclass(frozen=True, slots=True)
+class File(WithBody):
+    """`length` bytes from byte `offset` of a companion file; the payload is the second frame.
+
+    `place` is that of the file in JOINED's `missing_files`, from 0. The header carries it as `attempt`.
+    """
+
+    type: ClassVar[int] = 11
+    place: int
+    offset: int
+    length: int
+    crc32: int | None = None
+
+    def header(self) -> dict[str, Any]:
+        return {"attempt": self.place, "offset": self.offset, "length": self.length, "crc32": self.crc32}
+
+
 # From server to trainer.
 
 
@@ -242,7 +269,7 @@ class Welcome(WithBody):
     major: _Byte = field(default=VERSION_MAJOR, kw_only=True)
     minor: _Byte = field(default=VERSION_MINOR, kw_only=True)
     chunk_bytes: Annotated[int, integer(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)]
-    capabilities: _Capabilities = ("crc32",)
+    capabilities: _Capabilities = (CRC32,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +278,7 @@ class Joined(WithBody):
 
     `recent` names the newest applied steps: a sender whose COMMITTED was lost finds its snapshot there, or learns that
     it was not applied. `set_aside` is the name under which an earlier run of this name is kept from now on.
+    `missing_files` has the sha256 of the JOIN's companion files that are to be sent; None if the JOIN has no `files`.
     """
 
     type: ClassVar[int] = 66
@@ -261,6 +289,7 @@ class Joined(WithBody):
     credit: Annotated[int, integer(0, _U64)]
     lane: Annotated[str, text(_LANE_CHARS_MAX)] = "zmq"
     set_aside: Annotated[str | None, optional(text(NAME_CHARS_MAX), omit_none=True)] = None
+    missing_files: Annotated[tuple[str, ...] | None, optional(_DIGESTS, omit_none=True)] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,4 +385,4 @@ ControlMessage: TypeAlias = (
     | Finished
     | Reject
 )
-Message: TypeAlias = ControlMessage | Chunk  # a chunk's body is its payload; all others have a JSON body
+Message: TypeAlias = ControlMessage | Chunk | File  # the body of these two is a payload; all others have a JSON body

@@ -12,7 +12,7 @@ import pytest
 
 from ema_proto.errors import RejectCode
 from ema_proto.wire import messages as m
-from ema_proto.wire.codec import CONTROL_MESSAGES, decode_chunk, decode_frames, decode_header, encode
+from ema_proto.wire.codec import CONTROL_MESSAGES, decode_chunk, decode_file, decode_frames, decode_header, encode
 from support.messages import EPOCH, EXAMPLES, PAYLOAD, SESSION
 from support.stage import TYPES, play
 
@@ -27,7 +27,7 @@ def vector(name: str, message: m.Message) -> dict[str, Any]:
     header, body = encode(message, session=SESSION, epoch=EPOCH)
     fields = {key: int.from_bytes(header[at : at + size], "little") for key, (at, size) in LAYOUT.items()}
     shown: dict[str, Any] = {"name": name, "message": TYPES[message.type], "fields": fields, "header": header.hex()}
-    return shown | ({"payload": PAYLOAD.hex()} if isinstance(message, m.Chunk) else {"body": body.decode()})
+    return shown | ({"payload": PAYLOAD.hex()} if isinstance(message, m.Chunk | m.File) else {"body": body.decode()})
 
 
 def load() -> list[dict[str, Any]]:
@@ -52,7 +52,8 @@ def test_golden_frame_reads_and_writes_identically(frame: dict[str, Any]) -> Non
     header = bytes.fromhex(frame["header"])
     expected = EXAMPLES[frame["name"]]
     if "payload" in frame:
-        message: m.Message = decode_chunk(decode_header(header))
+        read = decode_file if isinstance(expected, m.File) else decode_chunk
+        message: m.Message = read(decode_header(header))
         body = b""
     else:
         body = frame["body"].encode()
