@@ -1,17 +1,21 @@
 """Downloads a version into a folder: resumed, verified, and put in place whole or not at all.
 
-Each file grows as `.{name}.{digest}.partial` beside its final name. The digest in that name makes it safe to resume in
-another process: the bytes of two versions never meet in one partial file.
+What several files of a version have in common is downloaded once. Each file grows as `.{name}.{digest}.partial` beside
+its final name. The digest in that name makes it safe to resume in another process: the bytes of two versions never meet
+in one partial file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from ema_reader.errors import NotFound, ReaderError, Unreachable
 from ema_reader.partial import Partial, Progress, sha256_of
@@ -35,11 +39,21 @@ def download_version(transport: Transport, version: Version, folder: Path, progr
         NotFound: the server does not have the version; partial files, and a folder created for it, are removed.
         ReaderError: the server does not answer, the disk refuses, or another download writes there.
     """
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    inner = {(folder / item.name).parent for item in version.files} - {folder}
+    created = [path for path in (*inner, folder, *folder.parents) if not path.exists()]
+    distinct: dict[str, File] = {}  # by content
+    for item in version.files:
+        distinct.setdefault(item.sha256, item)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        ready = [(_fetch(transport, version, item, folder, progress), folder / item.name) for item in version.files]
-        _put_in_place([(source, final) for source, final in ready if source != final], folder)
+        for path in (folder, *inner):
+            path.mkdir(parents=True, exist_ok=True)
+        ready = [(_fetch(transport, version, item, folder, progress), folder / item.name) for item in distinct.values()]
+        copies = [(folder / distinct[item.sha256].name, folder / item.name) for item in version.files]
+        _put_in_place(
+            [(source, final) for source, final in ready if source != final],
+            [(source, final) for source, final in copies if source != final],
+            folder,
+        )
     except NotFound as error:
         for item in version.files:
             _partial_path(folder, item).unlink(missing_ok=True)  # they can never be completed
@@ -58,7 +72,8 @@ def _fetch(transport: Transport, version: Version, item: File, folder: Path, pro
     if final.is_file() and final.stat().st_size == item.size and sha256_of(final) == item.sha256:
         progress.start(item.name, item.size, item.size)
         return final
-    path = path_of("runs", version.run, "averages", version.average, "versions", version.id, "files", item.name)
+    path = path_of("runs", version.run, "averages", version.average, "versions", version.id, "files")
+    path = "/".join((path, *map(quote, item.name.split("/"))))
     partial_path = _partial_path(folder, item)
     with Partial(partial_path, item, progress) as partial:
         _complete(transport, path, item, partial)
@@ -93,16 +108,40 @@ def _append(transport: Transport, path: str, item: File, partial: Partial) -> No
         raise Unreachable(f"{transport.url} sent {partial.size} of {item.size} bytes of {item.name}")
 
 
-def _put_in_place(moves: list[tuple[Path, Path]], folder: Path) -> None:
-    """Rename the complete files. The old `version.json` is removed first, the new one comes last."""
-    if any(final.name == _LAST for _, final in moves):
-        (folder / _LAST).unlink(missing_ok=True)
-    for source, final in sorted(moves, key=lambda move: move[1].name == _LAST):
-        source.replace(final)
+def _put_in_place(moves: list[tuple[Path, Path]], copies: list[tuple[Path, Path]], folder: Path) -> None:
+    """Rename the complete files, and link the copies. The old `version.json` is removed first, the new one comes last.
+
+    Each pair is a file and the name that it gets.
+    """
+    last = folder / _LAST
+    if any(final == last for _, final in moves):
+        last.unlink(missing_ok=True)
+    for source, final in moves:
+        if final != last:
+            source.replace(final)
+    for source, final in copies:
+        _link(source, final)
+    for source, final in moves:
+        if final == last:
+            source.replace(final)
+
+
+def _link(source: Path, final: Path) -> None:
+    """Give a file another name, by a hard link if the file system has them."""
+    if final.exists() and final.samefile(source):
+        return
+    temporary = final.with_name(f".{final.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(final)
 
 
 def _partial_path(folder: Path, item: File) -> Path:
-    return folder / f".{item.name}.{item.sha256[:16]}.partial"
+    path = folder / item.name
+    return path.with_name(f".{path.name}.{item.sha256[:16]}.partial")
 
 
 class Silent:

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ema_proto.errors import LocalProtocolError
+from ema_proto.names import OWN_FILES, check_file_name
+
 _UNSAFE = ("", ".", "..")
+
+
+def _check_file_name(name: str) -> None:
+    try:
+        check_file_name(name)
+    except LocalProtocolError as error:
+        raise ValueError(f"the server sent the name {name[:100]!r}, which is not a plain name: {error}") from None
 
 
 def values_of(kind: type[Any], value: Mapping[str, Any], **others: Any) -> dict[str, Any]:
@@ -16,7 +26,7 @@ def values_of(kind: type[Any], value: Mapping[str, Any], **others: Any) -> dict[
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file of a version: name, size in bytes, sha256 in hex."""
+    """One file of a version: name (`NAME` or `FOLDER/NAME`), size in bytes, sha256 in hex."""
 
     name: str
     size: int
@@ -58,9 +68,12 @@ class Version:
             ValueError: a name is not plain: it could lead outside the folder of a download.
         """
         files = tuple(File(item["name"], item["size"], item["sha256"]) for item in value["files"])
-        for name in (value["run"], value["average"], *(item.name for item in files)):
+        for name in (value["run"], value["average"]):
             if name in _UNSAFE or "/" in name or "\\" in name or "\0" in name:
                 raise ValueError(f"the server sent the name {name[:100]!r}, which is not a plain name")
+        for file in files:
+            if file.name not in OWN_FILES:
+                _check_file_name(file.name)
         return cls(**values_of(cls, value, files=files))
 
 

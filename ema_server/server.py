@@ -37,6 +37,7 @@ from ema_server.publishing.publisher import EraseRun, Publisher
 from ema_server.publishing.ring import Ring
 from ema_server.runs.status_store import StatusStore
 from ema_server.storage.catalog import Catalog
+from ema_server.storage.companions import CompanionStore
 from ema_server.storage.datadir import DataDir, open_data_dir
 from ema_server.storage.usage import DiskUsage
 from ema_server.telemetry import Telemetry
@@ -135,16 +136,18 @@ def build(
         metrics = MetricStore(config.data / _METRICS_FILE)
         undo.callback(metrics.close)
         catalog, statuses, telemetry, stopping = Catalog(clock), StatusStore(), Telemetry(), threading.Event()
-        usage = DiskUsage(data_dir)
+        usage, companions = DiskUsage(data_dir), CompanionStore(data_dir)
         ring = Ring(data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
         deriving = DerivationQueue(DerivedStore(data_dir, catalog, on_change=usage.measure), ring, stopping)
         undo.callback(deriving.stop)
-        publisher = Publisher(data_dir, catalog, ring, usage, telemetry, keep=config.keep_generations, clock=clock)
+        publisher = Publisher(
+            data_dir, catalog, ring, usage, companions, telemetry, keep=config.keep_generations, clock=clock
+        )
         validations = Validations(catalog, statuses, metrics)
-        parts = (config, data_dir, catalog, publisher, ring, statuses, telemetry)
+        parts = (config, data_dir, catalog, companions, publisher, ring, statuses, telemetry)
         erase = partial(erase_run, validations, publisher)
         averager = Averager(*parts, erase=erase, device=device, clock=clock, wall=wall)
-        ingest = Ingest(config, averager, telemetry)
+        ingest = Ingest(config, averager, companions, telemetry)
         undo.callback(ingest.stop, INGEST_STOP_S)
         ring.listen(deriving.store.supersede)
         catalog.listen(ring.rename)

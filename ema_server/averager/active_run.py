@@ -25,7 +25,8 @@ from ema_server.publishing.ring import Ring
 from ema_server.publishing.writer import DraftAverage, GenerationWriter
 from ema_server.runs.run import Run
 from ema_server.runs.status_store import NonFiniteBuffers, Quarantine, RunState, RunStatus, StatusStore
-from ema_server.storage.catalog import Catalog, Generation
+from ema_server.storage.catalog import Catalog, FileEntry, Generation
+from ema_server.storage.companions import CompanionStore
 from ema_server.storage.datadir import DataDir
 from ema_server.storage.generation import AVERAGES_FOLDER, WINDOWS_FOLDER
 from ema_server.storage.records import GenerationInfo, RunRecord, rfc3339
@@ -50,6 +51,7 @@ class Resources:
     config: ServerConfig
     data_dir: DataDir
     catalog: Catalog
+    companions: CompanionStore
     ring: Ring
     publisher: Publisher
     statuses: StatusStore
@@ -244,6 +246,11 @@ class ActiveRun:
         if self.requests and self.is_idle and self.run.last_step is not None:
             self._begin(self.run.last_step)
 
+    def use_files(self, files: tuple[FileEntry, ...]) -> None:
+        """Publish every later snapshot with these companion files, which are in the store."""
+        self.run.files = files
+        self.resources.companions.claim(self.name, files)
+
     def begin_rewind(self, source: Generation, record: RunRecord, rewind: PendingRewind) -> None:
         """Have the publisher make `source` the newest generation, recorded as `record`. The run must be idle."""
         self.phase, self.rewind = Phase.REWINDING, rewind
@@ -350,7 +357,8 @@ class ActiveRun:
             for average in run.averages
             for holding in average.holdings
         )
-        content = Content(run.record(step), run.manifest, run.config)
+        companions = self.resources.companions.sources(run.name, run.files)
+        content = Content(run.record(step), run.manifest, run.config, companions)
         order = CommitOrder(run.name, info, GenerationWriter(folder, tuple(averages)), content)
         self.pending, self.requests = PendingGeneration(order, run.mark, True, requests), []
         self.phase = Phase.DRAFTING

@@ -73,7 +73,10 @@ class ActiveRuns:
             OSError: the disk fails.
             MemoryError: the device has not enough.
         """
-        return self._add(load_run(generation, {}, self.resources.device, record), generation)
+        run = load_run(generation, {}, self.resources.device, record)
+        for version in generation.versions[:1]:  # all of them have the same
+            run.files = self.resources.companions.adopt(run.name, version)
+        return self._add(run, generation)
 
     def reload(self, active: ActiveRun, generation: Generation) -> None:
         """Read `generation` over the memory of the run. After an error nothing in that memory may be used.
@@ -83,7 +86,7 @@ class ActiveRuns:
         """
         old = active.run
         run = load_run(generation, {average.rule.name: average for average in old.averages}, self.resources.device)
-        run.every, run.config = old.every, old.config
+        run.every, run.config, run.files = old.every, old.config, old.files
         run.set_step_units(old.step_units)
         active.run, active.saved, active.generation = run, run.mark, generation
         active.begun_at, active.begun_step = self.resources.clock(), generation.step

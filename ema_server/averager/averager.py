@@ -39,6 +39,7 @@ from ema_server.averager.jobs import (
     Reply,
     Rewind,
     Stop,
+    UseFiles,
     WhyNot,
     refuse,
 )
@@ -53,6 +54,7 @@ from ema_server.publishing.publisher import Publisher
 from ema_server.publishing.ring import Ring
 from ema_server.runs.status_store import RunState, StatusStore
 from ema_server.storage.catalog import Catalog
+from ema_server.storage.companions import CompanionStore
 from ema_server.storage.datadir import DataDir
 from ema_server.telemetry import Telemetry
 
@@ -81,6 +83,7 @@ class Averager:
         config: ServerConfig,
         data_dir: DataDir,
         catalog: Catalog,
+        companions: CompanionStore,
         publisher: Publisher,
         ring: Ring,
         statuses: StatusStore,
@@ -109,6 +112,7 @@ class Averager:
                 config=config,
                 data_dir=data_dir,
                 catalog=catalog,
+                companions=companions,
                 ring=ring,
                 publisher=publisher,
                 statuses=statuses,
@@ -145,7 +149,7 @@ class Averager:
 
     def submit(self, job: Job) -> None:
         """Queue a job. Any thread; never blocks. Its `reply` is called once, on the averager's thread."""
-        if isinstance(job, Leave):
+        if isinstance(job, Leave | UseFiles):
             self._queue.put(job)
         else:
             reply: Reply[Any] = Reply(job.reply, self._telemetry.internal_errors.inc)
@@ -245,6 +249,8 @@ class Averager:
                 _finish(active, job)
             case Leave():
                 _leave(active, job)
+            case UseFiles():
+                active.use_files(job.files)
             case AddAverage() | RemoveAverage() if active.departed:
                 refuse(job, _not_streaming(job), WhyNot.NOT_STREAMING)
             case AddAverage():

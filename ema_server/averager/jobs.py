@@ -18,7 +18,7 @@ from ema_proto.wire import messages
 from ema_proto.wire.manifest import Manifest
 from ema_proto.wire.messages import Continuation, Mode
 from ema_server.publishing.publisher import PublishResult
-from ema_server.storage.catalog import Version
+from ema_server.storage.catalog import FileEntry, Version
 
 Reason: TypeAlias = Literal[
     "schedule", "request", "checkpoint", "finish", "lost", "leave", "shutdown", "rewind", "change"
@@ -33,7 +33,7 @@ class Joined:
 
     `manifest` is the run's own (its roles win over those of a later session), `exempt` the tensors that need no finite
     check, `recent` the newest applied steps, increasing, at most `limits.RECENT_STEPS` of them, `set_aside` the name
-    that an earlier run of this name has now.
+    that an earlier run of this name has now, `missing_files` the sha256 of the companion files that are to be sent.
     """
 
     last_step: int | None
@@ -43,6 +43,7 @@ class Joined:
     exempt: frozenset[str]
     recent: tuple[int, ...]
     set_aside: str | None = None
+    missing_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +190,14 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class UseFiles:
+    """The companion files that the run's JOIN lists are all stored: publish later snapshots with them."""
+
+    run: str
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AddAverage:
     """Average the run by one more rule, from its next snapshot on."""
 
@@ -214,7 +223,7 @@ class DeleteRun:
     reply: Callable[[Deleted | Unchanged], None]
 
 
-Job: TypeAlias = Join | Apply | Publish | Rewind | Finish | Leave | AddAverage | RemoveAverage | DeleteRun
+Job: TypeAlias = Join | UseFiles | Apply | Publish | Rewind | Finish | Leave | AddAverage | RemoveAverage | DeleteRun
 
 
 def refuse(job: Job, text: str, why: WhyNot = WhyNot.NOT_DURABLE) -> None:
@@ -228,7 +237,7 @@ def refuse(job: Job, text: str, why: WhyNot = WhyNot.NOT_DURABLE) -> None:
             job.reply(Unchanged(why, text))
         case Publish() | Rewind() | Finish():
             job.reply(Failed(text))
-        case Leave():
+        case Leave() | UseFiles():
             return
 
 

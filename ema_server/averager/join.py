@@ -15,7 +15,7 @@ from ema_server.averager.rewind import begin_rewind, carried_back
 from ema_server.publishing.publisher import CutRing
 from ema_server.runs.run import new_run
 from ema_server.runs.status_store import RunState
-from ema_server.storage.catalog import Generation
+from ema_server.storage.catalog import FileEntry, Generation
 from ema_server.storage.generation import read_record
 from ema_server.storage.records import BrokenGeneration, RunRecord, newest_step_units
 
@@ -32,6 +32,10 @@ def join(runs: ActiveRuns, job: Join) -> None:
 
 
 def _join(runs: ActiveRuns, job: Join) -> None:
+    short = runs.resources.companions.shortage(job.run, _files_of(job) or ())
+    if short is not None:
+        job.reply(Refused(RejectCode.UNAVAILABLE, f"there is no room for the files of run {job.run!r}: {short}"))
+        return
     match decide(job.join, _known(runs, job.run)):
         case Refused(code=RejectCode.NO_GENERATION) if (active := runs.get(job.run)) and not active.is_idle:
             runs.hold(job)  # the generation in progress may be the one to go back to
@@ -162,5 +166,24 @@ def _admit(active: ActiveRun, job: Join, continuation: Continuation, set_aside: 
     run.set_step_units(job.join.step_units)
     run.config = job.join.config if job.join.config is not None else run.config
     active.show()
+    missing = _announce_files(active, job)
     published_step = active.generation.step if active.generation is not None else None
-    job.reply(Joined(run.last_step, published_step, continuation, run.manifest, run.exempt, run.recent, set_aside))
+    job.reply(
+        Joined(run.last_step, published_step, continuation, run.manifest, run.exempt, run.recent, set_aside, missing)
+    )
+
+
+def _announce_files(active: ActiveRun, job: Join) -> tuple[str, ...]:
+    """Take the JOIN's companion files into use, or return which are to be sent before that."""
+    files = _files_of(job)
+    if files is None:
+        return ()
+    missing = active.resources.companions.claim(active.name, files, also=active.run.files)
+    if not missing:
+        active.use_files(files)
+    return missing
+
+
+def _files_of(job: Join) -> tuple[FileEntry, ...] | None:
+    files = job.join.files
+    return None if files is None else tuple(FileEntry(file.name, file.nbytes, file.sha256) for file in files)

@@ -123,8 +123,8 @@ class DerivationQueue:
             if known is not None:
                 return Synthesized(known, self.store.provenance(known), is_new=False)
             plan = make_plan(snapshots, rule.exponent, at)
-            what = _derivation(run, rule, plan)
-            version = self.store.write(what, self.pieces(combined(plan)), plan.newest.snapshot.config)
+            what, newest = _derivation(run, rule, plan), plan.newest.snapshot
+            version = self.store.write(what, self.pieces(combined(plan)), newest.config, newest.companions)
             return Synthesized(version, self.store.provenance(version), is_new=True)
 
     def _known(self, run: str, rule: PowerEma, step: int) -> Version | None:

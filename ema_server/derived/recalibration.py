@@ -17,6 +17,7 @@ from ema_proto.wire.manifest import Manifest, Role, TensorSpec
 from ema_server.derived.queue import DerivationQueue
 from ema_server.derived.store import Derivation
 from ema_server.storage.catalog import Catalog, Version, VersionGone
+from ema_server.storage.companions import sources_in
 from ema_server.storage.disk import sha256
 from ema_server.storage.generation import read_manifest, read_record
 from ema_server.storage.records import CONFIG_FILE, BrokenGeneration
@@ -58,6 +59,7 @@ def recalibrate(deriving: DerivationQueue, base: Version, data: bytes) -> tuple[
             _derivation(base, sorted(buffers)),
             deriving.pieces(replaced(path, buffers)),
             config.read_bytes() if config.exists() else None,
+            sources_in(base),
         )
     return version, version.id not in known
 

@@ -1,6 +1,6 @@
 """Derived versions on disk: written once, durably, and kept until they are deleted.
 
-    runs/{run}/derived/{seq}-{step}/    model.safetensors  config.json  version.json
+    runs/{run}/derived/{seq}-{step}/    model.safetensors  config.json  version.json  companion files
 
 Unfinished ones are deleted at the next start. Retention does not touch them. A run that is set aside takes them along.
 """
@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from ema_proto.names import check_name
 from ema_server.storage.catalog import Catalog, FileEntry, Version, VersionGone
+from ema_server.storage.companions import Sources, folders_in, place
 from ema_server.storage.datadir import TEMPORARY, DataDir, delete_whole, next_seq_in
 from ema_server.storage.disk import sync_folders, write_durably
 from ema_server.storage.generation import check_sizes, entry_of, folder_name, is_folder_name, seq_in, version_of
@@ -90,13 +91,16 @@ class DerivedStore:
                 if is_folder_name(path.name):
                     self._restore(run, path)
 
-    def write(self, what: Derivation, pieces: Iterable[Piece], config: bytes | None) -> Version:
+    def write(
+        self, what: Derivation, pieces: Iterable[Piece], config: bytes | None, companions: Sources | None = None
+    ) -> Version:
         """Write and list a version. If a version with the same content exists, return that instead.
 
         Args:
             what: the version.
             pieces: the bytes of its model file.
             config: the content of its `config.json`, or None.
+            companions: files that the trainer gave, which are linked.
 
         Raises:
             LocalProtocolError: the name of the average is not allowed.
@@ -111,7 +115,7 @@ class DerivedStore:
         except FileNotFoundError:
             raise _gone(what) from None
         try:
-            version = self._fill(folder, what, pieces, config)
+            version = self._fill(folder, what, pieces, config, companions or {})
             known = next((old for old in self.catalog.derived(what.run) if old.id == version.id), None)
             return known if known is not None else self._show(folder, what)
         except FileNotFoundError:
@@ -171,7 +175,9 @@ class DerivedStore:
             folder.mkdir(exist_ok=True)  # not the run's own folder, which is gone if the run was deleted meanwhile
             sync_folders([folder.parent])
 
-    def _fill(self, folder: Path, what: Derivation, pieces: Iterable[Piece], config: bytes | None) -> Version:
+    def _fill(
+        self, folder: Path, what: Derivation, pieces: Iterable[Piece], config: bytes | None, companions: Sources
+    ) -> Version:
         """Write the files into a temporary folder, and return the version as it is there."""
         folder.chmod(0o755)
         with (folder / MODEL_FILE).open("xb") as file:
@@ -181,10 +187,12 @@ class DerivedStore:
             os.fsync(file.fileno())
         if config is not None:
             write_durably(folder / CONFIG_FILE, config)
-        files = tuple(entry_of(path.name, path) for path in sorted(folder.iterdir()))
+        written = [entry_of(path.name, path) for path in folder.iterdir()]
+        model = next(entry for entry in written if entry.name == MODEL_FILE)
+        files = tuple(sorted((*written, *place(companions, folder, model)), key=lambda entry: entry.name))
         data = identified(_content(what, files), rfc3339(self._wall()))
         write_durably(folder / VERSION_FILE, data)
-        sync_folders([folder])
+        sync_folders(folders_in(folder, files))
         return version_of(what.run, folder, 0, data, entry_of(VERSION_FILE, folder / VERSION_FILE))
 
     def _show(self, folder: Path, what: Derivation) -> Version:

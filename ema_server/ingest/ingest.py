@@ -25,8 +25,10 @@ from ema_proto.receiver import machine
 from ema_server.averager import jobs
 from ema_server.averager.averager import Averager
 from ema_server.config import ServerConfig
+from ema_server.ingest.companion_files import FileWriter, entry_of_spec
 from ema_server.ingest.finite import FiniteCheck, Slot
 from ema_server.ingest.link import RouterLink
+from ema_server.storage.companions import CompanionStore
 from ema_server.telemetry import Telemetry
 
 logger = logging.getLogger("ema")
@@ -50,11 +52,14 @@ class _Staging:
 class Ingest:
     """Receives the snapshots of all runs, and passes them on to `averager` as jobs."""
 
-    def __init__(self, config: ServerConfig, averager: Averager, telemetry: Telemetry) -> None:
+    def __init__(
+        self, config: ServerConfig, averager: Averager, companions: CompanionStore, telemetry: Telemetry
+    ) -> None:
         self._config = config
         self._averager = averager
         self._telemetry = telemetry
         self._link = RouterLink()
+        self._files = FileWriter(companions, lambda part, problem: self._post(lambda: self._take_file(part, problem)))
         self._receiver = machine.Receiver(
             epoch=secrets.randbits(63) | 1,
             token=config.token,
@@ -89,6 +94,7 @@ class Ingest:
             self._thread.join(timeout_s)
         elif self._thread.ident is None:  # never started: the thread closes the link when it ends
             self._link.close()
+        self._files.stop()
 
     def published(self, run: str, step: int) -> None:
         """Tell the run's trainer that a generation is durable. Any thread may call it."""
@@ -128,6 +134,8 @@ class Ingest:
         match self._receiver.header(*message, now):
             case e.Payload() as target:
                 self._take_payload(target)
+            case e.FileBody(length):
+                self._receiver.file_payload(self._link.read(length))
             case e.Control(length):
                 self._receiver.control(self._link.read(length))
             case e.Discard():
@@ -166,6 +174,9 @@ class Ingest:
             case e.JoinRequested(run, _, message):
                 self._telemetry.joins.inc()
                 self._averager.submit(jobs.Join(run, message, self._reply(self._take_joined, event)))
+            case e.FileReceived():
+                self._files.put(event)
+                self._telemetry.ingest_bytes.inc(event.file.nbytes if event.offset == 0 else 0)
             case e.SnapshotReady():
                 self._submit_apply(event)
             case e.PublishRequested():
@@ -178,6 +189,7 @@ class Ingest:
             case e.SessionEnded(run, ticket, lost):
                 logger.info("run %s: the trainer %s", run, "is lost" if lost else "has left")
                 self._staging.pop(ticket, None)
+                self._files.drop(run)
                 self._averager.submit(jobs.Leave(run, lost))
 
     def _reply(self, take: Callable[[_Event, _Answer], None], event: _Event) -> Callable[[_Answer], None]:
@@ -206,6 +218,7 @@ class Ingest:
             continuation=outcome.continuation,
             slots=SLOTS,
             set_aside=outcome.set_aside,
+            missing_files=outcome.missing_files,
         )
         if accepted:
             self._drop_staging(event.run)
@@ -218,6 +231,15 @@ class Ingest:
             if outcome.set_aside is not None:
                 logger.info("run %s: the earlier run of this name is now %s", event.run, outcome.set_aside)
         self._gauge()
+
+    def _take_file(self, part: e.FileReceived, problem: str | None) -> None:
+        if problem is not None:
+            self._receiver.file_failed(part.run, part.ticket, problem)
+            return
+        files = self._receiver.file_stored(part.run, part.ticket)
+        if files is not None:
+            logger.info("run %s: %d companion files are stored", part.run, len(files))
+            self._averager.submit(jobs.UseFiles(part.run, tuple(map(entry_of_spec, files))))
 
     def _drop_staging(self, run: str) -> None:
         """Earlier sessions of the run are over, since only one streams."""

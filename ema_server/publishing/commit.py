@@ -5,12 +5,13 @@ The order makes it crash-safe: files, `version.json`, `generation.json`, the fol
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ema_proto.wire.manifest import Manifest
 from ema_server.publishing.writer import GenerationWriter
 from ema_server.storage.catalog import Generation, Version
+from ema_server.storage.companions import Sources, place
 from ema_server.storage.disk import link_or_copy, sync_folders, write_durably
 from ema_server.storage.generation import (
     AVERAGES_FOLDER,
@@ -35,15 +36,20 @@ from ema_server.storage.records import (
     manifest_bytes,
     version_bytes,
 )
+from ema_server.tensors.file_plan import MODEL_FILE
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a new generation holds besides the bytes of the averages; `config` is the text of `config.json`."""
+    """What a new generation holds besides the bytes of the averages.
+
+    `config` is the text of `config.json`, `companions` the files that the trainer gave.
+    """
 
     record: RunRecord
     manifest: Manifest
     config: str | None
+    companions: Sources = field(default_factory=dict)
 
 
 def commit(draft: GenerationWriter, content: Content, info: GenerationInfo) -> Generation:
@@ -98,7 +104,9 @@ def commit_links(
 def _write_version(folder: Path, content: Content, average: AverageRecord, info: GenerationInfo) -> Version:
     if content.config is not None:
         write_durably(folder / CONFIG_FILE, content.config.encode())
-    files = tuple(entry_of(path.name, path) for path in sorted(folder.iterdir()))
+    written = [entry_of(path.name, path) for path in folder.iterdir()]
+    model = next(entry for entry in written if entry.name == MODEL_FILE)
+    files = tuple(sorted((*written, *place(content.companions, folder, model)), key=lambda entry: entry.name))
     data = version_bytes(content.record, average, info.created, files)
     write_durably(folder / VERSION_FILE, data)
     own = entry_of(VERSION_FILE, folder / VERSION_FILE)

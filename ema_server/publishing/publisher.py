@@ -21,6 +21,7 @@ from ema_server.publishing.retention import expired
 from ema_server.publishing.ring import Ring
 from ema_server.publishing.writer import GenerationWriter
 from ema_server.storage.catalog import Catalog, Generation
+from ema_server.storage.companions import CompanionStore
 from ema_server.storage.datadir import DataDir
 from ema_server.storage.records import BrokenGeneration, GenerationInfo, RunRecord
 from ema_server.storage.usage import DiskUsage
@@ -105,6 +106,7 @@ class Publisher:
         catalog: lists what is durable.
         ring: keeps power averages besides.
         usage: measured after every change of a run's files.
+        companions: trimmed after every generation that was written.
         telemetry: counts generations.
         keep: how many of the newest generations of a run stay, and how many older ones at most.
         clock: monotonic seconds.
@@ -116,6 +118,7 @@ class Publisher:
         catalog: Catalog,
         ring: Ring,
         usage: DiskUsage,
+        companions: CompanionStore,
         telemetry: Telemetry,
         *,
         keep: int,
@@ -127,6 +130,7 @@ class Publisher:
         self._keep = keep
         self._telemetry = telemetry
         self._usage = usage
+        self._companions = companions
         self._clock = clock
         self._prune_at = clock() + PRUNE_EVERY_S
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
@@ -219,6 +223,8 @@ class Publisher:
         self._telemetry.generation_bytes.inc(sum(file.size for v in generation.versions for file in v.files))
         self._catalog.add(generation)
         expired_folders = self._set_expired_aside(order.run)
+        if isinstance(order, CommitOrder):  # now, while no later generation of the run is in progress
+            self._companions.trim(order.run, order.content.companions)
         self._ring.expect(order.run)
         self._on_done(order.run, result)
         _delete(expired_folders)

@@ -18,6 +18,7 @@ from ema_proto.averages.rules import PowerEma
 from ema_proto.averages.specs import parse_average
 from ema_server.config import RingDtype
 from ema_server.storage.catalog import FileEntry, Generation, Version
+from ema_server.storage.companions import Sources, sources_in
 from ema_server.storage.disk import link_or_copy, sync_folders, write_durably
 from ema_server.storage.generation import entry_of, read_manifest, read_record
 from ema_server.storage.records import CONFIG_FILE, BrokenGeneration, dump, read_json
@@ -26,6 +27,7 @@ from ema_server.tensors.safetensors_file import Stored, describe, pieces_of, rea
 from ema_server.tensors.selection import copied_names
 
 _RECORD_FILE = "snapshot.json"
+_FILES_FOLDER = "files"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +61,21 @@ class RingMember:
 
 @dataclass(frozen=True, slots=True)
 class RingSnapshot:
-    """The power averages of one generation, in `folder`; `dtype` is that of their averaged tensors."""
+    """The power averages of one generation, in `folder`; `dtype` is that of their averaged tensors.
+
+    `files` are the companion files of the generation's versions.
+    """
 
     folder: Path
     step: int
     dtype: RingDtype
     members: tuple[RingMember, ...]
+    files: tuple[FileEntry, ...] = ()
+
+    @property
+    def companions(self) -> Sources:
+        """The companion files, each with where its bytes are."""
+        return {file: self.folder / _FILES_FOLDER / file.sha256 for file in self.files}
 
     @property
     def config(self) -> bytes | None:
@@ -98,8 +109,13 @@ def write_snapshot(folder: Path, generation: Generation, dtype: RingDtype) -> No
     config = generation.versions[0].folder / CONFIG_FILE
     if config.exists():
         link_or_copy(config, folder / CONFIG_FILE)
+    companions = sources_in(generation.versions[0])
+    _link_files(companions, folder / _FILES_FOLDER)
     records = [{**asdict(member), "copied": sorted(member.copied)} for member in members]
-    write_durably(folder / _RECORD_FILE, dump({"step": generation.step, "dtype": dtype, "members": records}))
+    content = {"step": generation.step, "dtype": dtype, "members": records}
+    if companions:
+        content["files"] = [asdict(file) for file in companions]
+    write_durably(folder / _RECORD_FILE, dump(content))
     sync_folders([folder])
 
 
@@ -114,7 +130,8 @@ def read_snapshot(folder: Path) -> RingSnapshot:
     try:
         dtype: RingDtype = "bfloat16" if value["dtype"] == "bfloat16" else "float32"
         members = tuple(_read_member(member) for member in value["members"])
-        return RingSnapshot(folder, int(value["step"]), dtype, members)
+        files = tuple(_read_file(file) for file in value.get("files", ()))
+        return RingSnapshot(folder, int(value["step"]), dtype, members, files)
     except (KeyError, TypeError, ValueError) as error:
         raise BrokenGeneration(f"{folder / _RECORD_FILE} is not the record of a snapshot: {error!r}") from None
 
@@ -137,7 +154,6 @@ def _member(
 
 
 def _read_member(value: Mapping[str, Any]) -> RingMember:
-    file = value["file"]
     return RingMember(
         average=str(value["average"]),
         spec=str(value["spec"]),
@@ -147,9 +163,23 @@ def _read_member(value: Mapping[str, Any]) -> RingMember:
         gap_steps=int(value["gap_steps"]),
         origin=int(value["origin"]),
         began=int(value["began"]),
-        file=FileEntry(str(file["name"]), int(file["size"]), str(file["sha256"])),
+        file=_read_file(value["file"]),
         copied=frozenset(map(str, value["copied"])),
     )
+
+
+def _read_file(value: Mapping[str, Any]) -> FileEntry:
+    return FileEntry(str(value["name"]), int(value["size"]), str(value["sha256"]))
+
+
+def _link_files(companions: Sources, folder: Path) -> None:
+    """Link companion files into a folder under their sha256."""
+    by_digest = {file.sha256: source for file, source in companions.items()}
+    if by_digest:
+        folder.mkdir()
+        for digest, source in by_digest.items():
+            link_or_copy(source, folder / digest)
+        sync_folders([folder])
 
 
 def _place(version: Version, target: Path, dtype: RingDtype, copied: frozenset[str]) -> FileEntry:

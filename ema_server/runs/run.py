@@ -21,6 +21,7 @@ from ema_server.compute.pool import WorkerPool
 from ema_server.rules.ledger import Ledger
 from ema_server.rules.weights import points
 from ema_server.runs.average import Average, Holding, needed_nbytes, new_average
+from ema_server.storage.catalog import FileEntry
 from ema_server.storage.records import RemovedRecord, RunRecord, StepUnitsRecord, newest_step_units
 from ema_server.tensors.layout import Form, Segment, take_out
 from ema_server.tensors.selection import segments_for
@@ -42,6 +43,7 @@ class Run:
         created: RFC 3339.
         every: the trainer sends the steps divisible by this.
         config: the text of its versions' `config.json`.
+        files: companion files of its versions.
         exempt: names of the tensors that are copied because they were not finite in the first snapshot.
         applied, gap_steps, quarantined: counters since the run began.
         step_units_history: step units that trainers gave, oldest first.
@@ -57,6 +59,7 @@ class Run:
     created: str
     every: int
     config: str | None
+    files: tuple[FileEntry, ...] = ()
     exempt: frozenset[str] = frozenset()
     applied: int = 0
     gap_steps: int = 0

@@ -5,5 +5,6 @@
 - `records`: the content of `generation.json` and `version.json`
 - `generation`: a generation's folder, read and verified
 - `datadir`: the data folder: lock, format, the folders of its runs
+- `companions`: files that a trainer wants to have in every version
 - `usage`: how much disk space each run takes
 """

@@ -3,6 +3,7 @@
     LOCK  format.json  runs/{run}/generations/{seq}-{step}/
                        runs/{run}/derived/{seq}-{step}/     derived versions
                        runs/{run}/ring/{seq}-{step}/        power averages kept for synthesis
+                       runs/{run}/files/{sha256}            companion files
                        runs/.deleted-{number}-{run}/        a deleted run, until it is erased
 
 Unfinished writes are deleted when the folder is opened. A generation that is not whole is renamed to `.bad-...` for
@@ -76,6 +77,10 @@ class DataDir:
         """The ring of `run`; it may not exist."""
         return self._runs / run / "ring"
 
+    def files_folder(self, run: str) -> Path:
+        """The companion files of `run`; it may not exist."""
+        return self._runs / run / "files"
+
     def create_run(self, run: str) -> None:
         """Create the folder of a run durably if it does not exist."""
         folder = self.generations_folder(run)
@@ -140,7 +145,10 @@ class DataDir:
         for run in self.runs():
             for path in self._runs.joinpath(run).glob(f"*/{TEMPORARY}*"):
                 logger.info("deleting %s, left over from an earlier process", path)
-                shutil.rmtree(path)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def _deleted(self) -> list[re.Match[str]]:
         return [found for path in self._runs.iterdir() if (found := _DELETED.fullmatch(path.name))]

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ema_proto.errors import RemoteProtocolError
+from ema_proto.names import OWN_FILES
 from ema_proto.wire import manifest as manifests
 from ema_proto.wire.manifest import Manifest
 from ema_server.storage.catalog import FileEntry, Generation, Version
 from ema_server.storage.disk import sha256
 from ema_server.storage.records import (
+    ADAPTER_FILE,
     GENERATION_FILE,
     MANIFEST_FILE,
     VERSION_FILE,
@@ -106,12 +108,16 @@ def entry_of(name: str, path: Path) -> FileEntry:
 
 
 def verify(folder: Path, record: GenerationRecord) -> None:
-    """Read every file and compare its sha256.
+    """Read every file that the run is resumed from and compare its sha256; not those that a trainer gave.
+
+    Generations share these, so that a damaged one would make all of them unusable.
 
     Raises:
         BrokenGeneration: a file differs; the text names it.
     """
     for path, entry in record.files.items():
+        if _is_given(path):
+            continue
         found = sha256(folder / path)
         if found != entry.sha256:
             raise BrokenGeneration(f"{path} has sha256 {found} instead of {entry.sha256}")
@@ -169,6 +175,13 @@ def _version(run: str, folder: Path, record: GenerationRecord, average: str) -> 
         raise BrokenGeneration(f"{GENERATION_FILE} does not list {path}")
     own = FileEntry(VERSION_FILE, entry.size, entry.sha256)
     return version_of(run, (folder / path).parent, record.info.seq, _read(folder / path), own)
+
+
+def _is_given(path: str) -> bool:
+    """Whether a path in a generation is that of a companion file, or of a second name of a model file."""
+    folder, _, rest = path.partition("/")
+    name = rest.partition("/")[2]
+    return folder == AVERAGES_FOLDER and (name not in OWN_FILES or name == ADAPTER_FILE)
 
 
 def _read(path: Path) -> bytes:

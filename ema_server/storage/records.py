@@ -25,6 +25,8 @@ GENERATION_FILE = "generation.json"
 MANIFEST_FILE = "manifest.json"
 VERSION_FILE = "version.json"
 CONFIG_FILE = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # the files of PEFT
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 class BrokenGeneration(Exception):

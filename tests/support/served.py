@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -51,11 +51,21 @@ class Served:
         self.telemetry.beat("ingest")
         self.telemetry.beat("averager")
 
-    def publish(self, run: str, step: int, averages: Sequence[str] = ("ema-0.9",), *, size: int = 8) -> Generation:
+    def publish(
+        self,
+        run: str,
+        step: int,
+        averages: Sequence[str] = ("ema-0.9",),
+        *,
+        size: int = 8,
+        companions: Mapping[str, bytes] | None = None,
+    ) -> Generation:
         """Write a generation to disk and list it; the weights of each average depend on step and name."""
         self._seq += 1
         folder = self.data / "runs" / run / "generations" / f"{self._seq:08d}-{step:012d}"
-        versions = tuple(_write(folder / "averages" / name, run, name, step, self._seq, size) for name in averages)
+        versions = tuple(
+            _write(folder / "averages" / name, run, name, step, self._seq, size, companions or {}) for name in averages
+        )
         generation = Generation(run, self._seq, step, False, False, folder, versions)
         self.catalog.add(generation)
         self.show(run, step, averages)
@@ -127,12 +137,18 @@ def weights(name: str, step: int, size: int) -> dict[str, torch.Tensor]:
     return {"weight": torch.randn(size, 4), "bias": torch.full((3,), float(step))}
 
 
-def _write(folder: Path, run: str, average: str, step: int, seq: int, size: int) -> Version:
+def _write(
+    folder: Path, run: str, average: str, step: int, seq: int, size: int, companions: Mapping[str, bytes]
+) -> Version:
     folder.mkdir(parents=True)
     save_file(weights(average, step, size), folder / "model.safetensors")
     version_id = hashlib.sha256(f"{run}/{average}/{step}/{seq}".encode()).hexdigest()[:40]
     (folder / "version.json").write_text(json.dumps({"id": version_id, "run": run, "average": average, "step": step}))
-    files = tuple(_entry(folder / name) for name in ("model.safetensors", "version.json"))
+    for name, data in companions.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+    names = ("model.safetensors", "version.json", *companions)
+    files = tuple(replace(_entry(folder / name), name=name) for name in names)
     created = "2026-01-01T00:00:00Z"
     return Version(version_id, run, average, "ema:0.9", step, step, 0, created, files, folder, seq)
 

@@ -40,15 +40,18 @@ from ema_server.averager.jobs import (
     Rewind,
     Rewound,
     Unchanged,
+    UseFiles,
 )
 from ema_server.compute.device import HOST, Device
 from ema_server.config import ServerConfig
 from ema_server.ingest.finite import FiniteCheck
 from ema_server.runs.status_store import RunStatus
 from ema_server.server import build
-from ema_server.storage.catalog import Version
+from ema_server.storage.catalog import FileEntry, Version
+from ema_server.storage.companions import CompanionStore
 from ema_server.tensors.layout import Segment, segments
 from ema_server.tensors.selection import can_be_averaged
+from support.memory_trainer import specs_of
 from support.waiting import eventually
 
 WAIT_S = 30.0
@@ -118,6 +121,7 @@ class ServerCore:
         self.telemetry = self.server.services.telemetry
         self.statuses = self.server.services.statuses
         self.catalog = self.server.services.catalog
+        self.companions = CompanionStore(self.data_dir)  # another one of the same folders
         self.ring = self.server.services.deriving.ring
         self.publisher = self.server.publisher
         self.averager = self.server.averager
@@ -151,6 +155,7 @@ class ServerCore:
         config: str | None = None,
         world: int = 1,
         step_units: StepUnits = UNKNOWN,
+        files: Mapping[str, bytes] | None = None,
     ) -> Joined | Refused:
         """Join a run."""
         specs = parse_averages(averages)
@@ -167,11 +172,19 @@ class ServerCore:
             world=world,
             samples_per_step=step_units.samples_per_step,
             steps_per_epoch=step_units.steps_per_epoch,
+            files=None if files is None else specs_of(files),
         )
         answer: Joined | Refused = self._ask(lambda reply: Join(run, asked, reply))
         if isinstance(answer, Joined):
             self.manifests[run], self.exempt[run] = answer.manifest, answer.exempt
         return answer
+
+    def send(self, run: str, files: Mapping[str, bytes], missing: Sequence[str]) -> None:
+        """Store the missing files of a JOIN, and use all of them, as the ingest thread does."""
+        entries = tuple(FileEntry(spec.name, spec.nbytes, spec.sha256) for spec in specs_of(files))
+        for entry in {entry.sha256: entry for entry in entries if entry.sha256 in missing}.values():
+            assert self.companions.receive(run, entry).write(files[entry.name])
+        self.averager.submit(UseFiles(run, entries))
 
     def apply(self, run: str, step: int, tensors: Mapping[str, Tensor], mode: Mode = "update") -> Applied | Quarantined:
         """Apply a snapshot, after the finite check that ingest makes."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ema_proto.errors import RejectCode
 from ema_proto.sender import events as e
 from ema_proto.sender.events import SenderState
+from ema_proto.sender.file_queue import FilePayload
 from ema_proto.sender.machine import Sender
 from ema_proto.sender.send_queue import Outgoing
 from ema_proto.wire import codec
@@ -49,6 +50,7 @@ class Driver:
         self._commands: deque[Callable[[float], None]] = deque()
         self._stopping = False
         self._slots: tuple[Slot, ...] = ()
+        self._files: tuple[bytes, ...] = ()
         self._draining: list[Slot] = []
         self._requests: dict[int, Pending] = {}
         self._outgoing: Outgoing | None = None
@@ -66,9 +68,9 @@ class Driver:
         self._commands.append(command)
         self._link.wake()
 
-    def lend(self, slots: tuple[Slot, ...]) -> None:
-        """Set the memory of offered snapshots, by slot index; before the first offer."""
-        self._slots = slots
+    def lend(self, slots: tuple[Slot, ...], files: tuple[bytes, ...] = ()) -> None:
+        """Set the memory of offered snapshots, by slot index, and of the JOIN's files; before the JOIN."""
+        self._slots, self._files = slots, files
 
     def ask(self, request: Callable[[], int]) -> Pending:
         """Make a request of the machine; the answer appears in what is returned."""
@@ -159,8 +161,11 @@ class Driver:
         payload = out.payload
         if payload is None:
             return self._link.send(out.header, out.body)
-        view = self._slots[payload.slot].view[payload.offset : payload.offset + payload.length]
+        source = self._files[payload.file] if isinstance(payload, FilePayload) else self._slots[payload.slot].view
+        view = memoryview(source)[payload.offset : payload.offset + payload.length]
         header = codec.with_crc32(out.header, zlib.crc32(view)) if out.checksum else out.header
+        if isinstance(payload, FilePayload):
+            return self._link.send(header, view)
         return self._link.send_payload(header, view, payload.slot)
 
     def _settle(self) -> None:

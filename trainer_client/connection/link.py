@@ -129,7 +129,7 @@ class Link:
         self._wake_reader.close()
         self._wake_writer.close()
 
-    def send(self, header: bytes, body: bytes) -> bool:
+    def send(self, header: bytes, body: bytes | memoryview) -> bool:
         """Write a message if the socket takes it now; False when it does not."""
         if self._socket is None:
             return False

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import anyio.to_thread
 from fastapi import APIRouter, Request
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.datastructures import Headers
 from starlette.responses import FileResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -21,7 +22,7 @@ from ema_server.http.schemas import ProblemOut
 from ema_server.http.services import Services, ServicesDep
 from ema_server.storage.catalog import FileEntry, Version, VersionGone
 
-_PATH = "/v1/runs/{run}/averages/{average}/versions/{rev}/files/{name}"
+_PATH = "/v1/runs/{run}/averages/{average}/versions/{rev}/files/{name:file}"
 _BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 _RESPONSES: dict[int | str, dict[str, object]] = {
     200: {"description": "The whole file", **_BYTES},
@@ -35,6 +36,15 @@ _RESPONSES: dict[int | str, dict[str, object]] = {
 _MEDIA_TYPES = {".json": "application/json", ".safetensors": "application/octet-stream"}
 
 router = APIRouter(tags=["files"])
+
+
+class _FileName(StringConvertor):
+    """In a path: `NAME` or `FOLDER/NAME`."""
+
+    regex = "[^/]+(?:/[^/]+)?"
+
+
+register_url_convertor("file", _FileName())
 
 
 @router.head(
@@ -132,4 +142,6 @@ class _Download(FileResponse):
 def _saved_name(version: Version, entry: FileEntry) -> str:
     """The name under which a browser saves the file: it says which version it is, so that two cannot be mixed up."""
     stem = f"{version.run}-{version.average}-step-{version.step}"
-    return f"{stem}.safetensors" if entry.name == "model.safetensors" else f"{stem}-{entry.name}"
+    if entry.name == "model.safetensors":
+        return f"{stem}.safetensors"
+    return f"{stem}-{entry.name.replace('/', '-')}"

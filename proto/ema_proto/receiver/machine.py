@@ -18,7 +18,7 @@ from ema_proto.receiver.intake import Intake
 from ema_proto.receiver.ownership import Claim, ClaimState, Ownership
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import Header, decode, decode_file, decode_header
-from ema_proto.wire.files import by_digest
+from ema_proto.wire.files import FileSpec, by_digest
 
 
 class Receiver:
@@ -173,12 +173,18 @@ class Receiver:
         if claim is not None:
             self._runs.refuse(claim, code, text)
 
-    def file_stored(self, run: str, ticket: int) -> None:
-        """The oldest unstored part of a companion file is stored; with the last one of a file, the file is durable."""
+    def file_stored(self, run: str, ticket: int) -> tuple[FileSpec, ...] | None:
+        """The oldest unstored part of a companion file is stored; with the last one of a file, the file is durable.
+
+        Returns:
+            All files of the JOIN if each of them is whole with this.
+        """
         claim = self._runs.by_ticket(run, ticket)
-        if claim is not None and claim.intake is not None:
-            claim.intake.file_stored()
-            self._flush(claim)
+        if claim is None or claim.intake is None:
+            return None
+        claim.intake.file_stored()
+        self._flush(claim)
+        return claim.join.files if claim.intake.files.whole else None
 
     def file_failed(self, run: str, ticket: int, text: str) -> None:
         """A companion file could not be stored, or arrived damaged. The session has ended with this."""
