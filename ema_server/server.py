@@ -140,9 +140,8 @@ def build(
         ring = Ring(data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
         deriving = DerivationQueue(DerivedStore(data_dir, catalog, on_change=usage.measure), ring, stopping)
         undo.callback(deriving.stop)
-        publisher = Publisher(
-            data_dir, catalog, ring, usage, companions, telemetry, keep=config.keep_generations, clock=clock
-        )
+        stores = (data_dir, catalog, ring, usage, companions)
+        publisher = Publisher(*stores, telemetry, keep=config.keep_generations, clock=clock)
         validations = Validations(catalog, statuses, metrics)
         parts = (config, data_dir, catalog, companions, publisher, ring, statuses, telemetry)
         erase = partial(erase_run, validations, publisher)

@@ -67,12 +67,11 @@ class CompanionStore:
         """Delete what was neither `published` now nor is claimed (publisher only). Versions keep their links."""
         with self._lock:
             kept = self._claims.get(run, frozenset()) | {file.sha256 for file in published}
+            folder = self._folder(run)
             try:
-                for path in self._folder(run).iterdir():
-                    if path.name not in kept and not path.name.startswith(TEMPORARY):
-                        path.unlink()
-            except FileNotFoundError:
-                return  # no files, or the run was renamed
+                paths = list(folder.iterdir()) if folder.is_dir() else []
+                for path in (path for path in paths if path.name not in kept and not path.name.startswith(TEMPORARY)):
+                    path.unlink()
             except OSError as error:
                 logger.warning("run %s: files that it no longer uses could not be deleted: %s", run, error)
 
