@@ -12,6 +12,7 @@ In the order of a snapshot's way, from an optimizer's step to the socket:
 - `staging`: copies tensors into slots, on the CPU or from a device while training goes on
 - `connection`: the thread that sends snapshots, and its socket
 - `lightning`: `EmaCallback` for Lightning's Trainer
+- `pulling`: averages back into the trainer, over HTTP
 - `timm`: `RemoteModelEma` in place of timm's averaged model
 - `messages`: what is logged when a run is joined and when it ends
 - `lifecycle`: whether a client may still be used

@@ -19,7 +19,7 @@ from trainer_client.errors import AverageError
 from trainer_client.lightning.base import isolated_rng, takes_batch_idx
 from trainer_client.lightning.server import Server
 from trainer_client.model.wrappers import canonical_name
-from trainer_client.timm.module_copy import Copy
+from trainer_client.pulling.module_copy import ModuleCopy
 
 log = logging.getLogger("ema")
 
@@ -193,11 +193,11 @@ class AverageCopy:
             module._current_fx_name = before
 
 
-def _copy_of(pl_module: Any) -> Copy:
+def _copy_of(pl_module: Any) -> ModuleCopy:
     device, context = pl_module.device, pl_module._compiler_ctx
     pl_module._compiler_ctx = None  # a compiler cannot be copied
     try:
-        copy = Copy(pl_module, device)
+        copy = ModuleCopy(pl_module, device)
     finally:
         pl_module._compiler_ctx = context
     for name in _COMPILED:

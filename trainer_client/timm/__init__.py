@@ -2,8 +2,6 @@
 
 - `remote`: `RemoteModelEma`, with the interface of timm's `ModelEmaV3`
 - `client`: the session behind it, which can replace and publish the average
-- `fetch`: reads an average back over HTTP
-- `module_copy`: a module that holds averaged weights, to validate and save
 - `known`: finds timm's averaging class, and checks that it can be replaced
 - `run`: runs timm's training script with that class replaced
 """

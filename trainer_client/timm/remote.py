@@ -17,11 +17,11 @@ from ema_proto.averages.rules import Ema
 from ema_proto.errors import LocalProtocolError
 from ema_proto.wire.messages import Resume
 from trainer_client.errors import SettingsError
+from trainer_client.pulling.average_reader import AverageReader
+from trainer_client.pulling.module_copy import ModuleCopy
 from trainer_client.ranks import rank_of
 from trainer_client.settings import check_step, check_timeout
 from trainer_client.timm.client import RemoteClient
-from trainer_client.timm.fetch import Pull
-from trainer_client.timm.module_copy import Copy
 
 
 class RemoteModelEma(nn.Module):
@@ -113,8 +113,8 @@ class RemoteModelEma(nn.Module):
                 rank=0,
             )
         self._resume = resume
-        self._pull = Pull(url, token, _run(run) if self._client is None else self._client.run)
-        self._copy = Copy(model, torch.device(device if device else "cpu"))
+        self._reader = AverageReader(url, token, _run(run) if self._client is None else self._client.run)
+        self._copy = ModuleCopy(model, torch.device(device if device else "cpu"))
         self._steps = 0
         self._is_new = True  # the copy's weights are to replace the average
         self._is_stale = False  # the average has changed since the copy was filled
@@ -140,7 +140,7 @@ class RemoteModelEma(nn.Module):
         """
         if self._is_stale and self._rule is not None:
             step = self._steps if self._client is None else self._client.publish(self._timeout_s)
-            self._copy.fill(self._pull.weights(self._rule.name, step, self._timeout_s))
+            self._copy.fill(self._reader.weights(self._rule.name, step, self._timeout_s))
             self._is_stale = False
         return self._copy.shown()
 
@@ -219,7 +219,7 @@ class RemoteModelEma(nn.Module):
             return
         steps = number - 1
         # The server counts a run's time from its first JOIN, and timm from step 0, also when the run is joined later.
-        if steps and rule is self._by_step and (self._resume == "never" or not self._pull.is_known()):
+        if steps and rule is self._by_step and (self._resume == "never" or not self._reader.is_known()):
             steps = 0
         self._client.begin(model, rule, steps)
 

@@ -1,4 +1,4 @@
-"""Reads an average back from the server over HTTP: the only module of the trainer's side that reads.
+"""`AverageReader`: reads the averages of one run from the server over HTTP.
 
 `ema_reader` is imported when it is first needed: a trainer that only streams does not need it.
 """
@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 _POLL_S = 0.1
 
 
-class Pull:
-    """Reads one run's averages. The defaults of `url` and `token` are those of `Reader`."""
+class AverageReader:
+    """Reads one run's averages. The defaults of `url` and `token` are those of `Reader`.
+
+    Raises:
+        SettingsError: the address cannot be used, or the reader's packages are missing.
+    """
 
     def __init__(self, url: str | None, token: str | None, run: str) -> None:
         with _reader(url, token) as reader:  # opened for each read: hours may pass between two

@@ -1,4 +1,4 @@
-"""A copy of the trained model, in eval mode, that holds averaged weights, for validation and saving.
+"""`ModuleCopy`: a copy of the trained model, in eval mode, that holds averaged weights, for validation and saving.
 
 Its tensors are filled in place, so that references to it see the new weights.
 """
@@ -19,7 +19,7 @@ _PREFIX = "module."
 _CPU = torch.device("cpu")
 
 
-class Copy:
+class ModuleCopy:
     """`module`: a copy of `model` without its wrappers and without gradients.
 
     It is on `device` while it is used and otherwise on the CPU, so that no accelerator holds
