@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from support.lightning_training import BATCHES, loader, module_class, recorder, replayed, trainer
-from support.processes import ServerProcess
+from support.processes import SUPPORT, Process, ServerProcess
 
 lightning = pytest.importorskip("lightning.pytorch")
 pytest.importorskip("pytorch_lightning")
@@ -26,6 +28,7 @@ from trainer_client.lightning import EmaCallback  # noqa: E402
 _ONE = "lightning.pytorch"
 _PACKAGES = (_ONE, "pytorch_lightning")
 _DECAY = 0.8
+_SCRIPT = str(SUPPORT / "lightning_trainer.py")
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +176,33 @@ def test_score_that_never_arrives_does_not_end_the_training(run: str, reader: Re
     assert reader.run(run).step == 2 * BATCHES
     assert math.isfinite(fitted.callback_metrics["ema/accuracy"])
     assert fitted.logged_metrics.keys() == {"val_loss"}
+
+
+def test_training_that_was_killed_resumes_to_the_averages_of_its_steps(
+    run: str, reader: Reader, tmp_path: Path
+) -> None:
+    with Process(_SCRIPT, str(tmp_path), run, "1", "5") as killed:
+        assert killed.wait() == -signal.SIGKILL
+    assert reader.run(run).step == 5  # two steps after the checkpoint
+
+    with Process(_SCRIPT, str(tmp_path), run, "1") as resumed:
+        assert resumed.wait() == 0, "\n".join(resumed.errors)
+
+    states = [torch.load(tmp_path / f"step-{step}.pt") for step in range(1, 2 * BATCHES + 1)]
+    assert reader.run(run).finished
+    assert next(each for each in reader.run(run).averages if each.name == "ema").gap_steps == 0
+    assert_close(reader.load(f"{run}/ema"), replayed([_float64(state) for state in states], _DECAY))
+
+
+def test_rank_0_streams_and_all_ranks_have_the_scores(run: str, reader: Reader, tmp_path: Path) -> None:
+    with Process(_SCRIPT, str(tmp_path), run, "2") as ranks:
+        assert ranks.wait() == 0, "\n".join(ranks.errors)
+
+    states = [torch.load(tmp_path / f"step-{step}.pt") for step in range(1, BATCHES + 1)]
+    metrics = [json.loads((tmp_path / f"metrics-{rank}.json").read_text()) for rank in (0, 1)]
+    assert_close(reader.load(f"{run}/ema"), replayed([_float64(state) for state in states], _DECAY))
+    assert all("ema/val_loss" in each for each in metrics)
+
+
+def _float64(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.double() for name, value in state.items()}
