@@ -9,6 +9,7 @@ import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ from support.processes import SUPPORT, Process, ServerProcess
 
 lightning = pytest.importorskip("lightning.pytorch")
 pytest.importorskip("pytorch_lightning")
+torchmetrics = pytest.importorskip("torchmetrics")
 
 from ema_reader import Reader  # noqa: E402
-from trainer_client import SettingsError  # noqa: E402
+from trainer_client import ConnectError, EmaClient, SettingsError  # noqa: E402
 from trainer_client.lightning import EmaCallback  # noqa: E402
 
 _ONE = "lightning.pytorch"
@@ -206,3 +208,298 @@ def test_rank_0_streams_and_all_ranks_have_the_scores(run: str, reader: Reader, 
 
 def _float64(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() for name, value in state.items()}
+
+
+def test_exception_leaves_the_run_open_with_the_averages_of_the_checkpoint(
+    run: str, reader: Reader, tmp_path: Path
+) -> None:
+    module, steps = module_class(_ONE)(), recorder(_ONE)
+    checkpoint = lightning.callbacks.OnExceptionCheckpoint(tmp_path, "crashed")
+    crashing = trainer(_ONE, tmp_path, callback(run), steps, checkpoint, Failing(5), enable_checkpointing=True)
+
+    with pytest.raises(ZeroDivisionError):
+        crashing.fit(module, loader())
+
+    assert not reader.run(run).finished
+    trainer(_ONE, tmp_path, callback(run), steps).fit(module, loader(), ckpt_path=tmp_path / "crashed.ckpt")
+    assert reader.run(run).finished
+    assert len(steps.states) == 2 * BATCHES
+    assert_close(reader.load(f"{run}/ema"), replayed(steps.states, _DECAY))
+
+
+class Failing(lightning.Callback):  # type: ignore[name-defined]
+    """Raises after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == self._step:
+            raise ZeroDivisionError
+
+
+def test_new_training_sets_the_run_of_a_failed_one_aside(run: str, reader: Reader, tmp_path: Path) -> None:
+    ema = callback(run)
+    with pytest.raises(ZeroDivisionError):
+        trainer(_ONE, tmp_path, ema, Failing(5)).fit(module_class(_ONE)(), loader())
+
+    trainer(_ONE, tmp_path, ema, max_epochs=1).fit(module_class(_ONE)(), loader())
+
+    assert reader.run(run).step == BATCHES
+    assert {each.step for each in reader.runs() if each.run.startswith(run)} == {5, BATCHES}
+
+
+def test_checkpoint_of_a_training_without_the_callback_gives_the_step(run: str, reader: Reader, tmp_path: Path) -> None:
+    before = trainer(_ONE, tmp_path, max_epochs=1)
+    before.fit(module_class(_ONE)(), loader())
+    before.save_checkpoint(tmp_path / "before.ckpt")
+
+    trainer(_ONE, tmp_path, callback(run)).fit(module_class(_ONE)(), loader(), ckpt_path=tmp_path / "before.ckpt")
+
+    assert reader.run(run).step == 2 * BATCHES
+    assert reader.run(run).applied == BATCHES
+
+
+def test_checkpoint_that_is_only_validated_does_not_move_the_run(run: str, reader: Reader, tmp_path: Path) -> None:
+    module, steps = module_class(_ONE)(), recorder(_ONE)
+    checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fitted = trainer(_ONE, tmp_path, callback(run), steps, checkpoint, max_epochs=2, enable_checkpointing=True)
+    fitted.fit(module, loader())
+
+    fitted.validate(module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    fitted.fit_loop.max_epochs = 3
+    fitted.fit(module, loader())
+
+    assert_close(reader.load(f"{run}/ema"), replayed(steps.states, _DECAY))
+
+
+def test_networks_of_a_gan_are_averaged_by_a_callback_each(run: str, reader: Reader, tmp_path: Path) -> None:
+    module = gan()
+    recorders = [recorder(_ONE, "generator"), recorder(_ONE, "critic")]
+    callbacks = [
+        callback(f"{run}-g", module="generator", validate="ema"),
+        callback(f"{run}-c", module="critic"),
+    ]
+    checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, "{epoch}")
+
+    trainer(_ONE, tmp_path, *callbacks, *recorders, checkpoint, enable_checkpointing=True).fit(module, loader())
+
+    # Three steps of the critic for one of the generator; global_step counts both.
+    assert reader.run(f"{run}-g").step == 2 * BATCHES
+    assert reader.run(f"{run}-c").step == 3 * 2 * BATCHES
+    assert_close(reader.load(f"{run}-g/ema"), replayed(recorders[0].states, _DECAY))
+
+
+def gan() -> Any:
+    class Gan(lightning.LightningModule):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.generator, self.critic = torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            critic, generator = self.optimizers()
+            for _ in range(3):
+                loss = self.critic(batch[0]).mean() - self.critic(self.generator(batch[0]).detach()).mean()
+                critic.zero_grad()
+                self.manual_backward(loss)
+                critic.step()
+            generator.zero_grad()
+            self.manual_backward(-self.critic(self.generator(batch[0])).mean())
+            generator.step()
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            return [torch.optim.SGD(each.parameters(), lr=0.01) for each in (self.critic, self.generator)]
+
+    return Gan()
+
+
+def test_validated_average_is_that_of_a_compiled_module(run: str, reader: Reader, tmp_path: Path) -> None:
+    module = module_class(_ONE)()
+    fitted = trainer(_ONE, tmp_path, callback(run, validate="ema"))
+
+    fitted.fit(torch.compile(module, backend="eager"), loader(), loader())
+
+    average = reader.load(f"{run}/ema")
+    assert "0.weight" in average
+    module.net.load_state_dict(average)
+    again = trainer(_ONE, tmp_path).validate(module, loader(), verbose=False)
+    assert float(fitted.callback_metrics["ema/val_loss"]) == pytest.approx(again[0]["val_loss"], rel=1e-6)
+
+
+def test_step_that_the_gradient_scaler_skips_is_not_counted(run: str, reader: Reader, tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
+    precision = lightning.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    fitted = trainer(_ONE, tmp_path, callback(run), plugins=[precision])
+
+    fitted.fit(module_class(_ONE)(), loader())
+
+    assert fitted.global_step == 2 * BATCHES
+    assert 0 < (reader.run(run).step or 0) < 2 * BATCHES
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy"])
+def test_strategy_that_shards_the_model_is_refused_by_name(name: str, run: str) -> None:
+    strategy = getattr(importlib.import_module(f"{_ONE}.strategies"), name)()
+
+    with pytest.raises(SettingsError, match=f"cannot be used with {name}: it shards the model"):
+        callback(run).setup(SimpleNamespace(strategy=strategy), None, "fit")
+
+
+def test_scores_of_workers_are_logged_and_stop_the_training(run: str, reader: Reader, tmp_path: Path) -> None:
+    stopping = lightning.callbacks.EarlyStopping("ema/accuracy", mode="max", patience=2)
+    fitted = trainer(_ONE, tmp_path, Worker(reader, run), callback(run), stopping, max_epochs=20)
+
+    fitted.fit(module_class(_ONE)(), loader(), loader())
+
+    assert reader.run(run).finished
+    assert fitted.current_epoch == 5  # the best score is that of the third, and two more are not better
+    assert float(fitted.callback_metrics["ema/accuracy"]) == pytest.approx(0.25)
+    assert float(fitted.callback_metrics["ema/step"]) == 5 * BATCHES
+    assert "ema/accuracy" in fitted.logged_metrics
+
+
+class Worker(lightning.Callback):  # type: ignore[name-defined]
+    """Reports a score of the newest version at each validation: the third one is the best."""
+
+    def __init__(self, reader: Reader, run: str) -> None:
+        self._reader, self._run = reader, run
+        self._scores = iter([0.1, 0.2, 0.5, 0.25, 0.25])
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        ema = next(each for each in trainer.callbacks if isinstance(each, EmaCallback))
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "now.ckpt")  # publishes
+        assert ema.run == self._run
+        self._reader.report(f"{self._run}/ema", {"accuracy": next(self._scores)}, worker="test")
+
+
+def test_training_goes_on_without_the_server(run: str, tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "data") as server:
+        ema = callback(
+            run, endpoint=server.zmq, url=server.http, validate="ema", when_behind="skip", publish_timeout_s=2.0
+        )
+        checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, "{epoch}", monitor="ema/val_loss")
+        module, fitted = module_class(_ONE)(), None
+        fitted = trainer(_ONE, tmp_path, ema, Killer(server), checkpoint, enable_checkpointing=True)
+        fitted.fit(module, loader(), loader())
+
+    assert fitted.global_step == 2 * BATCHES
+
+
+class Killer(lightning.Callback):  # type: ignore[name-defined]
+    """Kills the server after the third step."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self._server = server
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == 3:
+            self._server.kill()
+
+
+def test_missing_server_is_reported_before_the_training(run: str, tmp_path: Path) -> None:
+    fitted = trainer(_ONE, tmp_path, callback(run, endpoint="tcp://127.0.0.1:9", connect_timeout_s=0.2))
+
+    with pytest.raises(ConnectError):
+        fitted.fit(module_class(_ONE)(), loader())
+
+    assert fitted.global_step == 0
+
+
+def test_results_of_several_dataloaders_hooks_and_metric_objects_are_logged(
+    run: str, reader: Reader, tmp_path: Path
+) -> None:
+    module = with_metrics()
+    fitted = trainer(_ONE, tmp_path, callback(run, validate="raw", module=None))
+
+    fitted.fit(module, loader(), [loader(), loader()])
+
+    found = {name: float(value) for name, value in fitted.callback_metrics.items()}
+    own = {name for name in found if not name.startswith("raw/")}
+    assert own == {"batches", "mse/dataloader_idx_0", "mse/dataloader_idx_1", "last"}
+    assert {name: found[f"raw/{name}"] for name in own} == pytest.approx({name: found[name] for name in own})
+
+
+def with_metrics() -> Any:
+    class Module(module_class(_ONE)):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.mse = torch.nn.ModuleList(torchmetrics.MeanSquaredError() for _ in range(2))
+
+        def on_validation_epoch_start(self) -> None:
+            self.outputs: list[Tensor] = []
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+            predicted: Tensor = self.net(batch[0])
+            self.mse[dataloader_idx](predicted, batch[1])
+            self.log("mse", self.mse[dataloader_idx], on_step=False, on_epoch=True)
+            return predicted
+
+        def on_validation_batch_end(
+            self, outputs: Tensor, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0
+        ) -> None:
+            self.outputs.append(outputs.mean())
+
+        def on_validation_epoch_end(self) -> None:
+            self.log_dict({"batches": float(len(self.outputs)), "last": torch.stack(self.outputs).mean()})
+
+    return Module()
+
+
+def test_averages_in_epochs_take_their_length_from_the_dataloader(run: str, reader: Reader, tmp_path: Path) -> None:
+    averages = ["raw", "ema:half_life_epochs=1,name=ema"]
+
+    trainer(_ONE, tmp_path, callback(run, decay=None, averages=averages), max_epochs=1).fit(
+        module_class(_ONE)(), loader()
+    )
+
+    assert reader.version(run, "ema").half_life_steps == BATCHES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"), [({"update_starting_at_step": 5}, 5), ({"update_starting_at_epoch": 1}, BATCHES)]
+)
+def test_average_that_begins_late_is_a_copy_until_then(
+    arguments: dict[str, int], first: int, run: str, reader: Reader, tmp_path: Path
+) -> None:
+    steps = recorder(_ONE)
+
+    trainer(_ONE, tmp_path, callback(run, **arguments), steps).fit(module_class(_ONE)(), loader())
+
+    assert_close(reader.load(f"{run}/ema"), replayed(steps.states[first:], _DECAY))
+
+
+def test_decay_is_that_of_one_update_of_several_steps(run: str, reader: Reader, tmp_path: Path) -> None:
+    steps = recorder(_ONE)
+
+    trainer(_ONE, tmp_path, callback(run, update_every_n_steps=4), steps).fit(module_class(_ONE)(), loader())
+
+    assert_close(reader.load(f"{run}/ema"), replayed(steps.states[3::4], _DECAY))
+
+
+@pytest.mark.parametrize("package", ["lightning.fabric", "lightning_fabric"])
+def test_client_attaches_to_what_fabric_sets_up(package: str, run: str, reader: Reader) -> None:
+    fabric = importlib.import_module(package).Fabric(accelerator="cpu", devices=1)
+    torch.manual_seed(0)
+    network, states = torch.nn.Linear(3, 1), list[dict[str, Tensor]]()
+    model, optimizer = fabric.setup(network, torch.optim.SGD(network.parameters(), lr=0.1))
+
+    with EmaClient(run=run, averages=[f"ema:{_DECAY},name=ema"], when_behind="wait") as ema:
+        ema.attach(model, optimizer)
+        for inputs, targets in fabric.setup_dataloaders(loader()):
+            optimizer.zero_grad()
+            fabric.backward(torch.nn.functional.mse_loss(model(inputs), targets))
+            optimizer.step()
+            states.append({name: value.detach().clone() for name, value in network.state_dict().items()})
+
+    assert reader.run(run).step == BATCHES
+    assert_close(reader.load(f"{run}/ema"), replayed([_float64(state) for state in states], _DECAY))
+
+
+@pytest.mark.parametrize("packages", [*_PACKAGES, ", ".join(_PACKAGES)])
+def test_callback_is_one_of_each_package_that_is_imported(packages: str) -> None:
+    bases = " and ".join(f"issubclass(EmaCallback, {each}.Callback)" for each in packages.split(", "))
+    program = f"import {packages}\nfrom trainer_client.lightning import EmaCallback\nassert {bases}"
+
+    with Process("-c", program) as process:
+        assert process.wait() == 0, "\n".join(process.errors)

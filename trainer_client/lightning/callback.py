@@ -29,7 +29,7 @@ else:
 log = logging.getLogger("ema")
 
 _SHARDED: Final = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy", "XLAStrategy")
-_EXCEPTION_TIMEOUT_S: Final = 10.0
+_AWAY_TIMEOUT_S: Final = 5.0  # how long to wait for a server that does not answer now
 _WORST: Final = torch.finfo(torch.float32).max
 
 
@@ -55,8 +55,8 @@ class EmaCallback(Callback):
         scores: at the end of each validation, log the newest scores that evaluation workers reported as
             `AVERAGE/METRIC`, and the step that they belong to as `AVERAGE/step`.
         url: the server's address for readers; default `EMA_URL`, else `http://127.0.0.1:8080`.
-        publish_timeout_s: how long a validation waits for the version that it is about to validate, and saving a
-            checkpoint for the generation that goes with it.
+        publish_timeout_s: how long to wait until averages are published: those that are about to be validated, those
+            that go with a checkpoint, and the last ones. While the server is away, 5 s at most.
         client: further arguments of `EmaClient`, such as `token`, `config`, `include`, `when_behind`, `resume`.
 
     Raises:
@@ -106,7 +106,7 @@ class EmaCallback(Callback):
         self._scores, self._url = bool(scores), url
         self._timeout_s = check_timeout("publish_timeout_s", publish_timeout_s)
         prefix = f"{module}." if module else ""
-        self._validation = Validation(self._validated, prefix, self._timeout_s) if self._validated else None
+        self._validation = Validation(self._validated, prefix) if self._validated else None
         self._stage: str | None = None
         self._fitted: weakref.ref[Any] | None = None
         self._state: dict[str, Any] | None = None  # as of the checkpoint that is loaded, or of the last fit's end
@@ -185,7 +185,7 @@ class EmaCallback(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Publish the last step, and mark the run as finished."""
         if self._client is not None:
-            self._client.finish()
+            self._client.finish(self._timeout_s)
             self._leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -193,7 +193,7 @@ class EmaCallback(Callback):
         if self._client is None:
             return
         if self._client.steps > 0 and any(map(_saves_on_exception, trainer.callbacks)):
-            self._client.checkpoint(self._client.steps, _EXCEPTION_TIMEOUT_S)  # theirs is saved after this
+            self._publish(self._client)  # theirs is saved after this
         self._client.close()
         self._leave()
 
@@ -205,16 +205,14 @@ class EmaCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Have the server keep the averages of the step that the checkpoint is of."""
-        client = self._client
-        if client is None or client.steps in (0, self._checkpointed):
-            return
-        self._checkpointed = client.steps  # several checkpoints of a step need one generation
-        client.checkpoint(client.steps, self._timeout_s)
+        if self._client is not None:
+            self._publish(self._client)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to validate averages, beside the trained weights."""
         if self._client is not None and self._validation is not None and not trainer.sanity_checking:
-            self._validation.begin(trainer, pl_module, self._client, self._server)
+            self._publish(self._client)
+            self._validation.begin(trainer, pl_module, self._client.steps, self._server)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *batch: Any) -> None:
         """Validate averages on the batch that the trained weights were validated on."""
@@ -258,6 +256,14 @@ class EmaCallback(Callback):
                 raise
             log.info("ema: scores are not logged: %s", error)
             return None
+
+    def _publish(self, client: EmaClient) -> None:
+        """Publish the averages of this step; a validation and several checkpoints of a step need that once."""
+        if client.steps in (0, self._checkpointed):
+            return
+        self._checkpointed = client.steps
+        is_connected = client.stats().get("state") in (None, "streaming")  # None on ranks that do not stream
+        client.checkpoint(client.steps, self._timeout_s if is_connected else min(self._timeout_s, _AWAY_TIMEOUT_S))
 
     def _leave(self) -> None:
         """Forget the client, which has ended, except for its state."""

@@ -14,7 +14,6 @@ from typing import Any, Final
 import torch.distributed
 from torch import Tensor
 
-from trainer_client.client import EmaClient
 from trainer_client.errors import AverageError
 from trainer_client.lightning.base import isolated_rng, takes_batch_idx
 from trainer_client.lightning.server import Server
@@ -35,28 +34,30 @@ class Validation:
     Args:
         averages: names of the averages.
         prefix: what the names of an average's tensors lack at their beginning, `"net."` if only `net` is averaged.
-        timeout_s: how long to wait for the version that is about to be validated.
 
     Attributes:
         logged: the names of all that the copies have logged.
     """
 
-    def __init__(self, averages: Sequence[str], prefix: str, timeout_s: float) -> None:
-        self._averages, self._prefix, self._timeout_s = averages, prefix, timeout_s
+    def __init__(self, averages: Sequence[str], prefix: str) -> None:
+        self._averages, self._prefix = averages, prefix
         self._copies: dict[str, AverageCopy] = {}
         self._versions: dict[str, str] = {}
         self._is_running = False
         self.logged: set[str] = set()
 
-    def begin(self, trainer: Any, pl_module: Any, client: EmaClient, server: Server | None) -> None:
-        """Publish the averages, fetch them, and run the hooks with which a validation begins. On all ranks."""
+    def begin(self, trainer: Any, pl_module: Any, steps: int, server: Server | None) -> None:
+        """Fetch the newest averages after `steps` steps, and run the hooks with which a validation begins.
+
+        Called on all ranks; only rank 0 has the server.
+        """
         fetched: dict[str, Mapping[str, Tensor]] = {}
         try:
             if server is not None:
-                fetched = self._fetch(client, server)
+                fetched = self._fetch(server)
             self._fill(trainer, pl_module, fetched)
         except Exception as error:  # noqa: BLE001  no reason to end a training
-            log.error("ema: the averages are not validated at step %d: %s", client.steps, error)
+            log.error("ema: the averages are not validated at step %d: %s", steps, error)
             fetched = {}
         self._is_running = trainer.strategy.broadcast(bool(fetched))
         if self._is_running and trainer.world_size > 1:
@@ -97,9 +98,8 @@ class Validation:
         logged = tuple(name for name in self.logged if name.startswith(prefix))  # Lightning may add a suffix
         return {name.removeprefix(prefix): float(each) for name, each in metrics.items() if name.startswith(logged)}
 
-    def _fetch(self, client: EmaClient, server: Server) -> dict[str, Mapping[str, Tensor]]:
-        """The newest averages; those of now if they can be published in time."""
-        client.checkpoint(client.steps, self._timeout_s)
+    def _fetch(self, server: Server) -> dict[str, Mapping[str, Tensor]]:
+        """The newest averages."""
         newest = {average: server.newest(average) for average in self._averages}
         self._versions = {average: version for average, (version, _) in newest.items()}
         return {average: weights for average, (_, weights) in newest.items()}

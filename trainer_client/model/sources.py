@@ -144,7 +144,8 @@ def _nodes(module: nn.Module, prefix: str) -> Iterator[tuple[str, Node]]:
     yield prefix, node
     inner = wrapped_attribute(module, prefix.removesuffix("."))
     for name, child in module._modules.items():
-        if child is not None:
+        # Another child of a wrapper holds the wrapped module once more: Fabric's has it also in DDP.
+        if child is not None and inner in (None, name):
             yield from _nodes(child, prefix if name == inner else f"{prefix}{name}.")
 
 
