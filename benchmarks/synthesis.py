@@ -24,6 +24,7 @@ from ema_proto.averages.profiles import gamma_of
 from ema_server.config import RingDtype
 from ema_server.derived.combine import combined
 from ema_server.derived.plan import Plan, make_plan
+from ema_server.derived.store import Piece
 from ema_server.publishing.ring_snapshot import RingMember, RingSnapshot
 from ema_server.storage.catalog import FileEntry
 
@@ -58,7 +59,7 @@ def errors(folder: Path, steps: int, elements: int, seed: int) -> dict[tuple[flo
     for dtype, snapshots in rings.items():
         for wanted in _WANTED:
             plan = make_plan(snapshots, gamma_of(wanted), steps)
-            made = load(b"".join(combined(plan)))["weight"].double()
+            made = load(b"".join(_pieces(plan)))["weight"].double()
             right = exact[wanted]
             relative = (made - right).square().mean().sqrt() / right.square().mean().sqrt()
             found[wanted, dtype] = plan, float(relative)
@@ -98,6 +99,10 @@ def _store(folder: Path, step: int, dtype: RingDtype, kept: dict[float, Tensor])
     return RingSnapshot(folder, step, dtype, tuple(members))
 
 
+def _pieces(plan: Plan) -> Iterator[Piece]:
+    return combined(plan.terms, plan.newest.member.copied)
+
+
 def _row(plan: Plan, wanted: float, found: dict[tuple[float, RingDtype], list[float]]) -> Row:
     narrow, wide = found[wanted, "bfloat16"], found[wanted, "float32"]
     what = f"error at {wanted}; profile off by {plan.error:.1e}, rounding amplified {plan.amplification:.1f} times"
@@ -115,7 +120,7 @@ def _time(elements: int, rounds: int) -> Row:
         paths = [part.snapshot.folder / part.member.file.name for part in plan.parts]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in the server's thread
-        taken = interleaved(rounds, ours=lambda: _seconds(combined(plan)), rival=lambda: _seconds(_reading(paths)))
+        taken = interleaved(rounds, ours=lambda: _seconds(_pieces(plan)), rival=lambda: _seconds(_reading(paths)))
         torch.set_num_threads(threads)
     nbytes = sum(part.member.file.size for part in plan.parts)
     shown = (f"{nbytes / Spread.of(taken[arm]).median / 1e9:.2f} GB/s" for arm in ("ours", "rival"))

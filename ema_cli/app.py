@@ -26,7 +26,7 @@ COMMANDS_OF: Mapping[str, tuple[str, ...]] = {
     "ema_reader.cli.commands": (
         *("status", "versions", "metrics", "best", "download"),
         *("evaluate", "validate", "recalibrate"),
-        *("averages", "ledger", "synthesize", "delete", "healthcheck"),
+        *("averages", "ledger", "synthesize", "blend", "delete", "healthcheck"),
     ),
     "ema_server.checkpoints.command": ("average",),
     "ema_cli.doctor": ("doctor",),

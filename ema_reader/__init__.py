@@ -13,7 +13,7 @@ Start at `Reader`. The package imports nothing of the server and of ZeroMQ.
 - `cli`: the commands
 """
 
-from ema_reader.derived import Synthesized
+from ema_reader.derived import Blended, BlendInput, Synthesized
 from ema_reader.errors import (
     LeaseLost,
     NotFound,
@@ -39,6 +39,8 @@ __all__ = [
     "MetricsRow",
     "Best",
     "Synthesized",
+    "Blended",
+    "BlendInput",
     "Validation",
     "ReaderError",
     "NotFound",

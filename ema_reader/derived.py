@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,31 @@ class Synthesized:
         return cls(**values_of(cls, value, version=version, inputs=len(inputs), snapshots=len(steps)))
 
 
+@dataclass(frozen=True, slots=True)
+class BlendInput:
+    """One version in a blend: version `id` of an average at `step`, with its weight."""
+
+    run: str
+    average: str
+    step: int
+    id: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Blended:
+    """The weighted sum of versions: the version, which can be downloaded, and what it was made from."""
+
+    version: Version
+    inputs: tuple[BlendInput, ...]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Blended:
+        """Parse the server's answer."""
+        inputs = tuple(BlendInput(**values_of(BlendInput, each)) for each in value["inputs"])
+        return cls(Version.from_json(value["version"]), inputs)
+
+
 class Derived:
     """The derived versions of one server. Safe from several threads.
 
@@ -96,6 +121,38 @@ class Derived:
         body = {key: value for key, value in asked.items() if value is not None}
         answer = self._transport.post(path_of("runs", run, "synthesize"), body, answer_s=ANSWER_S)
         return self._transport.read(answer, Synthesized.from_json)
+
+    def blend(self, versions: Sequence[Version], weights: Sequence[float], *, name: str | None = None) -> Blended:
+        """Make the weighted sum of versions, as a version of the run of the first; one that exists already is returned.
+
+        It has the first version's step, and of it what is not averaged: integers, frozen weights.
+
+        Args:
+            versions: two or more, of any steps, and of any runs of the same model.
+            weights: one for each version. They add up to 1; negative ones are allowed.
+            name: the name of the average; default: the averages with their weights, such as `ema_0.7-raw_0.3`.
+
+        Raises:
+            UsageError: there are fewer than two versions, or there is not one finite weight for each.
+            NotFound: the server does not have a version.
+            RequestRefused: the weights do not add up to 1, the models differ, the sum is not finite, or the name is
+                taken; the text says which.
+            Unreachable: the server does not answer, or its disk refuses.
+        """
+        if len(versions) < 2:
+            raise UsageError("give two versions or more")
+        if len(versions) != len(weights):
+            raise UsageError(f"there are {len(weights)} weights for {len(versions)} versions: give one for each")
+        for weight in weights:
+            if not math.isfinite(weight):
+                raise UsageError(f"a weight is {weight}: use numbers that add up to 1")
+        inputs = [
+            {"run": version.run, "average": version.average, "rev": version.id, "weight": weight}
+            for version, weight in zip(versions, weights, strict=True)
+        ]
+        body = {"inputs": inputs} | ({} if name is None else {"name": name})
+        answer = self._transport.post(path_of("runs", versions[0].run, "blend"), body, answer_s=ANSWER_S)
+        return self._transport.read(answer, Blended.from_json)
 
     def recalibrate(self, version: Version, buffers: Mapping[str, Tensor]) -> Version:
         """Write a version as `{average}-bn`, with these buffers in place of its own. Needs torch.

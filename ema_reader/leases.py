@@ -20,7 +20,10 @@ _BEATS = 3  # within the duration of a lease: two may be lost
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which versions a worker takes: see `EvaluationWorker`. An empty `averages` means all, `run` None all runs."""
+    """Which versions a worker takes: see `EvaluationWorker`. An empty `averages` means all, `run` None all runs.
+
+    With `version`, the id of one of `run` and of the only one of `averages`, it takes that one alone.
+    """
 
     worker: str
     task: str
@@ -29,6 +32,7 @@ class Wanted:
     every: int = 1
     lease_s: float = LEASE_S
     poll_s: float = 1.0
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,10 @@ class Leases:
             skip: ids of versions that it failed to evaluate.
 
         Raises:
-            NotFound: the server does not know the run.
+            NotFound: the server does not know the run, or the version.
         """
-        found = self._transport.post(path_of("leases"), asdict(wanted) | {"skip": skip[-SKIP_MAX:]})
+        asked = {key: value for key, value in asdict(wanted).items() if value is not None}
+        found = self._transport.post(path_of("leases"), asked | {"skip": skip[-SKIP_MAX:]})
         lease = found["lease"]
         if lease is None:
             return None, found["held"]

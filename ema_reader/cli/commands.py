@@ -15,6 +15,7 @@ import typer
 
 from ema_reader.cli import render
 from ema_reader.cli.averages import averages, ledger
+from ema_reader.cli.blend import blend
 from ema_reader.cli.evaluate import evaluate, recalibrate, validate
 from ema_reader.cli.metrics import best, metrics
 from ema_reader.cli.options import Json, Long, RunName, Target, Token, Url, exits
@@ -31,7 +32,7 @@ def register(app: typer.Typer) -> None:
     commands: tuple[Callable[..., None], ...] = (
         *(status, versions, metrics, best, download),
         *(evaluate, validate, recalibrate),
-        *(averages, ledger, synthesize, delete, healthcheck),
+        *(averages, ledger, synthesize, blend, delete, healthcheck),
     )
     for command in commands:
         app.command()(command)

@@ -3,6 +3,7 @@
 The server decides which version is due: a requested validation first, else the rest of the step that was begun, else
 the newest step's versions without metrics for the task. The worker survives a function that raises, an unreachable
 server, and versions pruned before it loads them. When it is killed, another worker takes over its version.
+`evaluate_version` does the same for one version of the caller's choice.
 """
 
 from __future__ import annotations
@@ -137,49 +138,97 @@ class EvaluationWorker:
                 raise NotFound(f"run {run.run!r} has no average {name!r}; it has {', '.join(known)}")
 
     def _evaluate(self, lease: Lease) -> Outcome | None:
-        version, settled = lease.version, False
+        version = lease.version
         try:
-            with Heartbeat(self._reader.leases, lease):
-                outcome = measure(self._reader, version, self._function, self._device, self._traced)
-            outcome = self._report(lease, outcome)
-            settled = True
+            outcome = evaluate_leased(self._reader, lease, self._function, self._device, self._traced)
         except NotFound:
             log.info("%s was deleted before it could be evaluated; skipped", version)
             self._skip.append(version.id)
             return None
-        except LeaseLost:
-            log.warning("%s: another worker has taken it over; this result is discarded", version)
-            settled = True
+        if outcome is None:
             return None
-        finally:
-            if not settled:
-                self._give_back(lease)
         self._last[version.run, version.average] = outcome
         if outcome.error is not None:
             self._skip.append(version.id)
         return outcome
 
-    def _report(self, lease: Lease, outcome: Outcome) -> Outcome:
-        """Report the outcome; if the server refuses the metrics (a name too long), report that as the error."""
-        try:
-            self._send(lease, outcome)
-        except LeaseLost:
-            raise
-        except RequestRefused as refusal:
-            outcome = Outcome(outcome.version, {}, f"the server refused the metrics: {refusal}", outcome.seconds)
-            self._send(lease, outcome)
-        return outcome
 
-    def _send(self, lease: Lease, outcome: Outcome) -> None:
-        settle = partial(self._reader.leases.settle, lease, outcome.metrics, missing=outcome.missing)
-        retry_while_unreachable(lambda: settle(error=outcome.error, samples=outcome.samples, seconds=outcome.seconds))
+def evaluate_version(
+    reader: Reader, version: Version, function: Evaluate, task: str, device: str, traced: set[type[Exception]]
+) -> Outcome | None:
+    """Evaluate one version under a lease, or wait until another worker has evaluated it; None if that has happened.
 
-    def _give_back(self, lease: Lease) -> None:
-        """Return the lease, so that others need not wait until it expires."""
-        try:
-            self._reader.leases.give_back(lease)
-        except ReaderError as error:
-            log.info("%s could not be given back: %s", lease.version, error)
+    A version that has metrics for the task is not evaluated again; one whose evaluation failed is. `traced` is that of
+    `measure`.
+
+    Raises:
+        NotFound: the version has been deleted.
+    """
+    names = version.run, (version.average,)
+    wanted = Wanted(socket.gethostname(), task, *names, version=version.id)
+    waiting = False
+    while True:
+        lease, held = retry_while_unreachable(lambda: reader.leases.ask(wanted))
+        if lease is not None:
+            outcome = evaluate_leased(reader, lease, function, device, traced)
+            if outcome is not None:
+                return outcome
+        elif not held:
+            log.info("%s has metrics already", version)
+            return None
+        elif not waiting:
+            log.info("%s is being evaluated by another worker; waiting for its result", version)
+            waiting = True
+        time.sleep(wanted.poll_s)
+
+
+def evaluate_leased(
+    reader: Reader, lease: Lease, function: Evaluate, device: str, traced: set[type[Exception]]
+) -> Outcome | None:
+    """Evaluate the version of a lease and end the lease with the outcome; None if another worker has taken it over.
+
+    Raises:
+        NotFound: the version has been deleted. The lease is given back, as after any exception.
+    """
+    settled = False
+    try:
+        with Heartbeat(reader.leases, lease):
+            outcome = measure(reader, lease.version, function, device, traced)
+        outcome = _report(reader, lease, outcome)
+        settled = True
+    except LeaseLost:
+        log.warning("%s: another worker has taken it over; this result is discarded", lease.version)
+        settled = True
+        return None
+    finally:
+        if not settled:
+            _give_back(reader, lease)
+    return outcome
+
+
+def _report(reader: Reader, lease: Lease, outcome: Outcome) -> Outcome:
+    """Report the outcome; if the server refuses the metrics, report that as the error."""
+    try:
+        _send(reader, lease, outcome)
+    except LeaseLost:
+        raise
+    except RequestRefused as refusal:
+        outcome = Outcome(outcome.version, {}, f"the server refused the metrics: {refusal}", outcome.seconds)
+        _send(reader, lease, outcome)
+    return outcome
+
+
+def _send(reader: Reader, lease: Lease, outcome: Outcome) -> None:
+    settle = partial(reader.leases.settle, lease, outcome.metrics, missing=outcome.missing)
+    retry_while_unreachable(lambda: settle(error=outcome.error, samples=outcome.samples, seconds=outcome.seconds))
+
+
+def _give_back(reader: Reader, lease: Lease) -> None:
+    """Return the lease, so that others need not wait until it expires."""
+    try:
+        reader.leases.give_back(lease)
+    except ReaderError as error:
+        log.info("%s could not be given back: %s", lease.version, error)
 
 
 def measure(reader: Reader, version: Version, function: Evaluate, device: str, traced: set[type[Exception]]) -> Outcome:

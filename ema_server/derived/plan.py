@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ema_server.config import RingDtype
-from ema_server.derived.solve import Blend, Profile, solve
+from ema_server.derived.combine import Term
+from ema_server.derived.solve import Profile, Solution, solve
 from ema_server.publishing.ring_snapshot import RingMember, RingSnapshot
 
 ERROR_MAX = 0.1  # of a profile; beyond it the result would be a different average
@@ -43,6 +44,10 @@ class Part:
         """Equal for averages that may be added up."""
         return self.member.origin, self.member.began, self.member.copied
 
+    @property
+    def term(self) -> Term:
+        return Term(self.snapshot.folder / self.member.file.name, self.member.file.sha256, self.share)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -67,6 +72,13 @@ class Plan:
     amplification: float
     rounding: float
     warning: str | None
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The files to add up, that of `newest` first."""
+        newest = self.newest.term
+        others = tuple(part.term for part in self.parts)
+        return (newest, *(term for term in others if term.path != newest.path))
 
 
 def make_plan(snapshots: Sequence[RingSnapshot], gamma: float, step: int) -> Plan:
@@ -108,18 +120,18 @@ def make_plan(snapshots: Sequence[RingSnapshot], gamma: float, step: int) -> Pla
 def _plan(usable: Sequence[Part], gamma: float, step: int) -> Plan:
     usable = sorted(_closest(usable, gamma), key=lambda one: (one.snapshot.step, one.member.average))
     origin = usable[-1].member.origin
-    blend = solve([one.profile for one in usable], Profile(step - origin, gamma))
-    parts = [replace(one, share=share) for one, share in zip(usable, blend.shares, strict=True)]
+    solution = solve([one.profile for one in usable], Profile(step - origin, gamma))
+    parts = [replace(one, share=share) for one, share in zip(usable, solution.shares, strict=True)]
     rounding = math.fsum(abs(part.share) * _ROUNDOFF[part.snapshot.dtype] for part in parts)
     return Plan(
         step=step,
         origin=origin,
         newest=parts[-1],
         parts=tuple(part for part in parts if part.share),
-        error=blend.error,
-        amplification=blend.amplification,
+        error=solution.error,
+        amplification=solution.amplification,
         rounding=rounding,
-        warning=_warning(blend, rounding, len({one.snapshot.step for one in usable})),
+        warning=_warning(solution, rounding, len({one.snapshot.step for one in usable})),
     )
 
 
@@ -128,17 +140,17 @@ def _closest(usable: Sequence[Part], gamma: float) -> list[Part]:
     return [one for one in usable if one.member.gamma in gammas[:PROFILES_MAX]]
 
 
-def _warning(blend: Blend, rounding: float, snapshots: int) -> str | None:
+def _warning(solution: Solution, rounding: float, snapshots: int) -> str | None:
     warnings = []
-    if blend.error > ERROR_TRUSTED:
+    if solution.error > ERROR_TRUSTED:
         warnings.append(
-            f"the weights of the steps are off by an estimated {blend.error:.1%}: the width is far from those of the "
-            f"run's averages, or {snapshots} snapshots are too few; the server's --ring-every-steps and --ring-size "
-            "set how many are stored"
+            f"the weights of the steps are off by an estimated {solution.error:.1%}: the width is far from those of "
+            f"the run's averages, or {snapshots} snapshots are too few; the server's --ring-every-steps and "
+            "--ring-size set how many are stored"
         )
     if rounding > ROUNDING_TRUSTED:
         warnings.append(
-            f"the rounding errors of the stored tensors become {blend.amplification:.1f} times as large, at most "
+            f"the rounding errors of the stored tensors become {solution.amplification:.1f} times as large, at most "
             f"{rounding:.1%} of the largest value: store them in float32 (--ring-dtype)"
         )
     return "; ".join(warnings) or None

@@ -124,7 +124,8 @@ class DerivationQueue:
                 return Synthesized(known, self.store.provenance(known), is_new=False)
             plan = make_plan(snapshots, rule.exponent, at)
             what, newest = _derivation(run, rule, plan), plan.newest.snapshot
-            version = self.store.write(what, self.pieces(combined(plan)), newest.config, newest.companions)
+            pieces = self.pieces(combined(plan.terms, plan.newest.member.copied))
+            version = self.store.write(what, pieces, newest.config, newest.companions)
             return Synthesized(version, self.store.provenance(version), is_new=True)
 
     def _known(self, run: str, rule: PowerEma, step: int) -> Version | None:
@@ -133,7 +134,7 @@ class DerivationQueue:
         for version in versions:
             asked = self.store.provenance(version).get("asked") if version.derived == SYNTHESIZED else None
             if asked != rule.spec:
-                other = asked or version.spec
+                other = asked or version.derived or version.spec
                 raise NameTaken(f"{rule.name!r} of run {run!r} is already {other}, not {rule.spec}: use another name")
         return next((one for one in versions if one.step == step and not self.store.is_superseded(one)), None)
 

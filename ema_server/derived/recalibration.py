@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec
 from ema_server.derived.queue import DerivationQueue
+from ema_server.derived.run_model import model_of
 from ema_server.derived.store import Derivation
-from ema_server.storage.catalog import Catalog, Version, VersionGone
+from ema_server.storage.catalog import Version
 from ema_server.storage.companions import sources_in
 from ema_server.storage.disk import sha256
-from ema_server.storage.generation import read_manifest, read_record
 from ema_server.storage.records import CONFIG_FILE, BrokenGeneration
 from ema_server.tensors.dtypes import TORCH_DTYPES
 from ema_server.tensors.file_plan import MODEL_FILE
@@ -52,7 +52,7 @@ def recalibrate(deriving: DerivationQueue, base: Version, data: bytes) -> tuple[
     with catalog.hold(base):
         path = base.folder / MODEL_FILE
         _verify(base, path)
-        buffers = checked(data, read_header(path), _manifest(catalog, base))
+        buffers = checked(data, read_header(path), model_of(catalog, base.run).manifest)
         known = {version.id for version in catalog.derived(base.run)}
         config = base.folder / CONFIG_FILE
         version = deriving.store.write(
@@ -112,14 +112,6 @@ def _verify(base: Version, path: Path) -> None:
     known = base.file(MODEL_FILE)
     if known is None or known.sha256 != sha256(path):
         raise BrokenGeneration(f"{MODEL_FILE} of version {base.id} is damaged: its sha256 is another one")
-
-
-def _manifest(catalog: Catalog, base: Version) -> Manifest:
-    """The run's manifest, which is the same in every generation."""
-    newest = next(iter(catalog.generations(base.run)), None)
-    if newest is None:
-        raise VersionGone(f"run {base.run} no longer has a generation: ask again")
-    return read_manifest(newest.folder, read_record(newest.folder))
 
 
 def _derivation(base: Version, replaced_names: list[str]) -> Derivation:

@@ -33,7 +33,7 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
-class Blend:
+class Solution:
     """How to add up stored averages.
 
     Args:
@@ -47,7 +47,7 @@ class Blend:
     amplification: float
 
 
-def solve(stored: Sequence[Profile], wanted: Profile) -> Blend:
+def solve(stored: Sequence[Profile], wanted: Profile) -> Solution:
     """The shares whose sum of stored profiles is closest to the wanted one in L2.
 
     Args:
@@ -61,7 +61,7 @@ def solve(stored: Sequence[Profile], wanted: Profile) -> Blend:
         raise ValueError(f"need stored profiles at times in (0, {wanted.time}], got {stored}")
     if wanted in stored:
         only = stored.index(wanted)
-        return Blend(tuple(float(number == only) for number in range(len(stored))), 0.0, 1.0)
+        return Solution(tuple(float(number == only) for number in range(len(stored))), 0.0, 1.0)
     times, gammas = _columns(stored)
     # Scaled to norm 1, since early profiles are high and narrow, late ones low and wide.
     norms = _products(times, gammas, times, gammas).sqrt()
@@ -71,7 +71,7 @@ def solve(stored: Sequence[Profile], wanted: Profile) -> Blend:
     parts[parts.abs() < _NEGLIGIBLE * parts.abs().max()] = 0.0
     found = parts / norms
     shares = tuple((found / found.sum()).tolist())
-    return Blend(shares, _distance(stored, shares, wanted), math.fsum(map(abs, shares)))
+    return Solution(shares, _distance(stored, shares, wanted), math.fsum(map(abs, shares)))
 
 
 def _columns(profiles: Sequence[Profile]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ result. Times are seconds since the epoch.
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import sqlite3
@@ -77,10 +78,21 @@ def _candidates(
     db: sqlite3.Connection, ask: Ask, due: Due, exists: Callable[[Subject], bool], now: float
 ) -> Iterator[Subject]:
     """The versions that the worker may be given, in order; a set of `due` is scheduled when it is reached."""
+    if ask.version is not None:
+        yield from _named(db, ask, due, now)
+        return
     yield from _requested(db, ask, exists, now)
     yield from _scheduled(db, ask, due, exists)
     for subjects in due.sets:
         yield from _schedule(db, subjects, ask.task)
+
+
+def _named(db: sqlite3.Connection, ask: Ask, due: Due, now: float) -> Iterator[Subject]:
+    """The version that the worker asks for by name, unless it has metrics. It may be tried again, as if requested."""
+    for subject in itertools.chain.from_iterable(due.sets):
+        if latest_report(db, subject, ask.task) is None:
+            _forget_attempts(db, subject, ask.task, now)
+            yield subject
 
 
 def _scheduled(db: sqlite3.Connection, ask: Ask, due: Due, exists: Callable[[Subject], bool]) -> list[Subject]:
@@ -91,11 +103,7 @@ def _scheduled(db: sqlite3.Connection, ask: Ask, due: Due, exists: Callable[[Sub
         subject = Subject(*row)
         if not exists(subject) or latest_report(db, subject, ask.task) is not None:  # pruned, or reported by hand
             _unschedule(db, subject, ask.task)
-        elif (
-            subject.run in due.runs
-            and subject.version not in due.skip
-            and ask.covers(subject.run, subject.average, ask.task)
-        ):
+        elif subject.run in due.runs and subject.version not in due.skip and ask.covers(subject, ask.task):
             found.append(subject)
     return found
 
@@ -129,7 +137,7 @@ def _requested(db: sqlite3.Connection, ask: Ask, exists: Callable[[Subject], boo
         elif not exists(subject):
             text = "the version was pruned before a worker took it"
             _end(db, validation_id, _failure(subject, ask.task, None, text, now))
-        elif ask.covers(subject.run, subject.average, ask.task):
+        elif ask.covers(subject, ask.task):
             found.append(subject)
     return found
 
@@ -210,16 +218,21 @@ def request(
         return find(db, subject.run, waiting[0], now)
     if known is None and not possible:
         return None
-    db.execute(  # a request tries it again, even if it crashed its workers
-        "UPDATE leases SET attempts = 0 WHERE run = ? AND version = ? AND task = ? AND (done OR expires <= ?)",
-        (*key, now),
-    )
+    _forget_attempts(db, subject, task, now)
     new = secrets.token_hex(16)
     row = (new, subject.run, subject.average, subject.version, subject.step, task, again, rfc3339(now))
     db.execute("INSERT INTO validations VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
     if known is not None:
         _end(db, new, known)
     return find(db, subject.run, new, now)
+
+
+def _forget_attempts(db: sqlite3.Connection, subject: Subject, task: str, now: float) -> None:
+    """Let a version be tried again, even if it crashed its workers."""
+    db.execute(
+        "UPDATE leases SET attempts = 0 WHERE run = ? AND version = ? AND task = ? AND (done OR expires <= ?)",
+        (subject.run, subject.version, task, now),
+    )
 
 
 def find(db: sqlite3.Connection, run: str, validation_id: str, now: float) -> Validation | None:

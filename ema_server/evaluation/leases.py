@@ -11,17 +11,26 @@ LEASE_S = 30.0  # a killed worker's version waits no longer; a worker beats thre
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a worker accepts: versions of one run (None: of all), of these averages (empty: of all)."""
+    """What a worker accepts: versions of one run (None: of all), of these averages (empty: of all).
+
+    With `version`, the id of one, it accepts that version alone.
+    """
 
     worker: str
     task: str
     run: str | None = None
     averages: tuple[str, ...] = ()
     lease_s: float = LEASE_S
+    version: str | None = None
 
-    def covers(self, run: str, average: str, task: str) -> bool:
-        """Whether a version of this run and average may go to this worker."""
-        return task == self.task and self.run in (None, run) and (not self.averages or average in self.averages)
+    def covers(self, subject: Subject, task: str) -> bool:
+        """Whether this version may go to this worker."""
+        return (
+            task == self.task
+            and self.run in (None, subject.run)
+            and (not self.averages or subject.average in self.averages)
+            and self.version in (None, subject.version)
+        )
 
 
 @dataclass(frozen=True, slots=True)

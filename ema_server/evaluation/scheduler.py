@@ -120,7 +120,7 @@ class Validations:
     async def request(self, version: Version, task: str, *, again: bool, possible: bool) -> Validation | None:
         """Ask for a validation; None if it is not done already and not `possible`."""
         now = self._clock()
-        found = await self._query(lease_queries.request, _subject(version), task, now, again=again, possible=possible)
+        found = await self._query(lease_queries.request, subject_of(version), task, now, again=again, possible=possible)
         if found is not None and found.finding is None:
             self._need(version.id, task, now + REQUEST_HOLD_S)
         return found
@@ -129,9 +129,9 @@ class Validations:
         """A validation of a run, None if there is none of this id."""
         return await self._query(lease_queries.find, run, validation_id, self._clock())
 
-    def has_worker(self, run: str, average: str, task: str) -> bool:
-        """Whether a worker that accepts such a version has asked recently, or evaluates one."""
-        return any(ask.covers(run, average, task) for ask in self._present())
+    def has_worker(self, subject: Subject, task: str) -> bool:
+        """Whether a worker that accepts this version has asked recently, or evaluates one."""
+        return any(ask.covers(subject, task) for ask in self._present())
 
     def tasks(self) -> tuple[str, ...]:
         """The tasks of the workers that have asked recently, sorted."""
@@ -158,14 +158,18 @@ class Validations:
     def _due(self, ask: Ask, every: int, skip: frozenset[str]) -> Due:
         """The newest set of each run, first that of the run of which a version was given longest ago.
 
-        Derived versions come before them, one by one: new sets keep coming while a run streams.
+        Derived versions come before them, one by one: new sets keep coming while a run streams. Of a worker that asks
+        for one version, that one alone.
         """
+        if ask.run is not None and ask.version is not None:
+            found = (self._catalog.find(ask.run, average, ask.version) for average in ask.averages)
+            return Due((ask.run,), skip, tuple((subject_of(version),) for version in found if version is not None))
         runs = self._current_runs() if ask.run is None else (ask.run,)
         derived, sets = [], []
         for run in sorted(runs, key=lambda run: self._granted.get(run, 0)):
             newest = [version for version in self._newest(run, ask, every) if version.id not in skip]
-            derived += [(_subject(version),) for version in newest if version.derived]
-            sets.append(tuple(_subject(version) for version in newest if not version.derived))
+            derived += [(subject_of(version),) for version in newest if version.derived]
+            sets.append(tuple(subject_of(version) for version in newest if not version.derived))
         return Due(runs, skip, (*derived, *sets))
 
     def _newest(self, run: str, ask: Ask, every: int) -> Iterator[Version]:
@@ -200,5 +204,6 @@ class Validations:
         return any(name == version.id and until > now for (name, _), until in needed)
 
 
-def _subject(version: Version) -> Subject:
+def subject_of(version: Version) -> Subject:
+    """A version as reports name it."""
     return Subject(version.run, version.average, version.id, version.step)

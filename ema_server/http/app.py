@@ -11,6 +11,7 @@ from ema_server.http import problems
 from ema_server.http.middleware import BearerAuth, BodyLimit, HostHeader, RequestCounter
 from ema_server.http.routes import (
     averages,
+    blend,
     derived,
     files,
     health,
@@ -37,6 +38,7 @@ _ROUTES = (
     versions,
     files,
     synthesize,
+    blend,
     recalibrate,
     derived,
     metrics,

@@ -35,6 +35,7 @@ class Code(Enum):
     METHOD_NOT_ALLOWED = ("method_not_allowed", 405, "Method not allowed")
     ALIAS_RANGE = ("alias_range", 409, "A download through an alias cannot be resumed")
     CANNOT_SYNTHESIZE = ("cannot_synthesize", 409, "The stored snapshots of the run do not suffice")
+    CANNOT_BLEND = ("cannot_blend", 409, "The versions cannot be blended")
     NAME_TAKEN = ("name_taken", 409, "The name belongs to another average")
     RUN_STREAMING = ("run_streaming", 409, "A trainer streams the run")
     NOT_STREAMING = ("not_streaming", 409, "No trainer streams the run")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ema_server.averager.jobs import Deleted
+from ema_server.derived.blend import Weighted, blend
 from ema_server.evaluation.metric_store import Report, Subject
 from support.server_core import WAIT_S, durable, joined, manifest_of, running_core
 from support.waiting import eventually
@@ -67,7 +68,24 @@ def deleting(data: Path, report: Callable[[str], None]) -> None:
         eventually(lambda: not core.data_dir.deleted(), "its files are erased", WAIT_S)
 
 
-_SCENARIOS = {"publishing": publishing, "deleting": deleting}
+def blending(data: Path, report: Callable[[str], None]) -> None:
+    """Two blends of two averages, the second of which is deleted."""
+    with running_core(data, kernel="torch") as core:
+        joined(core.join("r", manifest_of(weights(1)), ["raw", "ema:0.9"], config="{}"))
+        for step in (1, 2):
+            core.apply("r", step, weights(step))
+        raw, ema = durable(core.finish("r")).versions
+        report("finished")
+        deriving = core.server.services.deriving
+        for share in (0.5, 0.25):
+            version, _ = blend(deriving, [Weighted(ema, 1 - share), Weighted(raw, share)], f"blend-{share}")
+            report(f"{version.average} {version.id}")
+        report(f"deleting {version.average}")
+        assert deriving.store.delete(version)
+        report(f"deleted {version.average}")
+
+
+_SCENARIOS = {"publishing": publishing, "deleting": deleting, "blending": blending}
 
 
 def _die_at(fatal_call: int) -> None:

@@ -7,8 +7,9 @@
 - `versions`: list versions, get one, publish now
 - `files`: the files of a version, with ranges and validators
 - `ledgers`: the steps inside a version with their shares
-- `derived`: what `synthesize` and `recalibrate` share, and the deletion of derived versions
+- `derived`: what `synthesize`, `blend` and `recalibrate` share, and the deletion of derived versions
 - `synthesize`: a power average that was not kept, made of stored ones
+- `blend`: the weighted sum of versions
 - `recalibrate`: a version with other buffers
 - `metrics`: evaluation metrics: report them, list them
 - `validations`: ask for an evaluation and wait for its result

@@ -1,4 +1,4 @@
-"""Derived versions (computed from stored versions): what `synthesize` and `recalibrate` share, and their deletion."""
+"""Derived versions (computed from stored versions): what their routes share, and their deletion."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ema_server.http.problems import Code, Problem
 from ema_server.http.resolve import RETRY_AFTER_S, find_version, is_alias
 from ema_server.http.schemas import ProblemOut
 from ema_server.http.services import Services, ServicesDep
+from ema_server.runs.status_store import RunStatus
 from ema_server.storage.catalog import VersionGone
 from ema_server.storage.disk import shortage
 from ema_server.storage.records import BrokenGeneration
@@ -69,6 +70,18 @@ async def derive(services: Services, nbytes: int, work: Callable[[], Result]) ->
         raise Problem(Code.DERIVE_FAILED, detail) from None
     except OSError as error:
         raise Problem(Code.DERIVE_FAILED, f"it could not be written or read: {error.strerror or error}") from None
+
+
+def refuse_taken(services: Services, status: RunStatus, name: str) -> None:
+    """Refuse the name of an average that the run keeps itself, in whatever case."""
+    kept = {item.average for item in services.catalog.versions(status.run, name) if item.derived is None}
+    kept |= {average.name for average in status.averages if average.name.lower() == name.lower()}
+    if kept:
+        detail = (
+            f"run {status.run!r} keeps an average {min(kept)!r} itself: download that, or ask for this one under "
+            "another name"
+        )
+        raise Problem(Code.NAME_TAKEN, detail)
 
 
 def busy(detail: str) -> Problem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from starlette.responses import Response
 
 from ema_server.evaluation.leases import LEASE_S, Ask, Finding, Lease
@@ -22,7 +22,10 @@ router = APIRouter(prefix="/v1/leases", tags=["leases"])
 
 
 class AskIn(BaseModel):
-    """What a worker accepts (`run`, `averages`, `every`, `skip`), and when it asks again."""
+    """What a worker accepts (`run`, `averages`, `every`, `skip`), and when it asks again.
+
+    With `version` it accepts that version alone: give its run, and its average as the only one.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -34,6 +37,13 @@ class AskIn(BaseModel):
     skip: Annotated[tuple[VersionId, ...], Field(max_length=1000)] = ()
     lease_s: Annotated[float, Field(ge=1, le=900, allow_inf_nan=False)] = LEASE_S
     poll_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 1.0
+    version: VersionId | None = None
+
+    @model_validator(mode="after")
+    def _version_has_names(self) -> AskIn:
+        if self.version is not None and (self.run is None or len(self.averages) != 1):
+            raise ValueError("version needs run and averages, with the name of its average")
+        return self
 
 
 class LeaseOut(Out):
@@ -68,7 +78,9 @@ async def ask(body: AskIn, response: Response, services: ServicesDep) -> GrantOu
     """Lease a version to evaluate: a requested one, else one of the set in progress, else one of the newest set."""
     if body.run is not None:
         run_status(services, body.run)
-    wanted = Ask(body.worker, body.task, body.run, body.averages, body.lease_s)
+        if body.version is not None:
+            find_version(services, body.run, body.averages[0], body.version)
+    wanted = Ask(body.worker, body.task, body.run, body.averages, body.lease_s, body.version)
     with store_errors():
         grant = await services.validations.ask(wanted, every=body.every, skip=frozenset(body.skip), poll_s=body.poll_s)
     if grant.lease is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -27,12 +29,16 @@ from ema_server.storage.catalog import Catalog, Version, VersionGone
 from ema_server.storage.records import VERSION_FILE, BrokenGeneration, StepUnitsRecord, newest_step_units, read_json
 
 _PIECE = 1000  # steps
+_ROUNDING = 1e-9  # by which ten million shares that add up to 1 may miss it
 
 router = APIRouter(prefix="/v1/runs/{run}", tags=["averages"])
 
 
 class LedgerOut(Out):
-    """The steps inside a version with their shares, newest first; `rest` is the share of those left out."""
+    """The steps inside a version with their shares, newest first; `rest` is the share of those left out.
+
+    `spec` and `origin` of a blend are those of its first version.
+    """
 
     run: str
     average: str
@@ -72,7 +78,8 @@ async def ledger(
 def _ledger_json(catalog: Catalog, version: Version, tail: int | None) -> Iterator[str]:
     """The ledger of a version as one JSON object in pieces: `steps` has step and share, newest first.
 
-    `rest` is the share of what `tail` left out: steps beyond the newest `tail` ones. A ledger of many gaps is megabytes
+    `rest` is the share of what `tail` left out: steps beyond the newest `tail` ones. It may be negative in a blend with
+    negative weights. A ledger of many gaps is megabytes
     of JSON, which are read and parsed before the first piece: not for the event loop.
 
     Raises:
@@ -95,10 +102,11 @@ def _read(catalog: Catalog, version: Version) -> dict[str, Any]:
 
 
 def _render(version: Version, written: Mapping[str, Any], tail: int | None) -> Iterator[str]:
-    if "derived" in written:
-        detail = f"version {version.id} is derived and has no ledger: its version.json names its inputs"
+    parts = _parts(version, written)
+    if len({part["run"] for part in parts}) > 1:
+        detail = f"version {version.id} blends several runs, whose steps are not comparable: see its version.json"
         raise Problem(Code.NO_LEDGER, detail)
-    rule, ledger = parse_average(version.spec, name=version.average), Ledger.from_json(written["ledger"])
+    ledgers = [Ledger.from_json(part["ledger"]) for part in parts]
     head = {
         "run": version.run,
         "average": version.average,
@@ -107,10 +115,41 @@ def _render(version: Version, written: Mapping[str, Any], tail: int | None) -> I
         "decay": version.decay,
         "half_life_steps": version.half_life_steps,
         "step": version.step,
-        "origin": ledger.origin,
+        "origin": ledgers[0].origin,
     }
-    history = [StepUnitsRecord(**units) for units in written["paces"]]
-    return _pieces(head, islice(shares_of(rule, ledger, _step_units_at(history)), tail))
+    total = math.fsum(part["weight"] for part in parts)
+    shares = [_shares(part, ledger) for part, ledger in zip(parts, ledgers, strict=True)]
+    return _pieces(head, islice(_added(shares), tail), total)
+
+
+def _parts(version: Version, written: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The averages in a version, each with its weight: one, or those of a blend."""
+    derived = written.get("derived")
+    if derived is None:
+        names = {"run": version.run, "average": version.average, "spec": version.spec}
+        return [{"ledger": written["ledger"], "paces": written["paces"], **names, "weight": 1.0}]
+    parts: Sequence[Mapping[str, Any]] | None = derived.get("ledgers")
+    if not parts:
+        detail = f"version {version.id} is derived and has no ledger: its version.json names its inputs"
+        raise Problem(Code.NO_LEDGER, detail)
+    return parts
+
+
+def _shares(part: Mapping[str, Any], ledger: Ledger) -> Iterator[tuple[int, float]]:
+    rule = parse_average(part["spec"], name=part["average"])
+    history = [StepUnitsRecord(**units) for units in part["paces"]]
+    weight = part["weight"]
+    return ((step, weight * share) for step, share in shares_of(rule, ledger, _step_units_at(history)))
+
+
+def _added(ledgers: Sequence[Iterator[tuple[int, float]]]) -> Iterator[tuple[int, float]]:
+    """The steps of several ledgers, newest first, each with the sum of its shares."""
+    if len(ledgers) == 1:
+        yield from ledgers[0]
+        return
+    merged = heapq.merge(*ledgers, key=lambda entry: -entry[0])
+    for step, entries in groupby(merged, key=lambda entry: entry[0]):
+        yield step, math.fsum(share for _, share in entries)
 
 
 def _step_units_at(history: Sequence[StepUnitsRecord]) -> Callable[[int], StepUnits]:
@@ -118,12 +157,12 @@ def _step_units_at(history: Sequence[StepUnitsRecord]) -> Callable[[int], StepUn
     return lambda step: newest_step_units(history[: max(1, bisect_right(starts, step))])
 
 
-def _pieces(head: dict[str, Any], steps: Iterator[tuple[int, float]]) -> Iterator[str]:
+def _pieces(head: dict[str, Any], steps: Iterator[tuple[int, float]], total: float) -> Iterator[str]:
     yield json.dumps(head)[:-1] + ', "steps": ['
-    rest, separator = 1.0, ""
+    rest, separator = total, ""
     while piece := list(islice(steps, _PIECE)):
         yield separator + ", ".join(f"[{step}, {share!r}]" for step, share in piece)
         separator = ", "
         for _, share in piece:
             rest -= share
-    yield f'], "rest": {max(rest, 0.0)!r}}}\n'
+    yield f'], "rest": {0.0 if -_ROUNDING < rest < 0 else rest!r}}}\n'

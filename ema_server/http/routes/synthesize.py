@@ -16,10 +16,9 @@ from ema_server.derived.plan import CannotSynthesize
 from ema_server.derived.queue import NameTaken, Synthesized
 from ema_server.http.problems import Code, Problem
 from ema_server.http.resolve import path_of, relative_link, run_status
-from ema_server.http.routes.derived import derive
+from ema_server.http.routes.derived import derive, refuse_taken
 from ema_server.http.schemas import Finite, Name, Out, ProblemOut, VersionOut
-from ema_server.http.services import Services, ServicesDep
-from ema_server.runs.status_store import RunStatus
+from ema_server.http.services import ServicesDep
 
 router = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
 
@@ -84,7 +83,7 @@ async def make(
     """Make a power-function average that was not kept from stored ones. Answers once it is durable."""
     status = run_status(services, run)
     rule = _rule(body)
-    _check_name(services, status, rule)
+    refuse_taken(services, status, rule.name)
     work = partial(services.deriving.synthesize, status.run, rule, body.step)
     try:
         made = await derive(services, 2 * status.snapshot_bytes, work)  # float32 of what may be sent in 16 bits
@@ -103,17 +102,6 @@ def _rule(body: SynthesizeIn) -> PowerEma:
         return PowerEma(body.sigma_rel, name=body.name or "", gamma=body.gamma)
     except LocalProtocolError as error:
         raise Problem(Code.INVALID, str(error)) from None
-
-
-def _check_name(services: Services, status: RunStatus, rule: PowerEma) -> None:
-    kept = {item.average for item in services.catalog.versions(status.run, rule.name) if item.derived is None}
-    kept |= {average.name for average in status.averages if average.name.lower() == rule.name.lower()}
-    if kept:
-        detail = (
-            f"run {status.run!r} keeps an average {min(kept)!r} itself: download that, or ask for this one under "
-            "another name"
-        )
-        raise Problem(Code.NAME_TAKEN, detail)
 
 
 def _shown(made: Synthesized) -> SynthesizedOut:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 from starlette.responses import Response
 
 from ema_server.evaluation.leases import Finding, Validation
+from ema_server.evaluation.scheduler import subject_of
 from ema_server.http.problems import Code, Problem
 from ema_server.http.resolve import find_version, relative_link
 from ema_server.http.routes.metrics import store_errors
@@ -79,7 +80,7 @@ async def ask(
 ) -> ValidationOut:
     """Request the evaluation of a version. Location is the address of its result."""
     version = find_version(services, run, body.average, body.rev)
-    possible = _is_served(services, body.task) or services.validations.has_worker(run, body.average, body.task)
+    possible = _is_served(services, body.task) or services.validations.has_worker(subject_of(version), body.task)
     with store_errors():
         found = await services.validations.request(version, body.task, again=body.again, possible=possible)
     if found is None:
@@ -164,7 +165,7 @@ def _state(found: Validation) -> Literal["waiting", "running", "done", "failed"]
 def _note(services: Services, found: Validation) -> str | None:
     """Why no worker evaluates it; None if one does or will."""
     subject = found.subject
-    if _state(found) != "waiting" or services.validations.has_worker(subject.run, subject.average, found.task):
+    if _state(found) != "waiting" or services.validations.has_worker(subject, found.task):
         return None
     if services.evaluator is not None and services.evaluator.task == found.task:
         return services.evaluator.state()

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from ema_reader import LeaseLost, NotFound, Reader, WaitTimeout
 from ema_reader.errors import UsageError
 from ema_reader.evaluation.batchnorm import recalibrating
 from ema_reader.evaluation.user_function import Measured, check_device, import_function, measured
-from ema_reader.evaluation.worker import EvaluationWorker, Outcome
+from ema_reader.evaluation.worker import EvaluationWorker, Outcome, evaluate_version
 from ema_reader.leases import Wanted
 from ema_server.runs.status_store import RunState
 from support.served import WAIT_S, Served, weights
@@ -242,6 +243,79 @@ def test_metric_without_a_finite_value_is_missing_and_the_others_count(value: ob
     assert (found.metrics, found.samples) == ({"top1": 0.9}, 5)
     assert list(found.missing) == ["loss"]
     assert reason in (None, found.missing["loss"])
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "reason"),
+    [
+        ("x" * 201, "x" * 197 + "...", "its name has 201 characters, of which 200 are allowed"),
+        ("", "(no name)", "its name is empty"),
+        ("top\ud800", r"top\ud800", "its name is not valid Unicode"),
+    ],
+)
+def test_metric_whose_name_cannot_be_stored_is_missing_and_the_others_count(
+    finished: Served, reader: Reader, name: str, stored: str, reason: str
+) -> None:
+    list(worker(reader, lambda state: {name: 0.5, **bias(state)}, averages=("raw",)).outcomes())
+
+    rows = reader.metrics("digits")
+    assert [(row.metrics, row.missing, row.error) for row in rows] == [({"bias": 200.0}, {stored: reason}, None)]
+
+
+def test_first_thousand_metrics_of_a_version_count(finished: Served, reader: Reader) -> None:
+    many = {f"class-{number}": float(number) for number in range(1200)}
+    list(worker(reader, lambda state: {**many, "samples": 3}, averages=("raw",)).outcomes())
+
+    (row,) = reader.metrics("digits")
+    assert row.metrics == {name: value for name, value in many.items() if value < 1000}
+    assert row.missing == {"(other metrics)": "more than 1000 metrics: the first ones count"}
+
+
+def test_one_version_is_evaluated_under_a_lease_and_not_twice(finished: Served, reader: Reader) -> None:
+    finished.publish("digits", 300, ["raw"])
+    older, held = reader.version("digits", "raw", "step-200"), []
+
+    def look(state: dict[str, torch.Tensor]) -> dict[str, float]:
+        held.append(reader.leases.ask(Wanted("other", "default", "digits", ("raw",), version=older.id)))
+        return bias(state)
+
+    outcome = evaluate_version(reader, older, look, "default", "cpu", set())
+    again = evaluate_version(reader, older, look, "default", "cpu", set())
+
+    assert outcome is not None
+    assert (outcome.version, outcome.metrics) == (older, {"bias": 200.0})
+    assert (held, again) == ([(None, 1)], None)
+    assert [row.step for row in reader.metrics("digits")] == [200]
+
+
+def test_one_version_that_another_worker_evaluates_is_waited_for(
+    finished: Served, reader: Reader, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ema_reader")
+    version = reader.version("digits", "raw")
+    lease, _ = reader.leases.ask(Wanted("other", "default", "digits", ("raw",)))
+    assert lease is not None
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(evaluate_version, reader, version, bias, "default", "cpu", set())
+        eventually(lambda: "is being evaluated by another worker" in caplog.text, "it waits")
+        reader.leases.settle(lease, {"bias": 1.0}, error=None, samples=None, seconds=0.1)
+        assert waiting.result(WAIT_S) is None
+    assert [(row.worker, row.metrics) for row in reader.metrics("digits")] == [("other", {"bias": 1.0})]
+
+
+def test_one_version_whose_evaluation_failed_is_evaluated_again(finished: Served, reader: Reader) -> None:
+    version = reader.version("digits", "raw")
+    reader.report(version, worker="other", error="no data")
+    outcome = evaluate_version(reader, version, bias, "default", "cpu", set())
+
+    assert outcome is not None
+    assert outcome.metrics == {"bias": 200.0}
+
+
+def test_one_version_that_was_deleted_is_not_found(finished: Served, reader: Reader) -> None:
+    version = replace(reader.version("digits", "raw"), id="0" * 40)
+    with pytest.raises(NotFound, match="has no version"):
+        evaluate_version(reader, version, bias, "default", "cpu", set())
 
 
 def test_result_of_nan_alone_is_no_error() -> None:

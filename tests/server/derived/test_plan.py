@@ -39,15 +39,15 @@ _FULL = _ring(range(256, 8193, 256))
 def test_shares_are_the_solutions(tmp_path: Path) -> None:
     plan = make_plan(_FULL, gamma_of(0.12), 8192)
     stored = [Profile(step, gamma_of(sigma)) for step in range(256, 8193, 256) for sigma in (0.05, 0.10)]
-    blend = solve(stored, Profile(8192, gamma_of(0.12)))
+    solution = solve(stored, Profile(8192, gamma_of(0.12)))
 
     shares = {(part.snapshot.step, part.member.gamma): part.share for part in plan.parts}
-    expected = zip(stored, blend.shares, strict=True)
+    expected = zip(stored, solution.shares, strict=True)
     assert shares == pytest.approx({(at.time, at.gamma): share for at, share in expected if share}, rel=1e-6)
-    assert (plan.error, plan.amplification) == pytest.approx((blend.error, blend.amplification), rel=1e-6)
+    assert (plan.error, plan.amplification) == pytest.approx((solution.error, solution.amplification), rel=1e-6)
     assert math.fsum(shares.values()) == pytest.approx(1.0)
     assert plan.warning is None
-    assert plan.rounding == pytest.approx(blend.amplification * 2**-24)
+    assert plan.rounding == pytest.approx(solution.amplification * 2**-24)
 
 
 def test_later_snapshots_are_not_used() -> None:

@@ -45,40 +45,40 @@ def test_error_is_that_of_the_method_for_64_inputs(sigma: float, error: str) -> 
 
 @pytest.mark.parametrize(("sigma", "amplification"), [(0.02, "27.6"), (0.15, "1.7")])
 def test_rounding_is_amplified_by_the_sum_of_absolute_shares(sigma: float, amplification: str) -> None:
-    blend = solve(_STORED, _wanted(sigma))
+    solution = solve(_STORED, _wanted(sigma))
 
-    assert blend.amplification == math.fsum(abs(share) for share in blend.shares)
-    assert f"{blend.amplification:.{len(amplification.split('.')[1])}f}" == amplification
+    assert solution.amplification == math.fsum(abs(share) for share in solution.shares)
+    assert f"{solution.amplification:.{len(amplification.split('.')[1])}f}" == amplification
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.10])
 def test_stored_profile_is_found_exactly_and_used_alone(sigma: float) -> None:
-    blend = solve(_STORED, _wanted(sigma))
+    solution = solve(_STORED, _wanted(sigma))
 
-    assert (blend.error, blend.amplification) == (0.0, 1.0)
-    assert [profile for profile, share in zip(_STORED, blend.shares, strict=True) if share] == [_wanted(sigma)]
+    assert (solution.error, solution.amplification) == (0.0, 1.0)
+    assert [profile for profile, share in zip(_STORED, solution.shares, strict=True) if share] == [_wanted(sigma)]
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.10])
 def test_error_next_to_a_stored_profile_is_float64s(sigma: float) -> None:
     """At the very width the method's figures are 5e-15 and 1e-14: rounding alone."""
     nearly = Profile(_STEPS, gamma_of(sigma) * (1 + 1e-15))
-    blend = solve(_STORED, nearly)
+    solution = solve(_STORED, nearly)
 
     assert nearly not in _STORED
-    assert blend.error < 1e-12
-    assert [share for share in blend.shares if share] == pytest.approx([1.0])
+    assert solution.error < 1e-12
+    assert [share for share in solution.shares if share] == pytest.approx([1.0])
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.03, 0.06, 0.12, 0.15, 0.20, 0.28])
 def test_error_is_the_distance_between_the_step_weights(sigma: float) -> None:
     """As closely as steps tell it: the profiles of the first snapshots grow within one."""
-    blend = solve(_STORED, _wanted(sigma))
-    mixed = sum(share * _weights(profile) for share, profile in zip(blend.shares, _STORED, strict=True))
+    solution = solve(_STORED, _wanted(sigma))
+    mixed = sum(share * _weights(profile) for share, profile in zip(solution.shares, _STORED, strict=True))
     target = _weights(_wanted(sigma))
 
-    assert math.fsum(blend.shares) == pytest.approx(1.0, abs=1e-12)
-    assert blend.error == pytest.approx(numpy.linalg.norm(mixed - target) / numpy.linalg.norm(target), rel=5e-5)
+    assert math.fsum(solution.shares) == pytest.approx(1.0, abs=1e-12)
+    assert solution.error == pytest.approx(numpy.linalg.norm(mixed - target) / numpy.linalg.norm(target), rel=5e-5)
 
 
 def _distance_in_closed_form(stored: Sequence[Profile], shares: Sequence[float], wanted: Profile) -> float:
@@ -106,21 +106,21 @@ def test_error_is_the_distance_for_narrow_profiles_too(
 ) -> None:
     times = [_STEPS * number / snapshots for number in range(1, snapshots + 1)]
     stored = [Profile(time, gamma_of(width)) for time in times for width in widths]
-    blend = solve(stored, _wanted(sigma))
+    solution = solve(stored, _wanted(sigma))
 
-    expected = _distance_in_closed_form(stored, blend.shares, _wanted(sigma))
-    assert blend.error == pytest.approx(expected, rel=1e-4, abs=1e-12)
+    expected = _distance_in_closed_form(stored, solution.shares, _wanted(sigma))
+    assert solution.error == pytest.approx(expected, rel=1e-4, abs=1e-12)
 
 
 @pytest.mark.parametrize("change", [1.01, 0.99])
 def test_no_other_shares_are_better(change: float) -> None:
-    blend = solve(_STORED, _wanted(0.13))
+    solution = solve(_STORED, _wanted(0.13))
     target = _weights(_wanted(0.13))
     for index in range(0, len(_STORED), 7):
-        shares = list(blend.shares)
+        shares = list(solution.shares)
         shares[index] *= change
         mixed = sum(share * _weights(profile) for share, profile in zip(shares, _STORED, strict=True))
-        assert numpy.linalg.norm(mixed - target) / numpy.linalg.norm(target) > blend.error * (1 - 1e-6)
+        assert numpy.linalg.norm(mixed - target) / numpy.linalg.norm(target) > solution.error * (1 - 1e-6)
 
 
 def test_duplicate_profile_changes_nothing() -> None:
@@ -132,10 +132,10 @@ def test_duplicate_profile_changes_nothing() -> None:
 
 def test_shares_do_not_depend_on_the_unit_of_time() -> None:
     stretched = tuple(Profile(profile.time * 1e5, profile.gamma) for profile in _STORED)
-    blend, stretched_blend = solve(_STORED, _wanted(0.12)), solve(stretched, _wanted(0.12, _STEPS * 1e5))
+    solution, stretched_solution = solve(_STORED, _wanted(0.12)), solve(stretched, _wanted(0.12, _STEPS * 1e5))
 
-    assert stretched_blend.shares == pytest.approx(blend.shares, abs=1e-9)
-    assert stretched_blend.error == pytest.approx(blend.error, rel=1e-6)
+    assert stretched_solution.shares == pytest.approx(solution.shares, abs=1e-9)
+    assert stretched_solution.error == pytest.approx(solution.error, rel=1e-6)
 
 
 @pytest.mark.parametrize("stored", [(), (Profile(8193, 1.0),), (Profile(0, 1.0),)])

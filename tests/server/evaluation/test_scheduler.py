@@ -15,7 +15,7 @@ import pytest
 
 from ema_server.evaluation.lease_queries import ATTEMPTS_MAX
 from ema_server.evaluation.leases import Ask, Finding, Lease
-from ema_server.evaluation.metric_store import MetricStore
+from ema_server.evaluation.metric_store import MetricStore, Subject
 from ema_server.evaluation.scheduler import REQUEST_HOLD_S, Validations
 from ema_server.runs.status_store import RunState
 from support.served import WAIT_S, Served
@@ -411,11 +411,42 @@ def test_request_without_a_possible_worker_does_not_wait(scheduling: Scheduling)
 
 def test_worker_is_present_until_it_stops_asking(scheduling: Scheduling) -> None:
     scheduling.ask(averages=("raw",))
-    there = [scheduling.validations.has_worker("digits", name, "default") for name in ("raw", "ema-0.9")]
+    subjects = [Subject("digits", name, "0" * 40, 100) for name in ("raw", "ema-0.9")]
+    there = [scheduling.validations.has_worker(subject, "default") for subject in subjects]
     scheduling.now += 3600
-    later = scheduling.validations.has_worker("digits", "raw", "default")
+    later = scheduling.validations.has_worker(subjects[0], "default")
 
     assert (there, later) == ([True, False], False)
+
+
+def test_worker_that_names_a_version_gets_that_one_alone(scheduling: Scheduling) -> None:
+    scheduling.served.publish("digits", 200, ["raw"])
+    older = scheduling.served.catalog.find("digits", "raw", "step-100")
+    assert older is not None
+    wanted: dict[str, Any] = {"averages": ("raw",), "version": older.id}
+    lease = scheduling.take(**wanted)
+
+    assert lease.subject == Subject("digits", "raw", older.id, 100)
+    assert (scheduling.ask("other", **wanted), scheduling.held) == (None, 1)
+    newer = scheduling.take("third")
+    assert newer.subject.step == 200
+    assert not scheduling.validations.has_worker(replace(newer.subject, version="0" * 40), "robustness")
+    scheduling.settle(lease)
+    assert (scheduling.ask("other", **wanted), scheduling.held) == (None, 0), "it has metrics"
+
+
+@pytest.mark.parametrize("ending", ["error", "crashes"])
+def test_version_that_failed_is_given_again_to_a_worker_that_names_it(scheduling: Scheduling, ending: str) -> None:
+    version = scheduling.served.catalog.find("digits", "raw", "step-100")
+    assert version is not None
+    wanted: dict[str, Any] = {"averages": ("raw",), "version": version.id}
+    if ending == "error":
+        scheduling.settle(scheduling.take(), Finding(error="no data"))
+    for _ in range(ATTEMPTS_MAX if ending == "crashes" else 0):
+        scheduling.take()
+        scheduling.now += 3600
+
+    assert scheduling.take(**wanted).subject.version == version.id
 
 
 def test_leases_and_requests_survive_a_restart(scheduling: Scheduling, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ema_server.averager.jobs import Applied
 from ema_server.storage.catalog import Version
@@ -76,6 +77,33 @@ def test_kill_at_any_disk_call_of_a_deletion_leaves_the_complete_run_or_nothing(
     assert left[-1][1] == ["finished", "deleted"]
     outcomes = {(tuple(reported), _exists_after_kill(data)) for data, reported in left if reported}
     assert outcomes == {(("finished",), True), (("finished",), False), (("finished", "deleted"), False)}
+
+
+@pytest.mark.timeout(500)
+def test_kill_at_any_disk_call_of_a_blend_leaves_the_complete_version_or_nothing(tmp_path: Path) -> None:
+    left = _kill_at_every_call(tmp_path, "blending", 20)
+    assert [line.split()[0] for line in left[-1][1]] == ["finished", "blend-0.5", "blend-0.25", "deleting", "deleted"]
+    for data, reported in left:
+        _check_blends(data, [tuple(line.split()) for line in reported])
+
+
+def _check_blends(data: Path, reported: list[tuple[str, ...]]) -> None:
+    with running_core(data) as core:
+        made = {version.average: version for version in core.catalog.derived("r")}
+        made_ids = {name: version.id for name, version in made.items()}
+        assert {(name, id) for name, id in reported[1:] if name.startswith("blend")} - made_ids.items() == (
+            {reported[2]} if ("deleting", "blend-0.25") in reported and "blend-0.25" not in made else set()
+        )
+        assert ("deleted", "blend-0.25") not in reported or "blend-0.25" not in made
+        kept = core.catalog.generations("r")
+        for name, version in made.items():
+            share = float(name.removeprefix("blend-"))
+            raw, ema = (core.load(version) for version in kept[0].versions)
+            exact = share * raw["d"].double() + (1 - share) * ema["d"].double()
+            assert torch.equal(core.load(version)["d"], exact.float())
+        folder = core.data_dir.derived_folder("r")
+        left = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        assert left == {version.folder.name for version in made.values()}, "nothing partial is left"
 
 
 def _exists_after_kill(data: Path) -> bool:
