@@ -13,7 +13,11 @@ from typing import Any
 
 from ema_reader.errors import UsageError
 
+NAME_CHARS_MAX = 200  # of a metric; this and the next are the server's limits
+METRICS_MAX = 1000
+
 _SAMPLES = "samples"
+_BEYOND = "(other metrics)"
 _FRAMES_SHOWN = 3
 _INSTALL = {  # what a training script may need that is imported for evaluation only
     "ema_server": "in a clone of ema-sidecar, pip install '.[server]'",
@@ -107,7 +111,7 @@ class Measured:
 def measured(result: object) -> Measured:
     """Convert a function's result: numbers of numpy and torch become floats, `samples` is the number of samples.
 
-    A metric that is not a finite number is missing; the others count.
+    A metric that is not a finite number, or whose name the server cannot store, is missing; the others count.
 
     Raises:
         ValueError: the result is not a mapping of names to at least one number, or `samples` is not a whole number from
@@ -115,13 +119,18 @@ def measured(result: object) -> Measured:
     """
     if not isinstance(result, Mapping) or not result:
         raise ValueError(f"the function returned {_shown(result)}, not a dict of metrics such as {{'accuracy': 0.9}}")
-    metrics, missing, numbers = {}, {}, 0
+    metrics, missing, numbers = dict[str, float](), dict[str, str](), 0
     for name, value in result.items():
         if not isinstance(name, str):
             raise ValueError(f"metric {name!r} is named by {_shown(name)}: names are strings")
         number = _number(value)
         numbers += number is not None
-        if number is None:
+        unusable = _unusable_name(name)
+        if unusable is not None:
+            missing[_short(name)] = unusable
+        elif name != _SAMPLES and len(metrics) + len(missing) >= METRICS_MAX:
+            missing[_BEYOND] = f"more than {METRICS_MAX} metrics: the first ones count"
+        elif number is None:
             missing[name] = f"{_shown(value)}, not a number"
         elif math.isfinite(number):
             metrics[name] = number
@@ -137,6 +146,21 @@ def measured(result: object) -> Measured:
     if not metrics and not missing:
         raise ValueError(f"the function returned {_SAMPLES!r} and no metric")
     return Measured(metrics, int(samples), missing)
+
+
+def _unusable_name(name: str) -> str | None:
+    """Why the server cannot store a metric of this name; None if it can."""
+    if not name:
+        return "its name is empty"
+    if len(name) > NAME_CHARS_MAX:
+        return f"its name has {len(name)} characters, of which {NAME_CHARS_MAX} are allowed"
+    return "its name is not valid Unicode" if _short(name) != name else None
+
+
+def _short(name: str) -> str:
+    """The name in a form that the server can store."""
+    valid = name.encode(errors="backslashreplace").decode() or "(no name)"
+    return valid if len(valid) <= NAME_CHARS_MAX else f"{valid[: NAME_CHARS_MAX - 3]}..."
 
 
 def _number(value: Any) -> float | None:
