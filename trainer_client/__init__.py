@@ -11,6 +11,7 @@ In the order of a snapshot's way, from an optimizer's step to the socket:
 - `model`: which tensors a snapshot holds
 - `staging`: copies tensors into slots, on the CPU or from a device while training goes on
 - `connection`: the thread that sends snapshots, and its socket
+- `transformers`: `EmaCallback` for Hugging Face's Trainer and those of TRL
 - `lightning`: `EmaCallback` for Lightning's Trainer
 - `pulling`: averages back into the trainer, over HTTP
 - `timm`: `RemoteModelEma` in place of timm's averaged model

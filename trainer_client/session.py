@@ -125,13 +125,18 @@ class Session:
             model,
             steppers,
             Listener(
-                count=self._count,
+                count=self.count,
                 take=partial(self._take, model, overlap),
                 before_write=self._hold_back_writes if overlap else lambda optimizer: None,
                 when_removed=self._hold_back_writes,
             ),
         )
         return self.attachment
+
+    def count(self, steps: int) -> None:
+        """Count steps that the trainer has taken; nothing is sent here."""
+        if self._stream is not None and not self.life.forked():
+            self._stream.count(self._stream.steps + steps)
 
     def update(self, model: nn.Module, step: int | None = None) -> None:
         """Send a snapshot of `model` as of `step`, by default the next one; it is copied when this returns."""
@@ -275,10 +280,6 @@ class Session:
         if not self.life.ended() and (ours.endpoint, ours.run) == (newer.endpoint, newer.run):
             log.warning("ema: a newer client of this process takes over run %s; the older one stops", ours.run)
             self._end(CLOSE_TIMEOUT_S, State.INERT)
-
-    def _count(self, steps: int) -> None:
-        if self._stream is not None and not self.life.forked():
-            self._stream.count(self._stream.steps + steps)
 
     def _take(self, model: nn.Module, overlap: bool) -> None:
         if self._stream is not None and not self.life.forked():

@@ -1,5 +1,6 @@
-"""Averages back into the trainer, over HTTP.
+"""Averages and their scores back into the trainer, over HTTP.
 
-- `average_reader`: reads one run's averages from the server: the only module here that reads
+- `average_reader`: reads one run's averages from the server
 - `module_copy`: a copy of a module that holds averaged weights, to validate and save
+- `scores`: reads the scores of averages in a thread, for a log
 """

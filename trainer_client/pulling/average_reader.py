@@ -26,7 +26,7 @@ class AverageReader:
     """
 
     def __init__(self, url: str | None, token: str | None, run: str) -> None:
-        with _reader(url, token) as reader:  # opened for each read: hours may pass between two
+        with open_reader(url, token) as reader:  # opened for each read: hours may pass between two
             self._url = reader.url
         self._token = token
         self._run = run
@@ -40,7 +40,7 @@ class AverageReader:
         from ema_reader import NotFound, ReaderError
 
         try:
-            with _reader(self._url, self._token) as reader:
+            with open_reader(self._url, self._token) as reader:
                 return reader.run(self._run).step is not None
         except NotFound:
             return False
@@ -54,7 +54,7 @@ class AverageReader:
             AverageError: it was not published in time, or cannot be read.
         """
         deadline = time.monotonic() + timeout_s
-        with _reader(self._url, self._token) as reader:
+        with open_reader(self._url, self._token) as reader:
             while (weights := self._try(reader, average, step, is_last=time.monotonic() >= deadline)) is None:
                 time.sleep(_POLL_S)
         return weights
@@ -79,7 +79,12 @@ class AverageReader:
         )
 
 
-def _reader(url: str | None, token: str | None) -> Reader:
+def open_reader(url: str | None, token: str | None) -> Reader:
+    """A reader; the defaults are those of `Reader`.
+
+    Raises:
+        SettingsError: `ema_reader` cannot be imported, or `url` is not an HTTP address.
+    """
     try:
         from ema_reader import Reader, ReaderError
     except ImportError as error:

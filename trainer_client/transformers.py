@@ -1,0 +1,284 @@
+"""`EmaCallback`: averages of a model that Hugging Face's Trainer trains, or a trainer of TRL.
+
+from trainer_client.transformers import EmaCallback
+trainer.add_callback(EmaCallback("tcp://127.0.0.1:5555", run="bert", averages=["raw", "ema:0.999"]))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import (
+    PreTrainedConfig,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from ema_proto.averages.rules import AverageSpec
+from trainer_client.client import EmaClient
+from trainer_client.errors import EmaClientError, PlanError, SettingsError
+from trainer_client.pulling.average_reader import open_reader
+from trainer_client.pulling.scores import ScoreReader, Scores
+from trainer_client.settings import check_timeout
+
+log = logging.getLogger("ema")
+
+_STATE: Final = "ema_sidecar"  # the key in `stateful_callbacks` of trainer_state.json
+_NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9_.-]+")
+_TRAINERS_OWN: Final = ("step", "rank")  # arguments of EmaClient that the Trainer decides
+_REFUSED: Final = {
+    DistributedType.DEEPSPEED: "DeepSpeed",
+    DistributedType.FSDP: "FSDP",
+    DistributedType.MEGATRON_LM: "Megatron-LM",
+}
+
+
+class EmaCallback(TrainerCallback):
+    """Streams the model's weights to an EMA server after every optimizer step of a Trainer.
+
+    The steps are the Trainer's: the averages of `checkpoint-500` are those of step 500. The run is joined when training
+    begins, and finished when it ends. A training that is resumed from a checkpoint continues the run, and the averages
+    go back to the checkpoint's step. A training that raises leaves the run open, to be resumed. A second `train()`
+    without `resume_from_checkpoint` begins a new run; the earlier one is kept under a dated name.
+
+    Only the process of rank 0 streams.
+
+    Args:
+        endpoint: the server's address, `tcp://HOST:PORT`; default `EMA_ENDPOINT`.
+        run: name of the run; default `EMA_RUN`, else one is generated, and a resumed training finds it in its
+            checkpoint. In a hyperparameter search the trial's name is appended, if `hp_name` gives one.
+        averages: as of `EmaClient`.
+        url: the server's address for readers, `http://HOST:PORT`; default `EMA_URL`. If it is known, the scores of all
+            averages are logged as `eval_AVERAGE_METRIC`, as soon as they are there.
+        trainer: sends the scores to its trackers also; without it they are in `trainer.state.log_history` only.
+        scores_timeout_s: how long the end of the training waits for the scores of its last step, in seconds.
+        timeout_s: how long a checkpoint or the end of the training waits for the server, in seconds.
+        arguments: other arguments of `EmaClient`. `config` is the model's by default, `samples_per_step` and
+            `steps_per_epoch` are the Trainer's, and a PEFT model streams only what is trained.
+
+    Raises:
+        SettingsError: an argument cannot be used.
+        ConnectError: the server cannot be reached, speaks another version, or refuses the token.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        run: str | None = None,
+        averages: Iterable[AverageSpec | str] | None = None,
+        *,
+        url: str | None = None,
+        trainer: Trainer | None = None,
+        scores_timeout_s: float = 0.0,
+        timeout_s: float = 60.0,
+        **arguments: Any,
+    ) -> None:
+        for name in _TRAINERS_OWN:
+            if name in arguments:
+                raise SettingsError(f"{name}={arguments[name]!r} is not for a callback: the Trainer decides it")
+        self._arguments = arguments | {"endpoint": endpoint, "run": run}
+        if averages is not None:
+            self._arguments["averages"] = averages if isinstance(averages, str) else tuple(averages)
+        self._trainer = trainer
+        self._scores_timeout_s = check_timeout("scores_timeout_s", scores_timeout_s)
+        self._timeout_s = check_timeout("timeout_s", timeout_s)
+        self._url = url if url is not None else os.environ.get("EMA_URL") or None
+        if self._url is not None:
+            open_reader(self._url, arguments.get("token")).close()  # a mistake is reported before training
+        # Connects now, so that a wrong address ends the script before it has loaded its data.
+        self._client = _Client(**({"samples_per_step": 1.0, "steps_per_epoch": 1.0} | self._arguments))
+        self._run = run or os.environ.get("EMA_RUN") or None
+        self._scores: ScoreReader | None = None
+        self._trainings = 0
+
+    @property
+    def client(self) -> EmaClient:
+        """The client of this training; another one from the beginning of each `train()`."""
+        return self._client
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Any,
+        train_dataloader: Any = None,
+        **others: Any,
+    ) -> None:
+        """Join the run.
+
+        Raises:
+            PlanError: the model cannot be streamed, or is sharded.
+            JoinError: the server refuses the run.
+            SettingsError: the optimizer's steps cannot be followed, or an average lacks samples or epochs.
+            ConnectError: the server cannot be reached.
+            All of them for the first training only: a later one of this process is not stopped, but logged.
+        """
+        self._trainings += 1
+        try:
+            _refuse_sharded()
+            self._begin(args, state, model, optimizer, train_dataloader)
+        except EmaClientError as error:
+            self._client.close()
+            if self._trainings == 1:
+                raise
+            log.error("ema: this training is not averaged: %s", error)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Any,
+        **others: Any,
+    ) -> None:
+        """Count a step that was skipped, and send one that the optimizer's hooks have not seen."""
+        step = state.global_step + 1  # the Trainer has not counted it yet
+        if not self._is_streaming() or self._client.steps >= step:
+            return
+        if getattr(optimizer, "step_was_skipped", False):
+            self._client.skip(step - self._client.steps)
+        else:
+            self._client.update(model, step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        """Log new scores; finish the run when the Trainer logs its summary, before it loads the best model."""
+        self._log_scores(args, state, control)
+        if control.should_training_stop and "train_runtime" in (logs or ()):
+            self._finish()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        """Log new scores."""
+        self._log_scores(args, state, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
+        """Publish averages that go with the Trainer's checkpoint."""
+        if self._is_streaming():
+            is_connected = self._client.stats()["state"] == "streaming"
+            self._client.checkpoint(state.global_step, self._timeout_s if is_connected else 0.0)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
+        """Finish the run."""
+        self._finish()
+        if self._scores is not None:
+            self._scores.wait(self._client.stats()["last_published_step"], self._scores_timeout_s)
+            self._log_scores(args, state, control)
+            self._scores.close()
+            self._scores = None
+
+    def _begin(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, loader: Any
+    ) -> None:
+        self._client.close()  # of the constructor, or of a training that ended with an error
+        if self._scores is not None:
+            self._scores.close()
+        self._scores = None
+        if not state.is_world_process_zero:
+            self._client = _Client(**(self._arguments | {"rank": args.process_index}))
+            return
+        given = self._arguments
+        run = self._run_of(state)
+        self._client = _Client(
+            **(_defaults(args, state, model, loader) | given | {"run": run, "rank": 0}),
+            step=None if state.global_step == 0 else state.global_step,
+        )
+        # A plain entry and not an `ExportableState`: with restore_callback_states_from_checkpoint the Trainer would
+        # replace this object by one made of the arguments in the checkpoint, an old address among them.
+        state.stateful_callbacks[_STATE] = {"run": self._client.run}
+        self._client.attach(model, optimizer)
+        if self._url is not None:
+            token = given.get("token")
+            self._scores = ScoreReader(self._url, token, self._client.run, skip_known=state.global_step > 0)
+
+    def _run_of(self, state: TrainerState) -> str:
+        """The run's name: as given, else that of the checkpoint, else that of the first client."""
+        saved = state.stateful_callbacks.get(_STATE) if state.global_step else None
+        run = self._run or (saved["run"] if saved else self._client.run)
+        if state.is_hyper_param_search and state.trial_name:
+            return f"{run}-{_NOT_IN_NAMES.sub('-', state.trial_name)}"
+        return str(run)
+
+    def _is_streaming(self) -> bool:
+        return bool(self._client.stats()["client"] == "open")
+
+    def _finish(self) -> None:
+        if self._is_streaming():
+            self._client.finish(self._timeout_s)
+
+    def _log_scores(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        by_step: dict[int, dict[str, float]] = {}
+        for scores in [] if self._scores is None else self._scores.take():
+            by_step.setdefault(scores.step, {}).update(_named(scores))
+        for step, named in by_step.items():
+            logs = named | {"eval_averages_step": step, "epoch": state.epoch}
+            state.log_history.append({**logs, "step": state.global_step})
+            if self._trainer is not None:
+                # Not `Trainer.log`: those of TRL add the metrics of the step under way, and forget them.
+                self._trainer.callback_handler.on_log(args, state, control, logs)
+
+
+class _Client(EmaClient):
+    """A client that can count steps without a snapshot."""
+
+    def skip(self, steps: int) -> None:
+        """So many steps were taken that have not changed the weights."""
+        session = self._usable_session()
+        if session is not None:
+            session.count(steps)
+
+
+def _refuse_sharded() -> None:
+    kind = AcceleratorState().distributed_type
+    if kind in _REFUSED:
+        raise PlanError(
+            f"{_REFUSED[kind]} distributes the weights of the model over the processes, and such models cannot be "
+            "streamed: train with DDP, or remove EmaCallback"
+        )
+
+
+def _defaults(args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any) -> dict[str, Any]:
+    """Arguments of `EmaClient` that follow from the Trainer's."""
+    samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    found: dict[str, Any] = {"samples_per_step": samples}
+    with contextlib.suppress(TypeError):  # an iterable dataset has no length
+        found["steps_per_epoch"] = math.ceil(len(loader) / args.gradient_accumulation_steps)
+    if hasattr(model, "peft_config"):
+        found["trainable_only"] = True
+    elif isinstance(config := getattr(model, "config", None), PreTrainedConfig):
+        found["config"] = json.loads(config.to_json_string()) | _as_saved(model)
+    return found
+
+
+def _as_saved(model: nn.Module) -> dict[str, Any]:
+    """What `save_pretrained` of a model adds to its configuration."""
+    return {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def _named(scores: Scores) -> dict[str, float]:
+    return {f"eval_{scores.average}_{metric}": value for metric, value in scores.metrics.items()}
