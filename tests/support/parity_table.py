@@ -167,6 +167,20 @@ _OTHERS = (
         differs=_NARROW,
     ),
     Peer(
+        "LeRobot's EMAConfig(), which is diffusers EMAModel",
+        "ema:preset=lerobot",
+        diffusers(use_ema_warmup=True, decay=0.9999, min_decay=0.0, update_after_step=0, inv_gamma=1.0, power=0.75),
+        0.9999,
+        differs=_NARROW,
+    ),
+    Peer(
+        "LeRobot's EMAConfig(decay=0.99), which is diffusers EMAModel",
+        "ema:0.99,buffers=copy",
+        diffusers(use_ema_warmup=True, decay=0.99, min_decay=0.99, update_after_step=0, inv_gamma=1.0, power=0.75),
+        0.99,
+        differs=_NARROW,
+    ),
+    Peer(
         "ema-pytorch EMA(update_every=1)",
         "ema:preset=ema-pytorch",
         ema_pytorch(update_every=1),
@@ -221,6 +235,7 @@ _FORMULAS = (
     ),
     _formula("Keras's use_ema", "ema:preset=keras", decays(lambda _: 0.99, copies_first=True)),
     _formula("optax's ema(0.999), debiased", "ema:0.999,warmup=debias", zero_debiased(0.999)),
+    _formula("openpi's ema_decay", "ema:preset=openpi", decays(lambda _: 0.99)),
     _formula("NeMo's EMA", "ema:0.999,preset=nemo", decays(lambda _: 0.999)),
     _formula("EDM2's power function 0.05", "power:preset=edm2", decays(power_function(0.05))),
     _formula("EDM2's power function 0.10", "power:sigma_rel=0.1", decays(power_function(0.10))),

@@ -41,6 +41,8 @@ PRESETS: Mapping[str, Preset] = {
     "torch-ema": Preset("ema", _COPY, {"decay": "0.999"}),
     "torch-swa": Preset("swa", _COPY),
     "diffusers": Preset("ema", {"warmup": "tf", "update_after": "1"} | _START | _COPY, {"decay": "0.9999"}),
+    "lerobot": Preset("ema", {"warmup": "timm", "power": "0.75"} | _COPY, {"decay": "0.9999"}),
+    "openpi": Preset("ema", _START, {"decay": "0.99"}),
     "ema-pytorch": Preset("ema", {"warmup": "timm", "update_after": "100"}, {"decay": "0.9999"}),
     "tf": Preset("ema", {"warmup": "tf"} | _START | _COPY),
     "keras": Preset("ema", _COPY, {"decay": "0.99"}),
