@@ -206,6 +206,17 @@ def test_rank_0_streams_and_all_ranks_have_the_scores(run: str, reader: Reader, 
     assert all("ema/val_loss" in each for each in metrics)
 
 
+def test_all_ranks_end_when_rank_0_cannot_join(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMA_ENDPOINT", "tcp://127.0.0.1:9")
+
+    with Process(_SCRIPT, str(tmp_path), run, "2") as ranks:
+        assert ranks.wait() == 1
+
+    errors = "\n".join(ranks.errors)
+    assert "EmaClientError: rank 0 has failed: " in errors
+    assert "trainer_client.errors.ConnectError" in errors
+
+
 def _float64(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() for name, value in state.items()}
 

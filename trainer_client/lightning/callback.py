@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from ema_proto.averages.rules import AverageSpec
 from trainer_client.client import EmaClient
-from trainer_client.errors import AverageError, SettingsError
+from trainer_client.errors import AverageError, EmaClientError, SettingsError
 from trainer_client.lightning.base import callback_class
 from trainer_client.lightning.server import Server
 from trainer_client.lightning.settings import decay_of, rules_of
@@ -153,34 +153,13 @@ class EmaCallback(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Connect to the server."""
-        arguments = dict(self._arguments)
-        if self._needs_epochs and arguments.get("steps_per_epoch") is None:
-            arguments["steps_per_epoch"] = _steps_per_epoch(trainer)
-        if self._decay is not None:
-            arguments["averages"] = self._decay.rules(arguments.get("steps_per_epoch"))
-        client = EmaClient(**({"rank": trainer.global_rank} | arguments))
-        if trainer.fast_dev_run:
-            client.close()
-            log.info("ema: fast_dev_run: the server answers, and nothing is sent to run %s", client.run)
-            return
-        self._client = client
-        self._checkpointed = 0
-        self._logged.clear()  # as the Trainer's metrics are
+        _on_all_ranks(trainer, lambda: self._connect(trainer))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Join the run, and follow the optimizers from here on."""
         client = self._client
-        if client is None:
-            return
-        if trainer.global_step > 0:
-            steps = trainer.global_step // max(len(trainer.optimizers), 1)  # it counts those of all optimizers
-            client.load_state_dict(self._state or {"run": client.run, "step": steps})
-        self._state = None
-        model = self._averaged(pl_module)
-        own = [optimizer for optimizer in trainer.optimizers if trains(optimizer, model)]
-        client.attach(model, own or trainer.optimizers)
-        if trainer.is_global_zero and (self._scores or self._validated):
-            self._server = self._open_server(client)
+        if client is not None:
+            _on_all_ranks(trainer, lambda: self._join(client, trainer, pl_module))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Publish the last step, and mark the run as finished."""
@@ -211,7 +190,8 @@ class EmaCallback(Callback):
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to validate averages, beside the trained weights."""
         if self._client is not None and self._validation is not None and not trainer.sanity_checking:
-            self._publish(self._client)
+            # Not kept, unlike those of checkpoints: of these, the server keeps the newest ten.
+            self._client.flush(self._patience_s(self._client), durable=True)
             self._validation.begin(trainer, pl_module, self._client.steps, self._server)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *batch: Any) -> None:
@@ -236,6 +216,32 @@ class EmaCallback(Callback):
         if not trainer.enable_validation:
             self._log_scores(trainer, pl_module)
 
+    def _connect(self, trainer: Any) -> None:
+        arguments = dict(self._arguments)
+        if self._needs_epochs and arguments.get("steps_per_epoch") is None:
+            arguments["steps_per_epoch"] = _steps_per_epoch(trainer)
+        if self._decay is not None:
+            arguments["averages"] = self._decay.rules(arguments.get("steps_per_epoch"))
+        client = EmaClient(**({"rank": trainer.global_rank} | arguments))
+        if trainer.fast_dev_run:
+            client.close()
+            log.info("ema: fast_dev_run: the server answers, and nothing is sent to run %s", client.run)
+            return
+        self._client = client
+        self._checkpointed = 0
+        self._logged.clear()  # as the Trainer's metrics are
+
+    def _join(self, client: EmaClient, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step > 0:
+            steps = trainer.global_step // max(len(trainer.optimizers), 1)  # it counts those of all optimizers
+            client.load_state_dict(self._state or {"run": client.run, "step": steps})
+        self._state = None
+        model = self._averaged(pl_module)
+        own = [optimizer for optimizer in trainer.optimizers if trains(optimizer, model)]
+        client.attach(model, own or trainer.optimizers)
+        if trainer.is_global_zero and (self._scores or self._validated):
+            self._server = self._open_server(client)
+
     @property
     def _needs_epochs(self) -> bool:
         in_epochs = any(getattr(rule, "half_life_epochs", None) is not None for rule in self._rules)
@@ -258,17 +264,21 @@ class EmaCallback(Callback):
             return None
 
     def _publish(self, client: EmaClient) -> None:
-        """Publish the averages of this step; a validation and several checkpoints of a step need that once."""
-        if client.steps in (0, self._checkpointed):
-            return
-        self._checkpointed = client.steps
-        is_connected = client.stats().get("state") in (None, "streaming")  # None on ranks that do not stream
-        client.checkpoint(client.steps, self._timeout_s if is_connected else min(self._timeout_s, _AWAY_TIMEOUT_S))
+        """Publish the averages of this step, and have them kept; once, though there may be several checkpoints."""
+        if client.steps not in (0, self._checkpointed):
+            self._checkpointed = client.steps
+            client.checkpoint(client.steps, self._patience_s(client))
+
+    def _patience_s(self, client: EmaClient) -> float:
+        is_away = client.stats().get("state", "streaming") != "streaming"  # ranks that do not stream have no connection
+        return min(self._timeout_s, _AWAY_TIMEOUT_S) if is_away else self._timeout_s
 
     def _leave(self) -> None:
         """Forget the client, which has ended, except for its state."""
         if self._client is not None:
             self._state, self._client, self._server = self._client.state_dict(), None, None
+        if self._validation is not None:
+            self._validation.forget()
 
     def _log_scores(self, trainer: Any, pl_module: Any) -> None:
         client = self._client
@@ -304,6 +314,20 @@ class EmaCallback(Callback):
             if metric and average in self._names:
                 found[name] = _WORST if getattr(callback, "mode", "min") == "min" else -_WORST
         return found
+
+
+def _on_all_ranks(trainer: Any, action: Callable[[], None]) -> None:
+    """Call `action`, which fails on rank 0 alone; then it fails on all ranks: they would wait for that one."""
+    own: EmaClientError | None = None
+    try:
+        action()
+    except EmaClientError as error:
+        own = error
+    first = trainer.strategy.broadcast(None if own is None else str(own))
+    if own is not None:
+        raise own
+    if first is not None:
+        raise EmaClientError(f"rank 0 has failed: {first}")
 
 
 def _saves_on_exception(callback: Any) -> bool:

@@ -93,6 +93,12 @@ class Validation:
         except AverageError as error:
             log.warning("ema: %s", error)
 
+    def forget(self) -> None:
+        """Free the copies, which belong to one training."""
+        self._is_running = False
+        self._copies.clear()
+        self.logged.clear()
+
     def _scores(self, metrics: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
         """Those metrics of one average that a copy has logged."""
         logged = tuple(name for name in self.logged if name.startswith(prefix))  # Lightning may add a suffix
