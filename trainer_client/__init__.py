@@ -5,6 +5,7 @@ In the order of a snapshot's way, from an optimizer's step to the socket:
 - `settings`: the constructor's arguments and the environment, validated
 - `client`: `EmaClient`, the public API
 - `session`: one connection and the run joined over it: its snapshots, and its end
+- `companions`: files that go with every version, read and checked
 - `ranks`: which process of a distributed training streams
 - `steps`: which optimizer steps happened
 - `stream`: the steps of a joined run: when a snapshot is taken, and why not

@@ -59,6 +59,10 @@ class EmaClient:
             run, or takes it back to where this trainer is; `"must"` fails if there is nothing to continue.
         token: shared secret; default `EMA_TOKEN`.
         config: a dict, or the path of a JSON file, that becomes the versions' `config.json`.
+        files: files that become part of every version from now on (tokenizer, processor, model card,
+            `adapter_config.json`): paths, or a folder, of which hidden files, weights and subfolders with weights are
+            left out. A folder's `config.json` is the config if none is given. They are read now, at most 64 MiB each,
+            256 MiB and 256 files in all. None leaves the files of a run that goes on; an empty list ends them.
         checksum: send a CRC-32 with every chunk.
         connect_timeout_s: how long the constructor and joining wait for a server that does not answer.
         wait_timeout_s: how long `when_behind="wait"` waits at most.
@@ -100,6 +104,7 @@ class EmaClient:
         resume: Resume = "auto",
         token: str | None = None,
         config: Mapping[str, Any] | str | PathLike[str] | None = None,
+        files: Iterable[str | PathLike[str]] | str | PathLike[str] | None = None,
         checksum: bool = False,
         connect_timeout_s: float = 5.0,
         wait_timeout_s: float = 30.0,
@@ -112,6 +117,7 @@ class EmaClient:
         self._counted = 0  # steps, where there is no session that counts them
         self._session: Session | None = None
         if (rank := rank_of(self._settings.rank, os.environ)) == 0:
+            self._settings = self._settings.with_files()
             self._session = Session(self._settings, self._connect)
         else:
             log.info("ema: rank %d does not stream: rank 0 does", rank)

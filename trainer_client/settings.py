@@ -5,7 +5,6 @@ Everything is validated here, before a connection is opened.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import operator
@@ -14,7 +13,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from enum import StrEnum
 from functools import partial
 from os import PathLike
@@ -25,10 +24,11 @@ from ema_proto.averages.rules import AverageSpec
 from ema_proto.averages.specs import parse_averages, split_averages
 from ema_proto.averages.step_units import StepUnits, check_step_units
 from ema_proto.errors import LocalProtocolError
-from ema_proto.limits import CONFIG_BYTES_MAX, STEP_MAX
+from ema_proto.limits import STEP_MAX
 from ema_proto.names import check_name, check_patterns
 from ema_proto.variables import misspelt
 from ema_proto.wire.messages import Resume
+from trainer_client.companions import CompanionFile, config_text, read_companions
 from trainer_client.errors import SettingsError
 
 log = logging.getLogger("ema")
@@ -174,25 +174,21 @@ def _choice(name: str, value: object, *, allowed: tuple[str, ...]) -> str:
 
 
 def _config(_: str, config: Mapping[str, Any] | str | PathLike[str] | None) -> str | None:
-    if config is None:
+    return None if config is None else config_text(config)
+
+
+def _files(name: str, given: object) -> tuple[Path, ...] | None:
+    if given is None:
         return None
-    try:
-        if isinstance(config, Mapping):
-            text = json.dumps(dict(config), indent=2, allow_nan=False) + "\n"
-        else:
-            text = Path(config).read_bytes().decode()  # byte for byte: read_text would change line ends
-        value = json.loads(text)
-    except OSError as error:
-        raise SettingsError(f"config file {str(config)!r} cannot be read: {error.strerror}") from None
-    except (TypeError, ValueError) as error:
-        raise SettingsError(
-            f"config is not JSON: {error}; pass a dict of plain values or the path of a JSON file"
-        ) from None
-    if not isinstance(value, dict):
-        raise SettingsError("config is not a JSON object: pass a dict, or the path of a file that holds one")
-    if len(text.encode()) > CONFIG_BYTES_MAX:
-        raise SettingsError(f"config has {len(text.encode())} bytes, over the limit of {CONFIG_BYTES_MAX}")
-    return text
+    items = [given] if isinstance(given, str | PathLike) else given
+    if isinstance(items, Mapping | bytes) or not isinstance(items, Iterable):
+        raise SettingsError(f"{name}={given!r} is not a list of paths: pass files, a folder, or a list of both")
+    paths = []
+    for item in items:
+        if not isinstance(item, str | PathLike):
+            raise SettingsError(f"{name} has {item!r}, which is not a path")
+        paths.append(Path(item))
+    return tuple(paths)
 
 
 def _incarnation(name: str, value: object) -> int:
@@ -237,6 +233,7 @@ class Settings:
     resume: Resume = field(metadata=_setting(partial(_choice, allowed=get_args(Resume))))
     token: str | None = field(repr=False, metadata=_setting(_token, "EMA_TOKEN"))
     config: str | None = field(repr=False, metadata=_setting(_config))
+    files: tuple[Path, ...] | None = field(metadata=_setting(_files))
     checksum: bool = field(metadata=_setting(lambda _, value: bool(value)))
     connect_timeout_s: float = field(metadata=_setting(check_timeout))
     wait_timeout_s: float = field(metadata=_setting(check_timeout))
@@ -244,11 +241,23 @@ class Settings:
     incarnation: int = field(metadata=_setting(_incarnation, "TORCHELASTIC_RESTART_COUNT"))
     rank: int | None = field(metadata=_setting(lambda name, rank: None if rank is None else check_step(name, rank, 0)))
     run_generated: bool
+    companions: tuple[CompanionFile, ...] | None = field(default=None, repr=False)  # what `files` hold, once it is read
 
     @property
     def step_units(self) -> StepUnits:
         """What a step is in samples and epochs."""
         return StepUnits(self.samples_per_step, self.steps_per_epoch)
+
+    def with_files(self) -> Settings:
+        """These settings with the files read, and a `config.json` among them as `config` unless that is given.
+
+        Raises:
+            SettingsError: a file cannot be used.
+        """
+        if self.files is None:
+            return self
+        read = read_companions(self.files, self.config)
+        return replace(self, companions=read.files, config=read.config)
 
     @classmethod
     def of(cls, environ: Mapping[str, str], arguments: Mapping[str, Any]) -> Settings:

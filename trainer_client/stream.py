@@ -101,6 +101,7 @@ class Stream:
             raise SettingsError(
                 "a run cannot be joined while a CUDA graph is captured: call attach() or update() before"
             )
+        files = settings.companions
         join = Join(
             run=settings.run,
             first_step=steps + 1,
@@ -116,10 +117,11 @@ class Stream:
             steps_per_epoch=settings.steps_per_epoch,
             host=socket.gethostname()[:_HOST_CHARS_MAX],
             pid=os.getpid(),
+            files=None if files is None else tuple(file.spec for file in files),
         )
         # Slots made in inference mode could not be written outside it.
         with torch.inference_mode(False):
-            joined = worker.join(join, settings.connect_timeout_s)
+            joined = worker.join(join, settings.connect_timeout_s, tuple(file.data for file in files or ()))
         _log_half_lives(settings)
         return cls(worker, joined, plan, settings, steps)
 

@@ -49,7 +49,7 @@ class FakeWorker(Worker):
     def greet(self, timeout_s: float) -> None:
         self.asked.append("greet")
 
-    def join(self, join: Join, timeout_s: float) -> Joined:
+    def join(self, join: Join, timeout_s: float, files: tuple[bytes, ...] = ()) -> Joined:
         if self.refuse is not None:
             raise self.refuse
         self.joins.append(join)

@@ -181,8 +181,9 @@ class Driver:
 
     def _take(self, event: e.Event) -> None:
         match event:
-            case e.Greeted():
+            case e.Greeted(capabilities):
                 self._shared.greeted = True
+                self._shared.capabilities = capabilities
                 self._link.prefer()
             case e.JoinAccepted(joined):
                 self._take_joined(joined)

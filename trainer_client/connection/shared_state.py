@@ -38,6 +38,7 @@ class Shared:
         self.outage: str | None = None  # why the connection was lost, until it is back
         self.outage_logged = False
         self.greeted = False
+        self.capabilities: tuple[str, ...] = ()  # of both sides
         self.hung_up = False  # a connection ended before the server had greeted
         self.joined: Joined | None = None
         self.refused: Refused | None = None

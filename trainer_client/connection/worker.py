@@ -59,8 +59,11 @@ class Worker:
         self._shared = Shared()
         self._link = Link(endpoint)
         self._sender = Sender(
-            secrets.token_bytes(16), token=token, jitter=random.Random().random
-        )  # not the seeded one of the training
+            secrets.token_bytes(16),
+            token=token,
+            jitter=random.Random().random,  # not the seeded one of the training
+            capabilities=(m.CRC32, m.FILES),
+        )
         self._driver = Driver(self._sender, self._link, self._shared)
         self._driver.start()
 
@@ -113,12 +116,13 @@ class Worker:
                 f'{described(self._endpoint, first)}: use the address that ema serve prints as "zmq" (EMA_ENDPOINT)'
             )
 
-    def join(self, join: m.Join, timeout_s: float) -> m.Joined:
+    def join(self, join: m.Join, timeout_s: float, files: tuple[bytes, ...] = ()) -> m.Joined:
         """Make the slots and join the run; return the server's answer.
 
         Args:
             join: the request.
             timeout_s: how long the server may be unreachable meanwhile. One that is connected may take longer.
+            files: the content of the companion files that `join` lists, kept until the worker is closed.
 
         Raises:
             JoinError: the server refused (`code` says why), did not answer in time, or the slots do not fit in memory.
@@ -130,7 +134,7 @@ class Worker:
             raise JoinError(text, RejectCode.OUT_OF_MEMORY) from None
         shared = self._shared
         self.slots = slots
-        self._driver.lend(slots)
+        self._driver.lend(slots, files)
         with shared.changed:
             shared.free = list(slots)
         self._driver.do(lambda _: self._sender.join(join))
@@ -140,7 +144,11 @@ class Worker:
                 raise JoinError(f"run {join.run!r} was refused: {shared.refused.text}", shared.refused.code)
             if shared.joined is None:
                 raise JoinError(f"run {join.run!r}: the server at {self._endpoint} has not answered")
-            return shared.joined
+            joined, capabilities = shared.joined, shared.capabilities
+        if join.files and m.FILES not in capabilities:
+            text = "ema: the server at %s takes no companion files: the versions of run %s are without them; upgrade it"
+            log.warning(text, self._endpoint, join.run)
+        return joined
 
     def watch(self, look: Callable[[float], None]) -> None:
         """Have `look(now)` called several times a second by the connection's thread, which must not be held up."""
