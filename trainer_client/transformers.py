@@ -100,7 +100,8 @@ class EmaCallback(TrainerCallback):
             open_reader(self._url, arguments.get("token")).close()  # a mistake is reported before training
         # Connects now, so that a wrong address ends the script before it has loaded its data.
         self._client = _Client(**({"samples_per_step": 1.0, "steps_per_epoch": 1.0} | self._arguments))
-        self._run = run or os.environ.get("EMA_RUN") or None
+        self._run = self._client.run
+        self._run_generated = run is None and not os.environ.get("EMA_RUN")
         self._scores: ScoreReader | None = None
         self._trainings = 0
 
@@ -217,12 +218,12 @@ class EmaCallback(TrainerCallback):
             self._scores = ScoreReader(self._url, token, self._client.run, skip_known=state.global_step > 0)
 
     def _run_of(self, state: TrainerState) -> str:
-        """The run's name: as given, else that of the checkpoint, else that of the first client."""
+        """The run's name: as given, else that of the checkpoint, else the generated one."""
         saved = state.stateful_callbacks.get(_STATE) if state.global_step else None
-        run = self._run or (saved["run"] if saved else self._client.run)
+        run = saved["run"] if saved and self._run_generated else self._run
         if state.is_hyper_param_search and state.trial_name:
             return f"{run}-{_NOT_IN_NAMES.sub('-', state.trial_name)}"
-        return str(run)
+        return run
 
     def _is_streaming(self) -> bool:
         return bool(self._client.stats()["client"] == "open")
@@ -258,7 +259,7 @@ def _refuse_sharded() -> None:
     if kind in _REFUSED:
         raise PlanError(
             f"{_REFUSED[kind]} distributes the weights of the model over the processes, and such models cannot be "
-            "streamed: train with DDP, or remove EmaCallback"
+            "streamed: train with DDP, or average the saved checkpoints with `ema average`"
         )
 
 

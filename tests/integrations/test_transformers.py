@@ -21,6 +21,7 @@ from accelerate.utils import DistributedType
 from transformers import BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 
 from ema_reader import Reader, Version
+from support.command import ema
 from support.hf_training import AVERAGES, DECAY, Recorder, arguments, recorded, trainer_of
 from support.oracle import bound, largest_difference, ledger_steps, replay
 from support.processes import SUPPORT, Process, ServerProcess
@@ -28,6 +29,7 @@ from support.waiting import eventually
 from trainer_client import ConnectError, PlanError, SettingsError
 from trainer_client.transformers import EmaCallback
 
+_EXAMPLES = Path(__file__).parents[2] / "examples"
 _SCRIPT = str(SUPPORT / "hf_training.py")
 _WAIT_S = 100.0
 
@@ -410,3 +412,28 @@ def test_averages_in_samples_and_epochs_need_no_number(
 
     half_lives = {average.name: average.half_life_steps for average in reader.run(run).averages}
     assert half_lives == {"epochs": pytest.approx(8.0), "samples": pytest.approx(8.0)}
+
+
+def test_the_example_trains_and_its_versions_are_evaluated(
+    server: ServerProcess, reader: Reader, tmp_path: Path
+) -> None:
+    script = (_EXAMPLES / "train_transformers.py").read_text()
+    for printed, here in (
+        ("tcp://127.0.0.1:5555", server.zmq),
+        ("http://127.0.0.1:8080", server.http),
+        ("STEPS = 600", "STEPS = 12"),
+        ('        "char-model",\n', f"        {str(tmp_path)!r},\n"),
+        ("scores_timeout_s=60.0", 'when_behind="wait"'),
+    ):
+        assert script.count(printed) == 1
+        script = script.replace(printed, here)
+    with Process("-c", script) as trainer:
+        assert trainer.wait(_WAIT_S) == 0, list(trainer.errors)
+    evaluated = ema(
+        *("evaluate", "train_transformers:held_out_loss", "--run", "char-model", "--url", server.http), cwd=_EXAMPLES
+    )
+
+    assert evaluated.returncode == 0, evaluated.stderr
+    scores = {row.average: row.metrics["loss"] for row in reader.metrics("char-model") if row.step == 12}
+    assert scores.keys() == {"raw", "ema-0.98", "ema-0.99"}
+    assert all(2.0 < loss < 5.0 for loss in scores.values())  # log(128) is 4.85
