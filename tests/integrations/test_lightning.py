@@ -371,17 +371,37 @@ def test_scores_of_workers_are_logged_and_stop_the_training(run: str, reader: Re
 
 
 class Worker(lightning.Callback):  # type: ignore[name-defined]
-    """Reports a score of the newest version at each validation: the third one is the best."""
+    """Reports a score of the newest version in each epoch: the third one is the best."""
 
     def __init__(self, reader: Reader, run: str) -> None:
         self._reader, self._run = reader, run
         self._scores = iter([0.1, 0.2, 0.5, 0.25, 0.25])
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._report(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.enable_validation:
+            self._report(trainer)
+
+    def _report(self, trainer: Any) -> None:
         ema = next(each for each in trainer.callbacks if isinstance(each, EmaCallback))
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "now.ckpt")  # publishes
         assert ema.run == self._run
         self._reader.report(f"{self._run}/ema", {"accuracy": next(self._scores)}, worker="test")
+
+
+def test_scores_are_logged_at_the_end_of_an_epoch_without_a_validation(
+    run: str, reader: Reader, tmp_path: Path
+) -> None:
+    stopping = lightning.callbacks.EarlyStopping("ema/accuracy", mode="max", patience=1)
+    fitted = trainer(_ONE, tmp_path, Worker(reader, run), callback(run), stopping, max_epochs=20)
+
+    fitted.fit(module_class(_ONE)(), loader())
+
+    assert reader.run(run).finished
+    assert fitted.current_epoch == 4
+    assert float(fitted.callback_metrics["ema/accuracy"]) == pytest.approx(0.25)
 
 
 def test_training_goes_on_without_the_server(run: str, tmp_path: Path) -> None:

@@ -6,20 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from torch import Tensor
 
-from trainer_client.errors import AverageError, SettingsError
-
-if TYPE_CHECKING:
-    from ema_reader import Reader
+from trainer_client.errors import AverageError
+from trainer_client.pulling.average_reader import open_reader
 
 _TASK: Final = "lightning"  # apart from those of evaluation workers, so that these evaluate the same versions
 
 
 class Server:
-    """One run of one server. The defaults of `url` and `token` are those of `Reader`.
+    """One run of one server, connected for each use: hours may pass between two.
+
+    The defaults of `url` and `token` are those of `Reader`.
 
     Raises:
         SettingsError: the address cannot be used, or the reader's packages are missing.
@@ -27,7 +27,7 @@ class Server:
 
     def __init__(self, url: str | None, token: str | None, run: str) -> None:
         self._url, self._token, self._run = url, token, run
-        with self._reader() as reader:
+        with open_reader(self._url, self._token) as reader:
             self._url = reader.url
 
     def newest_scores(self, until: int) -> dict[str, float]:
@@ -45,7 +45,7 @@ class Server:
         from ema_reader.scores import scores_of
 
         try:
-            with self._reader() as reader:
+            with open_reader(self._url, self._token) as reader:
                 rows = reader.metrics(self._run)
         except NotFound:
             return {}
@@ -67,7 +67,7 @@ class Server:
         from ema_reader import ReaderError
 
         try:
-            with self._reader() as reader:
+            with open_reader(self._url, self._token) as reader:
                 version = reader.version(self._run, average)
                 return f"{self._run}/{average}@{version.id}", reader.load(version)
         except ReaderError as error:
@@ -82,21 +82,7 @@ class Server:
         from ema_reader import ReaderError
 
         try:
-            with self._reader() as reader:
+            with open_reader(self._url, self._token) as reader:
                 reader.report(version, metrics, task=_TASK)
         except ReaderError as error:
             raise AverageError(f"run {self._run}: cannot report metrics to {self._url}: {error}") from error
-
-    def _reader(self) -> Reader:
-        """A reader for one use: hours may pass between two."""
-        try:
-            from ema_reader import Reader, ReaderError
-        except ImportError as error:
-            raise SettingsError(
-                f"scores and averages come back over HTTP, and {error.name} is missing: in a clone of ema-sidecar, "
-                "pip install '.[lightning]'"
-            ) from error
-        try:
-            return Reader(self._url, self._token)
-        except ReaderError as error:
-            raise SettingsError(str(error)) from error
