@@ -16,6 +16,9 @@ In the order of a snapshot's way, from an optimizer's step to the socket:
 - `lightning`: `EmaCallback` for Lightning's Trainer
 - `pulling`: averages back into the trainer, over HTTP
 - `timm`: `RemoteModelEma` in place of timm's averaged model
+- `diffusers`: `RemoteEMAModel` in place of diffusers' `EMAModel`
+- `remote_client`: the session behind those two
+- `script`: runs a training script with an averaging class replaced
 - `messages`: what is logged when a run is joined and when it ends
 - `lifecycle`: whether a client may still be used
 - `counters`: what `stats()` counts

@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from trainer_client.errors import EmaClientError
+from trainer_client.script import names_of, places_of
 from trainer_client.timm.remote import RemoteModelEma
 
 _CLASS = "ModelEmaV3"
@@ -37,7 +37,7 @@ class Known:
 
     @property
     def names(self) -> str:
-        return ", ".join(sorted(f"{module.__name__}.{name}" for module, name in self.places))
+        return names_of(self.places)
 
 
 def find_known(script: str) -> Known:
@@ -58,7 +58,7 @@ def find_known(script: str) -> Known:
     if not isinstance(original, type):
         raise UnknownTimm(f"{_where(timm)} has no {_FILE}.{_CLASS}: timm 1.0 or newer is needed")
     _check_calls(timm, original)
-    known = Known(original, tuple(_places(original)), getattr(timm, "__version__", "of unknown version"))
+    known = Known(original, places_of(original, "timm"), getattr(timm, "__version__", "of unknown version"))
     by_task = bool(_TASK_CALL.search(script)) and tasks is not None and (tasks, _CLASS) in known.places
     if not by_task and not _OWN_CALL.search(script):
         raise UnknownTimm(
@@ -88,11 +88,6 @@ def _check_calls(timm: ModuleType, original: type[Any]) -> None:
             f"{_CLASS} of {_where(timm)} is not the one that we know: {', '.join(strange)} differ. "
             "Use RemoteModelEma in a script of your own, or a timm from 1.0.29 on that has not changed this"
         )
-
-
-def _places(original: type[Any]) -> list[tuple[ModuleType, str]]:
-    modules = [module for name, module in sys.modules.items() if name == "timm" or name.startswith("timm.")]
-    return [(module, name) for module in modules for name, value in list(vars(module).items()) if value is original]
 
 
 def _where(timm: ModuleType) -> str:

@@ -20,8 +20,8 @@ from trainer_client.errors import SettingsError
 from trainer_client.pulling.average_reader import AverageReader
 from trainer_client.pulling.module_copy import ModuleCopy
 from trainer_client.ranks import rank_of
+from trainer_client.remote_client import RemoteClient
 from trainer_client.settings import check_step, check_timeout
-from trainer_client.timm.client import RemoteClient
 
 
 class RemoteModelEma(nn.Module):

@@ -5,10 +5,6 @@ timm's files are not changed: the names are rebound in this process only.
 
 from __future__ import annotations
 
-import logging
-import os
-import runpy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer_client import script as scripts
 from trainer_client.timm.known import Known, UnknownTimm, find_known
 from trainer_client.timm.remote import RemoteModelEma
 
@@ -37,30 +34,12 @@ def run_script(script: Path, arguments: Sequence[str]) -> None:
     for module, name in known.places:
         setattr(module, name, ours)
     passed = [argument for argument in arguments if not _is_force_cpu(argument)]
-    _tell(known, forced=len(passed) < len(arguments))
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # timm's script logs the INFO records of all libraries
-    sys.argv = [str(script), *passed]
-    sys.path[0] = str(script.resolve().parent)
-    _run(script, made)
+    _report(known, forced=len(passed) < len(arguments))
+    scripts.run(script, passed, made)
     if not made and "--model-ema" in passed:
         raise UnknownTimm(
             f"{script} was given --model-ema and has made no {known.original.__name__}: nothing was averaged"
         )
-
-
-def _run(script: Path, made: list[RemoteModelEma]) -> None:
-    finished = False
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-        finished = True
-    except SystemExit as end:
-        finished = not end.code
-        raise
-    finally:
-        for ema in made:
-            if finished:
-                ema.finish()
-            ema.close()  # a run that is not finished stays open, to be resumed
 
 
 def _class(made: list[RemoteModelEma]) -> type[RemoteModelEma]:
@@ -74,7 +53,7 @@ def _class(made: list[RemoteModelEma]) -> type[RemoteModelEma]:
             super().__init__(model, *args, **(given | {"device": device}))
             made.append(self)
             if self.run is not None:
-                _say(f"the average is kept by the server, in run {self.run}; validated on {device}")
+                scripts.say(f"the average is kept by the server, in run {self.run}; validated on {device}")
 
     return OutOfProcess
 
@@ -87,12 +66,7 @@ def _is_force_cpu(argument: str) -> bool:
     return argument.startswith(_SHORTEST) and _FORCE_CPU.startswith(argument)
 
 
-def _tell(known: Known, *, forced: bool) -> None:
-    _say(f"timm {known.version}: {known.names} replaced by RemoteModelEma")
+def _report(known: Known, *, forced: bool) -> None:
+    scripts.say(f"timm {known.version}: {known.names} replaced by RemoteModelEma")
     if forced:
-        _say(f"{_FORCE_CPU} is not passed on: the average is in another process anyway, and it is validated")
-
-
-def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"ema: {text}", file=sys.stderr, flush=True)
+        scripts.say(f"{_FORCE_CPU} is not passed on: the average is in another process anyway, and it is validated")

@@ -1,4 +1,7 @@
-"""The session behind `RemoteModelEma`: the average is chosen when it joins, and can be replaced and published."""
+"""The session behind `RemoteModelEma` and `RemoteEMAModel`.
+
+The average is chosen when it joins; it can be replaced and published.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +97,16 @@ class RemoteClient:
             text = "ema: the average of run %s is that of step %d: later steps were not applied (now at step %d)"
             log.warning(text, self.run, answer.step, steps)
         return answer.step
+
+    def rewind(self, step: int, timeout_s: float) -> None:
+        """Take the run back to where it was after `step` steps.
+
+        Raises:
+            RewindError: it cannot be taken back, or the server did not answer in time.
+            ClientClosed: the client was closed or finished.
+        """
+        if self._session.life.usable():
+            self._session.rewind(step, timeout_s)
 
     def finish(self, timeout_s: float) -> bool:
         """See `EmaClient.finish`."""
