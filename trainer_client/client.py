@@ -292,7 +292,15 @@ class EmaClient:
         elif is_other_run:
             raise SettingsError(f"run {self.run!r} is joined and the state is of {run!r}: load it before attach()")
         elif step != self.steps:
-            self.rewind(step, timeout_s)
+            try:
+                self.rewind(step, timeout_s)
+            except RewindError as error:
+                if step < self.steps:
+                    raise
+                text = (
+                    f"{error}. The run was joined at step {self.steps}: load the state of a later step before attach()"
+                )
+                raise RewindError(text) from None
 
     def stats(self) -> dict[str, Any]:
         """What became of the snapshots since construction, and the states of the client and of its connection.

@@ -135,13 +135,25 @@ def steppers_of(given: object) -> list[Stepper]:
     """
     candidates = [given] if isinstance(given, Optimizer) or not isinstance(given, Iterable) else list(given)
     steppers: list[Stepper] = []
-    for candidate in candidates:
-        stepper = Stepper(candidate)
+    for each in [each for candidate in candidates for each in _parts(candidate)]:
+        stepper = Stepper(each)
         if not any(stepper.optimizer is known.optimizer for known in steppers):
             steppers.append(stepper)
     if not steppers:
         raise SettingsError("attach() got an empty list of optimizers: pass the one that steps")
     return steppers
+
+
+def _parts(given: object) -> list[object]:
+    """The optimizers of the single parameters where `given` only keeps them, and they step in backward(); else `given`.
+
+    So do `LayerWiseDummyOptimizer` of transformers and `OptimizerInBackwardWrapper` of torchtune.
+    """
+    for name in ("optimizer_dict", "optim_map"):
+        table = getattr(getattr(given, "optimizer", given), name, None)
+        if isinstance(table, dict) and table:
+            return list(table.values())
+    return [given]
 
 
 def trains(optimizer: Optimizer, model: nn.Module) -> bool:

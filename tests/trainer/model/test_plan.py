@@ -189,6 +189,13 @@ def test_unusual_but_plain_tensors_are_streamed(tensor: Tensor) -> None:
     assert spec.shape == tuple(tensor.shape)
 
 
+def _partitioned() -> Tensor:
+    """As DeepSpeed leaves a parameter between two uses (ZeRO stage 3); 0.19.8 was refused alike."""
+    tensor = torch.zeros(0)
+    tensor.ds_numel = 12  # type: ignore[attr-defined]
+    return tensor
+
+
 def _quantized() -> Tensor:
     return torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8)
 
@@ -200,6 +207,7 @@ def _quantized() -> Tensor:
         (lambda: torch.zeros(3, dtype=torch.complex64), "view_as_real"),
         (lambda: torch.zeros(3, dtype=torch.float8_e4m3fn), "float8_e4m3fn"),
         (lambda: torch.zeros(3, device="meta"), "meta"),
+        (_partitioned, "ZeRO stage 3"),
         (_quantized, "quantized"),
     ],
 )

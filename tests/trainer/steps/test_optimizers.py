@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import StepLR
 from support.fake_worker import OfflineClient
 from trainer_client import SettingsError
 from trainer_client.steps.hooks import Attachment
+from trainer_client.steps.optimizers import _INNER
 
 
 class Forwarding(Optimizer):
@@ -163,6 +164,22 @@ def _errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+class Slotted:
+    """Refuses attributes of ours."""
+
+    __slots__ = ("__weakref__", "optimizer")
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+class OptimizerInBackwardWrapper:
+    """As torchtune's: keeps an optimizer for each parameter, and has no step."""
+
+    def __init__(self, optim_map: dict[str, Optimizer]) -> None:
+        self.optim_map = optim_map
+
+
 _SHAPES: dict[str, Callable[[nn.Module], Any]] = {
     "accelerate": lambda model: Forwarding(SGD(model.parameters(), lr=0.1)),
     "accelerate twice": lambda model: Forwarding(Forwarding(SGD(model.parameters(), lr=0.1))),
@@ -210,6 +227,63 @@ def test_each_real_step_is_sent_with_its_final_weights(
 def _scheduler(optimizer: Optimizer) -> StepLR:
     optimizer.param_groups[0].setdefault("lr", 0.1)
     return StepLR(optimizer, 1)
+
+
+@pytest.mark.parametrize("attribute", _INNER)
+def test_snapshot_is_of_what_a_wrapper_leaves_wherever_it_keeps_the_optimizer(attribute: str) -> None:
+    class Wrapper:
+        def __init__(self, optimizer: Optimizer) -> None:
+            setattr(self, attribute, optimizer)
+
+        @torch.no_grad()
+        def step(self) -> None:
+            getattr(self, attribute).step()
+            model.weight.mul_(0.5)
+
+    model, client = _model(), _client()
+    wrapper: Any = Wrapper(SGD(model.parameters(), lr=0.1))
+    client.attach(model, wrapper)
+    for _ in range(2):
+        wrapper.step()
+        assert _is_last(client, model)
+
+    assert client.worker.steps == [1, 2]
+
+
+def test_optimizers_kept_for_each_parameter_are_followed_together() -> None:
+    model, client = _model(), _client()
+    kept: Any = OptimizerInBackwardWrapper({name: SGD([each], lr=0.1) for name, each in model.named_parameters()})
+    client.attach(model, kept)
+    for _ in range(3):
+        for optimizer in kept.optim_map.values():
+            optimizer.step()
+
+    assert client.finish()
+    assert client.worker.steps == [1, 2, 3]
+    assert _is_last(client, model)
+
+
+def test_weights_swapped_for_an_evaluation_are_no_step() -> None:
+    class Swapping(SGD):
+        train_mode = True
+
+        @torch.no_grad()
+        def eval(self) -> None:
+            model.weight.mul_(0.5)
+
+        @torch.no_grad()
+        def train(self) -> None:
+            model.weight.mul_(2.0)
+
+    model, client = _model(), _client()
+    optimizer = Swapping(model.parameters(), lr=0.1)
+    client.attach(model, optimizer)
+    optimizer.step()
+    optimizer.eval()
+    optimizer.train()
+    optimizer.step()
+
+    assert client.worker.steps == [1, 2]
 
 
 def test_sam_in_two_calls_is_one_step_with_the_second_weights() -> None:
@@ -279,11 +353,13 @@ class DeepSpeedOptimizerWrapper(Forwarding):
     [
         (lambda model: Broken(model.parameters()), r"super\(\).__init__"),
         (lambda model: DeepSpeedOptimizerWrapper(SGD(model.parameters(), lr=0.1)), r"update\(model, step\)"),
+        (lambda model: Slotted(SGD(model.parameters(), lr=0.1)), r"Slotted has __slots__.*update\(model, step\)"),
+        (lambda model: Optimizer(model.parameters(), {}), r"no step\(\) of its own.*update\(model, step\)"),
         (lambda model: model, r"Linear is not a torch\.optim\.Optimizer"),
         (lambda model: [SGD(model.parameters(), lr=0.1), None], "NoneType is not"),
         (lambda model: [], "empty list"),
     ],
-    ids=["no tables", "deepspeed", "a model", "None in a list", "empty"],
+    ids=["no tables", "deepspeed", "slots", "no step", "a model", "None in a list", "empty"],
 )
 def test_unsupported_optimizer_is_refused_before_joining(make: Callable[[nn.Module], Any], text: str) -> None:
     Adam([nn.Parameter(torch.zeros(1))])  # has torch hook the class
