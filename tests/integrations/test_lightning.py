@@ -203,7 +203,8 @@ def test_rank_0_streams_and_all_ranks_have_the_scores(run: str, reader: Reader, 
     states = [torch.load(tmp_path / f"step-{step}.pt") for step in range(1, BATCHES + 1)]
     metrics = [json.loads((tmp_path / f"metrics-{rank}.json").read_text()) for rank in (0, 1)]
     assert_close(reader.load(f"{run}/ema"), replayed([_float64(state) for state in states], _DECAY))
-    assert all("ema/val_loss" in each for each in metrics)
+    assert all(each.keys() == {"val_loss", "ema/val_loss", "raw/loss"} for each in metrics)
+    assert metrics[0]["raw/loss"] == metrics[1]["raw/loss"] == pytest.approx(1e30)
 
 
 def test_all_ranks_end_when_rank_0_cannot_join(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

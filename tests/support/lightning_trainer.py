@@ -44,14 +44,14 @@ def main() -> None:
     last = folder / "last.ckpt"
     ema = EmaCallback(run=run, decay=0.8, module="net", when_behind="wait", validate="ema")
     checkpoint = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVE_EVERY, save_last=True, save_top_k=-1)
-    stopping = EarlyStopping("ema/val_loss", patience=100)
+    stoppings = [EarlyStopping(name, patience=100) for name in ("ema/val_loss", "raw/loss")]  # one is never reported
     fitted = trainer(
         "lightning.pytorch",
         folder,
         ema,
         checkpoint,
         Saver(folder, kill_at),
-        stopping,
+        *stoppings,
         enable_checkpointing=True,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",

@@ -6,9 +6,9 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch import nn
 
 from ema_proto.averages.rules import AverageSpec
@@ -30,7 +30,7 @@ log = logging.getLogger("ema")
 
 _SHARDED: Final = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy", "XLAStrategy")
 _AWAY_TIMEOUT_S: Final = 5.0  # how long to wait for a server that does not answer now
-_WORST: Final = torch.finfo(torch.float32).max
+_WORST: Final = 1e30  # finite also where the ranks' values are added up
 
 
 class EmaCallback(Callback):
@@ -285,12 +285,14 @@ class EmaCallback(Callback):
         if client is None or trainer.barebones:
             return
         scores = trainer.strategy.broadcast(self._newest_scores(client))
+        # The same on all ranks; Lightning warns about what is not synchronised.
+        log_one = partial(pl_module.log, on_step=False, on_epoch=True, sync_dist=True, add_dataloader_idx=False)
         for name, value in scores.items():
-            pl_module.log(name, value, on_step=False, on_epoch=True, add_dataloader_idx=False)
+            log_one(name, value)
         self._logged |= scores.keys() | (self._validation.logged if self._validation is not None else set())
         for name, worst in self._monitored(trainer).items():
             if not name.startswith(tuple(self._logged)):  # Lightning may add a suffix to a name
-                pl_module.log(name, worst, on_step=False, on_epoch=True, logger=False, add_dataloader_idx=False)
+                log_one(name, worst, logger=False)
 
     def _newest_scores(self, client: EmaClient) -> dict[str, float]:
         if self._server is None or not self._scores:
