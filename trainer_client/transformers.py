@@ -7,12 +7,14 @@ trainer.add_callback(EmaCallback("tcp://127.0.0.1:5555", run="bert", averages=["
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from accelerate.state import AcceleratorState
@@ -30,9 +32,10 @@ from transformers import (
 from ema_proto.averages.rules import AverageSpec
 from trainer_client.client import EmaClient
 from trainer_client.errors import EmaClientError, PlanError, SettingsError
+from trainer_client.lifecycle import State
 from trainer_client.pulling.average_reader import open_reader
 from trainer_client.pulling.scores import ScoreReader, Scores
-from trainer_client.settings import check_timeout
+from trainer_client.settings import Settings, check_timeout
 
 log = logging.getLogger("ema")
 
@@ -66,8 +69,9 @@ class EmaCallback(TrainerCallback):
         trainer: sends the scores to its trackers also; without it they are in `trainer.state.log_history` only.
         scores_timeout_s: how long the end of the training waits for the scores of its last step, in seconds.
         timeout_s: how long a checkpoint or the end of the training waits for the server, in seconds.
-        arguments: other arguments of `EmaClient`. `config` is the model's by default, `samples_per_step` and
-            `steps_per_epoch` are the Trainer's, and a PEFT model streams only what is trained.
+        arguments: other arguments of `EmaClient`. By default `config` is the model's, `files` are those of the
+            processing class (tokenizer, processor) and the generation config, `samples_per_step` and `steps_per_epoch`
+            are the Trainer's, and a PEFT model streams only what is trained.
 
     Raises:
         SettingsError: an argument cannot be used.
@@ -107,7 +111,7 @@ class EmaCallback(TrainerCallback):
 
     @property
     def client(self) -> EmaClient:
-        """The client of this training; another one from the beginning of each `train()`."""
+        """The client of this training: that of the constructor, and another one for each further `train()`."""
         return self._client
 
     def on_train_begin(
@@ -118,6 +122,7 @@ class EmaCallback(TrainerCallback):
         *,
         model: nn.Module,
         optimizer: Any,
+        processing_class: Any = None,
         train_dataloader: Any = None,
         **others: Any,
     ) -> None:
@@ -133,7 +138,9 @@ class EmaCallback(TrainerCallback):
         self._trainings += 1
         try:
             _refuse_sharded()
-            self._begin(args, state, model, optimizer, train_dataloader)
+            found = _arguments_of(args, model, train_dataloader)
+            with _saved(processing_class, getattr(model, "generation_config", None)) as folder:
+                self._begin(args, state, model, optimizer, found | {"files": folder})
         except EmaClientError as error:
             self._client.close()
             if self._trainings == 1:
@@ -152,7 +159,7 @@ class EmaCallback(TrainerCallback):
     ) -> None:
         """Count a step that was skipped, and send one that the optimizer's hooks have not seen."""
         step = state.global_step + 1  # the Trainer has not counted it yet
-        if not self._is_streaming() or self._client.steps >= step:
+        if self._client.steps >= step or self._client.ended:
             return
         if getattr(optimizer, "step_was_skipped", False):
             self._client.skip(step - self._client.steps)
@@ -178,8 +185,8 @@ class EmaCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Publish averages that go with the Trainer's checkpoint."""
-        if self._is_streaming():
-            is_connected = self._client.stats()["state"] == "streaming"
+        if not self._client.ended:
+            is_connected = self._client.stats().get("state") == "streaming"
             self._client.checkpoint(state.global_step, self._timeout_s if is_connected else 0.0)
 
     def on_train_end(
@@ -194,27 +201,27 @@ class EmaCallback(TrainerCallback):
             self._scores = None
 
     def _begin(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, loader: Any
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, found: dict[str, Any]
     ) -> None:
-        self._client.close()  # of the constructor, or of a training that ended with an error
+        """Join the run; `found` are arguments of the client that follow from the Trainer's."""
         if self._scores is not None:
             self._scores.close()
         self._scores = None
-        if not state.is_world_process_zero:
-            self._client = _Client(**(self._arguments | {"rank": args.process_index}))
-            return
-        given = self._arguments
-        run = self._run_of(state)
-        self._client = _Client(
-            **(_defaults(args, state, model, loader) | given | {"run": run, "rank": 0}),
-            step=None if state.global_step == 0 else state.global_step,
-        )
+        arguments: dict[str, Any] = found | self._arguments
+        arguments |= {"run": self._run_of(state), "rank": args.process_index}
+        if state.global_step > 0:
+            arguments["step"] = state.global_step
+        if self._trainings == 1 and self._client.streams == state.is_world_process_zero:
+            self._client.prepare(arguments)
+        else:
+            self._client.close()  # of a training that ended with an error, or made before the ranks were known
+            self._client = _Client(**arguments)
         # A plain entry and not an `ExportableState`: with restore_callback_states_from_checkpoint the Trainer would
         # replace this object by one made of the arguments in the checkpoint, an old address among them.
         state.stateful_callbacks[_STATE] = {"run": self._client.run}
         self._client.attach(model, optimizer)
-        if self._url is not None:
-            token = given.get("token")
+        if self._url is not None and self._client.streams:
+            token = self._arguments.get("token")
             self._scores = ScoreReader(self._url, token, self._client.run, skip_known=state.global_step > 0)
 
     def _run_of(self, state: TrainerState) -> str:
@@ -225,11 +232,8 @@ class EmaCallback(TrainerCallback):
             return f"{run}-{_NOT_IN_NAMES.sub('-', state.trial_name)}"
         return run
 
-    def _is_streaming(self) -> bool:
-        return bool(self._client.stats()["client"] == "open")
-
     def _finish(self) -> None:
-        if self._is_streaming():
+        if not self._client.ended:
             self._client.finish(self._timeout_s)
 
     def _log_scores(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
@@ -245,12 +249,32 @@ class EmaCallback(TrainerCallback):
 
 
 class _Client(EmaClient):
-    """A client that can count steps without a snapshot."""
+    """A client that connects before it knows what it is to join, and that can count steps without a snapshot."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether this process streams, and not another rank."""
+        return not self._is_other_rank
+
+    @property
+    def ended(self) -> bool:
+        """Whether the client was closed or finished."""
+        return self._state in (State.CLOSED, State.FINISHED)
+
+    def prepare(self, arguments: Mapping[str, Any]) -> None:
+        """Use other arguments, by their names, over the same connection; the others have the defaults of `EmaClient`.
+
+        Raises:
+            SettingsError: an argument cannot be used.
+        """
+        defaults = {name: each.default for name, each in inspect.signature(EmaClient).parameters.items()}
+        settings = Settings.of(os.environ, {**defaults, **arguments})
+        self._settings = settings.with_files() if self.streams else settings
 
     def skip(self, steps: int) -> None:
         """So many steps were taken that have not changed the weights."""
-        session = self._usable_session()
-        if session is not None:
+        self._count(steps)
+        if (session := self._usable_session()) is not None:
             session.count(steps)
 
 
@@ -263,7 +287,17 @@ def _refuse_sharded() -> None:
         )
 
 
-def _defaults(args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any) -> dict[str, Any]:
+@contextlib.contextmanager
+def _saved(*parts: Any) -> Iterator[str]:
+    """A folder with the files of these parts of a model, those that the Trainer saves beside its weights."""
+    with tempfile.TemporaryDirectory(prefix="ema-") as folder:
+        for part in parts:
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained(folder)
+        yield folder
+
+
+def _arguments_of(args: TrainingArguments, model: nn.Module, loader: Any) -> dict[str, Any]:
     """Arguments of `EmaClient` that follow from the Trainer's."""
     samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     found: dict[str, Any] = {"samples_per_step": samples}

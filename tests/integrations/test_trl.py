@@ -15,7 +15,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from ema_reader import Reader
@@ -109,8 +109,10 @@ def test_the_policy_is_averaged(server: ServerProcess, tmp_path: Path, make: Cal
     with Reader(server.http) as reader:
         assert reader.run(run).gap_steps == 0
         raw, average = reader.load(f"{run}/raw"), reader.load(f"{run}/ema")
-        loaded = LlamaForCausalLM.from_pretrained(reader.download(f"{run}/ema", tmp_path / "average"))
+        folder = reader.download(f"{run}/ema", tmp_path / "average")
+    loaded, tokenizer = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert largest_difference(recorder.at(1), recorder.at(_STEPS)) > 0.0
     assert largest_difference(raw, trainer.model.state_dict()) == 0.0
     assert largest_difference(average, replay(ledger, DECAY, recorder.at)) < 1e-6
     assert largest_difference(loaded.state_dict(), average) == 0.0
+    assert tokenizer("b c")["input_ids"] == trainer.processing_class("b c")["input_ids"]
