@@ -23,6 +23,10 @@ class NotFound(ReaderError):
     exit_code = 3
 
 
+class RunUnreadable(NotFound):
+    """The server has files of the run, and no generation that it can read."""
+
+
 class Unauthorized(ReaderError):
     """The server requires a token, or another one."""
 

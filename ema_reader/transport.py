@@ -23,6 +23,7 @@ from ema_reader.errors import (
     NotFound,
     ReaderError,
     RequestRefused,
+    RunUnreadable,
     Unauthorized,
     Unreachable,
     UsageError,
@@ -208,7 +209,7 @@ class Transport:
         if status == 401:
             raise Unauthorized(f"{self.url} requires a token, and none was given: set EMA_TOKEN or use --token{moved}")
         if status == 404:
-            raise NotFound(text)
+            raise RunUnreadable(text) if code == "run_unreadable" else NotFound(text)
         if status == 410:
             raise LeaseLost(text, code=code, status=status)
         if status == 422:

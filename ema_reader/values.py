@@ -127,6 +127,8 @@ class Run:
     `derived` names the averages that were made from other versions; `ring` is what power averages can be made from.
     `nonfinite_buffers` names buffers with NaN or Inf in the last snapshot: averages keep their last finite value.
     `disk_bytes` is what its files take on the server's disk, None before the server has measured it.
+    `publish_every_seconds` and `publish_every_steps` are how often it is published while it changes, None if the time
+    or the steps do not count, or no trainer streams it.
     """
 
     run: str
@@ -143,6 +145,8 @@ class Run:
     ring: Ring | None = None
     nonfinite_buffers: tuple[str, ...] = ()
     disk_bytes: int | None = None
+    publish_every_seconds: float | None = None
+    publish_every_steps: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -167,6 +171,8 @@ class Run:
             ring=None if value["ring"] is None else Ring.from_json(value["ring"]),
             nonfinite_buffers=tuple(nonfinite["tensors"]) if lasts else (),
             disk_bytes=value.get("disk_bytes"),
+            publish_every_seconds=value.get("publish_every_seconds"),
+            publish_every_steps=value.get("publish_every_steps"),
         )
         return cls(**made)
 

@@ -117,6 +117,20 @@ class ServerConfig:
             "How many of a run's newest generations to keep, and how many older ones, spread over the run.", "N", low=1
         ),
     )
+    keep_short_runs: int = field(
+        default=20,
+        metadata=_setting(
+            "Of the earlier runs of a name that ended after fewer than short-run-steps steps, how many to keep.",
+            "N",
+            low=1,
+        ),
+    )
+    short_run_steps: int = field(
+        default=100,
+        metadata=_setting(
+            "Delete the oldest earlier runs of a name that took fewer steps, beyond keep-short-runs; 0: none.", "N"
+        ),
+    )
     ring_size: int = field(
         default=32,
         metadata=_setting(

@@ -161,6 +161,7 @@ def build(
             deriving=deriving,
             usage=usage,
             submit=averager.submit,
+            has_folder=data_dir.has_folder,
             data=config.data,
             token=config.token,
             stopping=stopping,
@@ -222,12 +223,29 @@ async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> boo
             stack.push_async_callback(services.evaluator.stop)
         announced.append(Ready(endpoint, http_url, str(config.data.absolute()), services.device.name, os.getpid()))
         announce(announced[0])
-        dead = await wait_until_over(signalled, {"ingest": ingest.is_alive, "averager": averager.is_alive})
+        dead = await wait_until_over(signalled, _threads(server, http))
         if dead:
-            log.critical("the thread %s has died (see above); the server stops, so that it can be restarted", dead)
+            names = ", ".join(dead)
+            log.critical("%s: it has died (see above); the server stops, so that it can be restarted", names)
         log.info("stopping: no more snapshots are received; every run is published")
         services.stopping.set()
     return all(stopped) and not dead
+
+
+def _threads(server: Server, http: HttpServer) -> dict[str, Callable[[], bool]]:
+    """What must run while the server serves, by name: whether it does."""
+    services = server.services
+    found = {
+        "ingest": server.ingest.is_alive,
+        "averager": server.averager.is_alive,
+        "publisher": server.publisher.is_alive,
+        "metrics": services.metrics.is_alive,
+        "derived versions": services.deriving.is_alive,
+        "HTTP": http.is_alive,
+    }
+    if services.evaluator is not None:
+        found["evaluator"] = services.evaluator.is_alive
+    return found
 
 
 def _signalled() -> asyncio.Event:

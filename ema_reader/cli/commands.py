@@ -20,7 +20,7 @@ from ema_reader.cli.evaluate import evaluate, recalibrate, validate
 from ema_reader.cli.metrics import best, metrics
 from ema_reader.cli.options import Json, Long, RunName, Target, Token, Url, exits
 from ema_reader.cli.synthesize import synthesize
-from ema_reader.errors import NotFound, ReaderError, UsageError
+from ema_reader.errors import NotFound, ReaderError, RunUnreadable, UsageError
 from ema_reader.reader import DEFAULT_URL, Reader
 from ema_reader.scores import Score, scores_of
 from ema_reader.targets import named, parse_target
@@ -60,9 +60,9 @@ def status(
         if json:
             typer.echo(render.as_json({"runs": [_with_metrics(found, newest)]}))
         else:
-            typer.echo(
-                f"{render.status_text([found], long=long)}\n\n{render.newest_metrics_text(found, newest, long=long)}"
-            )
+            lines = (render.status_text([found], long=long), render.publishing_text(found))
+            shown = "\n".join(filter(None, lines))
+            typer.echo(f"{shown}\n\n{render.newest_metrics_text(found, newest, long=long)}")
 
 
 def versions(
@@ -115,17 +115,26 @@ def delete(
     Says what it will delete and asks first.
     """
     with exits(), Reader(url, token) as reader:
-        found = reader.run(named("run", run))
-        count = len({version.id for name in found.average_names for version in reader.versions(run, name)})
-        size = "of unknown size" if found.disk_bytes is None else f"{render.size_text(found.disk_bytes)} on its disk"
-        typer.echo(f"{run} ({found.state}) at {reader.url}: {count} versions, ring and metrics, {size}", err=True)
+        shown, sentence = _doomed(reader, named("run", run))
+        typer.echo(f"{run} {sentence}", err=True)
         if not yes and not sys.stdin.isatty():
             raise UsageError("nothing is deleted: no terminal to ask at; give --yes to delete without a question")
         if not yes and not typer.confirm("Delete it for good?", err=True):
             raise ReaderError("nothing is deleted")
         reader.delete(run)
-        shown = {"deleted": run, "versions": count, "disk_bytes": found.disk_bytes}
         typer.echo(render.as_json(shown) if json else f"{run} is deleted")
+
+
+def _doomed(reader: Reader, run: str) -> tuple[dict[str, Any], str]:
+    """What deleting a run deletes, as JSON and as a sentence."""
+    try:
+        found = reader.run(run)
+    except RunUnreadable:
+        return {"deleted": run, "versions": 0, "disk_bytes": None}, f"at {reader.url}: files that cannot be read"
+    count = len({version.id for name in found.average_names for version in reader.versions(run, name)})
+    size = "of unknown size" if found.disk_bytes is None else f"{render.size_text(found.disk_bytes)} on its disk"
+    shown = {"deleted": run, "versions": count, "disk_bytes": found.disk_bytes}
+    return shown, f"({found.state}) at {reader.url}: {count} versions, ring and metrics, {size}"
 
 
 def healthcheck(url: Url = DEFAULT_URL, json: Json = False) -> None:

@@ -48,6 +48,15 @@ def status_text(runs: Sequence[Run], *, long: bool = False) -> str:
     return "\n".join([table((*columns, "averages"), rows, optional=optional, long=long), *wrapped(notes)])
 
 
+def publishing_text(run: Run) -> str | None:
+    """How often a run is published; None if nothing is left to publish."""
+    if run.state != "active":
+        return None
+    seconds = [] if run.publish_every_seconds is None else [f"every {run.publish_every_seconds:g} s"]
+    steps = [] if run.publish_every_steps is None else [f"every {run.publish_every_steps} steps"]
+    return f"published {' and '.join([*seconds, *steps]) or 'on request only'}"
+
+
 def newest_metrics_text(run: Run, newest: Mapping[str, Score], *, long: bool = False) -> str:
     """One line for each average of a run, with its newest metrics."""
     names = metric_names(newest.values())

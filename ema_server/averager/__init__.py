@@ -10,5 +10,6 @@
 - `rewind`: takes a run back to an older generation
 - `change`: adds averages to a run that streams, and removes them
 - `delete`: deletes a run that no trainer streams
+- `short_runs`: deletes the oldest runs of a few steps that a trainer leaves which begins again and again
 - `status`: the status of an average, and of a run that is only on disk
 """

@@ -326,6 +326,8 @@ class ActiveRun:
             memory_bytes=run.memory_bytes,
             publish_error=self.publish_error,
             averages=tuple(average_status(a, a.rule, a.ledger, run.step_units, run.open_gap) for a in run.averages),
+            publish_every_seconds=self.resources.config.publish_every_seconds or None,
+            publish_every_steps=self._fewest_steps(),
         )
 
     def _begin(self, step: int) -> None:
@@ -371,6 +373,12 @@ class ActiveRun:
         self.next_seq += 1
         return GenerationInfo(self.next_seq - 1, self.resources.now(), reason, pinned, finished)
 
+    def _fewest_steps(self) -> int | None:
+        """After how many steps a generation is due: the server's, the trainer's or the ring's number, or None."""
+        ring = self.resources.ring.every_steps if self._has_power_average() else None
+        given = (self.resources.config.publish_every_steps, self.publish_every_steps, ring)
+        return min((steps for steps in given if steps), default=None)
+
     def _trainer_asks(self, now: float, last_step: int) -> bool:
         if self.publish_every_steps is None or last_step - self.begun_step < self.publish_every_steps:
             return False
@@ -387,9 +395,10 @@ class ActiveRun:
         )
 
     def _ring_due_at(self) -> int | None:
-        if not any(isinstance(average.rule, PowerEma) for average in self.run.averages):
-            return None
-        return self.resources.ring.due_at(self.name, self.begun_step)
+        return self.resources.ring.due_at(self.name, self.begun_step) if self._has_power_average() else None
+
+    def _has_power_average(self) -> bool:
+        return any(isinstance(average.rule, PowerEma) for average in self.run.averages)
 
 
 def _answer(requests: list[PublishRequest], outcome: Outcome) -> None:

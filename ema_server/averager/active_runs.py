@@ -101,7 +101,7 @@ class ActiveRuns:
     def forget(self, active: ActiveRun) -> None:
         """Free the run's memory and show what is left: a run without a snapshot or an end leaves nothing."""
         self._by_name.pop(active.name, None)
-        status = replace(active.status(), memory_bytes=0)
+        status = replace(active.status(), memory_bytes=0, publish_every_seconds=None, publish_every_steps=None)
         if active.failure is not None:
             self.resources.statuses.set(replace(status, step=status.published_step))
         elif active.run.last_step is None and active.state is not RunState.FINISHED:

@@ -130,8 +130,8 @@ class Averager:
         self._deadline = 0.0
 
     def is_alive(self) -> bool:
-        """Whether its thread and the publisher's run."""
-        return self._thread.is_alive() and self._publisher.is_alive()
+        """Whether its thread runs."""
+        return self._thread.is_alive()
 
     def listen(self, listener: Callable[[str, int], None]) -> None:
         """Call `listener(run, step)` for every generation that becomes durable. Before `start`; it must not block."""
@@ -284,9 +284,9 @@ class Averager:
                     active.publish(PublishRequest(reason))
 
     def _publish_all(self) -> None:
-        """Make every run durable once, and wait for it until the deadline."""
+        """Make every run durable once, and wait for it until the deadline; not for a publisher that has died."""
         requested: set[str] = set()
-        while self._clock() < self._deadline:
+        while self._clock() < self._deadline and self._publisher.is_alive():
             for active in self._runs.all():
                 with self._contained(active.name):
                     self._publish_last(active, requested)

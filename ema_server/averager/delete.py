@@ -6,7 +6,9 @@ The folder is renamed first, which makes the deletion durable. What a crash leav
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
+from ema_server.averager.active_run import Resources
 from ema_server.averager.active_runs import ActiveRuns
 from ema_server.averager.jobs import Deleted, DeleteRun, Unchanged, WhyNot
 
@@ -16,7 +18,7 @@ logger = logging.getLogger("ema")
 def delete(runs: ActiveRuns, job: DeleteRun) -> None:
     """Delete the run, or say why not. Waits until the publisher is done with it."""
     name, active, resources = job.run, runs.get(job.run), runs.resources
-    if active is None and resources.statuses.get(name) is None:
+    if active is None and resources.statuses.get(name) is None and not resources.data_dir.has_folder(name):
         job.reply(Unchanged(WhyNot.NO_SUCH_RUN, f"run {name!r} does not exist"))
         return
     if active is not None and not active.departed:
@@ -32,13 +34,27 @@ def delete(runs: ActiveRuns, job: DeleteRun) -> None:
         return
     if active is not None:
         runs.forget(active)
+    _forget(resources, name, folder)
+    logger.info("run %s is deleted", name)
+    job.reply(Deleted())
+
+
+def erase(resources: Resources, name: str) -> None:
+    """Delete a run that is not in memory.
+
+    Raises:
+        OSError: the disk refuses; nothing has changed.
+    """
+    _forget(resources, name, resources.data_dir.set_deleted(name))
+
+
+def _forget(resources: Resources, name: str, folder: Path | None) -> None:
+    """Remove what other parts know of a run whose folder has been renamed, and have the rest erased."""
     resources.catalog.delete(name)
     resources.ring.forget(name)
     resources.statuses.delete(name, resources.now())
     if folder is not None:
         resources.erase(name, folder)
-    logger.info("run %s is deleted", name)
-    job.reply(Deleted())
 
 
 def _streaming(name: str) -> str:

@@ -12,6 +12,7 @@ from ema_server.averager.active_runs import ActiveRuns
 from ema_server.averager.jobs import Failed, Join, Joined, Refused
 from ema_server.averager.join_policy import Decision, GoBack, Known, decide
 from ema_server.averager.rewind import begin_rewind, carried_back
+from ema_server.averager.short_runs import delete_short_runs
 from ema_server.publishing.publisher import CutRing
 from ema_server.runs.run import new_run
 from ema_server.runs.status_store import RunState
@@ -152,6 +153,7 @@ def _set_aside(runs: ActiveRuns, job: Join) -> None:
     resources.publisher.offer(new_name)
     del active  # its memory goes first
     _start(runs, job, new_name)
+    delete_short_runs(runs, job.run)
 
 
 def _admit(active: ActiveRun, job: Join, continuation: Continuation, set_aside: str | None = None) -> None:

@@ -55,6 +55,7 @@ class DerivationQueue:
         self._stopping = stopping
         self._free = threading.BoundedSemaphore(QUEUE_MAX)
         self._pool = ThreadPoolExecutor(1, "deriving", initializer=torch.set_num_threads, initargs=(1,))
+        self._worker = self._pool.submit(threading.current_thread).result()
 
     def restore(self) -> None:
         """List what is on disk.
@@ -81,6 +82,10 @@ class DerivationQueue:
             raise
         future.add_done_callback(lambda _: self._free.release())
         return await asyncio.wrap_future(future)
+
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._worker.is_alive()
 
     def stop(self) -> None:
         """Abandon unfinished versions and end the thread."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ class MetricStore:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
         try:
             self._connection = self._run(self._open).result()
+            self._worker = self._run(threading.current_thread).result()
         except MetricStoreError:
             self._thread.shutdown()
             raise
@@ -144,9 +146,14 @@ class MetricStore:
         """For each run, average and task the report of the newest step that is no error."""
         return self.submit(_newest)
 
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._worker.is_alive()
+
     def close(self) -> None:
         """Finish the queries that were submitted and close the database."""
-        self._run(lambda: self._connection.close()).result()
+        if self.is_alive():
+            self._run(lambda: self._connection.close()).result()
         self._thread.shutdown()
 
     def _run(self, work: Callable[[], Result]) -> Future[Result]:

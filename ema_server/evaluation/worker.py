@@ -50,13 +50,18 @@ class Evaluator:
         """Start the process, and keep one running until `stop`; `url` is where this machine reaches the server."""
         self._supervising = asyncio.create_task(self._supervise(url))
 
+    def is_alive(self) -> bool:
+        """Whether the process is supervised, since `start`."""
+        return self._supervising is not None and not self._supervising.done()
+
     async def stop(self) -> None:
         """End the process: SIGTERM, by which it gives its version back, and SIGKILL if that does not help."""
         if self._supervising is None:
             return
         self._supervising.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._supervising
+        await asyncio.wait({self._supervising})
+        if not self._supervising.cancelled() and (error := self._supervising.exception()) is not None:
+            log.error("the evaluator's supervision has died", exc_info=error)
         if self._process is None or self._process.returncode is not None:
             return
         self._process.terminate()

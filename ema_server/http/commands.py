@@ -91,12 +91,13 @@ async def remove_average(services: Services, run: str, average: str) -> None:
 
 
 async def delete_run(services: Services, run: str) -> None:
-    """Delete a run, durably.
+    """Delete a run, durably; also one of which no generation can be read.
 
     Raises:
         Problem: there is none of that name, a trainer streams it, or the disk refuses; the text says why.
     """
-    run_status(services, run)
+    if not services.has_folder(run):
+        run_status(services, run)  # one without a folder may have a trainer that has not sent a snapshot
 
     def job(reply: Callable[[Deleted | Unchanged], None]) -> DeleteRun:
         return DeleteRun(run, reply)

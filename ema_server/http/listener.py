@@ -64,6 +64,10 @@ class HttpServer:
         self.own_url = f"http://{bracketed(_LOOPBACK_OF.get(address, address))}:{port}"
         return f"http://{bracketed(self._host)}:{port}"
 
+    def is_alive(self) -> bool:
+        """Whether it accepts connections, since `start`."""
+        return self._serving is not None and not self._serving.done()
+
     async def stop(self) -> None:
         """Let running responses end, at most `graceful_s`, and close."""
         self._server.should_exit = True
@@ -72,7 +76,9 @@ class HttpServer:
         done, _ = await asyncio.wait({self._serving}, timeout=self._graceful_s)
         if not done:
             self._server.cut_off()
-        await self._serving
+        await asyncio.wait({self._serving})
+        if (error := self._serving.exception()) is not None:
+            log.error("HTTP has died", exc_info=error)
 
 
 class _Server(uvicorn.Server):

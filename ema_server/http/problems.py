@@ -27,6 +27,7 @@ class Code(Enum):
     UNAUTHORIZED = ("unauthorized", 401, "A token is required")
     NOT_FOUND = ("not_found", 404, "No such address")
     RUN_NOT_FOUND = ("run_not_found", 404, "No such run")
+    RUN_UNREADABLE = ("run_unreadable", 404, "The run has no generation that can be read")
     AVERAGE_NOT_FOUND = ("average_not_found", 404, "No such average in the run")
     VERSION_NOT_FOUND = ("version_not_found", 404, "No such version of the average")
     NO_VERSION_YET = ("no_version_yet", 404, "The average has no version yet")

@@ -31,6 +31,12 @@ def run_status(services: Services, run: str) -> RunStatus:
         deleted_at = services.statuses.deleted_at(run)
         if deleted_at is not None:
             raise Problem(Code.RUN_NOT_FOUND, f"run {run!r} was deleted at {deleted_at}, with all its versions")
+        if services.has_folder(run):
+            detail = (
+                f"run {run!r} has files on the server's disk, but no generation that can be read: a trainer that joins "
+                f"it begins a new run, DELETE /v1/runs/{run} (ema delete {run}) deletes the files"
+            )
+            raise Problem(Code.RUN_UNREADABLE, detail)
         names = [status.run for status in services.statuses.all()]
         known = ", ".join(names[:_NAMES_SHOWN]) if names else "none yet"
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""

@@ -113,6 +113,8 @@ class RunOut(Out):
     """State, steps, rates and gaps of a run. `derived` names the averages of its derived versions.
 
     `disk_bytes` is what its files take on the server's disk, each hard-linked file once; null until it is measured.
+    `publish_every_seconds` and `publish_every_steps`: how often it is published while it changes, whichever comes
+    first; null if the time or the steps do not count, or the run is not in memory.
     """
 
     run: str
@@ -137,6 +139,8 @@ class RunOut(Out):
     derived: tuple[str, ...] = ()
     ring: RingOut | None = None
     disk_bytes: int | None = None
+    publish_every_seconds: float | None = None
+    publish_every_steps: int | None = None
 
 
 class RunsOut(Out):

@@ -39,6 +39,7 @@ class Services:
         deriving: makes derived versions.
         usage: disk space of the runs.
         submit: hands a job to the averager; never blocks.
+        has_folder: whether the data folder has one of this run.
         data: the data folder.
         token: what a client must send; None if none is needed.
         stopping: set when the server has begun to stop.
@@ -56,6 +57,7 @@ class Services:
     deriving: DerivationQueue
     usage: DiskUsage
     submit: Callable[[Job], None]
+    has_folder: Callable[[str], bool]
     data: Path
     token: str | None = field(repr=False)
     stopping: threading.Event

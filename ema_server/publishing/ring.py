@@ -94,6 +94,11 @@ class Ring:
         """Call `on_cut(run, step)`, on the publisher's thread, whenever a run continues from an earlier step."""
         self._on_cut.append(on_cut)
 
+    @property
+    def every_steps(self) -> int | None:
+        """The number of steps after which a snapshot is due; None if every generation makes one, or none does."""
+        return self._every_steps if self._size and self._every_steps else None
+
     def due_at(self, run: str, begun_step: int) -> int | None:
         """The step at which a run with power averages is due for a snapshot; None if every generation makes one.
 
@@ -101,7 +106,7 @@ class Ring:
             run: its name.
             begun_step: counts as the step of the last snapshot if there has been none.
         """
-        if not self._size or not self._every_steps:
+        if self.every_steps is None:
             return None
         return self._offered.get(run, begun_step) + self._every_steps
 

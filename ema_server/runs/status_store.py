@@ -75,7 +75,9 @@ class RunStatus:
 
     `step` is the last applied one, `published_step` the last durable one, `first_step` the first applied one.
     `applied`, `gap_steps` and `quarantined` count since the run began. `memory_bytes` is what its averages take now.
-    `is_current` says whether a trainer has joined it since the server's start.
+    `is_current` says whether a trainer has joined it since the server's start. `publish_every_seconds` and
+    `publish_every_steps` are how often it is published while it changes, whichever comes first; None if the time or the
+    steps do not count, or the run is not in memory.
     """
 
     run: str
@@ -98,6 +100,8 @@ class RunStatus:
     publish_error: str | None
     averages: tuple[AverageStatus, ...]
     is_current: bool = True
+    publish_every_seconds: float | None = None
+    publish_every_steps: int | None = None
 
 
 class StatusStore:

@@ -223,6 +223,12 @@ class Catalog:
             self._generations.pop(run, None)
             self._derived.pop(run, None)
 
+    def is_read(self, run: str) -> bool:
+        """Whether a reader holds a version of the run, or held one within the last minute."""
+        with self._lock:
+            versions = [version for each in self._generations.get(run, ()) for version in each.versions]
+            return any(self._is_held(version) for version in (*versions, *self._derived.get(run, ())))
+
     def _has(self, version: Version) -> bool:
         return version in self._derived.get(version.run, ()) or any(
             version in generation.versions for generation in self._generations.get(version.run, ())

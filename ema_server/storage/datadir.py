@@ -21,9 +21,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import NAME_CHARS_MAX
-from ema_proto.names import check_name
+from ema_proto.names import is_name
 from ema_server.storage.catalog import Generation
 from ema_server.storage.disk import probe_write, replace_durably, sync_folders
 from ema_server.storage.generation import is_folder_name, open_generation, seq_in
@@ -34,6 +33,7 @@ _FORMAT_FILE = "format.json"
 TEMPORARY = ".tmp-"
 _ROOM_BYTES = 256 << 10  # the size of an empty database
 _BAD = ".bad-"
+_DATED = re.compile(r".+\.[0-9]{8}T[0-9]{6}Z(-[0-9]+)?")
 _DELETED = re.compile(r"\.deleted-([0-9]+)-(.+)")
 
 logger = logging.getLogger("ema")
@@ -61,6 +61,10 @@ class DataDir:
         """Names of the runs that have a folder."""
         names = (path.name for path in self._runs.iterdir() if path.is_dir())
         return tuple(sorted(name for name in names if not _DELETED.fullmatch(name) and _is_run(name)))
+
+    def has_folder(self, run: str) -> bool:
+        """Whether there is a folder of this run, with or without a generation that can be read."""
+        return is_name("run", run) and self.run_folder(run).is_dir()
 
     def generations_folder(self, run: str) -> Path:
         """The generations of `run`; it may not exist."""
@@ -180,6 +184,11 @@ def delete_whole(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def is_dated(run: str) -> bool:
+    """Whether the name is one that `set_run_aside` gives."""
+    return _DATED.fullmatch(run) is not None
+
+
 def next_seq_in(folder: Path) -> int:
     """One above the highest seq in the names in `folder`, which may not exist; 1 if there is none."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -246,9 +255,7 @@ def _check_format(path: Path) -> None:
 
 
 def _is_run(name: str) -> bool:
-    try:
-        check_name("run", name)
-    except LocalProtocolError:
+    if not is_name("run", name):
         logger.warning("ignoring runs/%s: it is not a valid run name", name)
         return False
     return True

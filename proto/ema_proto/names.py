@@ -51,6 +51,15 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
+def is_name(kind: str, name: str) -> bool:
+    """Whether `check_name` accepts the name."""
+    try:
+        check_name(kind, name)
+    except LocalProtocolError:
+        return False
+    return True
+
+
 def _problem(name: str) -> str | None:
     if not name:
         return "is empty"

@@ -71,7 +71,8 @@ def _answers(device: Device) -> CheckOut:
     try:
         return CheckOut(ok=True, detail=f"averages are kept on {device.describe()}")
     except RuntimeError as error:
-        return CheckOut(ok=False, detail=f"{device.name}: {error}")
+        first_line = str(error).partition("\n")[0]
+        return CheckOut(ok=False, detail=f"{device.name}: {first_line}: no run can be averaged; restart the server")
 
 
 def _writable(data: Path) -> CheckOut:

@@ -66,3 +66,16 @@ def test_on_a_terminal_it_asks(served: Served, url: str, answer: str, code: int,
     assert (process.returncode, "Delete it for good? [y/N]" in errors) == (code, True), errors
     assert ("ema: nothing is deleted" in errors) is exists
     assert (served.statuses.get("digits") is not None) is exists
+
+
+def test_run_that_cannot_be_read_is_deleted(served: Served, url: str) -> None:
+    (served.data / "runs" / "broken" / "generations" / ".bad-00000001-000000000001").mkdir(parents=True)
+    shown = CliRunner().invoke(build(), ["status", "broken", "--url", url])
+    done = CliRunner().invoke(build(), ["delete", "broken", "--yes", "--json", "--url", url])
+
+    assert shown.exit_code == 3
+    assert "no generation that can be read" in shown.stderr
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == {"deleted": "broken", "versions": 0, "disk_bytes": None}
+    assert done.stderr.startswith(f"broken at {url}: files that cannot be read")
+    eventually(lambda: not (served.data / "runs" / "broken").exists(), "its files are erased", WAIT_S)

@@ -200,3 +200,19 @@ def test_no_color_switches_styles_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert "\x1b[" in styled
     assert tables.styled("x", bold=True) == "x"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "text"),
+    [
+        (300.0, None, "published every 300 s"),
+        (0.5, 20, "published every 0.5 s and every 20 steps"),
+        (None, 20, "published every 20 steps"),
+        (None, None, "published on request only"),
+    ],
+)
+def test_streaming_run_shows_how_often_it_is_published(seconds: float | None, steps: int | None, text: str) -> None:
+    run = replace(_run("a"), state="active", publish_every_seconds=seconds, publish_every_steps=steps)
+
+    assert render.publishing_text(run) == text
+    assert render.publishing_text(replace(run, state="finished")) is None

@@ -125,3 +125,31 @@ def test_a_running_download_of_a_deleted_run_ends_with_all_its_bytes(served: Ser
     assert len(content) == entry.size > 8 << 20, "more than the sockets buffer"
     assert hashlib.sha256(content).hexdigest() == entry.sha256
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("left", ["broken", "none"])
+def test_run_without_a_readable_generation_is_deleted_by_its_name(tmp_path: Path, left: str) -> None:
+    with running_core(tmp_path) as core:
+        joined(core.join("r", manifest_of(_WEIGHTS), ["raw"]))
+        if left == "broken":
+            core.apply("r", 1, _WEIGHTS)
+            folder = durable(core.finish("r")).versions[0].folder.parents[1]
+    if left == "broken":
+        (folder / "generation.json").write_text("{")
+    with running_core(tmp_path) as core, TestClient(create_app(core.server.services)) as http:
+        assert http.get("/v1/runs").json() == {"runs": []}
+        found = http.get("/v1/runs/r")
+        assert (found.status_code, found.json()["code"]) == (404, "run_unreadable")
+        assert "no generation that can be read" in found.json()["detail"]
+        assert http.delete("/v1/runs/r").status_code == 204
+        eventually(lambda: list((tmp_path / "runs").iterdir()) == [], "its files are erased", WAIT_S)
+        again = http.delete("/v1/runs/r")
+        assert (again.status_code, again.json()["code"]) == (404, "run_not_found")
+
+
+@pytest.mark.parametrize("name", ["..", ".", ".deleted-1-r", "%2e%2e"])
+def test_no_folder_outside_the_runs_is_deleted(core: ServerCore, http: TestClient, name: str) -> None:
+    answer = http.delete(f"/v1/runs/{name}")
+
+    assert answer.status_code in (404, 405)
+    assert core.data_dir.runs() == ("r",)

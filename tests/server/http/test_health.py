@@ -67,7 +67,7 @@ def test_readiness_fails_if_a_thread_has_not_started(client: TestClient, served:
 def test_readiness_fails_if_the_device_does_not_answer(served: Served) -> None:
     class Lost(InlineBackend):
         def describe(self) -> str:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
 
     served.beat()
     with TestClient(create_app(replace(served.services, device=Accelerator("cuda:1", Lost())))) as client:
@@ -75,7 +75,8 @@ def test_readiness_fails_if_the_device_does_not_answer(served: Served) -> None:
 
     assert (response.status_code, response.json()["detail"]) == (
         503,
-        "device: cuda:1: CUDA error: an illegal memory access was encountered",
+        "device: cuda:1: CUDA error: an illegal memory access was encountered: no run can be averaged; restart the "
+        "server",
     )
 
 

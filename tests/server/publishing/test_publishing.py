@@ -396,3 +396,33 @@ def test_only_a_rewind_verifies_files_of_this_process_again(core: ServerCore, mo
     _apply(core, 2)
     assert isinstance(core.rewind("r", 1), Rewound)
     assert len(read) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "averages", "seconds", "steps"),
+    [
+        ({"publish_every_seconds": 300.0}, None, ("raw",), 300.0, None),
+        ({"publish_every_seconds": 0.0}, None, ("raw",), None, None),
+        ({"publish_every_steps": 50}, 20, ("raw",), None, 20),
+        ({"publish_every_steps": 10}, 20, ("raw",), None, 10),
+        ({"ring_every_steps": 8}, None, ("power:sigma_rel=0.05", "power:sigma_rel=0.1"), None, 8),
+        ({"ring_every_steps": 8}, None, ("raw",), None, None),
+    ],
+)
+def test_status_says_how_often_a_run_is_published(
+    tmp_path: Path,
+    settings: dict[str, Any],
+    asked: int | None,
+    averages: tuple[str, ...],
+    seconds: float | None,
+    steps: int | None,
+) -> None:
+    with running_core(tmp_path, **settings) as core:
+        joined(core.join("r", _MANIFEST, averages, publish_every_steps=asked))
+        core.apply("r", 1, _weights(1))
+        status = core.statuses.get("r")
+        assert status is not None
+        assert (status.publish_every_seconds, status.publish_every_steps) == (seconds, steps)
+        durable(core.finish("r"))
+        status = core.settled("r", lambda status: status.memory_bytes == 0)
+        assert (status.publish_every_seconds, status.publish_every_steps) == (None, None)
