@@ -149,8 +149,7 @@ def build(
         ingest = Ingest(config, averager, companions, telemetry)
         undo.callback(ingest.stop, INGEST_STOP_S)
         ring.listen(deriving.store.supersede)
-        catalog.listen(ring.rename)
-        catalog.listen(metrics.rename)
+        catalog.listen(ring.rename, metrics.rename)
         averager.listen(ingest.published)
         services = Services(
             catalog=catalog,

@@ -155,9 +155,9 @@ class Catalog:
                     del self._holds[key]
                     self._released_at[key] = self._clock()
 
-    def listen(self, on_move: Callable[[str, str], None]) -> None:
-        """Call `on_move(run, new_run)` whenever a run is renamed. It must not block."""
-        self._on_move.append(on_move)
+    def listen(self, *on_move: Callable[[str, str], None]) -> None:
+        """Call each of these as `on_move(run, new_run)` whenever a run is renamed. They must not block."""
+        self._on_move += on_move
 
     def guard(self, is_needed: Callable[[Version], bool]) -> None:
         """Keep versions while `is_needed(version)` is true. It must neither block nor call the catalog."""
