@@ -8,6 +8,7 @@ Versions have hard links to these, so they take no more of the disk, and keep th
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import tempfile
@@ -21,7 +22,7 @@ from ema_proto.names import OWN_FILES
 from ema_server.storage.catalog import FileEntry, Version
 from ema_server.storage.datadir import TEMPORARY, DataDir
 from ema_server.storage.disk import link_or_copy, sha256, shortage, sync_folders
-from ema_server.storage.records import ADAPTER_CONFIG, ADAPTER_FILE
+from ema_server.storage.records import ADAPTER_CONFIG, ADAPTER_FILE, CONFIG_FILE, DIFFUSERS_FILE, DIFFUSERS_KEY
 
 Sources: TypeAlias = Mapping[FileEntry, Path]
 """Companion files, each with where its bytes are."""
@@ -178,7 +179,8 @@ def sources_in(version: Version) -> Sources:
 def place(companions: Sources, folder: Path, model: FileEntry) -> tuple[FileEntry, ...]:
     """Link companion files into the folder of a version; returns the entries of the files that it has now besides.
 
-    With `adapter_config.json`, the model file `model` is also linked as `adapter_model.safetensors`, for PEFT.
+    The model file `model` is also linked under the name that PEFT or diffusers looks for, if it is a model of theirs.
+    That shows in `adapter_config.json` among the files, or in the folder's `config.json`.
 
     Raises:
         OSError: the disk refuses.
@@ -187,16 +189,27 @@ def place(companions: Sources, folder: Path, model: FileEntry) -> tuple[FileEntr
         target = folder / file.name
         target.parent.mkdir(exist_ok=True)
         link_or_copy(source, target)
-    if not any(file.name == ADAPTER_CONFIG for file in companions):
+    if any(file.name == ADAPTER_CONFIG for file in companions):
+        second = ADAPTER_FILE
+    elif _is_of_diffusers(folder / CONFIG_FILE):
+        second = DIFFUSERS_FILE
+    else:
         return tuple(companions)
-    link_or_copy(folder / model.name, folder / ADAPTER_FILE)
-    return (*companions, replace(model, name=ADAPTER_FILE))
+    link_or_copy(folder / model.name, folder / second)
+    return (*companions, replace(model, name=second))
 
 
 def folders_in(folder: Path, files: Iterable[FileEntry]) -> list[Path]:
     """The folders, innermost first, that hold the files of a version in `folder`."""
     inner = {(folder / file.name).parent for file in files}
     return [*sorted(inner - {folder}), folder]
+
+
+def _is_of_diffusers(config: Path) -> bool:
+    try:
+        return DIFFUSERS_KEY in json.loads(config.read_bytes())
+    except FileNotFoundError:
+        return False
 
 
 def _has(path: Path, file: FileEntry) -> bool:

@@ -18,9 +18,9 @@ from ema_proto.wire.manifest import Manifest
 from ema_server.storage.catalog import FileEntry, Generation, Version
 from ema_server.storage.disk import sha256
 from ema_server.storage.records import (
-    ADAPTER_FILE,
     GENERATION_FILE,
     MANIFEST_FILE,
+    SECOND_NAMES,
     VERSION_FILE,
     BrokenGeneration,
     GenerationRecord,
@@ -181,7 +181,7 @@ def _is_given(path: str) -> bool:
     """Whether a path in a generation is that of a companion file, or of a second name of a model file."""
     folder, _, rest = path.partition("/")
     name = rest.partition("/")[2]
-    return folder == AVERAGES_FOLDER and (name not in OWN_FILES or name == ADAPTER_FILE)
+    return folder == AVERAGES_FOLDER and (name not in OWN_FILES or name in SECOND_NAMES)
 
 
 def _read(path: Path) -> bytes:

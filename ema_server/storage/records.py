@@ -27,6 +27,9 @@ VERSION_FILE = "version.json"
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"  # the files of PEFT
 ADAPTER_FILE = "adapter_model.safetensors"
+DIFFUSERS_KEY = "_diffusers_version"  # diffusers' save_pretrained writes it into config.json
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+SECOND_NAMES = frozenset({ADAPTER_FILE, DIFFUSERS_FILE})
 
 
 class BrokenGeneration(Exception):

@@ -21,6 +21,7 @@ OWN_FILES = frozenset(
     {
         "adapter_model.safetensors",
         "config.json",
+        "diffusion_pytorch_model.safetensors",
         "generation.json",
         "model.safetensors",
         "state.safetensors",

@@ -229,6 +229,19 @@ def test_average_has_the_names_of_the_model(made: Any, server: ServerProcess, ru
     assert _difference(loaded.values(), model.state_dict().values()) == 0.0
 
 
+def test_downloaded_average_is_a_model_of_diffusers(made: Any, server: ServerProcess, run: str, tmp_path: Path) -> None:
+    model = small_unet()
+    ema = made(list(model.parameters()), model_cls=UNet2DModel, model_config=model.config)
+    ema.step(model.parameters())
+    assert ema.finish()
+
+    with Reader(server.http) as reader:
+        folder = reader.download(reader.version(run, "ema"), tmp_path / "average")
+    loaded = UNet2DModel.from_pretrained(folder)
+    assert list(loaded.config.block_out_channels) == [8, 16]
+    assert _difference(loaded.parameters(), model.parameters()) == 0.0
+
+
 def test_parameters_without_names_get_numbers_and_a_warning(
     made: Any, server: ServerProcess, run: str, caplog: pytest.LogCaptureFixture
 ) -> None:

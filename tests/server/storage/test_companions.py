@@ -69,7 +69,7 @@ def digests(files: dict[str, bytes]) -> set[str]:
 def test_names_of_own_files_are_those_that_the_server_writes() -> None:
     own = {MODEL_FILE, STATE_FILE, records.CONFIG_FILE, records.VERSION_FILE, records.GENERATION_FILE}
 
-    assert own | {records.ADAPTER_FILE} == OWN_FILES
+    assert own | records.SECOND_NAMES == OWN_FILES
 
 
 def test_every_average_has_the_files_as_links(core: ServerCore) -> None:
@@ -232,6 +232,22 @@ def test_with_an_adapter_config_the_model_has_the_name_of_an_adapter_too(core: S
     assert adapter == FileEntry("adapter_model.safetensors", model.size, model.sha256)
     content(version)
     assert (version.folder / model.name).samefile(version.folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "has_it"), [('{"_diffusers_version": "0.42.1"}', True), ('{"model_type": "bert"}', False), (None, False)]
+)
+def test_with_a_config_of_diffusers_the_model_has_the_name_that_diffusers_loads(
+    core: ServerCore, config: str | None, has_it: bool
+) -> None:
+    joined(core.join("run", MANIFEST, config=config))
+    version = step(core, 1)["raw"]
+
+    model, second = version.file("model.safetensors"), version.file("diffusion_pytorch_model.safetensors")
+    assert model is not None
+    expected = FileEntry("diffusion_pytorch_model.safetensors", model.size, model.sha256)
+    assert second == (expected if has_it else None)
+    content(version)
 
 
 def test_no_room_for_the_files_refuses_the_join(core: ServerCore, monkeypatch: pytest.MonkeyPatch) -> None:
