@@ -177,7 +177,7 @@ class EmaCallback(TrainerCallback):
         """Log new scores; finish the run when the Trainer logs its summary, before it loads the best model."""
         self._log_scores(args, state, control)
         if control.should_training_stop and "train_runtime" in (logs or ()):
-            self._finish()
+            self._finish(args, state, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Log new scores."""
@@ -193,20 +193,13 @@ class EmaCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         """Finish the run."""
-        self._finish()
-        if self._scores is not None:
-            self._scores.wait(self._client.stats()["last_published_step"], self._scores_timeout_s)
-            self._log_scores(args, state, control)
-            self._scores.close()
-            self._scores = None
+        self._finish(args, state, control)
 
     def _begin(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any, found: dict[str, Any]
     ) -> None:
         """Join the run; `found` are arguments of the client that follow from the Trainer's."""
-        if self._scores is not None:
-            self._scores.close()
-        self._scores = None
+        self._stop_scores()
         arguments: dict[str, Any] = found | self._arguments
         arguments |= {"run": self._run_of(state), "rank": args.process_index}
         if state.global_step > 0:
@@ -232,9 +225,19 @@ class EmaCallback(TrainerCallback):
             return f"{run}-{_NOT_IN_NAMES.sub('-', state.trial_name)}"
         return run
 
-    def _finish(self) -> None:
-        if not self._client.ended:
-            self._client.finish(self._timeout_s)
+    def _finish(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        if self._client.ended:
+            return
+        self._client.finish(self._timeout_s)
+        if self._scores is not None:
+            self._scores.wait(self._client.stats()["last_published_step"], self._scores_timeout_s)
+            self._log_scores(args, state, control)
+            self._stop_scores()
+
+    def _stop_scores(self) -> None:
+        if self._scores is not None:
+            self._scores.close()
+        self._scores = None
 
     def _log_scores(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         by_step: dict[int, dict[str, float]] = {}

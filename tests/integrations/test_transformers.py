@@ -298,6 +298,7 @@ def test_scores_of_every_average_are_logged_once(
         (20, "raw_accuracy", 0.5),
     ]
     assert all({"epoch", "step"} <= entry.keys() for entry in entries)
+    trainer.create_model_card()  # it reads the log
     shown = [logs for logs in evaluator.logs if "eval_averages_step" in logs]
     assert len(shown) == (len(entries) if tracked else 0)
 
