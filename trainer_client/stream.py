@@ -21,9 +21,11 @@ from ema_proto.errors import LocalProtocolError
 from ema_proto.sender.events import SenderState
 from ema_proto.wire.manifest import Role
 from ema_proto.wire.messages import Join, Joined, Mode, Resume
+from trainer_client.companions import CompanionFile, check_companions
 from trainer_client.connection.worker import Worker
 from trainer_client.counters import Skip
 from trainer_client.errors import PlanError, SettingsError
+from trainer_client.model import adapters
 from trainer_client.model.plan import Plan
 from trainer_client.model.selection import Selection
 from trainer_client.model.sources import version_of
@@ -101,7 +103,7 @@ class Stream:
             raise SettingsError(
                 "a run cannot be joined while a CUDA graph is captured: call attach() or update() before"
             )
-        files = settings.companions
+        files = _with_adapter_config(settings.companions, plan)
         join = Join(
             run=settings.run,
             first_step=steps + 1,
@@ -306,6 +308,13 @@ def plan_of(model: nn.Module, settings: Settings) -> Plan:
     except LocalProtocolError as error:
         raise PlanError(str(error)) from None
     return plan
+
+
+def _with_adapter_config(files: tuple[CompanionFile, ...] | None, plan: Plan) -> tuple[CompanionFile, ...] | None:
+    """The files, and where an adapter is streamed, its `adapter_config.json` if that is not among them."""
+    if plan.adapter is None or any(file.spec.name == adapters.CONFIG_FILE for file in files or ()):
+        return files
+    return check_companions((*(files or ()), CompanionFile.of(adapters.CONFIG_FILE, plan.adapter.config())))
 
 
 def _log_half_lives(settings: Settings) -> None:

@@ -19,6 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from ema_proto.errors import LocalProtocolError
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from trainer_client.errors import PlanError
+from trainer_client.model.adapters import Adapter
 from trainer_client.model.dtypes import WIRE_DTYPES, wire_dtype
 from trainer_client.model.selection import WHOLE, Selection
 from trainer_client.model.sources import Identity, Node, Source, check_state_dict, identity, walk
@@ -42,10 +43,11 @@ class Plan:
     _nodes: tuple[Node, ...] = field(repr=False)
     _selection: Selection = field(repr=False)
     _extra_state: tuple[str, ...] = field(repr=False)
+    adapter: Adapter | None = field(default=None, repr=False)  # if that is what is streamed
 
     @classmethod
     def of(cls, model: nn.Module, selection: Selection = WHOLE) -> Plan:
-        """Plan the snapshots of `model` as it is now.
+        """Plan the snapshots of `model` as it is now. The whole of a model with adapters is its active adapter.
 
         Args:
             model: the model, wrapped or not.
@@ -53,7 +55,7 @@ class Plan:
 
         Raises:
             PlanError: it holds a tensor that cannot be streamed, its state dict is not simply its tensors, two names
-                collide, a pattern matches nothing, or there is nothing to stream.
+                collide, a pattern matches nothing, several adapters are active, or there is nothing to stream.
         """
         plan = cls._of(model, selection, None)
         if plan._extra_state:
@@ -61,6 +63,9 @@ class Plan:
                 "ema: %s is not streamed, like any extra state (of %d modules): it is not averaged, nor in the versions"
             )
             log.warning(text, plan._extra_state[0], len(plan._extra_state))
+        if plan.adapter is not None:
+            text = "ema: of the model, the adapter %r is streamed, as PEFT saves it (%d tensors); see include="
+            log.info(text, plan.adapter.name, len(plan.manifest.tensors))
         return plan
 
     @classmethod
@@ -71,10 +76,12 @@ class Plan:
         nodes, found = walk(model)
         if not found:
             raise PlanError("the model has no parameters and no buffers: there is nothing to average")
+        adapter = Adapter.of(model) if selection.is_whole else None
+        found = found if adapter is None else adapter.choose(found)
         sources = selection.choose(found)
         dtypes = {source.name: wire_dtype(source.name, _required(source)) for source in sources}
         chosen = {source.name: _required(source) for source in sources}
-        extra_state = check_state_dict(model, chosen, whole=selection.is_whole)
+        extra_state = check_state_dict(model, chosen, whole=selection.is_whole) if adapter is None else ()
         groups = _tied(sources, tied)
         try:
             manifest = layout(_spec(group, dtypes[group[0].name]) for group in groups)
@@ -82,7 +89,7 @@ class Plan:
             raise PlanError(str(error)) from None
         ties = tuple((group[0], alias) for group in groups for alias in group[1:])
         firsts = tuple(group[0] for group in groups)
-        return cls(manifest, model, firsts, ties, nodes, selection.fixed(found), extra_state)
+        return cls(manifest, model, firsts, ties, nodes, selection.fixed(found), extra_state, adapter)
 
     def renewed(self, model: nn.Module) -> Plan:
         """This plan if it still describes `model`, else a new one of the same manifest (modules replaced by like ones).
@@ -90,11 +97,19 @@ class Plan:
         Raises:
             PlanError: names, dtypes or shapes have changed, or weights are tied no longer; the first is named.
         """
-        if model is self.model and all(node.is_intact() for node in self._nodes) and self._ties_hold():
+        is_same_adapter = self.adapter is None or self.adapter.is_active()
+        if (
+            model is self.model
+            and is_same_adapter
+            and all(node.is_intact() for node in self._nodes)
+            and self._ties_hold()
+        ):
             return self
         tied = {name: spec.name for spec in self.manifest.tensors for name in (spec.name, *spec.aliases)}
         fresh = Plan._of(model, self._selection, tied)
         difference = self.manifest.first_difference(fresh.manifest)
+        if self.adapter is not None and fresh.adapter is not None and self.adapter.name != fresh.adapter.name:
+            difference = f"the adapter {fresh.adapter.name!r} is active, it was {self.adapter.name!r}"
         if difference is not None:
             raise PlanError(f"the model has changed: {difference}; {_WHAT_TO_DO}")
         return fresh
