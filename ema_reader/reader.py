@@ -191,8 +191,15 @@ class Reader:
         with default_progress() as bar:
             return download_version(self._transport, wanted, Path(dest), bar)
 
-    def load(self, version: Version | str, device: str = "cpu") -> dict[str, Tensor]:
+    def load(
+        self, version: Version | str, device: str = "cpu", *, progress: Progress | None = None
+    ) -> dict[str, Tensor]:
         """The weights of a version on `device`, by name, verified. Needs torch, and space in the temporary folder.
+
+        Args:
+            version: the version, or its target as text.
+            device: of the tensors.
+            progress: receives the number of bytes; an exception that it raises ends the download. Default: none.
 
         Raises:
             NotFound: the server does not have the version, or it has no weights in one file.
@@ -208,7 +215,9 @@ class Reader:
         if weights is None:
             raise NotFound(f"{wanted} has no {WEIGHTS}")
         with tempfile.TemporaryDirectory(prefix="ema-") as folder:
-            path = download_version(self._transport, replace(wanted, files=(weights,)), Path(folder), Silent())
+            path = download_version(
+                self._transport, replace(wanted, files=(weights,)), Path(folder), progress or Silent()
+            )
             return load_file(path / WEIGHTS, device=device)
 
     def report(

@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 
 from ema_proto.averages.rules import AverageSpec
 from ema_proto.wire.messages import Resume
-from trainer_client.counters import Counters
 from trainer_client.errors import RewindError, SettingsError
 from trainer_client.lifecycle import State
+from trainer_client.pulling.average_reader import AverageReader
+from trainer_client.pulling.pull import Pull, Pulls
 from trainer_client.ranks import rank_of
 from trainer_client.session import CLOSE_TIMEOUT_S, Session, connect
 from trainer_client.settings import Settings, check_state, check_step, check_timeout
@@ -115,10 +116,11 @@ class EmaClient:
         arguments = locals()  # each is a field of Settings, which validates it
         self._settings = Settings.of(os.environ, arguments)
         self._counted = 0  # steps, where there is no session that counts them
+        self._pulls = Pulls()
         self._session: Session | None = None
         if (rank := rank_of(self._settings.rank, os.environ)) == 0:
             self._settings = self._settings.with_files()
-            self._session = Session(self._settings, self._connect)
+            self._session = Session(self._settings, self._connect, self._pulls)
         else:
             log.info("ema: rank %d does not stream: rank 0 does", rank)
 
@@ -156,7 +158,8 @@ class EmaClient:
         """
         steppers = steppers_of(optimizer)
         if (session := self._usable_session()) is None:
-            return Attachment(model, steppers, Listener(count=self._count)) if self._is_other_rank else Attachment()
+            counting = Listener(count=self._count, take=lambda: self._pulls.after_step(self.steps))
+            return Attachment(model, steppers, counting) if self._is_other_rank else Attachment()
         if session.attachment.attached:
             raise SettingsError("the client is attached already: call remove() on the handle that attach() returned")
         if not session.joined:
@@ -184,12 +187,63 @@ class EmaClient:
         number = None if step is None else check_step("step", step, 0)
         if (session := self._usable_session()) is None:
             self._count(1 if number is None else max(0, number - self.steps))
+            self._pulls.after_step(self.steps)
             return
         if not session.joined:
             session.join(model, self._settings, steps_before(number, self._settings.step))
             if session.lacks_start:
                 log.warning("ema: averages with init=start begin with the first update: no set(model) came before it")
         session.update(model, number)
+
+    def pull(
+        self,
+        into: nn.Module,
+        average: str = "ema",
+        every: int = 100,
+        *,
+        url: str | None = None,
+        token: str | None = None,
+    ) -> Pull:
+        """Keep an average in a module of this process: a teacher, a reference policy, a model to sample from.
+
+        After each step that `every` divides, the server is asked to publish that step, and a thread downloads the
+        version over HTTP and verifies it. After the next such step it is copied into the tensors of `into`, if it is
+        whole by then, else one later. The training waits for nothing but that copy. On ranks other than 0 it works
+        likewise. Ends with `remove()` of what is returned, `finish()` or `close()`.
+
+        The module may be on another device and of another dtype. Its tensors are written in place; those that the
+        average lacks are kept. One version at most is held meanwhile, in a temporary file that is mapped into memory.
+
+        Args:
+            into: what is written; not the model that is trained.
+            average: the name of the average.
+            every: optimizer steps from one version to the next. Each makes the server write all averages of the run.
+            url: the server's address for readers; default `EMA_URL`, else `http://127.0.0.1:8080`.
+            token: its token; default that of this client.
+
+        Raises:
+            SettingsError: an argument cannot be used, or the packages of the extra `reader` are missing.
+            PlanError: the module has no tensors, or one that cannot be written, such as a sharded one.
+            ClientClosed: the client was closed or finished.
+
+        Afterwards nothing raises: an average that does not fit the module, for example, ends the pull with an error in
+        the log and in `stats()`.
+        """
+        every = check_step("every", every, 1)
+        self._check_pull(into, average)
+        session = self._usable_session()
+        pull = Pull(
+            into,
+            average,
+            every,
+            reader=AverageReader(url, self._settings.token if token is None else token, self.run),
+            steps=lambda: self.steps,
+            due_until=lambda step: step - step % self._settings.every,
+            publish=(lambda: None) if session is None else session.publish_soon,
+            counters=self._pulls.counters,
+        )
+        self._pulls.add(pull)
+        return pull
 
     def before_weight_write(self) -> None:
         """Say that something other than an optimizer is about to write the weights, on a CUDA device, after `attach`.
@@ -260,10 +314,14 @@ class EmaClient:
             True once the finished run is durable; the log says so if it ends with an older step than the trainer's.
             False when nothing was joined or sent, or not in time. Closed either way.
         """
-        return self._session is None or self._session.finish(check_timeout("timeout_s", timeout_s))
+        if self._session is None:
+            self._pulls.close()
+            return True
+        return self._session.finish(check_timeout("timeout_s", timeout_s))
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Leave the run open on the server and stop; calling it again changes nothing."""
+        self._pulls.close()
         if self._session is not None:
             self._session.close(check_timeout("timeout_s", timeout_s))
 
@@ -314,10 +372,13 @@ class EmaClient:
             `failed`: the server refused for good. `reconnects`: how often it came back.
             `offered`, `committed` (also what a killed server had applied and lost), `dropped` (by reject code), and the
             newest steps sent, applied and published, as `last_offered_step` and so on.
+            `pulls`: for each call of `pull`, the `average`, the `step` and `version` that the module holds, how often
+            it was `copied`, and the `error` for which it has no newer one.
         """
         session = self._session
         own = {"run": self.run, "client": self._state.value, "steps": self.steps}
-        return own | ({"stopped": None} | Counters().to_json() if session is None else session.stats())
+        rest = {"stopped": None} | self._pulls.counters.to_json() if session is None else session.stats()
+        return own | rest | {"pulls": self._pulls.to_json()}
 
     def __enter__(self) -> Self:
         return self
@@ -341,6 +402,17 @@ class EmaClient:
     @property
     def _is_other_rank(self) -> bool:
         return self._session is None
+
+    def _check_pull(self, into: object, average: str) -> None:
+        if not isinstance(into, nn.Module):
+            raise SettingsError(f"into={type(into).__name__} is not a torch.nn.Module: pass the module to be written")
+        if self._session is not None and self._session.trains(into):
+            raise SettingsError("into= has parameters that are trained, and averages would overwrite them: pass a copy")
+        if self._is_other_rank and self._settings.run_generated:
+            raise SettingsError("other ranks must know the run that rank 0 streams: pass run=, or set EMA_RUN")
+        names = [rule.name for rule in self._settings.averages]
+        if average not in names:  # it may have been added on the server
+            log.warning("ema: pull: %r is not among the averages of this client: %s", average, ", ".join(names))
 
     def _usable_session(self) -> Session | None:
         """The session; None where nothing is to be done: on other ranks, in a fork, after another client took over.

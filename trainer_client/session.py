@@ -20,9 +20,11 @@ from ema_proto.averages.rules import Ema
 from ema_proto.sender.events import Answered
 from ema_proto.wire.messages import Resume
 from trainer_client.connection.worker import Worker, seconds_left
+from trainer_client.counters import Counters
 from trainer_client.errors import ConnectError, JoinError, PlanError
 from trainer_client.lifecycle import Lifecycle, State, when_forgotten
 from trainer_client.messages import log_checkpoint, log_finished, log_joined
+from trainer_client.pulling.pull import Pulls
 from trainer_client.settings import OnChange, Settings
 from trainer_client.steps.hooks import Attachment, Listener
 from trainer_client.steps.optimizers import Stepper
@@ -49,6 +51,7 @@ class Session:
     Args:
         settings: where to connect to.
         connect: makes a connection.
+        pulls: are called after each step, and closed at the end.
 
     Attributes:
         life: whether the session may be used.
@@ -59,11 +62,12 @@ class Session:
         ConnectError: `connect` does.
     """
 
-    def __init__(self, settings: Settings, connect: Callable[[Settings], Worker]) -> None:
+    def __init__(self, settings: Settings, connect: Callable[[Settings], Worker], pulls: Pulls | None = None) -> None:
         self.life = Lifecycle()
         self.attachment = Attachment()
         self._settings = settings
         self._connect = connect
+        self._pulls = Pulls() if pulls is None else pulls
         self._stream: Stream | None = None
         self._steps: int | None = None  # when it ended
         self._use(connect(settings))
@@ -138,10 +142,16 @@ class Session:
         if self._stream is not None and not self.life.forked():
             self._stream.count(self._stream.steps + steps)
 
+    def trains(self, module: nn.Module) -> bool:
+        """Whether the optimizers that are followed train parameters of `module`."""
+        trained = {id(each) for each in self.attachment.model.parameters() if each.requires_grad}
+        return any(id(each) in trained for each in module.parameters())
+
     def update(self, model: nn.Module, step: int | None = None) -> None:
         """Send a snapshot of `model` as of `step`, by default the next one; it is copied when this returns."""
         if (stream := self._stream) is not None:
             self._send(model, partial(stream.advance, model, stream.steps + 1 if step is None else step))
+            self._pulls.after_step(stream.steps)
 
     def replace(self, model: nn.Module, step: int | None = None) -> bool:
         """Have the averages become the weights of `model`, as of `step`, by default the last; False if not sent."""
@@ -176,6 +186,11 @@ class Session:
             return False
         answer = self.publish(timeout_s)
         return log_checkpoint(step, answer, stream.due_until(step))
+
+    def publish_soon(self) -> None:
+        """Ask for a generation of everything sent so far. Does not wait for it."""
+        if self._stream is not None and not self.life.ended():
+            self.worker.publish_soon()
 
     def rewind(self, step: int, timeout_s: float) -> int | None:
         """Take the run back to its newest generation at or before `step`; return that generation's step.
@@ -214,11 +229,15 @@ class Session:
     def stats(self) -> dict[str, Any]:
         """`stopped`, the counters, and the state of the connection."""
         stopped = None if self._stream is None else self._stream.stopped
+        counters = Counters()
+        counters.add(self.worker.counters)
+        counters.add(self._pulls.counters)
         connection = {} if self.life.forked() else dataclasses.asdict(self.worker.stats())
-        return {"stopped": stopped} | self.worker.counters.to_json() | connection
+        return {"stopped": stopped} | counters.to_json() | connection
 
     def _end(self, timeout_s: float, state: State) -> None:
         """Stop, and release the memory of host and device; the run stays as it is on the server."""
+        self._pulls.close()
         self.attachment.remove()
         self.attachment = Attachment()  # the other one refers to this session
         self.worker.close(timeout_s)
@@ -284,6 +303,7 @@ class Session:
     def _take(self, model: nn.Module, overlap: bool) -> None:
         if self._stream is not None and not self.life.forked():
             self._send(model, partial(self._stream.take, model, overlap=overlap))
+            self._pulls.after_step(self.steps or 0)
 
     def _hold_back_writes(self, optimizer: Optimizer | None = None) -> None:
         if self._stream is not None and not self.life.forked():

@@ -74,6 +74,9 @@ class FakeWorker(Worker):
         self.asked.append(f"flush durable={durable}")
         return self.answer
 
+    def publish_soon(self) -> None:
+        self.asked.append("publish soon")
+
     def _send(self, slot: Slot, step: int, mode: Mode) -> None:
         self.offered.append((step, slot))
 

@@ -44,7 +44,7 @@ class TransferQueue:
         self._give_back = give_back
         self._counters = counters
         self._changed = threading.Condition()
-        self._waiting: deque[_Snapshot] = deque()  # the first stays until it is done
+        self._waiting: deque[_Snapshot | Callable[[], object]] = deque()  # the first stays until it is done
         self._thread: threading.Thread | None = None
         self._closed = False
         self._lost = False
@@ -62,6 +62,15 @@ class TransferQueue:
                     self._thread.start()
                 return
         self._finish(snapshot)
+
+    def then(self, call: Callable[[], object]) -> None:
+        """Call it after everything that was put before was sent: now, or in the thread."""
+        with self._changed:
+            if self._waiting:
+                self._waiting.append(call)
+                self._changed.notify_all()
+                return
+        call()
 
     def idle(self, timeout_s: float) -> bool:
         """Wait until no copy is under way; whether that is so in time."""
@@ -84,8 +93,11 @@ class TransferQueue:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
                 if not self._waiting:
                     return
-                snapshot = self._waiting[0]
-            self._finish(snapshot)
+                first = self._waiting[0]
+            if isinstance(first, _Snapshot):
+                self._finish(first)
+            else:
+                first()
             with self._changed:
                 self._waiting.popleft()
                 self._changed.notify_all()

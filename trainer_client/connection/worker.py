@@ -207,6 +207,10 @@ class Worker:
         """Publish a generation of everything offered so far, kept beyond the newest ones; the answer has its step."""
         return self._ask(lambda sender: sender.request_publish(pin=True), time.monotonic() + timeout_s)
 
+    def publish_soon(self) -> None:
+        """Ask for a generation of everything offered so far, without waiting for it."""
+        self._copies.then(lambda: self._driver.ask(lambda: self._sender.request_publish(pin=False)))
+
     def finish(self, timeout_s: float) -> Answered:
         """Publish the run and mark it finished; the answer has the step that it ends with."""
         return self._ask(lambda sender: sender.request_finish(), time.monotonic() + timeout_s)

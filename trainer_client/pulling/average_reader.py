@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from trainer_client.errors import AverageError, SettingsError
 
 if TYPE_CHECKING:
-    from ema_reader import Reader
+    from ema_reader import Reader, Version
 
 _POLL_S = 0.1
 
@@ -59,6 +60,42 @@ class AverageReader:
                 time.sleep(_POLL_S)
         return weights
 
+    def newest(self, average: str, until: int) -> Version | None:
+        """The newest version of an average whose step is at most `until`; None if there is none.
+
+        Raises:
+            AverageError: the request fails.
+        """
+        from ema_reader import NotFound, ReaderError
+
+        try:
+            with open_reader(self._url, self._token) as reader:
+                versions = reader.versions(self._run, average)
+        except NotFound:
+            return None
+        except ReaderError as error:
+            raise AverageError(self._text(average, error)) from error
+        return next((each for each in versions if each.step <= until and each.derived is None), None)
+
+    def download(self, version: Version, cancelled: Callable[[], bool]) -> dict[str, Tensor] | None:
+        """The weights of a version, verified, in a temporary file that is mapped into memory.
+
+        Returns:
+            None if the server no longer has the version, or `cancelled()` became true.
+
+        Raises:
+            AverageError: the request fails.
+        """
+        from ema_reader import NotFound, ReaderError
+
+        try:
+            with open_reader(self._url, self._token) as reader:
+                return reader.load(version, progress=_Cancellable(cancelled))
+        except (NotFound, _Cancelled):
+            return None
+        except ReaderError as error:
+            raise AverageError(self._text(str(version), error)) from error
+
     def _try(self, reader: Reader, average: str, step: int, *, is_last: bool) -> dict[str, Tensor] | None:
         """The average at `step`; None while it is not published and time is left."""
         from ema_reader import NotFound, ReaderError
@@ -77,6 +114,26 @@ class AverageReader:
             f"run {self._run}: cannot get {what} from {self._url}: {error}; "
             'url= or EMA_URL is the address that the server prints as "http"'
         )
+
+
+class _Cancelled(Exception):
+    """A download is no longer wanted."""
+
+
+class _Cancellable:
+    """The progress of a download that can be cancelled."""
+
+    def __init__(self, cancelled: Callable[[], bool]) -> None:
+        self._cancelled = cancelled
+
+    def start(self, name: str, size: int, done: int) -> None:
+        """See `advance`."""
+        self.advance(0)
+
+    def advance(self, count: int) -> None:
+        """End the download by an exception if it is no longer wanted."""
+        if self._cancelled():
+            raise _Cancelled
 
 
 def open_reader(url: str | None, token: str | None) -> Reader:

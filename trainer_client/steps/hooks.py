@@ -63,12 +63,15 @@ class Attachment:
         model: what is trained.
         steppers: the optimizers; the first one's steps are counted. None: nothing is ever called.
         listener: is called. The optimizers keep it alive, this process's hooks do not.
+
+    Attributes:
+        model: what is trained; an empty module if None was given.
     """
 
     def __init__(
         self, model: nn.Module | None = None, steppers: Sequence[Stepper] = (), listener: Listener | None = None
     ) -> None:
-        self._model = nn.Module() if model is None else model
+        self.model = nn.Module() if model is None else model
         self._listener = Listener() if listener is None else listener
         self._rounds = Rounds(0)
         self._steppers: list[Stepper] = []
@@ -228,10 +231,10 @@ class Attachment:
         if seen != groups:
             if any(stepper.is_stepping for stepper in self._steppers) or is_within_step_of(self._members):
                 kind = _Kind.OTHER  # its step is part of another's
-            elif trains(optimizer, self._model):
+            elif trains(optimizer, self.model):
                 kind = _Kind.OURS
             else:
-                is_copy = shapes_of(parameters_of(optimizer)) == shapes_of(self._model.parameters())
+                is_copy = shapes_of(parameters_of(optimizer)) == shapes_of(self.model.parameters())
                 kind = _Kind.COPY if is_copy else _Kind.OTHER
             self._known[optimizer] = (groups, kind)
         return kind

@@ -186,7 +186,7 @@ def test_version_pruned_before_it_is_loaded_is_skipped(served: Served, reader: R
     class Overtaken(Reader):
         """Retention deletes the version before it is loaded."""
 
-        def load(self, version: Any, device: str = "cpu") -> dict[str, torch.Tensor]:
+        def load(self, version: Any, device: str = "cpu", **others: Any) -> dict[str, torch.Tensor]:
             if version.step == 100 and served.catalog.generations("digits")[-1].step == 100:
                 served.publish("digits", 200, ["raw"])
                 served.catalog.remove(served.catalog.generations("digits")[-1], force=True)
