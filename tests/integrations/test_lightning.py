@@ -326,11 +326,20 @@ def gan() -> Any:
     return Gan()
 
 
-def test_validated_average_is_that_of_a_compiled_module(run: str, reader: Reader, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", ["module", "module in place", "network"])
+def test_validated_average_is_that_of_a_compiled_model(compiled: str, run: str, reader: Reader, tmp_path: Path) -> None:
     module = module_class(_ONE)()
     fitted = trainer(_ONE, tmp_path, callback(run, validate="ema"))
-
-    fitted.fit(torch.compile(module, backend="eager"), loader(), loader())
+    if compiled == "network":
+        module.net = torch.compile(module.net, backend="eager")
+        fitted.fit(module, loader(), loader())
+        module.net = module.net._orig_mod
+    elif compiled == "module in place":
+        module.compile(backend="eager")
+        fitted.fit(module, loader(), loader())
+        module._compiled_call_impl = None
+    else:
+        fitted.fit(torch.compile(module, backend="eager"), loader(), loader())
 
     average = reader.load(f"{run}/ema")
     assert "0.weight" in average

@@ -29,21 +29,25 @@ def module_class(package: str) -> type[Any]:
     base: Any = importlib.import_module(package).LightningModule
 
     class Module(base):  # type: ignore[misc]
-        """Regression, with `net` as its network. Appends the network's weights after each step to `after`."""
+        """Regression, with `net` as its network."""
 
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
             self.net = network()
 
+        def forward(self, inputs: Tensor) -> Tensor:
+            predicted: Tensor = self.net(inputs)
+            return predicted
+
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             inputs, targets = batch
-            return mse_loss(self.net(inputs), targets)
+            return mse_loss(self(inputs), targets)
 
         def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
             inputs, targets = batch
             torch.rand(1)  # random numbers that a training without a second validation does not use
-            self.log("val_loss", mse_loss(self.net(inputs), targets))
+            self.log("val_loss", mse_loss(self(inputs), targets))
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.5)

@@ -187,6 +187,11 @@ class EmaCallback(Callback):
         if self._client is not None:
             self._publish(self._client)
 
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let no snapshot be torn by those who swap weights for a validation, through `.data`."""
+        if self._client is not None:
+            self._client.before_weight_write()
+
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to validate averages, beside the trained weights."""
         if self._client is not None and self._validation is not None and not trainer.sanity_checking:

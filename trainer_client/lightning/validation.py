@@ -22,8 +22,11 @@ from trainer_client.pulling.module_copy import ModuleCopy
 
 log = logging.getLogger("ema")
 
-# What Lightning sets on a compiled LightningModule, bound to the trained module.
-_COMPILED: Final = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+# What Lightning and torch set on a compiled LightningModule, bound to the trained module.
+_COMPILED: Final = (
+    *("forward", "training_step", "validation_step", "test_step", "predict_step"),
+    "_compiled_call_impl",
+)
 
 
 class Validation:
