@@ -71,7 +71,7 @@ class EmaCallback(TrainerCallback):
         timeout_s: how long a checkpoint or the end of the training waits for the server, in seconds.
         arguments: other arguments of `EmaClient`. By default `config` is the model's, `files` are those of the
             processing class (tokenizer, processor) and the generation config, `samples_per_step` and `steps_per_epoch`
-            are the Trainer's, and a PEFT model streams only what is trained.
+            are the Trainer's. A PEFT model, of which the adapter is streamed, has no `config`.
 
     Raises:
         SettingsError: an argument cannot be used.
@@ -306,9 +306,8 @@ def _arguments_of(args: TrainingArguments, model: nn.Module, loader: Any) -> dic
     found: dict[str, Any] = {"samples_per_step": samples}
     with contextlib.suppress(TypeError):  # an iterable dataset has no length
         found["steps_per_epoch"] = math.ceil(len(loader) / args.gradient_accumulation_steps)
-    if hasattr(model, "peft_config"):
-        found["trainable_only"] = True
-    elif isinstance(config := getattr(model, "config", None), PreTrainedConfig):
+    config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig) and not hasattr(model, "peft_config"):  # as PEFT saves an adapter
         found["config"] = json.loads(config.to_json_string()) | _as_saved(model)
     return found
 

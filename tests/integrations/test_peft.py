@@ -36,7 +36,17 @@ from peft import (
     get_peft_model_state_dict,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from trainer_client.transformers import EmaCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 
@@ -67,7 +77,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(19)} | {"[UNK]": 19}, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="w0").save_pretrained(folder)
     return folder
 
 
@@ -192,6 +202,26 @@ def test_the_last_version_gives_the_outputs_of_the_trained_model(
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["inference_mode"] is True
     assert config["base_model_name_or_path"] == str(base_folder)
+
+
+def test_the_callback_of_the_trainer_streams_the_adapter_with_the_tokenizer(
+    server: ServerProcess, base_folder: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = KINDS["modules_to_save"](base(base_folder)), AutoTokenizer.from_pretrained(base_folder)
+    tokens = [{"input_ids": torch.arange(number, number + 8), "labels": torch.arange(8)} for number in range(8)]
+    given = TrainingArguments(tmp_path / "trainer", max_steps=3, report_to=[], use_cpu=True, save_strategy="no")
+    callback = EmaCallback(server.zmq, "trainer", ["raw"], when_behind="wait")
+    trainer = Trainer(model, given, train_dataset=tokens, processing_class=tokenizer, callbacks=[callback])
+    trainer.train()
+    with Reader(server.http) as reader:
+        folder = reader.download(reader.version("trainer", "raw"), tmp_path / "out")
+
+    expected = saved(model, tmp_path / "saved")
+    loaded = saved(PeftModel.from_pretrained(base(base_folder), folder), tmp_path / "again")
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.items())
+    assert AutoTokenizer.from_pretrained(folder)("w3")["input_ids"] == [3]
+    assert not (folder / "config.json").exists()
 
 
 def test_the_config_is_the_one_that_save_pretrained_writes(base_folder: Path, tmp_path: Path) -> None:
