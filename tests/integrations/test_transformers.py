@@ -185,6 +185,37 @@ def test_every_checkpoint_has_averages_of_its_step(
     assert (reader.run(run).step, reader.run(run).gap_steps) == (9, 0)
 
 
+def test_a_resumed_training_that_had_no_callback_begins_a_run_at_its_step(
+    server: ServerProcess, reader: Reader, run: str, tmp_path: Path
+) -> None:
+    given = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    trainer = trainer_of(_callback(server, f"{run}-unused"), given)
+    trainer.remove_callback(EmaCallback)
+    trainer.train()
+
+    recorder = Recorder()
+    given.max_steps = 8
+    trainer_of(_callback(server, run), given, recorder).train(resume_from_checkpoint=True)
+    _check_replayed(reader, run, recorder.at, [5, 6, 7, 8], tmp_path)
+
+
+def test_a_callback_is_not_replaced_where_the_states_of_callbacks_are_restored(
+    server: ServerProcess, reader: Reader, run: str, tmp_path: Path
+) -> None:
+    given = arguments(
+        tmp_path, max_steps=4, save_strategy="steps", save_steps=2, restore_callback_states_from_checkpoint=True
+    )
+    trainer_of(_callback(server, run), given).train()
+
+    given.max_steps = 6
+    callback = _callback(server, run)
+    trainer = trainer_of(callback, given)
+    trainer.train(resume_from_checkpoint=True)
+    assert callback in trainer.callback_handler.callbacks
+    assert callback.client.steps == 6
+    assert (reader.run(run).step, reader.run(run).gap_steps) == (6, 0)
+
+
 def test_a_second_training_begins_a_new_run_and_one_that_resumes_continues(
     server: ServerProcess, reader: Reader, run: str, tmp_path: Path
 ) -> None:
