@@ -15,6 +15,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -25,6 +26,7 @@ from support.processes import ServerProcess
 from trainer_client.transformers import EmaCallback
 
 _STEPS = 4
+_LEDGER = {"ranges": [[1, _STEPS, 1]], "set": [], "origin": 0}
 _WORDS = ("[PAD]", "[EOS]", "[UNK]", "a", "b", "c", "d", "e")
 
 
@@ -105,7 +107,6 @@ def test_the_policy_is_averaged(server: ServerProcess, tmp_path: Path, make: Cal
     trainer.add_callback(EmaCallback(server.zmq, run, AVERAGES, when_behind="wait", trainer=trainer))
     trainer.train()
 
-    ledger = {"ranges": [[1, _STEPS, 1]], "set": [], "origin": 0}
     with Reader(server.http) as reader:
         assert reader.run(run).gap_steps == 0
         raw, average = reader.load(f"{run}/raw"), reader.load(f"{run}/ema")
@@ -113,6 +114,33 @@ def test_the_policy_is_averaged(server: ServerProcess, tmp_path: Path, make: Cal
     loaded, tokenizer = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert largest_difference(recorder.at(1), recorder.at(_STEPS)) > 0.0
     assert largest_difference(raw, trainer.model.state_dict()) == 0.0
-    assert largest_difference(average, replay(ledger, DECAY, recorder.at)) < 1e-6
+    assert largest_difference(average, replay(_LEDGER, DECAY, recorder.at)) < 1e-6
     assert largest_difference(loaded.state_dict(), average) == 0.0
     assert tokenizer("b c")["input_ids"] == trainer.processing_class("b c")["input_ids"]
+
+
+def test_an_adapter_is_averaged_and_loaded_by_peft(server: ServerProcess, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    data = Dataset.from_dict({"text": ["a b c d e"] * 16})
+    config = SFTConfig(**_quiet(tmp_path / "trainer"))
+    trainer = SFTTrainer(
+        _policy(tmp_path), config, train_dataset=data, processing_class=_tokenizer(), peft_config=adapter
+    )
+    recorder = Recorder()
+    trainer.add_callback(recorder)
+    trainer.add_callback(EmaCallback(server.zmq, "lora", AVERAGES, when_behind="wait"))
+    trainer.train()
+
+    def weights(step: int) -> dict[str, Tensor]:
+        trained = {name: value for name, value in recorder.at(step).items() if "lora_" in name}
+        return {name.replace(".default.", "."): value for name, value in trained.items()}
+
+    with Reader(server.http) as reader:
+        raw, average = reader.load("lora/raw"), reader.load("lora/ema")
+        folder = reader.download("lora/ema", tmp_path / "average")
+    loaded = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "policy"), folder)
+    assert len(raw) == 4
+    assert largest_difference(raw, weights(_STEPS)) == 0.0
+    assert largest_difference(average, replay(_LEDGER, DECAY, weights)) < 1e-6
+    assert largest_difference(peft.get_peft_model_state_dict(loaded), average) == 0.0
