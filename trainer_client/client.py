@@ -192,7 +192,9 @@ class EmaClient:
         if not session.joined:
             session.join(model, self._settings, steps_before(number, self._settings.step))
             if session.lacks_start:
-                log.warning("ema: averages with init=start begin with the first update: no set(model) came before it")
+                log.warning(
+                    "ema: averages with init=start, and bema, begin with the first update: no set(model) came before it"
+                )
         session.update(model, number)
 
     def pull(

@@ -16,7 +16,7 @@ from typing import Any, Final
 from torch import nn
 from torch.optim import Optimizer
 
-from ema_proto.averages.rules import Ema
+from ema_proto.averages.rules import begins_before_first_step
 from ema_proto.sender.events import Answered
 from ema_proto.wire.messages import Resume
 from trainer_client.connection.worker import Worker, seconds_left
@@ -87,8 +87,8 @@ class Session:
 
     @property
     def lacks_start(self) -> bool:
-        """Whether averages of this new run are to begin with weights that were not sent yet (`init=start`)."""
-        starts = any(isinstance(rule, Ema) and rule.init == "start" for rule in self._settings.averages)
+        """Whether averages of this new run are to begin with weights that were not sent yet (`init=start`, `bema`)."""
+        starts = any(map(begins_before_first_step, self._settings.averages))
         return starts and self._stream is not None and self._stream.joined.continuation == "new"
 
     def join(self, model: nn.Module, settings: Settings, steps: int) -> None:

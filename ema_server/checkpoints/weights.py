@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ema_proto.averages.rules import AverageSpec, Raw, Uniform, Window
+from ema_proto.averages.rules import AverageSpec, Bema, Raw, Uniform, Window
 from ema_proto.averages.step_units import needed_of
 from ema_server.checkpoints.errors import ArgumentError
 from ema_server.rules.weights import Span, points, weight_of
@@ -62,8 +62,10 @@ def weigh(rule: AverageSpec, steps: Sequence[int]) -> Weighing:
     """How a rule weighs the checkpoints of these steps, which increase.
 
     Raises:
-        ArgumentError: the rule's length is given in samples or epochs, which steps do not tell.
+        ArgumentError: the rule's length is given in samples or epochs, which steps do not tell, or it is a `bema`.
     """
+    if isinstance(rule, Bema):
+        raise ArgumentError(f"{rule.spec} is no mean, since its correction has negative weights: it needs a server")
     needed = needed_of(rule)
     if needed is not None:
         raise ArgumentError(

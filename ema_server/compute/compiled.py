@@ -47,10 +47,10 @@ class ByLoops:
         source = elements.source
         if source.dtype is torch.float16:
             source = elements.to(torch.float32)
-        small = [pair for pair in averages if pair[1] < _LARGE_WEIGHT]
+        small = [pair for pair in averages if abs(pair[1]) < _LARGE_WEIGHT]
         _lerp(source, small)
         if len(small) < len(averages):
-            BY_TORCH.lerp(elements, [pair for pair in averages if pair[1] >= _LARGE_WEIGHT])
+            BY_TORCH.lerp(elements, [pair for pair in averages if abs(pair[1]) >= _LARGE_WEIGHT])
 
 
 def _lerp(source: torch.Tensor, averages: Sequence[Weighted]) -> None:

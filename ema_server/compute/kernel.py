@@ -26,9 +26,9 @@ class BlockSink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a target is computed from: bytes (uint8, 1-D), their form, and their weight."""
+    """What a target is computed from: bytes (uint8, 1-D), their form, and their weight. None is the snapshot."""
 
-    data: torch.Tensor
+    data: torch.Tensor | None
     form: Form
     weight: float = 1.0
 
@@ -38,8 +38,8 @@ class Target:
     """One average: its bytes (uint8, 1-D), their form, and the snapshot's weight.
 
     Weight None copies the whole snapshot, 0 leaves the average unchanged. Otherwise blocks whose mask lacks bit
-    `number` are copied. With a `mix`, the blocks with that bit are computed from these sources, which are earlier
-    targets: each is blended into the ones before it with its weight, the first with 1.
+    `number` are copied. With a `mix`, the blocks with that bit are computed from these sources: each is blended into
+    the ones before it with its weight, the first with 1. Targets take effect in their order, those with a weight last.
     """
 
     data: torch.Tensor
@@ -75,21 +75,26 @@ class Kernel:
                 held = view(target.data, dtype, begin, block.count)
                 is_averaged = bool(block.averaged >> target.number & 1)
                 if is_averaged and target.mix:
-                    self._blend(held, block, target.mix)
+                    self._blend(held, block, source, target.mix)
                 elif not is_averaged or target.weight is None:
                     held.copy_(source)
                 else:
                     averaged.append((held, target.weight))
             self._arithmetic.lerp(Elements(source, self._scratch), averaged)
 
-    def _blend(self, held: torch.Tensor, block: Segment, mix: Sequence[Source]) -> None:
+    def _blend(self, held: torch.Tensor, block: Segment, snapshot: torch.Tensor, mix: Sequence[Source]) -> None:
         for index, source in enumerate(mix):
-            dtype = held_dtype(source.form, block.dtype)
-            elements = Elements(view(source.data, dtype, block.offset(source.form), block.count), self._scratch)
+            elements = Elements(_elements(source, block, snapshot), self._scratch)
             if index == 0:
                 held.copy_(elements.source)
             else:
                 self._arithmetic.lerp(elements, [(held, source.weight)])
+
+
+def _elements(source: Source, block: Segment, snapshot: torch.Tensor) -> torch.Tensor:
+    if source.data is None:
+        return snapshot
+    return view(source.data, held_dtype(source.form, block.dtype), block.offset(source.form), block.count)
 
 
 def show(blocks: Iterable[Segment], forms: Sequence[Form], sink: BlockSink) -> None:

@@ -21,8 +21,8 @@ _SERIES_FROM = 32  # from here on the series of the harmonic numbers is exact in
 _TF_OFFSET = 10  # (1 + n) / (10 + n)
 
 
-class _Phase(Enum):
-    """A warm-up at one step: held at its lowest decay, rising, or constant from here on."""
+class Phase(Enum):
+    """A decay at one step: held at its lowest value, rising, or constant from here on."""
 
     WAITING = "waiting"
     RISING = "rising"
@@ -53,12 +53,33 @@ def weight_between(rule: Ema, then: int, now: int, units: StepUnits) -> float:
     elif rule.warmup == "half_life":
         left = _ramped(constant, rule.fraction, then, now)
     elif rule.warmup == "timm":
-        left = _summed(lambda n: _timm(rule, constant, n), then, now)
+        left = summed(lambda n: _timm(rule, constant, n), then, now)
     elif rule.warmup == "exponential":
-        left = _summed(lambda n: _exponential(rule.tau, constant, n), then, now)
+        left = summed(lambda n: _exponential(rule.tau, constant, n), then, now)
     else:
         left = _times(now - then, constant)
     return -math.expm1(left)
+
+
+def summed(curve: Callable[[float], tuple[float, Phase]], then: int, now: int) -> float:
+    """Sum of `curve`, a rising function that flattens, over the steps in (then, now].
+
+    Steps are summed in blocks of 2**-10 of the time so far, within which no phase ends. A block is replaced by two
+    points with its mean and variance, which is exact for cubics. The relative error is below 1e-9, and the longest gap
+    takes some tens of thousands of points.
+    """
+    left, at = 0.0, then
+    while at < now and left > _NEGLIGIBLE:
+        one, phase = curve(at + 1)
+        if phase is Phase.SETTLED:
+            return left + (now - at) * one
+        block = min(now - at, max(1, at >> _BLOCK_BITS))
+        while block > 1 and curve(at + block)[1] is not phase:
+            block //= 2
+        middle, deviation = at + (block + 1) / 2, math.sqrt((block * block - 1) / 12)
+        left += block * (curve(middle - deviation)[0] + curve(middle + deviation)[0]) / 2 if block > 1 else one
+        at += block
+    return left
 
 
 def _debiased(constant: float, then: int, now: int) -> float:
@@ -97,40 +118,19 @@ def _harmonic_rest(n: int) -> float:
     return 0.5 / n - square * (1 / 12 - square * (1 / 120 - square * (1 / 252 - square / 240)))
 
 
-def _timm(rule: Ema, constant: float, n: float) -> tuple[float, _Phase]:
+def _timm(rule: Ema, constant: float, n: float) -> tuple[float, Phase]:
     """Logarithm of the decay of timm's `ModelEmaV3.get_decay` at its `s = n - 1`."""
     rest = math.exp(-rule.power * math.log1p((n - 1) / rule.gamma))
     least, most = -math.expm1(constant), 1.0 - rule.min_decay
     share = min(max(rest, least), most)
-    phase = _Phase.SETTLED if rest <= least else _Phase.WAITING if rest >= most else _Phase.RISING
+    phase = Phase.SETTLED if rest <= least else Phase.WAITING if rest >= most else Phase.RISING
     return (math.log1p(-share) if share < 1.0 else -math.inf), phase
 
 
-def _exponential(tau: float, constant: float, n: float) -> tuple[float, _Phase]:
+def _exponential(tau: float, constant: float, n: float) -> tuple[float, Phase]:
     """Logarithm of d (1 - exp(-n / tau))."""
-    phase = _Phase.SETTLED if n > _SETTLED * tau else _Phase.RISING
+    phase = Phase.SETTLED if n > _SETTLED * tau else Phase.RISING
     return constant + math.log(-math.expm1(-n / tau)), phase
-
-
-def _summed(curve: Callable[[float], tuple[float, _Phase]], then: int, now: int) -> float:
-    """Sum of `curve`, a rising function that flattens, over the steps in (then, now].
-
-    Steps are summed in blocks of 2**-10 of the time so far, within which no phase ends. A block is replaced by two
-    points with its mean and variance, which is exact for cubics. The relative error is below 1e-9, and the longest gap
-    takes some tens of thousands of points.
-    """
-    left, at = 0.0, then
-    while at < now and left > _NEGLIGIBLE:
-        one, phase = curve(at + 1)
-        if phase is _Phase.SETTLED:
-            return left + (now - at) * one
-        block = min(now - at, max(1, at >> _BLOCK_BITS))
-        while block > 1 and curve(at + block)[1] is not phase:
-            block //= 2
-        middle, deviation = at + (block + 1) / 2, math.sqrt((block * block - 1) / 12)
-        left += block * (curve(middle - deviation)[0] + curve(middle + deviation)[0]) / 2 if block > 1 else one
-        at += block
-    return left
 
 
 def _times(count: int, logarithm: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.rules import AverageSpec, Bema, Ema, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.averages.step_units import UNKNOWN, StepUnits, needed_of
 from ema_server.rules.decays import weight_between
 
@@ -49,12 +49,12 @@ def weight_of(rule: AverageSpec, span: Span, units: StepUnits = UNKNOWN) -> floa
     (`init=start`), which the average then already holds.
 
     Args:
-        rule: any averaging rule except `Window`.
+        rule: any averaging rule except `Window` and `Bema`.
         span: the steps that the snapshot stands for.
         units: samples per step and steps per epoch, as given by the trainer.
 
     Raises:
-        ValueError: the rule is a `Window`, or needs step units that are unknown.
+        ValueError: the rule is a `Window` or a `Bema`, or needs step units that are unknown.
     """
     if isinstance(rule, Raw):
         return None
@@ -69,7 +69,7 @@ def weight_of(rule: AverageSpec, span: Span, units: StepUnits = UNKNOWN) -> floa
     elif isinstance(rule, Wsd):
         weight = _wsd(rule, span)
     else:
-        raise ValueError(f"average {rule.name!r} is a window: it has a weight for each of its snapshots")
+        raise ValueError(f"average {rule.name!r} is a {rule.KEYWORD}: it has several weights for each snapshot")
     return None if weight is None or weight >= 1.0 else weight
 
 
@@ -90,12 +90,12 @@ class Reach:
 
 
 def reach_now(rule: AverageSpec, step: int, origin: int, units: StepUnits) -> Reach | None:
-    """Decay and half-life of an average whose last applied step is `step`; None for `raw` and windows.
+    """Decay and half-life of an average whose last applied step is `step`; None for `raw`, windows and `bema`.
 
     Raises:
         ValueError: the rule needs step units that are unknown.
     """
-    if isinstance(rule, Raw | Window):
+    if isinstance(rule, Raw | Window | Bema):
         return None
     if isinstance(rule, Uniform):
         held = points(rule.every, max(origin, rule.start - 1), step)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ema_proto.averages.rules import AverageSpec, Window
+from ema_proto.averages.rules import AverageSpec, Bema, Window
 from ema_proto.averages.step_units import StepUnits
 from ema_proto.wire.manifest import Manifest
 from ema_server.compute.device import Device
 from ema_server.compute.kernel import Source, Target
 from ema_server.compute.memory import Memory
+from ema_server.rules.correction import begins, correction_of, factor_at
 from ema_server.rules.ledger import Ledger
 from ema_server.rules.weights import Span, is_copied, points, weight_of
-from ema_server.rules.window import Entries, blends, entered, mean_age, share_of
+from ema_server.rules.window import Entries, Entry, blends, entered, mean_age, share_of
 from ema_server.storage.records import AverageRecord
-from ema_server.tensors.file_plan import TensorFile, files_of, snapshot_file
+from ema_server.tensors.file_plan import TensorFile, accumulator_file, files_of, snapshot_file
 from ema_server.tensors.layout import Form, held_nbytes
 from ema_server.tensors.selection import averaged_names, form_of
 
@@ -37,9 +38,10 @@ class Average:
     """One average in memory. Build with `new_average`.
 
     `averaged` names the tensors that it averages where they can be. `slots` hold the snapshots of a window, `entries`
-    say which. `age_steps` is the mean age of the weights inside; `initial_share` the share of the weights that it began
-    from: of the last snapshot that it copied because it did not average yet, or of the last `set`. With `is_removed` it
-    is still updated, but no longer recorded.
+    say which; those of a `bema` hold its initial weights, which are the only entry, and its moving average.
+    `age_steps` is the mean age of the weights inside (for a `bema`, inside its moving average); `initial_share` the
+    share of the weights that it began from: of the last snapshot that it copied because it did not average yet, or of
+    the last `set`. With `is_removed` it is still updated, but no longer recorded.
     """
 
     rule: AverageSpec
@@ -73,12 +75,21 @@ class Average:
     def holdings(self) -> tuple[Holding, ...]:
         """Its memory, in the order of `advance`'s targets. Without files if a generation would not store it."""
         is_kept = self.has_content and not self.is_removed
+        mean = Holding(self.memory, self.form, self.files if is_kept else (), False)
+        if isinstance(self.rule, Bema):
+            initial, moving = self.slots
+            files = self.snapshot_files if is_kept else ()
+            return (
+                Holding(initial, Form.WIRE, files[:1], is_snapshot=True),
+                mean,
+                Holding(moving, self.form, files[1:], is_snapshot=True),
+            )
         order = {entry.slot: index for index, entry in enumerate(self.entries)} if is_kept else {}
         snapshots = (
             Holding(slot, Form.WIRE, (self.snapshot_files[order[index]],) if index in order else (), is_snapshot=True)
             for index, slot in enumerate(self.slots)
         )
-        return (*snapshots, Holding(self.memory, self.form, self.files if is_kept else (), False))
+        return (*snapshots, mean)
 
     def advance(
         self, number: int, step: int, gap_steps: int, units: StepUnits, *, replaces: bool
@@ -98,6 +109,8 @@ class Average:
         self.updates += 1
         if isinstance(self.rule, Window):
             targets = self._slide(self.rule, number, previous, step)
+        elif isinstance(self.rule, Bema):
+            targets = self._correct(self.rule, number, previous, step)
         else:
             span = None if previous is None else Span(previous, step, self.ledger.origin)
             weight = None if span is None else weight_of(self.rule, span, units)
@@ -121,9 +134,15 @@ class Average:
         if self.form is Form.WIRE:
             return targets
         lent = (Source(donor.memory.data, donor.form),)
-        *snapshots, mean = targets
-        kept = replace(mean, weight=0.0) if donor is self else replace(mean, weight=None, mix=lent)
-        return (*(replace(target, mix=lent) for target in snapshots), kept)
+        if isinstance(self.rule, Bema) and targets[0].weight == 0.0:
+            return tuple(replace(target, weight=0.0) for target in targets)
+
+        def kept(target: Target) -> Target:
+            if target.data is self.memory.data:
+                return replace(target, weight=0.0) if donor is self else replace(target, weight=None, mix=lent)
+            return replace(target, mix=lent)
+
+        return tuple(map(kept, targets))
 
     def record(self) -> AverageRecord:
         """A copy of the average as values."""
@@ -158,10 +177,49 @@ class Average:
         mean = Target(self.memory.data, self.form, None if due or follows else 0.0, number, mix)
         return (*snapshots, mean)
 
+    def _correct(self, rule: Bema, number: int, previous: int | None, step: int) -> tuple[Target, ...]:
+        """Update the moving average and correct its bias, if an update is due. Before the first one, copy the snapshot.
+
+        With `previous` None the snapshot begins the average.
+        """
+        initial, moving = self.slots
+        span = None if previous is None else Span(previous, step, self.ledger.origin)
+        if span is None or begins(rule, span):
+            self.entries = (Entry(step, 1, 0),)
+            self.age_steps, self.initial_share = 0.0, 1.0
+            return self._targets(number, None, None, None)
+        correction = correction_of(rule, span)
+        self.age_steps += step - span.last
+        if correction is None:
+            return self._targets(number, 0.0, 0.0, 0.0)
+        left = 1.0 - correction.weight
+        self.age_steps *= left
+        began = self.initial_share + factor_at(rule, span.last, self.ledger.origin)
+        self.initial_share = left * began - correction.factor
+        of_snapshot, of_initial = correction.mix
+        mix = (
+            Source(moving.data, self.form),
+            Source(None, Form.WIRE, of_snapshot),
+            Source(initial.data, Form.WIRE, of_initial),
+        )
+        first, mean, average = self._targets(number, 0.0, None, correction.weight)
+        return (first, replace(mean, mix=mix), average)
+
+    def _targets(
+        self, number: int, initial: float | None, mean: float | None, moving: float | None
+    ) -> tuple[Target, Target, Target]:
+        """The targets of a `bema` with these weights, in the order of `holdings`."""
+        first, last = self.slots
+        return (
+            Target(first.data, Form.WIRE, initial),
+            Target(self.memory.data, self.form, mean, number),
+            Target(last.data, self.form, moving, number),
+        )
+
 
 def needed_nbytes(manifest: Manifest, rule: AverageSpec) -> int:
-    """Bytes of memory that an average of this rule takes: its mean, and the snapshots of a window."""
-    return held_nbytes(manifest, form_of(rule)) + _slots_of(rule) * manifest.nbytes
+    """Bytes of memory that an average of this rule takes: its mean, and its slots."""
+    return held_nbytes(manifest, form_of(rule)) + sum(_slot_sizes(manifest, rule))
 
 
 def new_average(
@@ -176,12 +234,22 @@ def new_average(
         memory, slots = old.memory, old.slots
     else:
         memory = device.allocate(held_nbytes(manifest, form_of(rule)))
-        slots = tuple(device.allocate(manifest.nbytes) for _ in range(_slots_of(rule)))
-    snapshot = snapshot_file(manifest, "") if slots else None
-    files = tuple(replace(snapshot, name=f"{index:03d}.safetensors") for index in range(len(slots)) if snapshot)
-    averaged = averaged_names(manifest, rule)
-    return Average(rule, averaged, memory, files_of(manifest, form_of(rule)), files, slots, ledger)
+        slots = tuple(map(device.allocate, _slot_sizes(manifest, rule)))
+    averaged, files = averaged_names(manifest, rule), files_of(manifest, form_of(rule))
+    return Average(rule, averaged, memory, files, _slot_files(manifest, rule), slots, ledger)
 
 
-def _slots_of(rule: AverageSpec) -> int:
-    return rule.k if isinstance(rule, Window) else 0
+def _slot_sizes(manifest: Manifest, rule: AverageSpec) -> tuple[int, ...]:
+    if isinstance(rule, Bema):
+        return manifest.nbytes, held_nbytes(manifest, form_of(rule))
+    return (manifest.nbytes,) * rule.k if isinstance(rule, Window) else ()
+
+
+def _slot_files(manifest: Manifest, rule: AverageSpec) -> tuple[TensorFile, ...]:
+    if isinstance(rule, Bema):
+        moving = accumulator_file(manifest, form_of(rule), "moving.safetensors")
+        return snapshot_file(manifest, "initial.safetensors"), moving
+    if not isinstance(rule, Window):
+        return ()
+    snapshot = snapshot_file(manifest, "")
+    return tuple(replace(snapshot, name=f"{index:03d}.safetensors") for index in range(rule.k))

@@ -63,7 +63,12 @@ def files_of(manifest: Manifest, form: Form) -> tuple[TensorFile, ...]:
 
 def snapshot_file(manifest: Manifest, name: str) -> TensorFile:
     """The file of one snapshot of a window, as it was sent."""
-    held = places(manifest, Form.WIRE)
+    return accumulator_file(manifest, Form.WIRE, name)
+
+
+def accumulator_file(manifest: Manifest, form: Form, name: str) -> TensorFile:
+    """The file of all bytes of a memory of this form, in the dtypes that they are held in."""
+    held = places(manifest, form)
     return _file(name, held, {place.dtype: place.dtype for place in held})
 
 

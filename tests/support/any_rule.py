@@ -6,7 +6,7 @@ from functools import cache
 
 from hypothesis import strategies as st
 
-from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.rules import AverageSpec, Bema, Ema, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.limits import QUANTITY_MAX, QUANTITY_MIN, STEP_MAX, WINDOW_MAX
 
 _PATTERN = st.text("abz0189.*?_[]-!", min_size=1, max_size=12)
@@ -75,8 +75,37 @@ def any_rules() -> st.SearchStrategy[AverageSpec]:
         st.builds(Uniform, _STEPS, every, name, **_TREATMENT),
         st.builds(Window, st.integers(1, WINDOW_MAX), every, name, **_TREATMENT),
         st.builds(Wsd, _STEPS, every, st.sampled_from(["linear", "sqrt", "cosine"]), name, **_TREATMENT),
+        any_bemas(),
         st.builds(Raw, name),
     )
+
+
+def any_bemas() -> st.SearchStrategy[Bema]:
+    """Rules `bema` named `x`, with any allowed parameters."""
+    return _bemas(_STEPS, st.integers(1, STEP_MAX), _QUANTITY)
+
+
+def _bemas(
+    update_after: st.SearchStrategy[int], every: st.SearchStrategy[int], quantity: st.SearchStrategy[float]
+) -> st.SearchStrategy[Bema]:
+    parameters = {
+        "ema_power": quantity,
+        "bias_power": quantity,
+        "lag": quantity.map(lambda value: 1.0 + value / 2),
+        "multiplier": quantity,
+        "min_weight": _SHARE,
+        "update_after": update_after,
+        "buffers": st.sampled_from(["average", "copy"]),
+        "accumulator": st.sampled_from(["float32", "float64"]),
+    }
+    return st.builds(
+        lambda every, given: Bema(every, name="x", **given), every, st.fixed_dictionaries({}, optional=parameters)
+    )
+
+
+def short_bemas() -> st.SearchStrategy[Bema]:
+    """Rules `bema` that are updated within 200 steps."""
+    return _bemas(st.integers(0, 40), st.integers(1, 12), st.floats(0.05, 2.0))
 
 
 @cache

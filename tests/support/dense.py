@@ -11,7 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Uniform, Window, Wsd
+from ema_proto.averages.rules import AverageSpec, Bema, Ema, PowerEma, Uniform, Window, Wsd
 from ema_proto.averages.step_units import StepUnits
 
 Shares = npt.NDArray[np.float64]
@@ -23,6 +23,8 @@ def dense_shares(rule: AverageSpec, origin: int, steps: int, units: StepUnits) -
         return _exponential(rule, steps, units)
     if isinstance(rule, PowerEma):
         return _power(rule, steps)
+    if isinstance(rule, Bema):
+        return _corrected(rule, steps)
     return [_mean(rule, origin, time, steps) for time in range(steps + 1)]
 
 
@@ -88,6 +90,22 @@ def _power(rule: PowerEma, steps: int) -> list[Shares]:
     for time in range(1, steps + 1):
         kept = (1 - 1 / time) ** (rule.exponent + 1)
         history.append(kept * history[-1] + (1 - kept) * _only(time, steps))
+    return history
+
+
+def _corrected(rule: Bema, steps: int) -> list[Shares]:
+    history = [_only(0, steps)]
+    moving = initial = history[0]
+    for time in range(1, steps + 1):
+        newest, age = _only(time, steps), rule.lag + rule.multiplier * time
+        shares = history[-1]
+        if time <= rule.update_after:
+            shares = moving = initial = newest
+        elif (time - rule.update_after) % rule.every == 0:
+            share = max(age**-rule.ema_power, rule.min_weight)
+            moving = (1 - share) * moving + share * newest
+            shares = moving + age**-rule.bias_power * (newest - initial)
+        history.append(shares)
     return history
 
 

@@ -41,6 +41,8 @@ _RULES = [
     "wsd:start=10,steps=20",
     "wsd:start=10,steps=60,shape=cosine",
     "wsd:start=3,steps=37,shape=sqrt",
+    "bema:every=3",
+    "bema:every=7,ema_power=0.3,bias_power=0.6,lag=2,multiplier=0.5,min=0.4,update_after=6",
 ]
 _UNITS = StepUnits(samples_per_step=32, steps_per_epoch=11)
 
@@ -105,7 +107,7 @@ def test_version_holds_each_step_with_the_share_of_its_rule(server: ServerProces
 def test_attach_sends_initial_weights_for_rules_that_begin_with_them(server: ServerProcess, run: str) -> None:
     model = nn.Linear(3, 2)
     optimizer, before = SGD(model.parameters(), 0.5), model.weight.detach().clone()
-    with _client(server, run, ["raw", "ema:0.75", "ema:0.75,init=start"]) as ema:
+    with _client(server, run, ["raw", "ema:0.75", "ema:0.75,init=start", "bema"]) as ema:
         ema.attach(model, optimizer)
         model(torch.ones(4, 3)).sum().backward()
         optimizer.step()
@@ -115,6 +117,7 @@ def test_attach_sends_initial_weights_for_rules_that_begin_with_them(server: Ser
     assert torch.equal(first, raw), "the first update copies"
     assert torch.allclose(start, 0.75 * before + 0.25 * raw)
     assert not torch.allclose(start, raw)
+    assert torch.equal(_loaded(server, run, "bema")["weight"], before), "its first update is at step 400"
 
 
 def test_manual_updates_begin_with_the_first_and_warn(

@@ -132,6 +132,9 @@ def of_kind(kind: Kind, key: str = "") -> Mapping[str, Any]:
     return {"kind": kind, "key": key}
 
 
+BUFFERS = of_kind(Word(("average", "copy")))
+
+
 class Rule(Protocol):
     """A rule as this module needs it. `KEYWORD` begins its spec; `LEADING` is the field without a key."""
 
@@ -158,7 +161,7 @@ class Treatment:
         accumulator: `"float32"`, or `"float64"`, which decays above 0.99999 need and which takes twice the memory.
     """
 
-    buffers: Buffers = field(default="average", metadata=of_kind(Word(("average", "copy"))))
+    buffers: Buffers = field(default="average", metadata=BUFFERS)
     include: tuple[str, ...] = field(default=(), metadata=of_kind(Patterns()))
     exclude: tuple[str, ...] = field(default=(), metadata=of_kind(Patterns()))
     accumulator: Accumulator = field(default="float32", metadata=of_kind(Word(("float32", "float64")), "acc"))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, Literal, TypeAlias, cast
 
-from ema_proto.averages.parameters import Count, Number, Treatment, Word, of_kind
+from ema_proto.averages.parameters import BUFFERS, Buffers, Count, Number, Treatment, Word, of_kind
 from ema_proto.averages.profiles import GAMMA_MAX, SIGMA_REL_MAX, SIGMA_REL_MIN, gamma_of, sigma_rel_of
 from ema_proto.errors import SHOWN_CHARS, LocalProtocolError
 from ema_proto.limits import PATTERNS_MAX, QUANTITY_MAX, QUANTITY_MIN, WINDOW_MAX
@@ -42,6 +42,8 @@ _SIGMA_REL = Number(
     high=SIGMA_REL_MAX,
 )
 _GAMMA = Number(f"at least 0 and below {GAMMA_MAX:.0f}", "for example power:gamma=6.94", high=GAMMA_MAX)
+_POWER = Number("at least 0 and below 1e15", "for example bema:ema_power=0.5", high=QUANTITY_MAX)
+_LAG = Number("at least 1 and below 1e15", "for example bema:lag=10", low=1.0, high=QUANTITY_MAX)
 _EVERY = Count("for example every=100", low=1)
 
 
@@ -254,6 +256,48 @@ class Wsd(Treatment):
 
 
 @dataclass(frozen=True, slots=True)
+class Bema(Treatment):
+    """Bias-corrected moving average (BEMA, arXiv 2508.00180), as TRL's `BEMACallback` computes it.
+
+    Let t be a step of the average's time. Before and at t = `update_after` the average follows the weights; its initial
+    weights are those of that step, for `update_after=0` those of before the first step. Every `every` steps from there
+    on `ema = (1 - b) * ema + b * weights`, and `average = ema + a * (weights - initial)`, with
+    `b = max((lag + multiplier * t) ** -ema_power, min)` and `a = (lag + multiplier * t) ** -bias_power`. The correction
+    makes up for the lag of the moving average. Over a gap the factors `1 - b` of all its updates are multiplied.
+
+    It takes the memory of three averages. `Treatment` describes the parameters that all averaging rules have; float
+    buffers are copied by default, since a corrected variance can be negative.
+
+    Args:
+        every: steps from one update to the next, from `update_after` on; TRL's `update_freq`.
+        ema_power: in [0, 1e15).
+        bias_power: in [0, 1e15).
+        lag: in [1, 1e15).
+        multiplier: in [1e-9, 1e15).
+        min_weight: lowest share b of the newest weights, in [0, 1); TRL's `min_ema_multiplier`.
+        update_after: the average is a copy of the weights for so many steps.
+        name: name of the average; the default is `bema`, or made of the parameters.
+
+    Raises:
+        LocalProtocolError: a parameter is out of range or the name is not allowed.
+    """
+
+    KEYWORD: ClassVar[str] = "bema"
+    LEADING: ClassVar[str] = ""
+
+    every: int = field(default=400, metadata=of_kind(_EVERY))
+    ema_power: float = field(default=0.5, metadata=of_kind(_POWER))
+    bias_power: float = field(default=0.2, metadata=of_kind(_POWER))
+    lag: float = field(default=10.0, metadata=of_kind(_LAG))
+    multiplier: float = field(default=1.0, metadata=of_kind(_quantity("multiplier=1")))
+    min_weight: float = field(default=0.0, metadata=of_kind(Number(_SHARE, "for example min=0.01", high=1.0), "min"))
+    update_after: int = field(default=0, metadata=of_kind(Count("for example update_after=100")))
+    name: str = ""
+    _: KW_ONLY
+    buffers: Buffers = field(default="copy", metadata=BUFFERS)
+
+
+@dataclass(frozen=True, slots=True)
 class Raw:
     """The last weights as they were sent, to be evaluated beside the averages."""
 
@@ -271,7 +315,14 @@ class Raw:
         return "raw"
 
 
-AverageSpec: TypeAlias = Ema | PowerEma | Uniform | Window | Wsd | Raw
+AverageSpec: TypeAlias = Ema | PowerEma | Uniform | Window | Wsd | Bema | Raw
+
+
+def begins_before_first_step(rule: AverageSpec) -> bool:
+    """Whether the average begins with the weights of before the first step, which the trainer sends as a `set`."""
+    if isinstance(rule, Bema):
+        return rule.update_after == 0
+    return isinstance(rule, Ema) and rule.init == "start"
 
 
 def check_matches(rules: Iterable[AverageSpec], names: Sequence[str], others: Iterable[AverageSpec] = ()) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 
 from ema_proto.averages.parameters import parameters_of
 from ema_proto.averages.presets import expanded
-from ema_proto.averages.rules import AverageSpec, Ema, PowerEma, Raw, Uniform, Window, Wsd
+from ema_proto.averages.rules import AverageSpec, Bema, Ema, PowerEma, Raw, Uniform, Window, Wsd
 from ema_proto.errors import SHOWN_CHARS, LocalProtocolError
 from ema_proto.limits import AVERAGES_MAX
 
-_RULES: dict[str, type[AverageSpec]] = {kind.KEYWORD: kind for kind in (Ema, PowerEma, Uniform, Window, Wsd, Raw)}
+_RULES: dict[str, type[AverageSpec]] = {kind.KEYWORD: kind for kind in (Ema, PowerEma, Uniform, Window, Wsd, Bema, Raw)}
 _PARAMETER = re.compile(r"\s*[a-z_]+\s*=")
 _EXAMPLES = {
     "ema": "ema:0.9999,warmup=timm",
@@ -24,9 +24,13 @@ _EXAMPLES = {
     "swa": "swa:start=1000,every=100",
     "window": "window:5,every=100",
     "wsd": "wsd:start=10000,steps=2000",
+    "bema": "bema:every=100",
     "raw": "raw:name=last",
 }
-_USE = "use ema:DECAY (for example ema:0.9999), power:sigma_rel=WIDTH, swa, window:K, wsd:start=STEP,steps=STEPS or raw"
+_USE = (
+    "use ema:DECAY (for example ema:0.9999), power:sigma_rel=WIDTH, swa, window:K, wsd:start=STEP,steps=STEPS, bema or "
+    "raw"
+)
 
 
 def parse_average(text: str, *, name: str = "") -> AverageSpec:

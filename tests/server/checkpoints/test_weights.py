@@ -113,6 +113,11 @@ def test_half_life_in_samples_is_refused() -> None:
         weigh(parse_average("ema:half_life_samples=500"), _STEPS)
 
 
+def test_bema_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="it needs a server"):
+        weigh(parse_average("bema"), _STEPS)
+
+
 def test_copied_tensors_come_from_the_newest_checkpoint_that_counts() -> None:
     def newest(spec: str) -> int:
         weighing: Weighing = weigh(parse_average(spec), _STEPS)

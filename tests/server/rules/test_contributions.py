@@ -31,6 +31,9 @@ _RULES = (
     "window:3,every=1000",
     "wsd:start=10,steps=20,shape=sqrt",
     "wsd:start=2,steps=5",
+    "bema:every=4",
+    "bema:every=3,ema_power=0.7,bias_power=0.5,lag=3,multiplier=0.5,min=0.2,update_after=8",
+    "bema:every=1000",
 )
 
 
