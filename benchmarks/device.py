@@ -18,7 +18,7 @@ from ema_server.compute.device import HOST, Device
 from ema_server.compute.kernel import Target
 from ema_server.compute.memory import Memory
 from ema_server.compute.pool import WorkerPool
-from ema_server.ingest.finite import Slot
+from ema_server.ingest.staging import Slot
 from ema_server.tensors.layout import Form, held_nbytes, segments
 
 _ELEMENTS = 86_567_656  # a ViT-B/16

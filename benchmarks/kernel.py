@@ -20,7 +20,8 @@ from ema_server.compute.kernel import Target
 from ema_server.compute.memory import allocate
 from ema_server.compute.pool import WorkerPool
 from ema_server.compute.select import KernelUnavailableError, choose
-from ema_server.ingest.finite import FiniteCheck, Slot
+from ema_server.ingest.finite import FiniteCheck
+from ema_server.ingest.staging import Slot
 from ema_server.tensors.layout import Form, segments
 
 _ELEMENTS = 86_567_656  # a ViT-B/16
@@ -112,7 +113,7 @@ def _checks(elements: int, slot: Slot) -> Callable[[], None]:
 
     def work() -> None:
         for offset in range(0, nbytes, CHUNK_BYTES_DEFAULT):
-            check.check(offset, min(CHUNK_BYTES_DEFAULT, nbytes - offset), slot.tensor)
+            check.check(offset, slot.tensor[offset : offset + CHUNK_BYTES_DEFAULT])
 
     return work
 

@@ -63,7 +63,7 @@ def decide(join: messages.Join, known: Known | None) -> Decision | GoBack | Refu
 
 
 def _changed(join: messages.Join, known: Known) -> Refused | None:
-    difference = known.manifest.first_difference(join.manifest)
+    difference = known.manifest.first_difference(join.manifest, any_order=True)
     ways_out = "use another run name, or resume='never' to set the old run aside"
     if difference is not None:
         text = f"run {join.run!r} was started with another model: {difference}; {ways_out}"

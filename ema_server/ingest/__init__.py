@@ -2,6 +2,7 @@
 
 - `ingest`: the ingest thread: frames in, jobs for the averager out
 - `link`: the ROUTER socket
-- `finite`: NaN and Inf in a snapshot, and the slots that snapshots arrive in
 - `companion_files`: the thread that stores companion files
+- `staging`: the slots of a trainer, and the way of each rank's chunks into them
+- `finite`: NaN and Inf in a snapshot
 """

@@ -10,7 +10,6 @@ import torch
 
 from ema_proto.dtypes import ITEM_BYTES
 from ema_proto.wire.manifest import Manifest, TensorSpec
-from ema_server.compute.memory import allocate
 from ema_server.tensors.dtypes import view
 from ema_server.tensors.finite import is_finite
 from ema_server.tensors.selection import can_be_averaged
@@ -24,32 +23,6 @@ class _Run:
     begin: int
     end: int
     tensors: tuple[TensorSpec, ...]
-
-
-class Slot:
-    """Host memory of one snapshot's length, and the tensors that arrived in it with NaN or Inf.
-
-    Pages are mapped as the first snapshot arrives: touching them all when a run joins would delay other runs'
-    snapshots.
-
-    Raises:
-        MemoryError: the system has not enough memory.
-    """
-
-    __slots__ = ("_attempt", "not_finite", "tensor", "view")
-
-    def __init__(self, nbytes: int) -> None:
-        memory = allocate(nbytes)
-        self.tensor, self.view = memory.data, memory.view  # the same bytes: uint8, 1-D
-        self.not_finite: set[str] = set()
-        self._attempt = 0
-
-    def note(self, attempt: int, not_finite: tuple[str, ...]) -> None:
-        """Record which tensors of a chunk of this attempt have NaN or Inf. Another attempt starts empty."""
-        if attempt != self._attempt:
-            self._attempt = attempt
-            self.not_finite.clear()
-        self.not_finite.update(not_finite)
 
 
 class FiniteCheck:
@@ -66,34 +39,33 @@ class FiniteCheck:
         exempt = self._exempt | frozenset(names)
         return self if exempt == self._exempt else FiniteCheck(self._manifest, exempt)
 
-    def check(self, offset: int, length: int, slot: torch.Tensor) -> tuple[str, ...]:
-        """Names of the checked tensors with NaN or Inf in bytes `offset` to `offset + length`.
+    def check(self, offset: int, data: torch.Tensor) -> tuple[str, ...]:
+        """Names of the checked tensors with NaN or Inf in these bytes of the snapshot.
 
         Args:
-            offset: first byte, a multiple of 8.
-            length: bytes, a multiple of 8 unless the range ends with the snapshot.
-            slot: the whole snapshot, uint8, 1-D.
+            offset: the first byte, a multiple of 8.
+            data: uint8, 1-D; its length is a multiple of 8 unless it ends with the snapshot.
         """
-        end = offset + length
+        end = offset + len(data)
         found: list[str] = []
         for run in self._runs[max(bisect_right(self._begins, offset) - 1, 0) :]:
             if run.begin >= end:
                 break
             first, last = max(offset, run.begin), min(end, run.end)
-            if first < last and not is_finite(_elements(slot, run.dtype, first, last)):
-                found.extend(_not_finite(run, first, last, slot))
+            if first < last and not is_finite(_elements(data, run.dtype, first - offset, last - offset)):
+                found.extend(_not_finite(run, first, last, data, offset))
         return tuple(found)
 
 
-def _not_finite(run: _Run, first: int, last: int, slot: torch.Tensor) -> Iterator[str]:
+def _not_finite(run: _Run, first: int, last: int, data: torch.Tensor, offset: int) -> Iterator[str]:
     for tensor in run.tensors:
         begin, end = max(first, tensor.offset), min(last, tensor.end)
-        if begin < end and not is_finite(_elements(slot, run.dtype, begin, end)):
+        if begin < end and not is_finite(_elements(data, run.dtype, begin - offset, end - offset)):
             yield tensor.name
 
 
-def _elements(slot: torch.Tensor, dtype: str, begin: int, end: int) -> torch.Tensor:
-    return view(slot, dtype, begin, (end - begin) // ITEM_BYTES[dtype])
+def _elements(data: torch.Tensor, dtype: str, begin: int, end: int) -> torch.Tensor:
+    return view(data, dtype, begin, (end - begin) // ITEM_BYTES[dtype])
 
 
 def _runs(manifest: Manifest, exempt: frozenset[str]) -> Iterator[_Run]:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -24,10 +23,11 @@ from ema_proto.receiver import events as e
 from ema_proto.receiver import machine
 from ema_server.averager import jobs
 from ema_server.averager.averager import Averager
+from ema_server.compute.memory import allocate
 from ema_server.config import ServerConfig
 from ema_server.ingest.companion_files import FileWriter, entry_of_spec
-from ema_server.ingest.finite import FiniteCheck, Slot
 from ema_server.ingest.link import RouterLink
+from ema_server.ingest.staging import Staging
 from ema_server.storage.companions import CompanionStore
 from ema_server.telemetry import Telemetry
 
@@ -38,15 +38,6 @@ _Answer = TypeVar("_Answer")
 
 _TICK_S = 0.25
 _BURST = 64  # messages between two looks at the averager's answers
-
-
-@dataclass(slots=True, eq=False)
-class _Staging:
-    """The slots and the check of one session. They live until the averager has answered its last snapshot."""
-
-    run: str
-    slots: tuple[Slot, ...]
-    check: FiniteCheck
 
 
 class Ingest:
@@ -67,7 +58,8 @@ class Ingest:
             chunk_bytes=config.chunk_bytes,
             lost_after_s=config.lost_after_seconds,
         )
-        self._staging: dict[int, _Staging] = {}  # by ticket
+        self._staging: dict[int, Staging] = {}  # by ticket
+        self._buffer = allocate(config.chunk_bytes)
         self._inbox: deque[Callable[[], None]] = deque()
         self._greeted = 0  # how much of the receiver's count is in the telemetry
         self._stopping = False
@@ -145,13 +137,12 @@ class Ingest:
 
     def _take_payload(self, target: e.Payload) -> None:
         staging = self._staging[target.ticket]
-        slot = staging.slots[target.slot]
-        view = slot.view[target.offset : target.offset + target.length]
-        if not self._link.read_into(view):
+        place = staging.place(target)
+        if not self._link.read_into(place.view):
             self._receiver.payload(None)
             return
-        slot.note(target.attempt, staging.check.check(target.offset, target.length, slot.tensor))
-        self._receiver.payload(view)
+        staging.received(target, place)
+        self._receiver.payload(place.view)
         self._telemetry.chunks.inc()
         self._telemetry.ingest_bytes.inc(target.length)
 
@@ -179,6 +170,8 @@ class Ingest:
                 self._telemetry.ingest_bytes.inc(event.file.nbytes if event.offset == 0 else 0)
             case e.SnapshotReady():
                 self._submit_apply(event)
+            case e.StepDropped(run, _, step, _, why):
+                logger.debug("run %s: step %d is dropped: %s", run, step, why)
             case e.PublishRequested():
                 reason: jobs.Reason = "checkpoint" if event.pin else "request"
                 self._averager.submit(jobs.Publish(event.run, reason, self._reply(self._take_published, event)))
@@ -201,11 +194,10 @@ class Ingest:
             logger.warning("run %s: refused: %s", event.run, outcome.text)
             self._receiver.refuse_join(event.run, event.ticket, outcome.code, outcome.text)
             return
-        nbytes = outcome.manifest.nbytes
         try:
-            slots = tuple(Slot(nbytes) for _ in range(SLOTS))
+            staging = Staging(event.run, outcome.manifest, event.parts, outcome.exempt, SLOTS, self._buffer)
         except MemoryError as error:
-            text = f"the server cannot allocate {SLOTS} slots of {nbytes} bytes: {error}"
+            text = f"the server cannot allocate {SLOTS} slots of {outcome.manifest.nbytes} bytes: {error}"
             self._receiver.refuse_join(event.run, event.ticket, RejectCode.OUT_OF_MEMORY, text)
             self._averager.submit(jobs.Leave(event.run, lost=False))
             return
@@ -222,9 +214,7 @@ class Ingest:
         )
         if accepted:
             self._drop_staging(event.run)
-            self._staging[event.ticket] = _Staging(
-                event.run, slots, FiniteCheck(outcome.manifest).exempt(outcome.exempt)
-            )
+            self._staging[event.ticket] = staging
             place = "to" if outcome.continuation == "rewound" else "at"
             where = "" if outcome.last_step is None else f" {place} step {outcome.last_step}"
             logger.info("run %s: %s%s", event.run, outcome.continuation, where)
@@ -249,8 +239,8 @@ class Ingest:
     def _submit_apply(self, event: e.SnapshotReady) -> None:
         self._telemetry.snapshots.inc()
         slot = self._staging[event.ticket].slots[event.slot]
-        not_finite, reply = tuple(sorted(slot.not_finite)), self._reply(self._take_applied, event)
-        self._averager.submit(jobs.Apply(event.run, event.step, event.mode, slot.tensor, not_finite, reply))
+        reply = self._reply(self._take_applied, event)
+        self._averager.submit(jobs.Apply(event.run, event.step, event.mode, slot.tensor, slot.not_finite, reply))
 
     def _take_applied(self, event: e.SnapshotReady, outcome: jobs.Applied | jobs.Quarantined) -> None:
         if isinstance(outcome, jobs.Quarantined):
@@ -258,12 +248,12 @@ class Ingest:
             return
         staging = self._staging.get(event.ticket)
         if staging is not None:
-            staging.check = staging.check.exempt(outcome.exempt)
+            staging.exempt(outcome.exempt)
         self._receiver.applied(event.run, event.ticket, event.slot)
 
     def _take_published(self, event: e.PublishRequested, outcome: jobs.Durable | jobs.Failed) -> None:
         step, error = _step_or_error(outcome)
-        self._receiver.publish_answered(event.run, event.ticket, event.request, step, error)
+        self._receiver.publish_answered(event.run, event.ticket, event.request, step, error, rank=event.rank)
 
     def _take_rewound(self, event: e.RewindRequested, outcome: jobs.Rewound | jobs.Failed) -> None:
         step, error = _step_or_error(outcome)
@@ -280,8 +270,7 @@ class Ingest:
 
     def _gauge(self) -> None:
         self._telemetry.sessions.set(len(self._staging))
-        slots = [slot for staging in self._staging.values() for slot in staging.slots]
-        self._telemetry.slot_bytes.set(sum(len(slot.view) for slot in slots))
+        self._telemetry.slot_bytes.set(sum(staging.nbytes for staging in self._staging.values()))
 
 
 def _step_or_error(outcome: jobs.Durable | jobs.Rewound | jobs.Failed) -> tuple[int | None, str | None]:

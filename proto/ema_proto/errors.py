@@ -72,6 +72,9 @@ class RejectCode(StrEnum):
     NO_GENERATION = "no_generation", Scope.RUN, Cure.FINAL
     NOTHING_TO_CONTINUE = "nothing_to_continue", Scope.RUN, Cure.FINAL
     WORLD_UNSUPPORTED = "world_unsupported", Scope.RUN, Cure.FINAL
+    RANKS_DIFFER = "ranks_differ", Scope.RUN, Cure.FINAL
+    RANKS_MISSING = "ranks_missing", Scope.RUN, Cure.FINAL
+    NOT_TILED = "not_tiled", Scope.RUN, Cure.FINAL
     OUT_OF_MEMORY = "out_of_memory", Scope.RUN, Cure.FINAL
     UNAVAILABLE = "unavailable", Scope.RUN, Cure.REJOIN
     OUT_OF_ORDER = "out_of_order", Scope.SNAPSHOT, Cure.RESEND
@@ -79,4 +82,5 @@ class RejectCode(StrEnum):
     CHECKSUM = "checksum", Scope.SNAPSHOT, Cure.RESEND
     INCOMPLETE = "incomplete", Scope.SNAPSHOT, Cure.RESEND
     NOT_FINITE = "not_finite", Scope.SNAPSHOT, Cure.FINAL
+    DROPPED = "dropped", Scope.SNAPSHOT, Cure.FINAL
     STEP_PASSED = "step_passed", Scope.SNAPSHOT, Cure.FINAL

@@ -12,7 +12,7 @@ from ema_proto import limits
 from ema_proto.dtypes import ITEM_BYTES
 from ema_proto.errors import RejectCode
 from ema_proto.names import OWN_FILES, RESERVED
-from ema_proto.receiver.ownership import ClaimState
+from ema_proto.receiver.gang import ClaimState
 from ema_proto.sender.events import SenderState
 from ema_proto.wire import codec
 from ema_proto.wire import messages as m
@@ -53,9 +53,9 @@ def test_message_table_names_every_key_of_every_body() -> None:
     rows = {row["message"]: bare(row["body keys"]) for row in table("## 3.", "type")}
     for message in EXAMPLES.values():
         if isinstance(message, m.Join):  # what is None is left out of the body
-            message = replace(message, publish_every_steps=100, host="machine", pid=1, files=())
+            message = replace(message, publish_every_steps=100, host="machine", pid=1, files=(), gang="job")
         if isinstance(message, m.Joined):
-            message = replace(message, set_aside="run-20260101", missing_files=())
+            message = replace(message, set_aside="run-20260101", missing_files=(), send=((0, 0),))
         if isinstance(message, m.Finished):
             message = replace(message, warning="an average is too long")
         if not isinstance(message, m.Chunk | m.File):
@@ -79,7 +79,7 @@ def test_message_table_names_uses_of_step_and_attempt() -> None:
         header, _ = codec.encode(message, session=bytes(16), epoch=1)
         used = codec.decode_header(header)
         if used.step:
-            assert rows[TYPES[message.type]].startswith("step, attempt")
+            assert rows[TYPES[message.type]].startswith("step, attempt" if used.attempt else "step")
         if rows[TYPES[message.type]] == NOTHING:
             assert (used.step, used.attempt, used.offset, used.crc32) == (0, 0, 0, None)
 
@@ -117,7 +117,8 @@ def test_version_and_time_tables_equal_limits_py() -> None:
 
     assert f"The version is {limits.VERSION_MAJOR}.{limits.VERSION_MINOR}." in SPEC
     expected = [limits.HANDSHAKE_S, limits.SERVER_SILENT_S, limits.STALL_S, limits.REQUEST_S]
-    expected += [limits.HEARTBEAT_S, limits.RECONNECT_PAUSE_S, limits.PROBE_S, limits.SESSION_LOST_S]
+    expected += [limits.HEARTBEAT_S, limits.RECONNECT_PAUSE_S, limits.RANKS_WAIT_S, limits.RANKS_WAIT_S]
+    expected += [limits.SERVER_SILENT_S, limits.PART_WAIT_S, limits.PROBE_S, limits.SESSION_LOST_S]
     assert [float(value.split("…")[-1].split(",")[0]) for value in times.values()] == expected
 
 

@@ -30,6 +30,7 @@ class Server:
         self.lives: list[list[tuple[int, bytes]]] = [[]]
         self.history: list[tuple[int, bytes]] = []
         self.durable: list[tuple[int, bytes]] = []
+        self.dropped: list[tuple[int, str]] = []
         self.restart()
 
     def restart(self) -> None:
@@ -39,8 +40,8 @@ class Server:
         self.receiver = r.Receiver(
             epoch=self.epoch, token=self.token, nonce=lambda: "nonce", chunk_bytes=CHUNK_BYTES, lost_after_s=60.0
         )
-        self.slots: dict[int, list[bytearray]] = {}
         self.parts: dict[int, bytes] = {}
+        self.slots: dict[int, list[list[bytearray]]] = {}  # by ticket, slot and rank
 
     @property
     def applied(self) -> list[tuple[int, bytes]]:
@@ -56,7 +57,8 @@ class Server:
         """Receive one message from a trainer, as the ingest thread does."""
         match self.receiver.header(peer, frames[0], now):
             case e.Payload() as target:
-                view = memoryview(self.slots[target.ticket][target.slot])[target.offset : target.offset + target.length]
+                part = self.slots[target.ticket][target.slot][target.rank]
+                view = memoryview(part)[target.offset : target.offset + target.length]
                 body = frames[1] if len(frames) == 2 else b""
                 view[: min(len(body), len(view))] = body[: len(view)]
                 self.receiver.payload(view if len(body) == len(view) else None)
@@ -83,17 +85,21 @@ class Server:
                     self.receiver.quarantined(event.run, event.ticket, event.slot, self.quarantine)
                     self.quarantine = None
                 case e.SnapshotReady():
-                    self.applied.append((event.step, bytes(self.slots[event.ticket][event.slot])))
+                    self.applied.append((event.step, b"".join(self.slots[event.ticket][event.slot])))
                     self.history.append(self.applied[-1])
                     self.receiver.applied(event.run, event.ticket, event.slot)
                 case e.PublishRequested():
                     self.publish()
-                    self.receiver.publish_answered(event.run, event.ticket, event.request, self.last_step)
+                    self.receiver.publish_answered(
+                        event.run, event.ticket, event.request, self.last_step, rank=event.rank
+                    )
                 case e.RewindRequested():
                     self._rewind(event)
                 case e.FinishRequested():
                     self.publish()
                     self.receiver.finished(event.run, event.ticket, event.request, self.last_step)
+                case e.StepDropped():
+                    self.dropped.append((event.step, event.why))
                 case e.SessionEnded():
                     pass
 
@@ -135,7 +141,7 @@ class Server:
         last = self.last_step
         if not event.join.reconnect and last is not None and event.join.first_step <= last:
             self._go_back(event.join.first_step - 1)
-        self.slots[event.ticket] = [bytearray(event.join.manifest.nbytes) for _ in range(2)]
+        self.slots[event.ticket] = [[bytearray(part.nbytes) for part in event.parts] for _ in range(2)]
         continuation: m.Continuation = "new"
         if last is not None:
             continuation = "continued" if self.last_step == last else "rewound"

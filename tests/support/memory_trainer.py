@@ -16,15 +16,26 @@ from ema_proto.sender import machine as s
 from ema_proto.sender.events import SenderState
 from ema_proto.sender.file_queue import FilePayload
 from ema_proto.wire import messages as m
+from ema_proto.wire.boxes import Box
 from ema_proto.wire.codec import with_crc32
 from ema_proto.wire.files import FileSpec
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
+from ema_proto.wire.parts import from_ranges, part_of
 from support.memory_server import CHUNK_BYTES
 
 
 def small_manifest(chunks: float = 3.5) -> Manifest:
     """One tensor of bytes that takes this many chunks."""
     return layout([TensorSpec("weight", "U8", (int(chunks * CHUNK_BYTES),), Role.PARAM, 0)])
+
+
+def shard_manifest(rank: int, world: int) -> Manifest:
+    """What one of several ranks holds: a block of rows, of which the last rank has fewer, and a buffer."""
+    rows = 2 * world - 1
+    low, high = 2 * rank, min(2 * rank + 2, rows)
+    columns = CHUNK_BYTES // 2
+    weight = TensorSpec("weight", "U8", (rows, columns), Role.PARAM, 0, box=Box((low, 0), (high - low, columns)))
+    return layout([weight, TensorSpec("count", "I64", (), Role.BUFFER, 0)])
 
 
 def small_join(
@@ -34,6 +45,9 @@ def small_join(
     incarnation: int = 0,
     checksum: bool = True,
     files: tuple[FileSpec, ...] | None = None,
+    rank: int = 0,
+    world: int = 1,
+    gang: str | None = None,
 ) -> m.Join:
     """A JOIN for the run of these tests."""
     return m.Join(
@@ -44,6 +58,9 @@ def small_join(
         incarnation=incarnation,
         checksum=checksum,
         files=files,
+        rank=rank,
+        world=world,
+        gang=gang,
     )
 
 
@@ -73,6 +90,9 @@ class Trainer:
         incarnation: int = 0,
         first_step: int = 1,
         files: Mapping[str, bytes] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        gang: str | None = None,
     ) -> None:
         self.name = name
         self.manifest = manifest
@@ -99,7 +119,18 @@ class Trainer:
         self._step_before_rewind: dict[int, int] = {}
         self.step = first_step - 1
         specs = None if files is None else specs_of(files)
-        self.sender.join(small_join(manifest, first_step=first_step, incarnation=incarnation, files=specs))
+        self._part_bytes = manifest.nbytes
+        self.sender.join(
+            small_join(
+                manifest,
+                first_step=first_step,
+                incarnation=incarnation,
+                files=specs,
+                rank=rank,
+                world=world,
+                gang=gang,
+            )
+        )
 
     @property
     def connection(self) -> Connection | None:
@@ -118,12 +149,21 @@ class Trainer:
             return False
         self.step += 1
         slot = self.free.pop()
-        content = random.Random(f"{self.name}-{self.step}-{len(self.offered)}").randbytes(self.manifest.nbytes)
+        content = random.Random(f"{self.name}-{self.step}-{len(self.offered)}").randbytes(self._part_bytes)
         self.offered.add((self.step, content))
         self.slots[slot] = content
         self.sent[self.step] = content
         self.sender.offer(slot, self.step, now)
         return True
+
+    def part(self, step: int) -> bytes | None:
+        """What was sent of a step; steps before JOINED were offered with all that the rank holds."""
+        return self.sent[step][: self._part_bytes] if step in self.sent else None
+
+    def skip(self) -> None:
+        """One optimizer step whose snapshot is not offered."""
+        self.step += 1
+        self.sender.skip(self.step, "no slot is free")
 
     def rewind(self, step: int) -> None:
         """Rewind at once: later steps wait for the answer."""
@@ -176,6 +216,9 @@ class Trainer:
                     self.refused = event
                 case e.JoinAccepted(joined):
                     self.joined.append(joined)
+                    if joined.send is not None:
+                        indices = from_ranges(joined.send, len(self.manifest.tensors))
+                        self._part_bytes = part_of(self.manifest, indices).nbytes
                 case e.PublishedAt(step):
                     self.published.append(step)
                 case e.Greeted():

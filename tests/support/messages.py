@@ -5,6 +5,7 @@ from __future__ import annotations
 from ema_proto.averages.rules import Ema, Raw
 from ema_proto.errors import RejectCode
 from ema_proto.wire import messages as m
+from ema_proto.wire.boxes import Box
 from ema_proto.wire.files import FileSpec
 from ema_proto.wire.manifest import Role, TensorSpec, layout
 
@@ -19,6 +20,8 @@ MANIFEST = layout(
         TensorSpec("norm.weight", "BF16", (2,), Role.FROZEN, 0),
     ]
 )
+
+SHARD = layout([TensorSpec("weight", "F32", (5, 2), Role.PARAM, 0, box=Box((3, 0), (2, 2)))])
 
 EXAMPLES: dict[str, m.Message] = {
     "hello": m.Hello(),
@@ -38,6 +41,9 @@ EXAMPLES: dict[str, m.Message] = {
         samples_per_step=256,
         steps_per_epoch=5004.5,
     ),
+    "join as one rank of several": m.Join(
+        run="resnet34", first_step=1, manifest=SHARD, averages=(Raw(),), rank=1, world=2, gang="job 17"
+    ),
     "begin": m.Begin(1001, 1),
     "begin of a set": m.Begin(1001, 2, "set"),
     "chunk": m.Chunk(1001, 1, 4 << 20, len(PAYLOAD)),
@@ -50,10 +56,12 @@ EXAMPLES: dict[str, m.Message] = {
     "rewind": m.Rewind(3, 900),
     "finish": m.Finish(4),
     "bye": m.Bye(),
+    "skip": m.Skip(1002, "no slot is free"),
     "challenge": m.Challenge("ab" * 32),
     "welcome": m.Welcome(EPOCH, 4 << 20),
     "joined anew": m.Joined(None, None, (), "new", 8),
     "joined and continued": m.Joined(1000, 900, (998, 999, 1000), "continued", 8),
+    "joined as one rank of several": m.Joined(None, None, (), "new", 4, send=((0, 1), (3, 3))),
     "credit": m.Credit(16),
     "committed": m.Committed(1001, 1),
     "published": m.Published(1000),

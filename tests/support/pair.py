@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ema_proto.errors import RejectCode
 from ema_proto.sender.events import SenderState
 from support.memory_server import Server
-from support.memory_trainer import Connection, Trainer, small_manifest
+from support.memory_trainer import Connection, Trainer, shard_manifest, small_manifest
 
 __all__ = ["Connection", "Faults", "Server", "Trainer", "World", "check_agreement"]
 
@@ -45,6 +45,14 @@ class World:
     ) -> Trainer:
         """Add a trainer."""
         trainer = Trainer(name, small_manifest(chunks), token=token, incarnation=incarnation, files=files)
+        self.trainers.append(trainer)
+        return trainer
+
+    def rank(self, rank: int, world: int, *, incarnation: int = 0, gang: str = "job") -> Trainer:
+        """Add one rank of a sharded trainer."""
+        name = f"{gang}{incarnation}r{rank}"
+        manifest = shard_manifest(rank, world)
+        trainer = Trainer(name, manifest, incarnation=incarnation, rank=rank, world=world, gang=gang)
         self.trainers.append(trainer)
         return trainer
 

@@ -29,6 +29,7 @@ MESSAGES: dict[str, m.Message] = {
     "CHUNK": m.Chunk(1, 1, 0, CHUNK_BYTES_MIN),
     "COMMIT": m.Commit(1, 1, 1, CHUNK_BYTES_MIN),
     "FILE": m.File(0, 0, CHUNK_BYTES_MIN),
+    "SKIP": m.Skip(1, "busy"),
     "PUBLISH": m.Publish(1),
     "REWIND": m.Rewind(1, 0),
     "FINISH": m.Finish(1),

@@ -204,7 +204,7 @@ class ServerCore:
         """The job of `apply`, not submitted."""
         manifest = self.manifests[run]
         data = encode(manifest, tensors)
-        not_finite = FiniteCheck(manifest).exempt(self.exempt[run]).check(0, manifest.nbytes, data)
+        not_finite = FiniteCheck(manifest).exempt(self.exempt[run]).check(0, data)
         return Apply(run, step, mode, data, not_finite, reply)
 
     def publish(self, run: str, reason: Reason = "request") -> Durable | Failed:

@@ -2,6 +2,8 @@
 
     > trainer NAME [token=T] [incarnation=N] [first_step=N]   a trainer connects and asks for the run
               [files=NAME:BYTES,...]                          with companion files of this many zero bytes
+    > trainer NAME rank=R world=W [gang=TEXT] …               one of its ranks, which holds a block of rows
+    > NAME skips                                              it takes a step that it does not offer
     > NAME steps [N]                                          it takes N steps, and offers each if a slot is free
     > NAME publishes | rewinds N | finishes | leaves          a request of its user
     > NAME is cut off | dies                                  its connection breaks; its process is killed
@@ -26,7 +28,7 @@ from ema_proto.sender.events import SenderState
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import CONTROL_MESSAGES, Header, decode_header, encode_header
 from support.memory_server import Server
-from support.memory_trainer import Connection, Trainer, small_manifest
+from support.memory_trainer import Connection, Trainer, shard_manifest, small_manifest
 
 TYPES = {kind: message.__name__.upper() for kind, message in CONTROL_MESSAGES.items()} | {
     m.Chunk.type: "CHUNK",
@@ -71,13 +73,17 @@ class Stage:
         if kind == "stranger":
             self.strangers[name] = Connection(name.encode())
             return
+        rank, world = int(given.get("rank", 0)), int(given.get("world", 1))
         trainer = Trainer(
             name,
-            small_manifest(1.5),
+            small_manifest(1.5) if world == 1 else shard_manifest(rank, world),
             token=given.get("token"),
             incarnation=int(given.get("incarnation", 0)),
             first_step=int(given.get("first_step", 1)),
             files=_files(given["files"]) if "files" in given else None,
+            rank=rank,
+            world=world,
+            gang=None if world == 1 else given.get("gang", "job"),
         )
         self.trainers[name] = trainer
         trainer.open(self.now)
@@ -103,6 +109,8 @@ class Stage:
                 for _ in range(int(count[0]) if count else 1):
                     trainer.train(self.now)
                     self._settle()
+            case ["skips"]:
+                trainer.skip()
             case ["publishes"]:
                 trainer.sender.request_publish(pin=False)
             case ["rewinds", step]:

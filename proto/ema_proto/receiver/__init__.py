@@ -3,7 +3,10 @@
 - `machine`: `Receiver`, which all other modules serve
 - `events`: what the receiver tells its caller
 - `connections`: greets connections, refuses frames, forgets silent connections
-- `ownership`: which session owns which run, probes and take-overs
-- `intake`: the snapshots of one joined session: slots, credit, commits
-- `file_intake`: the companion files that come before them
+- `ownership`: which gang owns which run, probes and take-overs
+- `gang`: the sessions of one start of a trainer, one for each rank
+- `merging`: the manifests of several ranks, and which rank sends what
+- `intake`: what one rank sends: credit, chunks, commits
+- `file_intake`: the companion files that come before snapshots
+- `assembly`: which step fills which slot, and which ranks' parts are whole
 """

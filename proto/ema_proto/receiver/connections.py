@@ -64,6 +64,11 @@ class Connections:
             forgotten.append(self._by_peer.popitem(last=False)[1])
         return forgotten
 
+    def is_silent(self, peer: bytes, before: float) -> bool:
+        """Whether nothing was heard from this connection since this time."""
+        connection = self._by_peer.get(peer)
+        return connection is None or connection.seen_at < before
+
     def check_current(self, connection: Connection, header: Header) -> None:
         """Refuse a frame of another server start, or of a session that was not greeted on this connection.
 

@@ -10,13 +10,15 @@ from typing import TypeAlias
 
 from ema_proto.wire import messages as m
 from ema_proto.wire.files import FileSpec
+from ema_proto.wire.parts import Part
 
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """Receive exactly `length` bytes into the slot of this ticket's run at `offset`, then call `payload`."""
+    """Receive `length` bytes into the slot of the run's gang, at `offset` of the rank's part; then call `payload`."""
 
     ticket: int
+    rank: int
     slot: int
     attempt: int
     offset: int
@@ -47,11 +49,15 @@ Target: TypeAlias = Payload | FileBody | Control | Discard
 
 @dataclass(frozen=True, slots=True)
 class JoinRequested:
-    """A session may have the run: create, continue or rewind it, then `accept_join` or `refuse_join`."""
+    """A trainer may have the run: create, continue or rewind it, then `accept_join` or `refuse_join`.
+
+    `join` is that of the whole trainer; `parts` says what each rank sends.
+    """
 
     run: str
     ticket: int
     join: m.Join
+    parts: tuple[Part, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +86,23 @@ class SnapshotReady:
 
 
 @dataclass(frozen=True, slots=True)
+class StepDropped:
+    """A step of a sharded trainer cannot be whole: `why`, and which rank is the cause."""
+
+    run: str
+    ticket: int
+    step: int
+    rank: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class PublishRequested:
     """Make everything before this event durable, then `publish_answered`."""
 
     run: str
     ticket: int
+    rank: int
     request: int
     pin: bool
 
@@ -118,5 +136,12 @@ class SessionEnded:
 
 
 ReceiverEvent: TypeAlias = (
-    JoinRequested | FileReceived | SnapshotReady | PublishRequested | RewindRequested | FinishRequested | SessionEnded
+    JoinRequested
+    | FileReceived
+    | SnapshotReady
+    | StepDropped
+    | PublishRequested
+    | RewindRequested
+    | FinishRequested
+    | SessionEnded
 )

@@ -1,4 +1,4 @@
-"""Snapshots of one joined session on one connection: slots, credit, and the answers to COMMIT.
+"""What one rank sends of the snapshots of its run: slots, credit, and the answers to COMMIT.
 
 A slot is free, filling, or held until the averager has answered. A step is applied at most once.
 """
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from ema_proto.errors import RejectCode, RemoteProtocolError
-from ema_proto.limits import CREDIT_WINDOW_CHUNKS, RECENT_STEPS
+from ema_proto.limits import CREDIT_WINDOW_CHUNKS
+from ema_proto.receiver.assembly import Assembly, Dropped
 from ema_proto.receiver.file_intake import FileIntake
 from ema_proto.wire import messages as m
 from ema_proto.wire.chunks import Coverage, count_chunks
@@ -27,48 +28,56 @@ class _Filling:
 
 
 class Intake:
-    """Staging of one session, in `slots` slots of `nbytes` bytes.
+    """One rank's end of an assembly: parts of `nbytes` bytes each.
 
-    With `checksum`, chunks carry a CRC-32 that must match. `last_step` is the last applied one, None without any.
+    With `checksum`, chunks carry a CRC-32 that must match. `window` is the number of chunks that may be on their way.
     `files` are companion files that come first: before they are whole, no credit is given for snapshots.
     """
 
     def __init__(
         self,
+        assembly: Assembly,
+        rank: int,
         *,
         nbytes: int,
         chunk_bytes: int,
-        slots: int,
         checksum: bool,
-        last_step: int | None,
-        recent: tuple[int, ...],
+        window: int = CREDIT_WINDOW_CHUNKS,
         files: tuple[FileSpec, ...] = (),
     ) -> None:
         self.replies: deque[m.Committed | m.Credit | m.Reject] = deque()
-        self.recent = deque(recent, maxlen=RECENT_STEPS)
         self.files = FileIntake(files, chunk_bytes=chunk_bytes, checksum=checksum)
+        self._assembly = assembly
+        self._rank = rank
         self._nbytes = nbytes
         self._chunk_bytes = chunk_bytes
-        self._slots = slots
         self._checksum = checksum
-        self._last_step = last_step
+        self._window = window
         self._filling: _Filling | None = None
         self._held: dict[int, m.Begin] = {}
         self._rewinds = 0
         self._received_chunks = 0
         self.credit_limit = self._allowance()
 
-    def begin(self, begin: m.Begin) -> None:
+    def begin(self, begin: m.Begin, now: float = 0.0) -> None:
         """A snapshot starts; one still filling is abandoned. A step that can no longer count gets no slot."""
         if self._rewinds or not self._can_count(begin):
             return
         self._filling = None
-        slot = next((index for index in range(self._slots) if index not in self._held), None)
-        if slot is None or not self.files.whole:
-            what = "no slot is free" if slot is None else "files are missing"
+        why = self._assembly.why_not(self._rank, begin)
+        if why is not None:
+            self._filling = _Filling(-1, begin, self._coverage(), refused=True)
+            self._reject(begin, RejectCode.DROPPED, f"step {begin.step}: {why}")
+            return
+        if not self.files.whole or not self._nbytes:
+            what = "this rank sends nothing" if self.files.whole else "files are missing"
             self._reject(begin, RejectCode.OUT_OF_ORDER, f"BEGIN came without credit: {what}")
             return
-        self._filling = _Filling(slot, begin, Coverage(self._nbytes, self._chunk_bytes))
+        slot = self._assembly.begin(self._rank, begin, now)
+        if slot is None:
+            self._reject(begin, RejectCode.OUT_OF_ORDER, "BEGIN came without credit: no slot is free")
+            return
+        self._filling = _Filling(slot, begin, self._coverage())
 
     def target(self, header: Header) -> int | None:
         """The slot for a chunk; None when its payload is to be dropped."""
@@ -112,7 +121,7 @@ class Intake:
         self._grant()
 
     def commit(self, commit: m.Commit) -> tuple[int, m.Begin] | None:
-        """The sender has sent everything; returns the slot and the BEGIN of the snapshot if it is whole."""
+        """The rank has sent everything; returns slot and BEGIN of the snapshot if all parts of it are whole now."""
         filling = self._filling
         if filling is None or self._is_other(filling, commit.step, commit.attempt):
             self._answer_unexpected(commit)
@@ -122,45 +131,54 @@ class Intake:
             problem = self._incomplete(commit, filling.coverage)
             if problem is None:
                 self._held[filling.slot] = filling.begin
-                return filling.slot, filling.begin
+                return (filling.slot, filling.begin) if self._assembly.whole(self._rank, filling.slot) else None
             self._reject(commit, RejectCode.INCOMPLETE, problem)
         self._grant()
         return None
 
+    def skip(self, skip: m.Skip) -> None:
+        """This rank sends nothing of a step."""
+        self._filling = None
+        self._assembly.skip(self._rank, skip.step, skip.why)
+        self._grant()
+
     def applied(self, slot: int) -> None:
-        held = self._held.pop(slot)
-        self._last_step = held.step
-        if held.step not in self.recent:
-            self.recent.append(held.step)
-        self.replies.append(m.Committed(held.step, held.attempt))
+        held = self._held.pop(slot, None)
+        if held is not None:  # None: the rank has reconnected since
+            self.replies.append(m.Committed(held.step, held.attempt))
         self._grant()
 
     def quarantined(self, slot: int, text: str) -> None:
-        self._reject(self._held.pop(slot), RejectCode.NOT_FINITE, text)
+        held = self._held.pop(slot, None)
+        if held is not None:
+            self._reject(held, RejectCode.NOT_FINITE, text)
+        self._grant()
+
+    def dropped(self, dropped: Dropped) -> None:
+        """A step cannot be whole; what this rank has sent of it is lost. Its slot may hold another step by now."""
+        text = f"step {dropped.step}: {dropped.why}"
+        held, filling = self._held.get(dropped.slot), self._filling
+        if held is not None and _is_same(held, dropped):
+            self._reject(self._held.pop(dropped.slot), RejectCode.DROPPED, text)
+        elif filling is not None and not filling.refused and _is_same(filling.begin, dropped):
+            self._refuse(filling, RejectCode.DROPPED, text)
         self._grant()
 
     def begin_rewind(self) -> None:
         """A rewind has begun; until it is answered, no snapshot is accepted."""
         self._rewinds += 1
         self._filling = None
+        self._assembly.lose(self._rank, "rewinds")
 
-    def cancel_rewind(self) -> None:
-        """The rewind failed; the run is unchanged."""
+    def end_rewind(self) -> None:
+        """The rewind is done, or has failed and the run is unchanged."""
         self._rewinds -= 1
-
-    def rewound(self, last_step: int | None, recent: tuple[int, ...]) -> None:
-        self._rewinds -= 1
-        self._last_step = last_step
-        self.recent = deque(recent, maxlen=RECENT_STEPS)
         self._grant()
-
-    def _is_passed(self, step: int) -> bool:
-        return self._last_step is not None and step <= self._last_step
 
     def _can_count(self, begin: m.Begin) -> bool:
         """Whether the step is above all before it; a `set` may also repeat the newest."""
         lowest = begin.step + (begin.mode == "set")
-        return not self._is_passed(lowest) and all(held.step < lowest for held in self._held.values())
+        return not self._assembly.is_passed(lowest) and all(held.step < lowest for held in self._held.values())
 
     def _is_other(self, filling: _Filling, step: int, attempt: int) -> bool:
         return (filling.begin.step, filling.begin.attempt) != (step, attempt)
@@ -179,10 +197,10 @@ class Intake:
             return
         if self._rewinds:
             self._reject(commit, RejectCode.OUT_OF_ORDER, f"COMMIT of step {commit.step} came while the run goes back")
-        elif commit.step in self.recent:
+        elif commit.step in self._assembly.recent:
             self.replies.append(m.Committed(commit.step, commit.attempt))
-        elif self._is_passed(commit.step):
-            text = f"step {self._last_step} was applied before step {commit.step} was whole"
+        elif self._assembly.is_passed(commit.step):
+            text = f"step {self._assembly.last_step} was applied before step {commit.step} was whole"
             self._reject(commit, RejectCode.STEP_PASSED, text)
         else:
             self._reject(commit, RejectCode.OUT_OF_ORDER, f"COMMIT of step {commit.step} came without its BEGIN")
@@ -194,13 +212,16 @@ class Intake:
     def _reject(self, what: m.Begin | m.Commit, code: RejectCode, text: str) -> None:
         self.replies.append(m.Reject(code, text, what.step, what.attempt))
 
+    def _coverage(self) -> Coverage:
+        return Coverage(self._nbytes, self._chunk_bytes)
+
     def _allowance(self) -> int:
         """Chunks that may be sent now: as many as the slots have room for, at most a window; or parts of files."""
         if not self.files.whole:
             return self.files.allowance
         missing = self._filling.coverage.missing if self._filling else 0
-        free = self._slots - len(self._held) - (1 if self._filling else 0)
-        return min(CREDIT_WINDOW_CHUNKS, missing + free * count_chunks(self._nbytes, self._chunk_bytes))
+        free = self._assembly.slots - len(self._held) - (1 if self._filling else 0)
+        return min(self._window, missing + free * count_chunks(self._nbytes, self._chunk_bytes))
 
     def _grant(self) -> None:
         """Raise the limit if it grows by half a window, or if the sender has no credit left."""
@@ -208,6 +229,10 @@ class Intake:
         limit = self._received_chunks + allowance
         grown = limit - self.credit_limit
         is_out = self.credit_limit <= self._received_chunks
-        if allowance > 0 and grown > 0 and (is_out or grown >= CREDIT_WINDOW_CHUNKS // 2):
+        if allowance > 0 and grown > 0 and (is_out or grown >= self._window // 2):
             self.credit_limit = limit
             self.replies.append(m.Credit(limit))
+
+
+def _is_same(begin: m.Begin, dropped: Dropped) -> bool:
+    return (begin.step, begin.mode) == (dropped.step, dropped.mode)

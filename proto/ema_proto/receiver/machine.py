@@ -9,16 +9,28 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError, Scope
-from ema_proto.limits import CHUNK_BYTES_DEFAULT, SESSION_LOST_S, SLOTS
+from ema_proto.limits import (
+    CHUNK_BYTES_DEFAULT,
+    CREDIT_WINDOW_CHUNKS,
+    PART_WAIT_S,
+    RANKS_WAIT_S,
+    SERVER_SILENT_S,
+    SESSION_LOST_S,
+    SLOTS,
+)
 from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connection, Connections
+from ema_proto.receiver.gang import Claim, ClaimState, Gang
 from ema_proto.receiver.intake import Intake
-from ema_proto.receiver.ownership import Claim, ClaimState, Ownership
+from ema_proto.receiver.ownership import Ownership
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import Header, decode, decode_file, decode_header
 from ema_proto.wire.files import FileSpec, by_digest
+
+_GANG_WINDOW_CHUNKS = 64  # on their way from all ranks of a trainer together, at least two from each
 
 
 class Receiver:
@@ -73,34 +85,37 @@ class Receiver:
         if header.type != m.Chunk.type:
             self._pending = connection, header
             return e.Control(header.length)
-        claim = self._streaming(connection)
-        if claim is None or claim.intake is None:
+        found = self._streaming(connection)
+        if found is None:
             return e.Discard()
-        slot = claim.intake.target(header)
+        gang, claim, intake = found
+        slot = intake.target(header)
         self._flush(claim)
         if slot is None:
             return e.Discard()
         self._pending = connection, header
-        return e.Payload(claim.ticket, slot, header.attempt, header.offset, header.length)
+        return e.Payload(gang.ticket, claim.rank, slot, header.attempt, header.offset, header.length)
 
     def payload(self, received: memoryview | bytes | None) -> None:
         """A `Payload` body is in its slot; `received` is that part of the slot, None if the length was wrong."""
         connection, header = self._take_pending()
-        claim = self._streaming(connection)
-        if claim is not None and claim.intake is not None:
-            claim.intake.payload(header, received)
+        found = self._streaming(connection)
+        if found is not None:
+            _, claim, intake = found
+            intake.payload(header, received)
             self._flush(claim)
 
     def file_payload(self, payload: bytes | None) -> None:
         """A `FileBody` was received; None if its length was wrong."""
         connection, header = self._take_pending()
-        claim = self._streaming(connection)
-        if claim is None or claim.intake is None:
+        found = self._streaming(connection)
+        if found is None:
             return
+        gang, _, intake = found
         try:
             part = decode_file(header)
-            file = claim.intake.files.take(part, payload)
-            self.events.append(e.FileReceived(claim.run, claim.ticket, file, part.offset, payload or b""))
+            file = intake.files.take(part, payload)
+            self.events.append(e.FileReceived(gang.run, gang.ticket, file, part.offset, payload or b""))
         except RemoteProtocolError as error:
             self._connections.refuse(connection, error.code, error.text)
 
@@ -120,9 +135,11 @@ class Receiver:
         self._now = now
         self._runs.tick(now)
         for connection in self._connections.forget_silent(now - self._lost_after_s):
-            claim = self._runs.of(connection)
-            if claim is not None:
-                self._runs.leave(claim, lost=True)
+            self._leave(connection, lost=True)
+        for gang in self._runs.of_several_ranks():
+            self._drop_awaited_steps(gang)
+        for gang in self._runs.rewinds_due(now):
+            self._answer_rewinds(gang, gang.take_rewinds(), None, "not all ranks have asked to go back")
 
     def accept_join(
         self,
@@ -141,37 +158,21 @@ class Receiver:
 
         `missing_files` are the sha256 of the JOIN's companion files that are to be sent before snapshots.
         """
-        claim = self._runs.by_ticket(run, ticket)
-        if claim is None or claim.state is not ClaimState.JOINING:
+        gang = self._runs.by_ticket(run, ticket)
+        if gang is None or gang.assembly is not None:
             return False
-        files = claim.join.files
-        intake = Intake(
-            nbytes=claim.join.manifest.nbytes,
-            chunk_bytes=self._chunk_bytes,
-            slots=slots,
-            checksum=claim.join.checksum,
-            last_step=last_step,
-            recent=recent,
-            files=tuple(files[place] for place in by_digest(files, missing_files)) if files else (),
-        )
-        self._runs.stream(claim, intake)
-        joined = m.Joined(
-            last_step,
-            published_step,
-            tuple(intake.recent),
-            continuation,
-            intake.credit_limit,
-            set_aside=set_aside,
-            missing_files=None if files is None else missing_files,
-        )
-        self._connections.send(claim.peer, joined)
+        gang.start(slots, last_step, recent, published_step)
+        gang.missing_files = missing_files
+        self._runs.stream(gang)
+        for claim in gang.members.values():
+            self._admit(gang, claim, continuation, set_aside)
         return True
 
     def refuse_join(self, run: str, ticket: int, code: RejectCode, text: str) -> None:
         """The run cannot be joined. If a session streamed it before, that one has ended with this."""
-        claim = self._runs.by_ticket(run, ticket)
-        if claim is not None:
-            self._runs.refuse(claim, code, text)
+        gang = self._runs.by_ticket(run, ticket)
+        if gang is not None:
+            self._runs.refuse(gang, code, text)
 
     def file_stored(self, run: str, ticket: int) -> tuple[FileSpec, ...] | None:
         """The oldest unstored part of a companion file is stored; with the last one of a file, the file is durable.
@@ -179,42 +180,59 @@ class Receiver:
         Returns:
             All files of the JOIN if each of them is whole with this.
         """
-        claim = self._runs.by_ticket(run, ticket)
-        if claim is None or claim.intake is None:
+        gang = self._runs.by_ticket(run, ticket)
+        claim = None if gang is None else gang.members.get(0)
+        if gang is None or claim is None or claim.intake is None:
             return None
         claim.intake.file_stored()
         self._flush(claim)
-        return claim.join.files if claim.intake.files.whole else None
+        if not claim.intake.files.whole:
+            return None
+        gang.missing_files = ()
+        return claim.join.files
 
     def file_failed(self, run: str, ticket: int, text: str) -> None:
         """A companion file could not be stored, or arrived damaged. The session has ended with this."""
-        claim = self._runs.by_ticket(run, ticket)
-        if claim is not None:
-            self._runs.fail(claim, RejectCode.UNAVAILABLE, text)
+        gang = self._runs.by_ticket(run, ticket)
+        if gang is not None:
+            self._runs.fail(gang, RejectCode.UNAVAILABLE, text)
 
     def applied(self, run: str, ticket: int, slot: int) -> None:
         """The snapshot in `slot` is in the averages; the slot is free."""
-        claim = self._runs.by_ticket(run, ticket)
-        if claim is not None and claim.intake is not None:
-            claim.intake.applied(slot)
+        gang = self._runs.by_ticket(run, ticket)
+        if gang is None or gang.assembly is None:
+            return
+        gang.assembly.applied(slot)
+        for claim, intake in _intakes(gang):
+            intake.applied(slot)
             self._flush(claim)
+        self._admit_returned(gang)
 
     def quarantined(self, run: str, ticket: int, slot: int, text: str) -> None:
         """The snapshot in `slot` was not finite and was not applied; the slot is free."""
-        claim = self._runs.by_ticket(run, ticket)
-        if claim is not None and claim.intake is not None:
-            claim.intake.quarantined(slot, text)
+        gang = self._runs.by_ticket(run, ticket)
+        if gang is None or gang.assembly is None:
+            return
+        gang.assembly.quarantined(slot)
+        for claim, intake in _intakes(gang):
+            intake.quarantined(slot, text)
             self._flush(claim)
+        self._admit_returned(gang)
 
     def published(self, run: str, step: int) -> None:
         """A generation of the run at `step` is durable."""
-        claim = self._runs.owner(run)
-        if claim is not None and claim.intake is not None:
-            self._connections.send(claim.peer, m.Published(step))
+        gang = self._runs.owner(run)
+        if gang is not None:
+            gang.published_step = step
+            for claim, _ in _intakes(gang):
+                self._connections.send(claim.peer, m.Published(step))
 
-    def publish_answered(self, run: str, ticket: int, request: int, step: int | None, error: str | None = None) -> None:
-        """The generation that was asked for is durable at `step`, or (`error`) could not be written."""
-        claim = self._runs.by_ticket(run, ticket)
+    def publish_answered(
+        self, run: str, ticket: int, request: int, step: int | None, error: str | None = None, *, rank: int = 0
+    ) -> None:
+        """The generation that this rank asked for is durable at `step`, or (`error`) could not be written."""
+        gang = self._runs.by_ticket(run, ticket)
+        claim = None if gang is None else gang.members.get(rank)
         if claim is not None:
             self._connections.send(claim.peer, m.Published(step, request, error))
 
@@ -229,15 +247,13 @@ class Receiver:
         error: str | None = None,
     ) -> None:
         """The run is back at `step` with these newest applied steps, or (`error`) unchanged."""
-        claim = self._runs.by_ticket(run, ticket)
-        if claim is None or claim.intake is None:
+        gang = self._runs.by_ticket(run, ticket)
+        asked = None if gang is None else gang.rewinding.pop(request, None)
+        if gang is None or gang.assembly is None or asked is None:
             return
         if error is None:
-            claim.intake.rewound(step, recent)
-        else:
-            claim.intake.cancel_rewind()
-        self._connections.send(claim.peer, m.Rewound(request, step, error))
-        self._flush(claim)
+            gang.assembly.rewound(step, recent)
+        self._answer_rewinds(gang, asked, step, error)
 
     def finished(
         self,
@@ -249,14 +265,15 @@ class Receiver:
         warning: str | None = None,
     ) -> None:
         """The run is finished and durable, which ends the session; or (`error`) it is not, and the session goes on."""
-        claim = self._runs.by_ticket(run, ticket)
-        if claim is None:
+        gang = self._runs.by_ticket(run, ticket)
+        if gang is None:
             return
-        self._connections.send(claim.peer, m.Finished(request, step, error, warning))
         if error is None:
-            self._runs.drop(claim)
-        else:
-            claim.state = ClaimState.STREAMING
+            gang.finished = m.Finished(request, step, error, warning)
+            self._runs.release(gang)
+        for claim in list(gang.members.values()):
+            if claim.finish is not None:
+                self._answer_finish(gang, claim, m.Finished(claim.finish, step, error, warning))
 
     def _take(self, connection: Connection, header: Header, message: m.ControlMessage) -> None:
         match message:
@@ -268,57 +285,170 @@ class Receiver:
                 else:
                     self._runs.alive(connection, self._now)
             case m.Join():
-                self._runs.ask(connection, message, self._now)
+                gang = self._runs.ask(connection, message, self._now)
+                if gang is not None:
+                    self._admit_returned(gang)
             case m.Bye():
-                claim = self._runs.of(connection)
-                if claim is not None:
-                    self._runs.leave(claim, lost=False)
-            case m.Begin() | m.Commit() | m.Publish() | m.Rewind() | m.Finish():
-                claim = self._streaming(connection)
-                if claim is None or claim.intake is None:
+                self._leave(connection, lost=False)
+            case m.Begin() | m.Commit() | m.Skip() | m.Publish() | m.Rewind() | m.Finish():
+                found = self._streaming(connection)
+                if found is None:
                     name = type(message).__name__.upper()
                     raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"{name} was sent outside a joined run")
-                self._take_of_run(claim, claim.intake, message)
-                self._flush(claim)
+                self._take_of_run(*found, message)
+                self._flush(found[1])
+                self._report_dropped(found[0])
             case _:
                 name = type(message).__name__.upper()
                 raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"{name} is not for a server")
 
     def _take_of_run(
-        self, claim: Claim, intake: Intake, message: m.Begin | m.Commit | m.Publish | m.Rewind | m.Finish
+        self,
+        gang: Gang,
+        claim: Claim,
+        intake: Intake,
+        message: m.Begin | m.Commit | m.Skip | m.Publish | m.Rewind | m.Finish,
     ) -> None:
         match message:
             case m.Begin():
-                intake.begin(message)
+                intake.begin(message, self._now)
             case m.Commit():
                 whole = intake.commit(message)
                 if whole is not None:
                     slot, begin = whole
-                    self.events.append(e.SnapshotReady(claim.run, claim.ticket, slot, begin.step, begin.mode))
+                    self.events.append(e.SnapshotReady(gang.run, gang.ticket, slot, begin.step, begin.mode))
+            case m.Skip():
+                intake.skip(message)
             case m.Publish():
-                self.events.append(e.PublishRequested(claim.run, claim.ticket, message.request, message.pin))
+                self.events.append(e.PublishRequested(gang.run, gang.ticket, claim.rank, message.request, message.pin))
             case m.Rewind():
                 intake.begin_rewind()
-                self.events.append(e.RewindRequested(claim.run, claim.ticket, message.request, message.step))
+                asked = gang.ask_rewind(claim.rank, message, self._now + RANKS_WAIT_S)
+                if asked is not None:
+                    self._request_rewind(gang, asked)
             case m.Finish():
-                claim.state = ClaimState.FINISHING
-                self.events.append(e.FinishRequested(claim.run, claim.ticket, message.request))
+                claim.state, claim.finish = ClaimState.FINISHING, message.request
+                if gang.finished is not None:
+                    self._answer_finish(gang, claim, replace(gang.finished, request=message.request))
+                elif claim.rank == gang.lead:
+                    self.events.append(e.FinishRequested(gang.run, gang.ticket, message.request))
 
     def _file_target(self, connection: Connection, header: Header) -> e.Target:
-        claim = self._streaming(connection)
-        if claim is None or claim.intake is None:
+        found = self._streaming(connection)
+        if found is None:
             return e.Discard()
         try:
-            claim.intake.file_target(decode_file(header))
+            found[2].file_target(decode_file(header))
         except RemoteProtocolError as error:
             self._connections.refuse(connection, error.code, error.text)
             return e.Discard()
         self._pending = connection, header
         return e.FileBody(header.length)
 
-    def _streaming(self, connection: Connection) -> Claim | None:
-        claim = self._runs.of(connection)
-        return claim if claim is not None and claim.state is ClaimState.STREAMING else None
+    def _admit(self, gang: Gang, claim: Claim, continuation: m.Continuation, set_aside: str | None = None) -> None:
+        """The session of a rank streams from now on. Companion files are those of rank 0."""
+        assembly = gang.assembly
+        if assembly is None:
+            return
+        claim.state = ClaimState.STREAMING
+        assembly.joined(claim.rank, claim.join.first_step)
+        files = claim.join.files if claim.rank == 0 else None
+        claim.intake = Intake(
+            assembly,
+            claim.rank,
+            nbytes=gang.parts[claim.rank].nbytes,
+            chunk_bytes=self._chunk_bytes,
+            checksum=claim.join.checksum,
+            window=min(CREDIT_WINDOW_CHUNKS, max(2, _GANG_WINDOW_CHUNKS // len(gang.senders))),
+            files=tuple(files[place] for place in by_digest(files, gang.missing_files)) if files else (),
+        )
+        joined = m.Joined(
+            assembly.last_step,
+            gang.published_step,
+            tuple(assembly.recent),
+            continuation,
+            claim.intake.credit_limit,
+            set_aside=set_aside,
+            missing_files=None if files is None else gang.missing_files,
+            send=gang.send_of(claim.rank),
+        )
+        self._connections.send(claim.peer, joined)
+
+    def _admit_returned(self, gang: Gang) -> None:
+        """Ranks that have reconnected stream again, as soon as it is known which steps were applied."""
+        self._report_dropped(gang)
+        if gang.assembly is None or gang.assembly.is_applying:
+            return
+        for claim in [claim for claim in gang.members.values() if claim.state is ClaimState.JOINING]:
+            if claim.join.manifest == gang.manifests[claim.rank]:
+                self._admit(gang, claim, "continued")
+                self._report_dropped(gang)
+            else:
+                text = f"rank {claim.rank} returned with other tensors: start the job again"
+                self._connections.send(claim.peer, m.Reject(RejectCode.MANIFEST_CHANGED, text))
+                self._runs.leave(gang, claim, lost=False)
+
+    def _leave(self, connection: Connection, *, lost: bool) -> None:
+        found = self._runs.of(connection)
+        if found is None:
+            return
+        gang, claim = found
+        if gang.assembly is not None and claim.intake is not None:
+            gang.assembly.lose(claim.rank, "is lost" if lost else "has left")
+        self._runs.leave(gang, claim, lost=lost)
+        self._report_dropped(gang)
+
+    def _drop_awaited_steps(self, gang: Gang) -> None:
+        """The other ranks do not wait for one whose connection is gone or silent, or which is late."""
+        if gang.assembly is None:
+            return
+        for rank in gang.assembly.waits_for:
+            claim = gang.members.get(rank)
+            if claim is None or self._connections.is_silent(claim.peer, self._now - SERVER_SILENT_S):
+                gang.assembly.lose(rank, f"has not been heard for {SERVER_SILENT_S:g} s")
+        gang.assembly.drop_overdue(self._now - PART_WAIT_S)
+        self._report_dropped(gang)
+
+    def _report_dropped(self, gang: Gang) -> None:
+        """Tell all ranks which steps cannot be whole any longer."""
+        while gang.assembly is not None and gang.assembly.dropped:
+            dropped = gang.assembly.dropped.popleft()
+            for claim, intake in _intakes(gang):
+                intake.dropped(dropped)
+                self._flush(claim)
+            if gang.world > 1:
+                self.events.append(e.StepDropped(gang.run, gang.ticket, dropped.step, dropped.rank, dropped.why))
+
+    def _request_rewind(self, gang: Gang, asked: dict[int, m.Rewind]) -> None:
+        steps = sorted({rewind.step for rewind in asked.values()})
+        if len(steps) > 1:
+            self._answer_rewinds(gang, asked, None, f"ranks ask to go back to different steps: {steps}")
+            return
+        request = asked[gang.lead].request
+        gang.rewinding[request] = asked
+        self.events.append(e.RewindRequested(gang.run, gang.ticket, request, steps[0]))
+
+    def _answer_rewinds(self, gang: Gang, asked: dict[int, m.Rewind], step: int | None, error: str | None) -> None:
+        for rank, rewind in asked.items():
+            claim = gang.members.get(rank)
+            if claim is not None and claim.intake is not None:
+                self._connections.send(claim.peer, m.Rewound(rewind.request, step, error))
+                claim.intake.end_rewind()
+                self._flush(claim)
+
+    def _answer_finish(self, gang: Gang, claim: Claim, answer: m.Finished) -> None:
+        self._connections.send(claim.peer, answer)
+        claim.finish = None
+        if answer.error is None:
+            self._runs.drop_member(gang, claim)
+        else:
+            claim.state = ClaimState.STREAMING
+
+    def _streaming(self, connection: Connection) -> tuple[Gang, Claim, Intake] | None:
+        found = self._runs.of(connection)
+        if found is None or found[1].state is not ClaimState.STREAMING or found[1].intake is None:
+            return None
+        return found[0], found[1], found[1].intake
 
     def _flush(self, claim: Claim) -> None:
         if claim.intake is not None:
@@ -330,3 +460,8 @@ class Receiver:
             raise LocalProtocolError("a body came without its header")
         pending, self._pending = self._pending, None
         return pending
+
+
+def _intakes(gang: Gang) -> list[tuple[Claim, Intake]]:
+    """The sessions of the gang that stream."""
+    return [(claim, claim.intake) for claim in gang.members.values() if claim.intake is not None]

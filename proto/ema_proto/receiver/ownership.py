@@ -1,56 +1,24 @@
-"""Which session owns which run. A JOIN gets the run, waits while its owner is probed, or is refused."""
+"""Which gang owns which run. A JOIN gets the run, waits while its owner is probed or for other ranks, or is refused."""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from enum import Enum
 
 from ema_proto.averages.rules import check_matches
 from ema_proto.averages.specs import parse_averages
 from ema_proto.averages.step_units import check_step_units
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
-from ema_proto.limits import PROBE_S, RUNS_REMEMBERED_MAX
+from ema_proto.limits import PROBE_S, RANKS_WAIT_S, RUNS_REMEMBERED_MAX
 from ema_proto.names import check_name
 from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connection, Connections
-from ema_proto.receiver.intake import Intake
+from ema_proto.receiver.gang import Claim, ClaimState, Gang, Key, key_of
 from ema_proto.wire import messages as m
 from ema_proto.wire.body import shown
 
 
-class ClaimState(Enum):
-    PROBING = "probing"
-    JOINING = "joining"
-    STREAMING = "streaming"
-    FINISHING = "finishing"
-
-
-@dataclass(slots=True, eq=False)
-class Claim:
-    """A session and the run that it owns or asks for; `intake` once it streams.
-
-    `replaced` is the ticket of the session that streamed before this one took the run over. The end of that session is
-    reported only if this claim never streams itself. `since` is when the session first asked for the run.
-    """
-
-    ticket: int
-    session: bytes
-    peer: bytes
-    join: m.Join
-    since: float
-    state: ClaimState = ClaimState.JOINING
-    probe_until: float = 0.0
-    replaced: int | None = None
-    intake: Intake | None = None
-
-    @property
-    def run(self) -> str:
-        return self.join.run
-
-
 class Ownership:
-    """The sessions of all runs: one owner and at most one rival, which waits for the owner's answer to a probe, each.
+    """The gangs of all runs: one owner and at most one rival, which waits for the owner's answers to a probe, each.
 
     Args:
         connections: where refusals and probes go.
@@ -60,137 +28,209 @@ class Ownership:
     def __init__(self, connections: Connections, events: deque[e.ReceiverEvent]) -> None:
         self._connections = connections
         self._events = events
-        self._owners: dict[str, Claim] = {}
-        self._rivals: dict[str, Claim] = {}
-        self._streamed_by: dict[str, bytes] = {}
+        self._owners: dict[str, Gang] = {}
+        self._rivals: dict[str, Gang] = {}
+        self._by_peer: dict[bytes, tuple[Gang, Claim]] = {}
+        self._streamed_by: dict[str, Key] = {}
         self._tickets = 0
 
-    def of(self, connection: Connection) -> Claim | None:
-        """The claim, owner's or rival's, whose current connection this is."""
-        for table in (self._owners, self._rivals):
-            claim = None if connection.run is None else table.get(connection.run)
-            if claim is not None and claim.peer == connection.peer:
-                return claim
-        return None
+    def of(self, connection: Connection) -> tuple[Gang, Claim] | None:
+        """The claim whose current connection this is, and its gang, the owner or the rival of a run."""
+        return self._by_peer.get(connection.peer)
 
-    def owner(self, run: str | None) -> Claim | None:
-        return None if run is None else self._owners.get(run)
+    def owner(self, run: str) -> Gang | None:
+        return self._owners.get(run)
 
-    def by_ticket(self, run: str, ticket: int) -> Claim | None:
+    def by_ticket(self, run: str, ticket: int) -> Gang | None:
         """The run's owner, if it still holds this ticket."""
-        claim = self._owners.get(run)
-        return claim if claim is not None and claim.ticket == ticket else None
+        gang = self._owners.get(run)
+        return gang if gang is not None and gang.ticket == ticket else None
 
-    def ask(self, connection: Connection, join: m.Join, now: float) -> None:
-        """A greeted connection asks for a run: it gets it, waits for the owner's answer to a probe, or is refused.
+    def ask(self, connection: Connection, join: m.Join, now: float) -> Gang | None:
+        """A greeted connection asks for a run: it gets it, waits, or is refused.
+
+        Returns:
+            The gang, if the session has returned to one that streams: `Receiver` answers it.
 
         Raises:
-            RemoteProtocolError: the JOIN is impossible, or the run is another session's.
+            RemoteProtocolError: the JOIN is impossible, or the run is another gang's.
         """
         if connection.run is not None:
             raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"this connection has joined run {connection.run!r}")
         check_join(join)
-        self._tickets += 1
+        claim, key = Claim(connection.session, connection.peer, join), key_of(join, connection.session)
+        for table in (self._owners, self._rivals):
+            gang = table.get(join.run)
+            if join.world > 1 and gang is not None and gang.admits(key, join.rank, claim.session):
+                connection.run = join.run
+                self._add(gang, claim)
+                return self._advance(gang)
         known = self.owner(join.run)
-        since = known.since if known is not None and known.session == connection.session else now
-        claim = Claim(self._tickets, connection.session, connection.peer, join, since)
-        owner = self._owner_to_probe(claim)
+        since = known.since if known is not None and known.key == key and join.world == 1 else now
+        self._tickets += 1
+        gang = Gang(self._tickets, join.run, key, since, wait_until=now + RANKS_WAIT_S)
+        owner = self._owner_to_probe(gang, claim)
         connection.run = join.run
         if owner is None:
-            self._take_over(claim, now)
-            return
+            self._add(gang, claim)
+            self._take_over(gang, now)
+            return None
         before = self._rivals.get(join.run)
         if before is not None:
-            self._connections.dismiss(before.peer)
-        claim.state = ClaimState.PROBING
+            self._dismiss(before)
         # A rival that reconnects waits no longer than before.
-        claim.probe_until = now + PROBE_S if before is None else before.probe_until
-        self._rivals[join.run] = claim
-        self._connections.send(owner.peer, m.Heartbeat(reply=True))
+        gang.probe_until = now + PROBE_S if before is None else before.probe_until
+        self._rivals[join.run] = gang
+        self._add(gang, claim)
+        gang.unanswered = {member.peer for member in owner.members.values()}
+        for member in owner.members.values():
+            self._connections.send(member.peer, m.Heartbeat(reply=True))
+        return None
 
     def alive(self, connection: Connection, now: float) -> None:
-        """The answer to a probe arrived: if it is the owner's, a waiting rival is refused."""
-        owner = self.owner(connection.run)
-        if owner is not None and owner.peer == connection.peer:
-            self._refuse_rival(owner, now)
+        """The answer to a probe arrived: when all ranks of the owner have answered, a waiting rival is refused."""
+        found = self.of(connection)
+        if found is None or self._owners.get(found[0].run) is not found[0]:
+            return
+        owner = found[0]
+        rival = self._rivals.get(owner.run)
+        if rival is not None:
+            rival.unanswered.discard(connection.peer)
+            if not rival.unanswered and not owner.missing:
+                self._refuse_rival(owner, now)
 
     def tick(self, now: float) -> None:
-        """Let time pass: an owner that did not answer a probe in time loses the run."""
+        """Let time pass: an owner that did not answer a probe in time loses the run, and ranks wait no longer."""
         for rival in [rival for rival in self._rivals.values() if now >= rival.probe_until]:
             self._take_over(rival, now)
+        for gang in [gang for gang in self._owners.values() if gang.assembly is None and now >= gang.wait_until]:
+            if gang.missing:
+                self._refuse_incomplete(gang)
 
-    def stream(self, claim: Claim, intake: Intake) -> None:
-        """The session streams from now on; an older one that reconnects is evicted."""
-        claim.state = ClaimState.STREAMING
-        claim.intake = intake
-        self._streamed_by.pop(claim.run, None)
-        self._streamed_by[claim.run] = claim.session
+    def of_several_ranks(self) -> list[Gang]:
+        """The owners that have more than one rank."""
+        return [gang for gang in self._owners.values() if gang.world > 1]
+
+    def rewinds_due(self, now: float) -> list[Gang]:
+        """The gangs of which some ranks have waited too long for the others to go back too."""
+        return [gang for gang in self._owners.values() if now >= gang.rewind_until]
+
+    def stream(self, gang: Gang) -> None:
+        """The gang streams from now on; an older one that reconnects is evicted."""
+        for claim in gang.members.values():
+            claim.state = ClaimState.STREAMING
+        self._streamed_by.pop(gang.run, None)
+        self._streamed_by[gang.run] = gang.key
         if len(self._streamed_by) > RUNS_REMEMBERED_MAX:
             del self._streamed_by[next(iter(self._streamed_by))]
 
-    def refuse(self, claim: Claim, code: RejectCode, text: str) -> None:
-        """The averager cannot give the run. If another session streamed it before, that one has ended with this."""
-        self.end(claim, code, text)
-        if claim.replaced is not None:
-            self._report_end(claim, lost=True)
+    def refuse(self, gang: Gang, code: RejectCode, text: str) -> None:
+        """The run cannot be given. If another gang streamed it before, that one has ended with this."""
+        self.end(gang, code, text)
+        if gang.replaced is not None:
+            self._report_end(gang, lost=True)
 
-    def leave(self, claim: Claim, *, lost: bool) -> None:
-        """The session said goodbye, or (`lost`) fell silent."""
-        is_owner = self._owners.get(claim.run) is claim
-        self.drop(claim)
+    def leave(self, gang: Gang, claim: Claim, *, lost: bool) -> None:
+        """The session said goodbye, or (`lost`) fell silent. A gang ends with its last session."""
+        is_owner = self._owners.get(gang.run) is gang
+        self._forget(gang, claim)
+        if gang.members:
+            return
+        self._remove(gang)
         if is_owner:
-            self._report_end(claim, lost=lost)
+            self._report_end(gang, lost=lost)
 
-    def fail(self, claim: Claim, code: RejectCode, text: str) -> None:
-        """The session that streams the run cannot go on with it."""
-        self.end(claim, code, text)
-        self._report_end(claim, lost=False)
+    def fail(self, gang: Gang, code: RejectCode, text: str) -> None:
+        """The trainer that streams the run cannot go on with it."""
+        self.end(gang, code, text)
+        self._report_end(gang, lost=False)
 
-    def end(self, claim: Claim, code: RejectCode, text: str) -> None:
-        self._connections.send(claim.peer, m.Reject(code, text))
-        self.drop(claim)
+    def end(self, gang: Gang, code: RejectCode, text: str) -> None:
+        for claim in list(gang.members.values()):
+            self._connections.send(claim.peer, m.Reject(code, text))
+        self.drop(gang)
 
-    def drop(self, claim: Claim) -> None:
-        """Forget the claim, the owner's or the rival's."""
-        self._remove(claim)
-        self._connections.leave(claim.peer)
+    def drop(self, gang: Gang) -> None:
+        """Forget the gang, the owner or the rival."""
+        self._remove(gang)
+        for claim in list(gang.members.values()):
+            self._forget(gang, claim)
 
-    def _owner_to_probe(self, claim: Claim) -> Claim | None:
-        """The owner that has to be probed before the claim may have the run; None when it may have it at once.
+    def release(self, gang: Gang) -> None:
+        """The run is finished: another gang may have it, while the sessions of this one wait for their answers."""
+        self._remove(gang)
+
+    def drop_member(self, gang: Gang, claim: Claim) -> None:
+        """Forget a session that is done, and the gang with the last one."""
+        self._forget(gang, claim)
+        if not gang.members:
+            self._remove(gang)
+
+    def _add(self, gang: Gang, claim: Claim) -> None:
+        before = gang.members.get(claim.rank)
+        if before is not None:
+            self._by_peer.pop(before.peer, None)
+            self._connections.dismiss(before.peer)
+        gang.members[claim.rank] = claim
+        gang.sessions[claim.rank] = claim.session
+        claim.state = ClaimState.PROBING if self._rivals.get(gang.run) is gang else ClaimState.JOINING
+        self._by_peer[claim.peer] = gang, claim
+
+    def _advance(self, gang: Gang) -> Gang | None:
+        """A rank has joined the owner or the rival; returns the gang if it streams already."""
+        if gang.assembly is not None:
+            return gang
+        if self._owners.get(gang.run) is gang:
+            self._request(gang)
+        return None
+
+    def _request(self, gang: Gang) -> None:
+        """Ask the averager for the run, once all ranks have joined."""
+        if gang.missing:
+            return
+        try:
+            join = gang.merged_join()
+        except RemoteProtocolError as error:
+            self.refuse(gang, error.code, error.text)
+            return
+        self._events.append(e.JoinRequested(gang.run, gang.ticket, join, gang.parts))
+
+    def _owner_to_probe(self, gang: Gang, claim: Claim) -> Gang | None:
+        """The owner that has to be probed before the gang may have the run; None when it may have it at once.
 
         Raises:
             RemoteProtocolError: `evicted` or `run_in_use`; it may not.
         """
-        join, owner, rival = claim.join, self._owners.get(claim.run), self._rivals.get(claim.run)
-        if join.reconnect and self._streamed_by.get(claim.run, claim.session) != claim.session:
-            raise RemoteProtocolError(RejectCode.EVICTED, f"another trainer has streamed run {claim.run!r} since")
-        if owner is None or owner.session == claim.session or join.incarnation > owner.join.incarnation:
+        run, owner, rival = gang.run, self._owners.get(gang.run), self._rivals.get(gang.run)
+        if claim.join.reconnect and self._streamed_by.get(run, gang.key) != gang.key:
+            raise RemoteProtocolError(RejectCode.EVICTED, f"another trainer has streamed run {run!r} since")
+        if owner is None or (gang.world == 1 and owner.key == gang.key) or gang.incarnation > owner.incarnation:
             return None
-        if join.incarnation < owner.join.incarnation:
-            newer = owner.join.incarnation
-            text = f"run {claim.run!r} has a trainer of incarnation {newer}, this one is {join.incarnation}"
+        if gang.incarnation < owner.incarnation:
+            text = f"run {run!r} has a trainer of incarnation {owner.incarnation}, this one is {gang.incarnation}"
             raise RemoteProtocolError(RejectCode.EVICTED, text)
-        if rival is not None and rival.session != claim.session:
-            text = f"another trainer is asking for run {claim.run!r} at this moment: try again, or choose another name"
+        if rival is not None and not (gang.world == 1 and rival.key == gang.key):
+            text = f"another trainer is asking for run {run!r} at this moment: try again, or choose another name"
             raise RemoteProtocolError(RejectCode.RUN_IN_USE, text)
         return owner
 
-    def _take_over(self, claim: Claim, now: float) -> None:
-        owner = self._owners.get(claim.run)
+    def _take_over(self, gang: Gang, now: float) -> None:
+        owner = self._owners.get(gang.run)
         if owner is not None:
-            claim.replaced = owner.ticket if owner.intake is not None else owner.replaced
-        self._remove(claim)
-        claim.state = ClaimState.JOINING
-        self._owners[claim.run] = claim
-        if owner is not None and owner.session != claim.session:
+            gang.replaced = owner.ticket if owner.assembly is not None else owner.replaced
+        self._remove(gang)
+        for claim in gang.members.values():
+            claim.state = ClaimState.JOINING
+        self._owners[gang.run] = gang
+        if owner is not None and (owner.key != gang.key or gang.world > 1):
             self.end(owner, RejectCode.EVICTED, f"another trainer took run {owner.run!r} over")
         elif owner is not None:
-            self._connections.dismiss(owner.peer)
-        self._refuse_rival(claim, now)
-        self._events.append(e.JoinRequested(claim.run, claim.ticket, claim.join))
+            self._dismiss(owner)
+        self._refuse_rival(gang, now)
+        self._request(gang)
 
-    def _refuse_rival(self, owner: Claim, now: float) -> None:
-        """The run's owner has proved that it is alive: another session need not wait for it."""
+    def _refuse_rival(self, owner: Gang, now: float) -> None:
+        """The run's owner has proved that it is alive: another gang need not wait for it."""
         rival = self._rivals.get(owner.run)
         if rival is not None:
             text = (
@@ -198,25 +238,47 @@ class Ownership:
             )
             self.end(rival, RejectCode.RUN_IN_USE, text)
 
-    def _report_end(self, claim: Claim, *, lost: bool) -> None:
-        streamed = claim.ticket if claim.intake is not None or claim.replaced is None else claim.replaced
-        self._events.append(e.SessionEnded(claim.run, streamed, lost))
+    def _refuse_incomplete(self, gang: Gang) -> None:
+        ranks = ", ".join(str(rank) for rank in gang.missing[:8]) + (" and others" if len(gang.missing) > 8 else "")
+        text = (
+            f"{len(gang.members)} of {gang.world} ranks have joined run {gang.run!r} within {RANKS_WAIT_S:g} s, "
+            f"without {ranks}: call attach() on every rank"
+        )
+        self.refuse(gang, RejectCode.RANKS_MISSING, text)
 
-    def _remove(self, claim: Claim) -> None:
+    def _report_end(self, gang: Gang, *, lost: bool) -> None:
+        streamed = gang.ticket if gang.assembly is not None or gang.replaced is None else gang.replaced
+        self._events.append(e.SessionEnded(gang.run, streamed, lost))
+
+    def _forget(self, gang: Gang, claim: Claim) -> None:
+        if gang.members.get(claim.rank) is claim:
+            del gang.members[claim.rank]
+        self._by_peer.pop(claim.peer, None)
+        self._connections.leave(claim.peer)
+
+    def _dismiss(self, gang: Gang) -> None:
+        """The sessions of this gang have moved to other connections."""
+        for claim in gang.members.values():
+            self._by_peer.pop(claim.peer, None)
+            self._connections.dismiss(claim.peer)
+
+    def _remove(self, gang: Gang) -> None:
         for table in (self._owners, self._rivals):
-            if table.get(claim.run) is claim:
-                del table[claim.run]
+            if table.get(gang.run) is gang:
+                del table[gang.run]
 
 
 def check_join(join: m.Join) -> None:
     """Refuse a JOIN that no server could accept.
 
     Raises:
-        RemoteProtocolError: `world_unsupported`, `bad_run` or `bad_average`.
+        RemoteProtocolError: `world_unsupported`, `manifest_invalid`, `bad_run` or `bad_average`.
     """
-    if join.world != 1 or join.rank != 0:
+    if join.rank >= join.world or (join.world > 1 and join.gang is None):
         text = f"rank {join.rank} of {join.world}: sharded models are not served; stream the whole one from rank 0"
         raise RemoteProtocolError(RejectCode.WORLD_UNSUPPORTED, text)
+    if join.world == 1 and any(tensor.box is not None for tensor in join.manifest.tensors):
+        raise RemoteProtocolError(RejectCode.MANIFEST_INVALID, "a trainer of one rank holds whole tensors, not boxes")
     try:
         check_name("run", join.run)
     except LocalProtocolError as error:
@@ -224,15 +286,17 @@ def check_join(join: m.Join) -> None:
     try:
         averages = parse_averages(join.averages)
         check_step_units(averages, join.step_units)
-        check_matches(averages, [tensor.name for tensor in join.manifest.tensors])
+        if join.world == 1:  # the patterns of several ranks are compared with all their tensors, see `Gang`
+            check_matches(averages, [tensor.name for tensor in join.manifest.tensors])
     except LocalProtocolError as error:
         raise RemoteProtocolError(RejectCode.BAD_AVERAGE, str(error)) from None
 
 
-def _where(owner: Claim, now: float) -> str:
-    """Process, host and age of a trainer; empty if its JOIN does not say where it runs."""
-    if owner.join.host is None or owner.join.pid is None:
+def _where(owner: Gang, now: float) -> str:
+    """Process, host and age of a trainer's lowest rank; empty if its JOIN does not say where it runs."""
+    join = owner.members[min(owner.members)].join
+    if join.host is None or join.pid is None:
         return ""
     age_s = max(0.0, now - owner.since)
     age = f"{age_s / 3600:.1f} h" if age_s >= 3600 else f"{age_s:.0f} s"
-    return f" (process {owner.join.pid} on host {shown(owner.join.host)}, joined {age} ago)"
+    return f" (process {join.pid} on host {shown(join.host)}, joined {age} ago)"

@@ -24,7 +24,9 @@ from ema_proto.sender.send_queue import Outgoing, Phase, Snapshot, StreamQueue
 from ema_proto.sender.timeouts import Timeouts
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import decode_frames, encode
+from ema_proto.wire.parts import from_ranges, part_of
 
+_ENDED = (SenderState.FAILED, SenderState.CLOSED)
 _NOT_CONNECTED = (SenderState.DISCONNECTED, SenderState.FAILED, SenderState.CLOSED)
 
 
@@ -100,6 +102,15 @@ class Sender:
             self._timeouts.progressed(now)
         self._stream.add_snapshot(slot, step, mode)
         self._return_if_ended()
+
+    def skip(self, step: int, why: str) -> None:
+        """Say that this rank sends nothing of a due step, if the run has several ranks.
+
+        Raises:
+            LocalProtocolError: the step is not after the last one offered.
+        """
+        if self._join is not None and self._join.world > 1 and self.state not in _ENDED:
+            self._stream.add_skip(step, why)
 
     def request_publish(self, *, pin: bool) -> int:
         """Ask for a generation of everything offered so far; Answered carries the returned number."""
@@ -178,7 +189,17 @@ class Sender:
             case m.Credit() | m.Committed() | m.Published() | m.Rewound() | m.Finished() if self._is_streaming:
                 self._timeouts.progressed(now)
                 self._take_of_run(message, now)
-            case m.Hello() | m.Join() | m.Begin() | m.Commit() | m.Publish() | m.Rewind() | m.Finish() | m.Bye():
+            case (
+                m.Hello()
+                | m.Join()
+                | m.Begin()
+                | m.Commit()
+                | m.Skip()
+                | m.Publish()
+                | m.Rewind()
+                | m.Finish()
+                | m.Bye()
+            ):
                 name = type(message).__name__.upper()
                 raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"{name} is not for a trainer")
             case _:
@@ -242,6 +263,12 @@ class Sender:
     def _take_joined(self, joined: m.Joined, now: float) -> None:
         if self._join is not None:
             self._stream.files.begin(self._join.files or (), joined.missing_files or ())
+        if self._join is not None and joined.send is not None:
+            manifest = self._join.manifest
+            try:
+                self._stream.nbytes = part_of(manifest, from_ranges(joined.send, len(manifest.tensors))).nbytes
+            except LocalProtocolError as error:
+                raise RemoteProtocolError(RejectCode.BAD_MESSAGE, str(error)) from None
         self.state = SenderState.STREAMING
         self._joined_before = True
         self._timeouts.progressed(now)
@@ -311,7 +338,7 @@ class Sender:
 
     def _return_if_ended(self) -> None:
         """Return what was offered to a failed or closed session: it will not be sent."""
-        if self.state not in (SenderState.FAILED, SenderState.CLOSED):
+        if self.state not in _ENDED:
             return
         text = f"the session is {self.state.value}"
         for item in self._stream.clear():

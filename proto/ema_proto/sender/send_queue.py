@@ -75,6 +75,14 @@ class Request:
         return isinstance(self.message, m.Rewind | m.Finish)
 
 
+@dataclass(slots=True)
+class Skip:
+    """A due step of which this rank of several sends nothing; it stands for all earlier ones that wait with it."""
+
+    step: int
+    why: str
+
+
 class StreamQueue:
     """Unanswered items in the order in which they were offered, and the credit of the current connection.
 
@@ -88,7 +96,7 @@ class StreamQueue:
         self.credit_limit = 0
         self.files = FileQueue()
         self._last_step = 0
-        self._items: deque[Snapshot | Request] = deque()
+        self._items: deque[Snapshot | Request | Skip] = deque()
         self._chunks_sent = 0
         self._attempts = 0
         self._requests = 0
@@ -101,7 +109,7 @@ class StreamQueue:
         for item in self._items:
             if isinstance(item, Snapshot):
                 return True
-            if item.is_barrier:
+            if isinstance(item, Request) and item.is_barrier:
                 return False
         return False
 
@@ -123,6 +131,15 @@ class StreamQueue:
             raise LocalProtocolError(f"step {step} is not after step {self._last_step}, which was offered before")
         self._last_step = step
         self._items.append(Snapshot(slot, step, mode))
+
+    def add_skip(self, step: int, why: str) -> None:
+        """Append that a step is skipped; it goes out after the snapshots before it."""
+        if step <= self._last_step:
+            raise LocalProtocolError(f"step {step} is not after step {self._last_step}, which was offered before")
+        self._last_step = step
+        if self._items and isinstance(self._items[-1], Skip):
+            self._items.pop()
+        self._items.append(Skip(step, why))
 
     def add_request(self, build: Callable[[int], m.Publish | m.Rewind | m.Finish]) -> int:
         """Append the request that `build` makes of its number; returns the number."""
@@ -147,6 +164,9 @@ class StreamQueue:
                 if item.phase is not Phase.AWAITING:
                     return self._next_of(item, session, epoch)
                 unanswered = True
+            elif isinstance(item, Skip):
+                self._items.remove(item)
+                return Outgoing(*encode(m.Skip(item.step, item.why), session=session, epoch=epoch))
             elif not item.written:
                 if unanswered:
                     return None
@@ -237,7 +257,7 @@ class StreamQueue:
         for item in self._items:
             if isinstance(item, Request):
                 item.written = False
-            else:
+            elif isinstance(item, Snapshot):
                 item.phase, item.sent_bytes = Phase.BEGIN, 0
         self.credit_limit = self._chunks_sent = 0
         self.files.clear()
@@ -260,6 +280,6 @@ class StreamQueue:
         return before_rewind
 
     def clear(self) -> list[Snapshot | Request]:
-        items = list(self._items)
+        items = [item for item in self._items if not isinstance(item, Skip)]
         self._items.clear()
         return items

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from ema_proto.dtypes import FLOATS, ITEM_BYTES
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.limits import DIMENSIONS_MAX, TENSOR_NAME_CHARS_MAX, TENSORS_MAX
 from ema_proto.wire.body import shown
+from ema_proto.wire.boxes import Box, lies_within
 
 _DTYPE_ORDER = {dtype: index for index, dtype in enumerate(ITEM_BYTES)}
 _BYTES_MAX = (1 << 63) - 1
@@ -35,7 +36,11 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a snapshot; `offset` is its first byte in the flat buffer, `aliases` its other (tied) names."""
+    """One tensor of a snapshot, or the box of it that a rank holds.
+
+    `shape` is that of the whole tensor; `box` is None where it is held whole. `offset` is the first byte in the flat
+    buffer, `aliases` are its other (tied) names.
+    """
 
     name: str
     dtype: str
@@ -43,6 +48,7 @@ class TensorSpec:
     role: Role
     offset: int
     aliases: tuple[str, ...] = ()
+    box: Box | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,12 +57,12 @@ class TensorSpec:
 
     @property
     def elements(self) -> int:
-        """Number of elements (1 for a 0-d tensor)."""
-        return math.prod(self.shape)
+        """Number of elements that are held (1 for a 0-d tensor)."""
+        return math.prod(self.shape) if self.box is None else self.box.elements
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """Size of what is held, in bytes."""
         return self.elements * ITEM_BYTES[self.dtype]
 
     @property
@@ -88,7 +94,7 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """64 hex digits that identify names, dtypes, shapes and layout.
+        """64 hex digits that identify names, dtypes, shapes and layout of a manifest without boxes.
 
         Roles are left out: freezing a parameter does not change the layout, and a run keeps the roles it started with.
         """
@@ -105,12 +111,16 @@ class Manifest:
                 "role": t.role.value,
                 "offset": t.offset,
                 **({"aliases": list(t.aliases)} if t.aliases else {}),
+                **({"box": {"offsets": list(t.box.offsets), "sizes": list(t.box.sizes)}} if t.box else {}),
             }
             for t in self.tensors
         ]
 
-    def first_difference(self, other: Manifest) -> str | None:
-        """Describe the first difference of `other` from this manifest; None when both have the same layout."""
+    def first_difference(self, other: Manifest, *, any_order: bool = False) -> str | None:
+        """Describe the first difference of `other` from this manifest; None when there is none.
+
+        With `any_order` the tensors of `other` may come in another order, and lie elsewhere in the flat buffer.
+        """
         mine = {t.name: t for t in self.tensors}
         theirs = {t.name: t for t in other.tensors}
         for t in other.tensors:
@@ -124,7 +134,7 @@ class Manifest:
         for name in mine:
             if name not in theirs:
                 return f"tensor {name!r} is gone"
-        if self.digest != other.digest:
+        if not any_order and self.digest != other.digest:
             return "the tensors are in another order"
         return None
 
@@ -143,7 +153,7 @@ def layout(tensors: Iterable[TensorSpec]) -> Manifest:
         for tensor in sorted(given, key=_layout_key):
             offsets[tensor.name] = position
             position += tensor.nbytes
-        placed = tuple(TensorSpec(t.name, t.dtype, t.shape, t.role, offsets[t.name], t.aliases) for t in given)
+        placed = tuple(replace(t, offset=offsets[t.name]) for t in given)
         return _checked(Manifest(placed))
     except RemoteProtocolError as error:
         raise LocalProtocolError(error.text) from None
@@ -186,7 +196,19 @@ def _tensor_from_json(item: object) -> TensorSpec:
         raise _invalid(f"tensor {label} has role {shown(role)}; known are {', '.join(Role)}")
     if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
         raise _invalid(f"tensor {label} has aliases {shown(aliases)}, not a list of names")
-    return TensorSpec(name, dtype, tuple(shape), Role(role), offset, tuple(aliases))
+    if "range" in item:
+        raise _invalid(f"tensor {label} has a flat range, which this server does not support")
+    return TensorSpec(name, dtype, tuple(shape), Role(role), offset, tuple(aliases), _box_from_json(label, item))
+
+
+def _box_from_json(label: str, item: Mapping[str, Any]) -> Box | None:
+    box = item.get("box")
+    if box is None:
+        return None
+    offsets, sizes = (box.get("offsets"), box.get("sizes")) if isinstance(box, Mapping) else (None, None)
+    if not isinstance(offsets, list) or not isinstance(sizes, list) or not all(type(n) is int for n in offsets + sizes):
+        raise _invalid(f"tensor {label} has box {shown(box)}, not lists of integers as offsets and sizes")
+    return Box(tuple(offsets), tuple(sizes))
 
 
 def _check_tensor(tensor: TensorSpec) -> None:
@@ -204,6 +226,9 @@ def _check_tensor(tensor: TensorSpec) -> None:
         raise _invalid(f"{text}; allowed are {DIMENSIONS_MAX}, none negative")
     # Empty dimensions count as one here: strides of the others must be numbers too.
     span = math.prod(max(n, 1) for n in tensor.shape) * ITEM_BYTES[tensor.dtype]
+    if tensor.box is not None and not lies_within(tensor.box, tensor.shape):
+        box = f"a box of offsets {list(tensor.box.offsets)} and sizes {list(tensor.box.sizes)}"
+        raise _invalid(f"tensor {tensor.name!r} has shape {list(tensor.shape)} and {box}, which does not lie in it")
     if not 0 <= tensor.offset <= _BYTES_MAX or tensor.offset + span > _BYTES_MAX:
         raise _invalid(f"tensor {tensor.name!r} lies outside the address space")
 
@@ -223,7 +248,7 @@ def _checked(manifest: Manifest) -> Manifest:
         if tensor.offset != position:
             raise _invalid(f"tensor {tensor.name!r} is at byte {tensor.offset}, the layout puts it at {position}")
         position = tensor.end
-    if position == 0:
+    if position == 0 and all(tensor.box is None for tensor in manifest.tensors):
         raise _invalid("the snapshot has no elements: there is nothing to average")
     return manifest
 

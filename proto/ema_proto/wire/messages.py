@@ -22,12 +22,14 @@ from ema_proto.limits import (
     CHUNK_BYTES_MIN,
     CONFIG_BYTES_MAX,
     FILES_MAX,
+    GANG_CHARS_MAX,
     MAJORS_MAX,
     NAME_CHARS_MAX,
     NONCE_CHARS_MAX,
     PROOF_CHARS_MAX,
     RECENT_STEPS,
     STEP_MAX,
+    TENSORS_MAX,
     VERSION_MAJOR,
     VERSION_MINOR,
 )
@@ -88,10 +90,18 @@ def _read_config(value: object) -> str:
     return value
 
 
+def _read_range(value: object) -> tuple[int, int]:
+    first, last = list_of(integer(0, TENSORS_MAX - 1), 2).read(value)
+    if first > last:
+        raise ValueError(value)
+    return first, last
+
+
 _AVERAGE = Kind(_read_average, lambda average: {"name": average.name, "spec": average.spec})
 _CHECKSUM = Kind(
     lambda value: optional(choice("crc32")).read(value) is not None, lambda checksum: "crc32" if checksum else None
 )
+_RANGE = Kind(_read_range, list)
 _MANIFEST = Kind(manifests.from_json, Manifest.to_json)
 _FILES = Kind(companions.from_json, companions.to_json)
 _DIGESTS = list_of(companions.SHA256, FILES_MAX)
@@ -126,7 +136,8 @@ class Join(WithBody):
 
     `first_step` is the steps already taken + 1 in a session's first JOIN (`reconnect` false) and the next step to be
     sent in its later ones. `config` is the text of the versions' `config.json`. `samples_per_step` and
-    `steps_per_epoch` apply until a later JOIN gives others. `rank` and `world` are reserved for sharded trainers.
+    `steps_per_epoch` apply until a later JOIN gives others. `world` ranks of one `gang`, one start of a training job,
+    stream a run together, each the boxes of its manifest; `gang` is None where `world` is 1.
     `publish_every_steps` asks for a generation at least every so many steps, within the bounds of the server's own.
     The receiver checks the run's name, which has a reject code of its own. `host` and `pid` say where the trainer runs,
     for the refusal of another one that asks for the run. `files` are the companion files of its versions from now on;
@@ -152,6 +163,7 @@ class Join(WithBody):
     host: Annotated[str | None, optional(text(_HOST_CHARS_MAX), omit_none=True)] = None
     pid: Annotated[int | None, optional(integer(0, _U32), omit_none=True)] = None
     files: Annotated[tuple[FileSpec, ...] | None, optional(_FILES, omit_none=True)] = None
+    gang: Annotated[str | None, optional(text(GANG_CHARS_MAX), omit_none=True)] = None
 
     @property
     def step_units(self) -> StepUnits:
@@ -249,6 +261,15 @@ class File(WithBody):
         return {"attempt": self.place, "offset": self.offset, "length": self.length, "crc32": self.crc32}
 
 
+@dataclass(frozen=True, slots=True)
+class Skip(WithBody):
+    """This rank of several sends no snapshot of a due step: the step is a gap for all of them."""
+
+    type: ClassVar[int] = 12
+    step: _InHeader
+    why: Annotated[str, MESSAGE_TEXT]
+
+
 # From server to trainer.
 
 
@@ -279,6 +300,8 @@ class Joined(WithBody):
     `recent` names the newest applied steps: a sender whose COMMITTED was lost finds its snapshot there, or learns that
     it was not applied. `set_aside` is the name under which an earlier run of this name is kept from now on.
     `missing_files` has the sha256 of the JOIN's companion files that are to be sent; None if the JOIN has no `files`.
+    `send` are ranges of indices, first and last, of the JOIN's tensors that this rank is to send, packed by the layout
+    rule; None stands for all of them.
     """
 
     type: ClassVar[int] = 66
@@ -290,6 +313,7 @@ class Joined(WithBody):
     lane: Annotated[str, text(_LANE_CHARS_MAX)] = "zmq"
     set_aside: Annotated[str | None, optional(text(NAME_CHARS_MAX), omit_none=True)] = None
     missing_files: Annotated[tuple[str, ...] | None, optional(_DIGESTS, omit_none=True)] = None
+    send: Annotated[tuple[tuple[int, int], ...] | None, optional(list_of(_RANGE, TENSORS_MAX), omit_none=True)] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +399,7 @@ ControlMessage: TypeAlias = (
     | Rewind
     | Finish
     | Bye
+    | Skip
     | Challenge
     | Welcome
     | Joined

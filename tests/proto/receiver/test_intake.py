@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ema_proto.errors import RejectCode
 from ema_proto.limits import CREDIT_WINDOW_CHUNKS, SLOTS
+from ema_proto.receiver.assembly import Assembly
 from ema_proto.receiver.intake import Intake
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import Header
@@ -17,10 +18,22 @@ from ema_proto.wire.codec import Header
 CHUNK = 100
 
 
-def new_intake(chunks: int = 3, **changes: object) -> Intake:
-    options: dict[str, object] = {"nbytes": chunks * CHUNK - 1, "chunk_bytes": CHUNK, "slots": SLOTS, "checksum": False}
-    options |= {"last_step": None, "recent": ()}
-    return Intake(**(options | changes))  # type: ignore[arg-type]
+def new_intake(
+    chunks: int = 3,
+    *,
+    checksum: bool = False,
+    slots: int = SLOTS,
+    last_step: int | None = None,
+    recent: tuple[int, ...] = (),
+) -> Intake:
+    assembly = Assembly(ranks=[0], slots=slots, last_step=last_step, recent=recent)
+    return Intake(assembly, 0, nbytes=chunks * CHUNK - 1, chunk_bytes=CHUNK, checksum=checksum)
+
+
+def applied(intake: Intake, slot: int) -> None:
+    """The averager has applied the snapshot in this slot."""
+    intake._assembly.applied(slot)
+    intake.applied(slot)
 
 
 def chunk(step: int, attempt: int, index: int, chunks: int = 3) -> Header:
@@ -53,10 +66,10 @@ def test_snapshot_is_acknowledged_only_when_applied() -> None:
     slot = send(intake, 5, 1)
     assert slot is not None
     assert not any(isinstance(reply, m.Committed) for reply in intake.replies)
-    intake.applied(slot)
+    applied(intake, slot)
 
     assert m.Committed(5, 1) in intake.replies
-    assert list(intake.recent) == [5]
+    assert list(intake._assembly.recent) == [5]
 
 
 def test_begin_without_a_free_slot_is_refused_and_its_chunks_dropped() -> None:
@@ -87,8 +100,8 @@ def test_set_may_repeat_only_the_newest_step() -> None:
     assert send(intake, 4, 2, mode="set") is None
     slot = send(intake, 5, 3, mode="set")
     assert slot is not None
-    intake.applied(slot)
-    assert list(intake.recent) == [4, 5]
+    applied(intake, slot)
+    assert list(intake._assembly.recent) == [4, 5]
     assert m.Committed(5, 3) in intake.replies
 
 
@@ -176,7 +189,8 @@ def test_no_snapshot_is_accepted_between_rewind_and_its_answer() -> None:
     intake.begin_rewind()
     assert send(intake, 9, 1) is None
     assert codes(intake) == [RejectCode.OUT_OF_ORDER]
-    intake.rewound(8, (8,))
+    intake._assembly.rewound(8, (8,))
+    intake.end_rewind()
 
     assert send(intake, 9, 2) == 0
 
@@ -184,7 +198,7 @@ def test_no_snapshot_is_accepted_between_rewind_and_its_answer() -> None:
 def test_failed_rewind_leaves_the_steps_unchanged() -> None:
     intake = new_intake(last_step=10, recent=(9, 10))
     intake.begin_rewind()
-    intake.cancel_rewind()
+    intake.end_rewind()
     assert send(intake, 9, 1) is None
 
     assert m.Committed(9, 1) in intake.replies
@@ -208,7 +222,7 @@ def test_credit_never_exceeds_the_slots_and_never_runs_out(seed: int, chunks: in
         can_send = sent < limit
         assert limit - sent <= min(CREDIT_WINDOW_CHUNKS, room(intake, chunks, filled, len(held)))
         if held and ((not can_send and filled != chunks) or rng.random() < 0.2):
-            intake.applied(held.pop(0))
+            applied(intake, held.pop(0))
         elif filled is None:
             assert can_send, "a slot is free and nothing is on its way: the sender must be able to begin"
             step, filled = step + 1, 0

@@ -12,8 +12,9 @@ from ema_proto.errors import RejectCode
 from ema_proto.limits import CHUNK_BYTES_MIN
 from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connections
+from ema_proto.receiver.gang import Gang
 from ema_proto.receiver.machine import Receiver
-from ema_proto.receiver.ownership import Claim, Ownership
+from ema_proto.receiver.ownership import Ownership
 from ema_proto.wire import messages as m
 from support.peers import JOIN, OTHER, SESSION, Peer, accept, ends, joined_peer, new_receiver
 
@@ -22,8 +23,7 @@ def test_last_session_is_remembered_for_a_bounded_number_of_runs(monkeypatch: py
     monkeypatch.setattr("ema_proto.receiver.ownership.RUNS_REMEMBERED_MAX", 5)
     ownership = Ownership(Connections(epoch=1, token=None, nonce=str, chunk_bytes=CHUNK_BYTES_MIN), deque())
     for number in range(20):
-        claim = Claim(number, SESSION, b"peer", replace(JOIN, run=f"run{number}"), 0.0)
-        ownership.stream(claim, None)  # type: ignore[arg-type]
+        ownership.stream(Gang(number, f"run{number}", (SESSION, 0, 1), 0.0, 0.0))
 
     assert len(ownership._streamed_by) == 5
 

@@ -1,0 +1,183 @@
+"""The snapshots of one run that its ranks are sending: which step fills which slot, and which ranks' parts are whole.
+
+A step counts only if the part of every rank is whole. The first rank that begins a step takes a slot for it. A step
+that a rank has skipped, or passed without a whole part, is dropped for all of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from ema_proto.limits import RECENT_STEPS
+from ema_proto.wire import messages as m
+
+_Key: TypeAlias = tuple[int, bool]  # step, and whether it is a `set`: that comes after the update of the same step
+_NOTHING: _Key = (-1, False)
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    slot: int
+    key: _Key
+    since: float
+    whole: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A step that cannot be whole any longer. `slot` is free again; `rank` is the one that `why` is about."""
+
+    slot: int
+    step: int
+    mode: m.Mode
+    rank: int
+    why: str
+
+
+class Assembly:
+    """Slots of the snapshots of a run, which come from `ranks`.
+
+    `last_step` is the last applied step, None without any; `recent` are the newest ones.
+    """
+
+    def __init__(self, *, ranks: Sequence[int], slots: int, last_step: int | None, recent: tuple[int, ...]) -> None:
+        self.slots = slots
+        self.last_step = last_step
+        self.recent = deque(recent, maxlen=RECENT_STEPS)
+        self.dropped: deque[Dropped] = deque()
+        self._ranks = tuple(ranks)
+        self._world = len(self._ranks)
+        self._pending: list[_Pending] = []
+        self._begun: dict[int, _Key] = {}
+        self._lost: dict[_Key, str] = {}  # the highest step that was dropped, and why
+
+    def is_passed(self, step: int) -> bool:
+        """Whether a step at or above this one is in the averages."""
+        return self.last_step is not None and step <= self.last_step
+
+    def begin(self, rank: int, begin: m.Begin, now: float) -> int | None:
+        """A rank begins its part: the slot of the step, None when none is free. See `why_not` for what comes first."""
+        key = _key(begin.step, begin.mode)
+        self._pass(rank, key, f"rank {rank} passed it")
+        self._begun[rank] = key
+        pending = self._missing(rank, key)
+        if pending is None:
+            taken = {each.slot for each in self._pending}
+            slot = next((slot for slot in range(self.slots) if slot not in taken), None)
+            if slot is None:
+                return None
+            pending = _Pending(slot, key, now)
+            self._pending.append(pending)
+        return pending.slot
+
+    def why_not(self, rank: int, begin: m.Begin) -> str | None:
+        """Why this step cannot be whole, whatever the rank sends; None if it can."""
+        key = _key(begin.step, begin.mode)
+        if self._world == 1 or self._missing(rank, key) is not None:
+            return None
+        for lost, why in self._lost.items():
+            if key <= lost:
+                return why if key == lost else "it was dropped"
+        passed = [other for other, begun in self._begun.items() if other != rank and begun > key]
+        return f"rank {passed[0]} passed it" if passed else None
+
+    def skip(self, rank: int, step: int, why: str) -> None:
+        """A rank sends no part of this step."""
+        text = f"rank {rank} skipped it: {why}"
+        self._pass(rank, (step, True), text)
+        self._remember((step, False), text)
+
+    def whole(self, rank: int, slot: int) -> bool:
+        """The part of a rank is whole; True if it was the last one."""
+        pending = next(each for each in self._pending if each.slot == slot)
+        pending.whole.add(rank)
+        return len(pending.whole) == self._world
+
+    def lose(self, rank: int, why: str) -> None:
+        """A rank will not complete what it has begun."""
+        self._begun.pop(rank, None)
+        for pending in [each for each in self._pending if rank not in each.whole]:
+            self._drop(pending, rank, f"rank {rank} {why}")
+
+    def joined(self, rank: int, first_step: int) -> None:
+        """A rank has connected, and sends steps from `first_step` on: all that is unanswered, whole parts included."""
+        for pending in self._pending:
+            if len(pending.whole) < self._world:
+                pending.whole.discard(rank)
+        passed = first_step - 1, True
+        self._pass(rank, passed, f"rank {rank} passed it")
+        self._begun[rank] = passed
+
+    def applied(self, slot: int) -> None:
+        """The averager has applied the snapshot in this slot."""
+        step, _ = self._take(slot).key
+        self.last_step = step
+        if step not in self.recent:
+            self.recent.append(step)
+
+    def quarantined(self, slot: int) -> None:
+        """The averager has refused the snapshot in this slot."""
+        self._take(slot)
+
+    def rewound(self, last_step: int | None, recent: tuple[int, ...]) -> None:
+        """The run is back at `last_step`: steps above it may come again."""
+        self.last_step, self.recent = last_step, deque(recent, maxlen=RECENT_STEPS)
+        self._begun.clear()
+        self._lost.clear()
+
+    def drop_overdue(self, before: float) -> None:
+        """Drop the steps that were begun before this time, and of which a rank has not begun its part."""
+        for pending in [each for each in self._pending if each.since < before]:
+            late = [
+                rank
+                for rank in self._ranks
+                if rank not in pending.whole and self._begun.get(rank, _NOTHING) < pending.key
+            ]
+            if late:
+                self._drop(pending, late[0], f"rank {late[0]} has not begun it in time")
+
+    @property
+    def waits_for(self) -> set[int]:
+        """The ranks that have begun no part of a step that others have begun, or have not completed it."""
+        return {rank for pending in self._pending for rank in self._ranks if rank not in pending.whole}
+
+    @property
+    def is_applying(self) -> bool:
+        """Whether a whole snapshot waits for the averager's answer."""
+        return any(len(each.whole) == self._world for each in self._pending)
+
+    def _missing(self, rank: int, key: _Key) -> _Pending | None:
+        """The step, if a slot is taken for it and this rank's part is not whole."""
+        return next((each for each in self._pending if each.key == key and rank not in each.whole), None)
+
+    def _pass(self, rank: int, key: _Key, why: str) -> None:
+        """A rank is past all steps below `key`: those of which it has not sent its part are dropped.
+
+        If it is the only rank, it has abandoned what lies above, too.
+        """
+        for pending in list(self._pending):
+            is_passed = pending.key < key or (self._world == 1 and pending.key > key)
+            if is_passed and rank not in pending.whole:
+                self._drop(pending, rank, why)
+
+    def _drop(self, pending: _Pending, rank: int, why: str) -> None:
+        self._pending.remove(pending)
+        self._remember(pending.key, why)
+        step, is_set = pending.key
+        self.dropped.append(Dropped(pending.slot, step, "set" if is_set else "update", rank, why))
+
+    def _remember(self, key: _Key, why: str) -> None:
+        if all(key > lost for lost in self._lost):
+            self._lost = {key: why}
+
+    def _take(self, slot: int) -> _Pending:
+        pending = next(each for each in self._pending if each.slot == slot)
+        self._pending.remove(pending)
+        return pending
+
+
+def _key(step: int, mode: m.Mode) -> _Key:
+    return step, mode == "set"
