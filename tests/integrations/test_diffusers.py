@@ -70,7 +70,9 @@ def _walk(model: nn.Module, step: int) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.02).clamp_(-4.0, 4.0)
+                parameter.add_(torch.randn(parameter.shape, generator=noise).to(parameter.dtype), alpha=0.02).clamp_(
+                    -4.0, 4.0
+                )
 
 
 def _difference(one: Any, other: Any) -> float:
@@ -180,6 +182,28 @@ def test_saved_average_is_the_one_that_emamodel_saves_and_continues_in_a_new_run
 def _saved(ema: Any, folder: Path) -> Path:
     torch.save(ema.state_dict(), folder / "ema_state.pt")
     return folder / "ema_state.pt"
+
+
+@pytest.mark.parametrize("same_run", [True, False])
+def test_run_that_continues_keeps_digits_that_the_weights_do_not_have(
+    made: Any, tmp_path: Path, run: str, same_run: bool
+) -> None:
+    """A replacement of the average goes out in the dtype of the weights, bfloat16 here."""
+    model = small_unet().to(torch.bfloat16)
+    whole = made(model.parameters(), run=f"{run}-whole", decay=0.8)
+    part = made(model.parameters(), decay=0.8, model_cls=UNet2DModel, model_config=model.config)
+    for step in range(1, 11):
+        if step == 6:
+            part.save_pretrained(tmp_path)
+            part.close()
+            there = run if same_run else f"{run}-other"
+            part = made(tmp_path, RemoteEMAModel.from_pretrained, model_cls=UNet2DModel, run=there)
+        _walk(model, step)
+        whole.step(model.parameters())
+        part.step(model.parameters())
+
+    difference = _difference(whole.shadow_params, part.shadow_params)
+    assert difference == 0.0 if same_run else 0.0 < difference < 0.01
 
 
 def test_state_that_is_loaded_in_mid_run_takes_the_run_back(made: Any) -> None:

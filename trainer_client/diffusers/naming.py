@@ -103,10 +103,9 @@ def check_fit(tensors: Sequence[Tensor], names: Mapping[Names, torch.Size]) -> N
     """
     if len(tensors) != len(names):
         raise PlanError(f"{len(tensors)} parameters were given, and the average has {len(names)}: give the same ones")
-    for (first, *_), tensor in zip(names, tensors, strict=True):
-        shape = names[(first, *_)]
+    for (group, shape), tensor in zip(names.items(), tensors, strict=True):
         if tensor.shape != shape:
-            raise PlanError(f"parameter {first!r} is of shape {list(shape)}, and {list(tensor.shape)} was given")
+            raise PlanError(f"parameter {group[0]!r} is of shape {list(shape)}, and {list(tensor.shape)} was given")
 
 
 def template_of(

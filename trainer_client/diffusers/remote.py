@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer_client.diffusers.naming import Naming, check_fit, config_of, parameter_names, template_of, with_weights
 from trainer_client.diffusers.schedule import STATE_KEYS, Schedule
-from trainer_client.errors import AverageError, PlanError, SettingsError
+from trainer_client.errors import AverageError, SettingsError
 from trainer_client.pulling.average_reader import AverageReader
 from trainer_client.ranks import rank_of
 from trainer_client.remote_client import RemoteClient
@@ -277,6 +277,8 @@ class RemoteEMAModel:
         if shadow is not None:
             self._shadow = [_held(each) for each in shadow]
         self._loaded = self._shadow if self._rank == 0 else None
+        if self._begun and self._streamed is not None and self._holds_loaded(self._streamed, step):
+            self._loaded = None
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Write the average as a model of diffusers, with the average's state in its `config.json`.
@@ -330,19 +332,36 @@ class RemoteEMAModel:
                 steps = 0
             client.begin(module, self._rule, steps)
             self._begun = True
+            if loaded is not None and self._holds_loaded(module, number - 1):
+                loaded = None
         if loaded is None or client.replace(loaded, number - 1):
             self._loaded = None
         client.update(module, number)
+
+    def _holds_loaded(self, module: nn.Module, step: int) -> bool:
+        """Whether the run went back to this step, and the average there is what was loaded.
+
+        Then it is not replaced: it may have more digits, and other averages of the run stay.
+        """
+        try:
+            held = self._read(module, step, 0.0)
+        except AverageError:
+            return False
+        loaded = self._loaded or []
+        return len(held) == len(loaded) and all(map(_are_equal, held, loaded))
 
     def _fetch(self) -> list[Tensor]:
         if self._streamed is None:
             raise AverageError("nothing was averaged yet")
         step = self.optimization_step if self._client is None else self._client.publish(self._timeout_s)
-        weights = self._reader().weights(self._rule.name, step, self._timeout_s)
-        names = parameter_names(self._streamed)
+        return self._read(self._streamed, step, self._timeout_s)
+
+    def _read(self, module: nn.Module, step: int, timeout_s: float) -> list[Tensor]:
+        weights = self._reader().weights(self._rule.name, step, timeout_s)
+        names = parameter_names(module)
         missing = [name for name in names if name not in weights]
         if missing:
-            raise PlanError(f"the average has no {missing[0]!r}")
+            raise AverageError(f"the average at step {step} has no {missing[0]!r}: it is that of another model")
         return [weights[name] for name in names]
 
 
@@ -376,3 +395,7 @@ def _copy(weights: list[Tensor], parameters: list[nn.Parameter]) -> None:
     with torch.no_grad():
         for weight, parameter in zip(weights, parameters, strict=True):
             parameter.copy_(weight)
+
+
+def _are_equal(held: Tensor, loaded: Tensor) -> bool:
+    return held.shape == loaded.shape and torch.equal(held.to(loaded.dtype), loaded)

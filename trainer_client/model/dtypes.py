@@ -47,6 +47,8 @@ def _kind_problem(tensor: Tensor) -> str | None:
         return "is sharded (DTensor): send a full copy of the model with update() from rank 0"
     if getattr(tensor, "ds_numel", tensor.numel()) != tensor.numel():
         return "is partitioned by DeepSpeed (ZeRO stage 3): send a full copy of the model with update() from rank 0"
+    if hasattr(tensor, "ds_id"):
+        return "is sharded (DeepSpeed ZeRO-3): send a full copy of the model with update() from rank 0"
     if _is_wrapper(tensor):
         return f"is a {type(tensor).__name__}, not a plain tensor: average the model before it is converted"
     if tensor.is_meta:

@@ -128,6 +128,16 @@ def test_fsdp1_model_is_refused_with_alternatives() -> None:
     assert "update()" in str(caught.value)
 
 
+def test_parameters_of_zero3_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    vars(next(model.parameters()))["ds_id"] = (
+        0  # what DeepSpeed adds when it leaves only a placeholder in the parameter
+    )
+
+    with pytest.raises(PlanError, match=r"'0\.weight' is sharded \(DeepSpeed ZeRO-3\)"):
+        Plan.of(model)
+
+
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore")
 def test_sharded_tensors_are_refused_by_name() -> None:
