@@ -226,3 +226,11 @@ def test_documented_trainer_script_is_the_example(document: Path) -> None:
     ours = [line.strip() for line in example.splitlines() if "  # ema" in line]
     assert len(ours) == 4
     assert any(all(line.partition("  #")[0] in block for line in ours) for block in blocks)
+
+
+def test_every_framework_recipe_has_at_most_ten_lines() -> None:
+    page = (_DOCS / "guides" / "frameworks.md").read_text()
+    for section in re.split(r"^## ", page, flags=re.MULTILINE)[1:]:
+        blocks = re.findall(r"^```python\n(.+?)^```", section, flags=re.MULTILINE | re.DOTALL)
+        lines = [line for block in blocks for line in block.splitlines() if line and "is there already" not in line]
+        assert 0 < len(lines) <= 10, section.partition("\n")[0]

@@ -19,6 +19,8 @@ from support.fake_worker import OfflineClient
 from support.processes import Process, ServerProcess
 from support.recorded import Recorder, ledger_of
 from trainer_client import EmaClient, RewindError, SettingsError
+from trainer_client.steps.hooks import Attachment, Listener
+from trainer_client.steps.optimizers import steppers_of
 
 pytest.importorskip("accelerate")
 
@@ -48,11 +50,9 @@ def _fresh_state() -> Iterator[None]:
 class Training:
     """A script that trains with Accelerate; the weights after each real step are recorded."""
 
-    def __init__(self, mixed_precision: str = "no") -> None:
+    def __init__(self, **given: Any) -> None:
         torch.manual_seed(0)
-        self.accelerator = Accelerator(
-            cpu=True, gradient_accumulation_steps=_ACCUMULATED, mixed_precision=mixed_precision
-        )
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=_ACCUMULATED, **given)
         model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
         optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
         loader = DataLoader(TensorDataset(torch.randn(12, 4), torch.randn(12, 2)), 4)
@@ -65,7 +65,7 @@ class Training:
                     self.accelerator.backward(mse_loss(self.model(inputs), targets))
                     self.optimizer.step()
                     self.optimizer.zero_grad()
-            recorder.record(ema.steps, self.accelerator.unwrap_model(self.model))
+            recorder.record(ema.steps, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
             steps -= 1
 
     def checkpointed(self, ema: EmaClient) -> None:
@@ -77,10 +77,10 @@ def _client(server: ServerProcess, run: str | None, **given: Any) -> EmaClient:
     return EmaClient(server.zmq, run, ["raw", "ema:0.9"], when_behind="wait", **given)
 
 
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_accumulated_steps_give_the_averages_of_a_float64_replay(server: ServerProcess, mixed_precision: str) -> None:
-    training, recorder = Training(mixed_precision), Recorder()
-    ema = _client(server, f"accumulated-{mixed_precision}")
+@pytest.mark.parametrize("given", [{}, {"mixed_precision": "bf16"}, {"dynamo_backend": "eager"}], ids=str)
+def test_accumulated_steps_give_the_averages_of_a_float64_replay(server: ServerProcess, given: dict[str, Any]) -> None:
+    training, recorder = Training(**given), Recorder()
+    ema = _client(server, "-".join(["accumulated", *given]))
     ema.attach(training.model, training.optimizer)
     training.run(7, ema, recorder)
 
@@ -205,6 +205,16 @@ def test_steps_that_the_scaler_skips_are_not_counted(server: ServerProcess) -> N
     assert skipped == [False, True, False, False]
     assert ema.finish()
     recorder.check(server, ema.run, [1, 2, 3])
+
+
+def test_batches_that_only_accumulate_do_not_hold_back_a_copy() -> None:
+    training, held_back = Training(), list[int]()
+    steppers = steppers_of(training.optimizer)
+    handle = Attachment(training.model, steppers, Listener(before_write=lambda _: held_back.append(1)))
+    training.run(2, OfflineClient("tcp://127.0.0.1:5555", run="r"), Recorder())
+    handle.remove()
+
+    assert len(held_back) == 2
 
 
 def test_attached_optimizer_can_be_saved_as_an_object() -> None:

@@ -32,6 +32,9 @@ _INNER: Final = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer",
 # (schedule-free), and of Lookahead.
 _WRITING: Final = ("first_step", "second_step", "train", "eval", "backup_and_load_cache", "clear_and_load_backup")
 
+# Wrappers that write nothing themselves: their methods call those of the optimizer inside, some of the time.
+_FORWARDING: Final = ("AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer")
+
 # Step inside backward(): their step() is missing or does nothing.
 _IN_BACKWARD: Final = ("Lomo", "AdaLomo", "LOMO", "AdaLOMO")
 # Their step() writes shards of the weights, which are gathered later.
@@ -63,7 +66,7 @@ class Stepper:
         self.name = _class(given)
         self.has_modes = any(_has_modes(each) for each in chain)
         self._inner = weakref.ref(optimizer)
-        self._outer = [_reference(each) for each in chain[:-1]]
+        self._references = [_reference(each) for each in chain]
         self._depth = 0
         self._stepped = False
         self._undo: list[Callable[[], None]] = []
@@ -87,8 +90,9 @@ class Stepper:
                 after()
 
         @contextmanager
-        def call(*, is_step: bool) -> Iterator[None]:
-            before()
+        def call(*, is_step: bool = False, writes: bool = True) -> Iterator[None]:
+            if writes:
+                before()
             if not self._depth:
                 self._stepped = False  # of a call that failed
             self._depth += 1
@@ -105,17 +109,21 @@ class Stepper:
             self._undo.append(optimizer.register_step_post_hook(hook).remove)
         elif optimizer is not None:
             self._undo.append(_wrap(optimizer, "step", partial(call, is_step=True)))
-        outer = [each for reference in self._outer if (each := reference()) is not None]
-        writes = [(each, name) for each in outer for name in ("step", *_WRITING)]
-        writes += [(optimizer, name) for name in _WRITING]
-        for each, name in writes:
-            if callable(getattr(each, name, None)):
-                self._undo.append(_wrap(each, name, partial(call, is_step=False)))
+        for each in self._chain():
+            if each is not optimizer:
+                self._undo.append(_wrap(each, "step", partial(call, writes=not _forwards(each))))
+            for name in () if _forwards(each) else _WRITING:
+                if callable(_attribute(each, name)):
+                    self._undo.append(_wrap(each, name, call))
 
     def forget(self) -> None:
         """Stop calling back."""
         while self._undo:
             self._undo.pop()()
+
+    def _chain(self) -> list[object]:
+        """The wrappers and the innermost optimizer, as far as they live."""
+        return [each for reference in self._references if (each := reference()) is not None]
 
     @property
     def is_stepping(self) -> bool:
@@ -124,7 +132,7 @@ class Stepper:
 
     def is_around(self, optimizer: Optimizer) -> bool:
         """Whether `optimizer` is the innermost one, or one that steps it."""
-        return optimizer is self._inner() or any(optimizer is reference() for reference in self._outer)
+        return any(optimizer is each for each in self._chain())
 
 
 def steppers_of(given: object) -> list[Stepper]:
@@ -149,8 +157,9 @@ def _parts(given: object) -> list[object]:
 
     So do `LayerWiseDummyOptimizer` of transformers and `OptimizerInBackwardWrapper` of torchtune.
     """
+    inner = _inner(given)
     for name in ("optimizer_dict", "optim_map"):
-        table = getattr(getattr(given, "optimizer", given), name, None)
+        table = _attribute(given if inner is None else inner, name)
         if isinstance(table, dict) and table:
             return list(table.values())
     return [given]
@@ -253,10 +262,14 @@ def _reference(wrapper: object) -> weakref.ref[object]:
         ) from None
 
 
+def _forwards(wrapper: object) -> bool:
+    return any(kind.__name__ in _FORWARDING for kind in type(wrapper).__mro__)
+
+
 def _has_modes(given: object) -> bool:
     """Whether it evaluates other weights than it trains, and swaps them in `train()` and `eval()`."""
-    groups = getattr(given, "param_groups", None) or [{}]
-    return hasattr(given, "train_mode") or "train_mode" in groups[0]
+    groups = _attribute(given, "param_groups")
+    return _attribute(given, "train_mode") is not None or bool(groups and "train_mode" in groups[0])
 
 
 def _unwrapped(given: object) -> list[object]:
@@ -286,17 +299,17 @@ def _check(given: object) -> None:
         )
     if any(kind.__name__ in _IN_BACKWARD for kind in kinds):
         raise SettingsError(f"{_class(given)} steps inside backward(), and not in step(): {_BY_HAND}")
-    if getattr(given, "_overlap_with_ddp", False) is True:
+    if _attribute(given, "_overlap_with_ddp") is True:
         raise SettingsError(f"{_class(given)} with overlap_with_ddp=True steps inside backward(): {_BY_HAND}")
 
 
 def _inner(given: object) -> Optimizer | None:
     """The optimizer that `given` steps, if any."""
-    for name in _INNER:
-        try:
-            inner = getattr(given, name, None)
-        except Exception:  # noqa: BLE001, S112
-            continue  # a property of the user's that fails is no optimizer
-        if isinstance(inner, Optimizer):
-            return inner
-    return None
+    return next((each for name in _INNER if isinstance(each := _attribute(given, name), Optimizer)), None)
+
+
+def _attribute(given: object, name: str) -> Any:
+    try:
+        return getattr(given, name, None)
+    except Exception:  # noqa: BLE001
+        return None  # a property of the user's that fails holds no optimizer

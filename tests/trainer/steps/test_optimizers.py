@@ -263,6 +263,28 @@ def test_optimizers_kept_for_each_parameter_are_followed_together() -> None:
     assert _is_last(client, model)
 
 
+def test_wrapper_whose_properties_fail_is_followed_by_those_that_work() -> None:
+    class Wrapper:
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.base = optimizer
+
+        @property
+        def optimizer(self) -> Optimizer:
+            raise RuntimeError("not yet")
+
+        param_groups = train_mode = eval = optimizer
+
+        def step(self) -> None:
+            self.base.step()
+
+    model, client = _model(), _client()
+    wrapper: Any = Wrapper(SGD(model.parameters(), lr=0.1))
+    client.attach(model, wrapper)
+    wrapper.step()
+
+    assert client.worker.steps == [1]
+
+
 def test_weights_swapped_for_an_evaluation_are_no_step() -> None:
     class Swapping(SGD):
         train_mode = True
