@@ -209,9 +209,12 @@ def _no_weights(path: Path, singles: Sequence[Path]) -> str:
 def _not_safetensors(path: Path) -> str:
     if path.suffix not in _PICKLES:
         return f"{path} is not a safetensors file or a folder"
-    target = path.with_suffix(SUFFIX).name
+    weights = "['state_dict']" if path.suffix == ".ckpt" else ""  # Lightning's
+    program = (
+        f"import torch, safetensors.torch; w = torch.load('{path}', weights_only=True){weights}; "
+        f"safetensors.torch.save_file({{n: w[n].clone().contiguous() for n in w}}, '{path.with_suffix(SUFFIX)}')"
+    )
     return (
-        f"{path} is a pickle, which can run code when it is read, so it is not read here: convert it with python -c "
-        f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{path.name}', weights_only=True), "
-        f"'{target}')\""
+        f"{path} is a pickle, which can run code when it is read, so it is refused: convert each with python -c "
+        f'"{program}"'
     )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ema_server.checkpoints.errors import ArgumentError, CheckpointError
 from ema_server.checkpoints.folders import find, step_of
@@ -105,7 +110,7 @@ def _make(folder: Path, *names: str) -> Path:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["pytorch_model.bin"], "pytorch_model.bin is a pickle.*convert it with python -c .*weights_only=True"),
+        (["pytorch_model.bin"], "pytorch_model.bin is a pickle.*convert each with python -c .*weights_only=True"),
         (["config.json"], "has no safetensors files"),
         (["a.safetensors", "b.safetensors"], r"has several safetensors files \(a.safetensors, b.safetensors\)"),
         (["model-00001-of-00002.safetensors"], "has parts of a checkpoint and no index of them"),
@@ -120,6 +125,23 @@ def test_folder_without_usable_weights_says_what_to_do(tmp_path: Path, names: li
 
     with pytest.raises(CheckpointError, match=says):
         find([parent])
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "checkpoint-2.ckpt"])
+def test_printed_command_converts_a_pickle(tmp_path: Path, name: str) -> None:
+    tied = {**weights(2), "head.weight": weights(2)["linear.weight"].T}
+    tied["tied.weight"] = tied["head.weight"]
+    torch.save(tied if name.endswith(".bin") else {"state_dict": tied, "epoch": 3}, tmp_path / name)
+    with pytest.raises(CheckpointError) as refusal:
+        find([tmp_path / name, tmp_path / name], [1, 2])
+    command = str(refusal.value).partition("convert each with ")[2].replace("python", sys.executable, 1)
+
+    subprocess.run(shlex.split(command), check=True, timeout=60)
+
+    converted = load_file((tmp_path / name).with_suffix(".safetensors"))
+    assert set(converted) == set(tied)
+    assert all(torch.equal(converted[key], tied[key]) for key in tied)
 
 
 def test_path_that_is_no_checkpoint_says_what_to_do(tmp_path: Path) -> None:
