@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import (
-    PreTrainedConfig,
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -222,7 +222,7 @@ class EmaCallback(TrainerCallback):
         saved = state.stateful_callbacks.get(_STATE) if state.global_step else None
         run = saved["run"] if saved and self._run_generated else self._run
         if state.is_hyper_param_search and state.trial_name:
-            return f"{run}-{_NOT_IN_NAMES.sub('-', state.trial_name)}"
+            return f"{run}-{_NOT_IN_NAMES.sub('-', state.trial_name)}".rstrip("-.")
         return run
 
     def _finish(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
@@ -296,8 +296,16 @@ def _saved(*parts: Any) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="ema-") as folder:
         for part in parts:
             if hasattr(part, "save_pretrained"):
-                part.save_pretrained(folder)
+                _save(part, folder)
         yield folder
+
+
+def _save(part: Any, folder: str) -> None:
+    try:
+        part.save_pretrained(folder)
+    # Whatever a class of the user's raises there, averages without these files are better than no training.
+    except Exception as error:  # noqa: BLE001
+        log.warning("ema: the averages are without the files of %s: %r", type(part).__name__, error)
 
 
 def _arguments_of(args: TrainingArguments, model: nn.Module, loader: Any) -> dict[str, Any]:
@@ -306,15 +314,10 @@ def _arguments_of(args: TrainingArguments, model: nn.Module, loader: Any) -> dic
     found: dict[str, Any] = {"samples_per_step": samples}
     with contextlib.suppress(TypeError):  # an iterable dataset has no length
         found["steps_per_epoch"] = math.ceil(len(loader) / args.gradient_accumulation_steps)
-    config = getattr(model, "config", None)
-    if isinstance(config, PreTrainedConfig) and not hasattr(model, "peft_config"):  # as PEFT saves an adapter
-        found["config"] = json.loads(config.to_json_string()) | _as_saved(model)
+    if isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):  # PEFT saves an adapter without it
+        saved = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+        found["config"] = json.loads(model.config.to_json_string()) | saved
     return found
-
-
-def _as_saved(model: nn.Module) -> dict[str, Any]:
-    """What `save_pretrained` of a model adds to its configuration."""
-    return {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def _named(scores: Scores) -> dict[str, float]:

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from transformers import BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
+from transformers import BertForSequenceClassification, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from ema_reader import Reader, Version
 from support.command import ema
-from support.hf_training import AVERAGES, DECAY, Recorder, arguments, recorded, trainer_of
+from support.hf_training import AVERAGES, DECAY, Recorder, arguments, recorded, samples, tiny_bert, trainer_of
 from support.oracle import bound, largest_difference, ledger_steps, replay
 from support.processes import SUPPORT, Process, ServerProcess
 from support.waiting import eventually
@@ -146,30 +146,66 @@ def test_steps_that_no_hook_of_the_optimizer_sees_are_sent(
     _check_replayed(reader, run, recorder.at, [1, 2, 3, 4], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["named", ""])
 def test_a_killed_training_that_resumes_gives_the_averages_of_an_uninterrupted_one(
-    server: ServerProcess, reader: Reader, run: str, tmp_path: Path, name: str
+    server: ServerProcess, reader: Reader, run: str, tmp_path: Path
 ) -> None:
-    """Also where the run's name was generated: the resumed process finds it in the checkpoint."""
-    name = run if name else ""
     whole = Recorder()
     trainer_of(_callback(server, f"{run}-whole"), arguments(tmp_path / "whole", max_steps=20), whole).train()
 
     saving = ('save_strategy="steps"', "save_steps=5")
-    with Process(_SCRIPT, server.zmq, name, str(tmp_path), "20", *saving, "kill_at=13") as killed:
+    with Process(_SCRIPT, server.zmq, run, str(tmp_path), "20", *saving, "kill_at=13") as killed:
         killed.wait(_WAIT_S)
     assert killed.popen.returncode == -9, list(killed.errors)
-    with Process(_SCRIPT, server.zmq, name, str(tmp_path), "20", *saving) as resumed:
+    with Process(_SCRIPT, server.zmq, run, str(tmp_path), "20", *saving) as resumed:
         assert resumed.wait(_WAIT_S) == 0, list(resumed.errors)
-    ended = json.loads(resumed.lines[-1])
 
-    assert ended["first"] == 11
-    assert ended["run"] == name or (not name and ended["run"].startswith("hf-training-"))
-    assert reader.run(ended["run"]).gap_steps == 0
+    assert json.loads(resumed.lines[-1])["first"] == 11
+    assert reader.run(run).gap_steps == 0
     for average in ("raw", "ema"):
-        one, other = (reader.load(f"{each}/{average}") for each in (f"{run}-whole", ended["run"]))
+        one, other = (reader.load(f"{each}/{average}") for each in (f"{run}-whole", run))
         assert largest_difference(one, other) == 0.0
     _check_replayed(reader, f"{run}-whole", whole.at, list(range(1, 21)), tmp_path)
+
+
+def test_a_resumed_training_finds_a_generated_name_in_its_checkpoint(
+    server: ServerProcess, reader: Reader, tmp_path: Path
+) -> None:
+    given = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+    first, second = (EmaCallback(server.zmq, when_behind="wait") for _ in range(2))
+    trainer_of(first, given).train()
+    given.max_steps = 6
+    trainer_of(second, given).train(resume_from_checkpoint=True)
+
+    assert second.client.run == first.client.run
+    assert (reader.run(first.client.run).step, reader.run(first.client.run).gap_steps) == (6, 0)
+
+
+class _Unsavable:
+    def save_pretrained(self, folder: str) -> None:
+        raise RuntimeError(f"nothing can be written to {folder}")
+
+
+def test_a_model_that_is_not_of_transformers_is_averaged_without_a_config(
+    server: ServerProcess, reader: Reader, run: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = tiny_bert()
+            self.config = self.bert.config
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+            return self.bert(input_ids=input_ids, labels=labels)
+
+    recorder = Recorder()
+    trainer = Trainer(Wrapped(), arguments(tmp_path, max_steps=3), train_dataset=samples(), callbacks=[recorder])
+    trainer.add_callback(_callback(server, run))
+    trainer.callback_handler.processing_class = _Unsavable()
+    trainer.train()
+
+    _check_replayed(reader, run, recorder.at, [1, 2, 3], tmp_path)
+    assert reader.version(run, "ema").file("config.json") is None
+    assert "without the files of _Unsavable: RuntimeError" in caplog.text
 
 
 def test_every_checkpoint_has_averages_of_its_step(
