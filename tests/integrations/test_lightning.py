@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import math
@@ -30,6 +31,7 @@ from trainer_client.lightning import EmaCallback  # noqa: E402
 _ONE = "lightning.pytorch"
 _PACKAGES = (_ONE, "pytorch_lightning")
 _DECAY = 0.8
+_EXAMPLE = Path(__file__).parents[2] / "examples" / "train_lightning.py"
 _SCRIPT = str(SUPPORT / "lightning_trainer.py")
 
 
@@ -457,8 +459,10 @@ def test_results_of_several_dataloaders_hooks_and_metric_objects_are_logged(
 
     found = {name: float(value) for name, value in fitted.callback_metrics.items()}
     own = {name for name in found if not name.startswith("raw/")}
+    reported = reader.metrics(run)[-1].metrics
     assert own == {"batches", "mse/dataloader_idx_0", "mse/dataloader_idx_1", "last"}
     assert {name: found[f"raw/{name}"] for name in own} == pytest.approx({name: found[name] for name in own})
+    assert reported == pytest.approx({name: found[name] for name in own})
 
 
 def with_metrics() -> Any:
@@ -544,3 +548,20 @@ def test_callback_is_one_of_each_package_that_is_imported(packages: str) -> None
 
     with Process("-c", program) as process:
         assert process.wait() == 0, "\n".join(process.errors)
+
+
+def test_example_shows_that_the_average_is_validated(tmp_path: Path, server: ServerProcess, reader: Reader) -> None:
+    pytest.importorskip("sklearn")
+    text = _EXAMPLE.read_text()
+    for shown, used in (("tcp://127.0.0.1:5555", server.zmq), ("EPOCHS = 10", "EPOCHS = 2")):
+        assert text.count(shown) == 1
+        text = text.replace(shown, used)
+    script = tmp_path / "train_lightning.py"
+    script.write_text(text)
+
+    with Process(str(script)) as process:
+        assert process.wait() == 0, "\n".join(process.errors)
+
+    shown = ast.literal_eval(list(process.lines)[-1])
+    assert shown.keys() == {"val_acc", "ema/val_acc"}
+    assert reader.best("lightning-digits", "lightning/val_acc").value == pytest.approx(shown["ema/val_acc"], abs=1e-4)

@@ -56,7 +56,7 @@ class EmaCallback(Callback):
             `AVERAGE/METRIC`, and the step that they belong to as `AVERAGE/step`.
         url: the server's address for readers; default `EMA_URL`, else `http://127.0.0.1:8080`.
         publish_timeout_s: how long to wait until averages are published: those that are about to be validated, those
-            that go with a checkpoint, and the last ones. While the server is away, 5 s at most.
+            that go with a checkpoint, and the last ones. While the server is away, the first two wait 5 s at most.
         client: further arguments of `EmaClient`, such as `token`, `config`, `include`, `when_behind`, `resume`.
 
     Raises:
@@ -294,9 +294,10 @@ class EmaCallback(Callback):
         log_one = partial(pl_module.log, on_step=False, on_epoch=True, sync_dist=True, add_dataloader_idx=False)
         for name, value in scores.items():
             log_one(name, value)
-        self._logged |= scores.keys() | (self._validation.logged if self._validation is not None else set())
+        self._logged |= scores.keys()
         for name, worst in self._monitored(trainer).items():
-            if not name.startswith(tuple(self._logged)):  # Lightning may add a suffix to a name
+            is_validated = self._validation is not None and self._validation.has_logged(name)
+            if name not in self._logged and not is_validated:
                 log_one(name, worst, logger=False)
 
     def _newest_scores(self, client: EmaClient) -> dict[str, float]:

@@ -74,7 +74,7 @@ class Validation:
         if self._is_running:
             self._run("on_validation_batch_start", *batch)
             outputs = self._run("validation_step", *batch)
-            self._run("on_validation_batch_end", *batch, outputs=outputs)
+            self._run("on_validation_batch_end", *batch, after=outputs)
 
     def end_epoch(self) -> None:
         """Run the hook in which results of all batches are logged."""
@@ -82,19 +82,15 @@ class Validation:
 
     def end(self, trainer: Any, server: Server | None) -> None:
         """Report what was logged to the server, and free the device."""
-        if not self._is_running:
-            return
         self._run("on_validation_end")
         for copy in self._copies.values():
             copy.put_away()
-        self._is_running = False
-        if server is None:
-            return
-        try:
-            for average, version in self._versions.items():
-                server.report(version, self._scores(trainer.callback_metrics, f"{average}/"))
-        except AverageError as error:
-            log.warning("ema: %s", error)
+        was_running, self._is_running = self._is_running, False
+        if server is not None and was_running:
+            try:
+                self._report(trainer.callback_metrics, server)
+            except AverageError as error:
+                log.warning("ema: %s", error)
 
     def forget(self) -> None:
         """Free the copies, which belong to one training."""
@@ -102,10 +98,19 @@ class Validation:
         self._copies.clear()
         self.logged.clear()
 
-    def _scores(self, metrics: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
-        """Those metrics of one average that a copy has logged."""
-        logged = tuple(name for name in self.logged if name.startswith(prefix))  # Lightning may add a suffix
-        return {name.removeprefix(prefix): float(each) for name, each in metrics.items() if name.startswith(logged)}
+    def has_logged(self, name: str) -> bool:
+        """Whether a copy has logged what Lightning shows under this name."""
+        logged = name.partition("/dataloader_idx_")[0]  # added if there are several dataloaders
+        # The others are added to what is logged in each step and in each epoch.
+        return not self.logged.isdisjoint((logged, logged.removesuffix("_step"), logged.removesuffix("_epoch")))
+
+    def _report(self, metrics: Mapping[str, Tensor], server: Server) -> None:
+        shown = {name: float(value) for name, value in metrics.items() if self.has_logged(name)}
+        for average, version in self._versions.items():
+            prefix = f"{average}/"
+            own = {name.removeprefix(prefix): value for name, value in shown.items() if name.startswith(prefix)}
+            if own:
+                server.report(version, own)
 
     def _fetch(self, server: Server) -> dict[str, Mapping[str, Tensor]]:
         """The newest averages."""
@@ -121,13 +126,13 @@ class Validation:
         for average, weights in fetched.items():
             self._copies[average].fill(weights)
 
-    def _run(self, hook: str, *args: Any, **outputs: Any) -> dict[str, Any]:
-        """Run a hook of each copy; what each returned."""
+    def _run(self, hook: str, *args: Any, after: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Run a hook of each copy, with what the copy returned before as its first argument; what each returns."""
         returned: dict[str, Any] = {}
         for average, copy in self._copies.items() if self._is_running else ():
-            before = (outputs["outputs"].get(average),) if outputs else ()
+            outputs = () if after is None else (after[average],)
             try:
-                returned[average] = copy.run(hook, *before, *args)
+                returned[average] = copy.run(hook, *outputs, *args)
             except Exception as error:
                 self._is_running = False
                 log.exception("ema: %s of the copy with average %s failed: %r", hook, average, error)
