@@ -216,7 +216,7 @@ class Averager:
         except Exception as error:
             self._telemetry.internal_errors.inc()
             logger.exception("run %s: internal error: the run is taken out of memory", run)
-            text = f"internal error of the server, its log says more: {error!r}; join run {run!r} again to continue"
+            text = f"internal error of the server, its log says more: {error!r}; run {run!r} has to be joined again"
             active = self._runs.get(run)
             if active is not None:
                 self._runs.fail(active, text)

@@ -71,6 +71,13 @@ class Quarantined:
 
 
 @dataclass(frozen=True, slots=True)
+class NotInMemory:
+    """The run had an internal error and was taken out of memory: its session has to join again. `text` says why."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Durable:
     """A generation at `step` is on disk (None: the run has had no snapshot). `new` says that it adds versions.
 
@@ -152,7 +159,7 @@ class Apply:
     mode: Mode
     data: torch.Tensor
     not_finite: tuple[str, ...]
-    reply: Callable[[Applied | Quarantined], None]
+    reply: Callable[[Applied | Quarantined | NotInMemory], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +239,7 @@ def refuse(job: Job, text: str, why: WhyNot = WhyNot.NOT_DURABLE) -> None:
         case Join():
             job.reply(Refused(RejectCode.UNAVAILABLE, text))
         case Apply():
-            job.reply(Quarantined(job.step, text))
+            job.reply(NotInMemory(text))
         case AddAverage() | RemoveAverage() | DeleteRun():
             job.reply(Unchanged(why, text))
         case Publish() | Rewind() | Finish():

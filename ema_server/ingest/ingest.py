@@ -224,7 +224,7 @@ class Ingest:
 
     def _take_file(self, part: e.FileReceived, problem: str | None) -> None:
         if problem is not None:
-            self._receiver.file_failed(part.run, part.ticket, problem)
+            self._receiver.failed(part.run, part.ticket, problem)
             return
         files = self._receiver.file_stored(part.run, part.ticket)
         if files is not None:
@@ -242,7 +242,12 @@ class Ingest:
         reply = self._reply(self._take_applied, event)
         self._averager.submit(jobs.Apply(event.run, event.step, event.mode, slot.tensor, slot.not_finite, reply))
 
-    def _take_applied(self, event: e.SnapshotReady, outcome: jobs.Applied | jobs.Quarantined) -> None:
+    def _take_applied(
+        self, event: e.SnapshotReady, outcome: jobs.Applied | jobs.Quarantined | jobs.NotInMemory
+    ) -> None:
+        if isinstance(outcome, jobs.NotInMemory):
+            self._receiver.failed(event.run, event.ticket, outcome.text)
+            return
         if isinstance(outcome, jobs.Quarantined):
             self._receiver.quarantined(event.run, event.ticket, event.slot, outcome.text)
             return

@@ -110,7 +110,7 @@ class Server:
         if len(data) == event.file.nbytes:
             if self.damages or sha256(data).hexdigest() != event.file.sha256:
                 self.damages = False
-                self.receiver.file_failed(event.run, event.ticket, f"file {event.file.name!r} arrived damaged")
+                self.receiver.failed(event.run, event.ticket, f"file {event.file.name!r} arrived damaged")
                 return
             self.files[event.file.sha256] = data
         self.receiver.file_stored(event.run, event.ticket)

@@ -32,6 +32,7 @@ from ema_server.averager.jobs import (
     Join,
     Joined,
     Leave,
+    NotInMemory,
     Publish,
     Quarantined,
     Reason,
@@ -186,9 +187,13 @@ class ServerCore:
             assert self.companions.receive(run, entry).write(files[entry.name])
         self.averager.submit(UseFiles(run, entries))
 
-    def apply(self, run: str, step: int, tensors: Mapping[str, Tensor], mode: Mode = "update") -> Applied | Quarantined:
+    def apply(
+        self, run: str, step: int, tensors: Mapping[str, Tensor], mode: Mode = "update"
+    ) -> Applied | Quarantined | NotInMemory:
         """Apply a snapshot, after the finite check that ingest makes."""
-        answer: Applied | Quarantined = self._ask(lambda reply: self.apply_job(run, step, tensors, reply, mode))
+        answer: Applied | Quarantined | NotInMemory = self._ask(
+            lambda reply: self.apply_job(run, step, tensors, reply, mode)
+        )
         if isinstance(answer, Applied):
             self.exempt[run] = answer.exempt
         return answer
@@ -198,7 +203,7 @@ class ServerCore:
         run: str,
         step: int,
         tensors: Mapping[str, Tensor],
-        reply: Callable[[Applied | Quarantined], None],
+        reply: Callable[[Applied | Quarantined | NotInMemory], None],
         mode: Mode = "update",
     ) -> Apply:
         """The job of `apply`, not submitted."""

@@ -62,7 +62,7 @@ class JoinRequested:
 
 @dataclass(frozen=True, slots=True)
 class FileReceived:
-    """Store a part of a companion file, which begins at byte `offset`; then `file_stored` or `file_failed`.
+    """Store a part of a companion file, which begins at byte `offset`; then `file_stored` or `failed`.
 
     Parts come in order. With the last one of a file, its size and sha256 are to be checked.
     """

@@ -191,8 +191,8 @@ class Receiver:
         gang.missing_files = ()
         return claim.join.files
 
-    def file_failed(self, run: str, ticket: int, text: str) -> None:
-        """A companion file could not be stored, or arrived damaged. The session has ended with this."""
+    def failed(self, run: str, ticket: int, text: str) -> None:
+        """The session must join again: a companion file could not be stored, or the run had an internal error."""
         gang = self._runs.by_ticket(run, ticket)
         if gang is not None:
             self._runs.fail(gang, RejectCode.UNAVAILABLE, text)

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from ema_proto.auth import prove
 from ema_proto.errors import Cure, LocalProtocolError, RejectCode, RemoteProtocolError, Scope
-from ema_proto.limits import ATTEMPTS_MAX, RECONNECT_PAUSE_S, VERSION_MAJOR
+from ema_proto.limits import ATTEMPTS_MAX, RECONNECT_PAUSE_S, REJOIN_PAUSE_MAX_S, REJOINS_MAX, VERSION_MAJOR
 from ema_proto.sender import events as e
 from ema_proto.sender.events import SenderState
 from ema_proto.sender.send_queue import Outgoing, Phase, Snapshot, StreamQueue
@@ -59,6 +59,8 @@ class Sender:
         self._welcome: m.Welcome | None = None
         self._join: m.Join | None = None
         self._joined_before = False
+        self._refusals = 0  # of the run for now, since the last snapshot was applied; and those of them while streaming
+        self._failures = 0
         self._control: deque[tuple[bytes, bytes]] = deque()
         self._stream = StreamQueue()
         self._timeouts = Timeouts()
@@ -78,7 +80,10 @@ class Sender:
             self.state = SenderState.DISCONNECTED
             self._control.clear()
             self._stream.restart()
-            self.events.append(e.ConnectionLost(reason, now + RECONNECT_PAUSE_S * self._jitter()))
+            pause_s = RECONNECT_PAUSE_S * self._jitter()
+            if self._refusals > 1:
+                pause_s += min(2.0 ** (self._refusals - 2), REJOIN_PAUSE_MAX_S)
+            self.events.append(e.ConnectionLost(reason, now + pause_s))
 
     def join(self, join: m.Join) -> None:
         """Ask for the run, now or as soon as the server has greeted us. Repeated at reconnections."""
@@ -283,6 +288,7 @@ class Sender:
         if snapshot.phase is not Phase.AWAITING:
             self.lost(now, f"step {committed.step} was answered before it was sent")
             return
+        self._refusals = self._failures = 0
         in_order = self._stream.is_oldest(snapshot)
         self._stream.remove(snapshot)
         self._done(snapshot)
@@ -295,10 +301,22 @@ class Sender:
         asks_first = self.state is SenderState.JOINING and not self._joined_before
         if reject.scope is Scope.SNAPSHOT:
             self._take_snapshot_reject(reject, cure, now)
+        elif reject.code is RejectCode.UNAVAILABLE and not asks_first:
+            self._take_unavailable(reject, now)
         elif cure is Cure.RECONNECT or (cure is Cure.REJOIN and not asks_first):
             self.lost(now, f"{reject.code.value}: {reject.text}")
         else:
             self._fail(reject.code, reject.text)
+
+    def _take_unavailable(self, reject: m.Reject, now: float) -> None:
+        """The server refuses the run for now: join again, later each time, unless it fails whenever it is streamed."""
+        self._refusals += 1
+        self._failures += self._is_streaming
+        if self._failures > REJOINS_MAX:
+            text = f"{reject.text} (joined again {REJOINS_MAX} times, and no snapshot was applied)"
+            self._fail(reject.code, text)
+        else:
+            self.lost(now, f"{reject.code.value}: {reject.text}")
 
     def _take_snapshot_reject(self, reject: m.Reject, cure: Cure, now: float) -> None:
         self._timeouts.progressed(now)

@@ -120,6 +120,61 @@ def test_joined_settles_every_unanswered_snapshot(
     assert [message.step for message in drain(sender) if isinstance(message, m.Begin)] == left
 
 
+def _lost_at(sender: Sender) -> float:
+    """When the sender connects again."""
+    lost = [event for event in sender.events if isinstance(event, e.ConnectionLost)]
+    return lost[-1].retry_at
+
+
+def _refused_while_streaming(sender: Sender) -> None:
+    sender.events.clear()
+    give(sender, m.Reject(RejectCode.UNAVAILABLE, "an internal error"))
+
+
+def test_run_that_fails_is_joined_again_later_each_time_and_then_given_up() -> None:
+    sender = sender_in("streaming")
+    sender.offer(0, 1, 0.0)
+    pauses = []
+    for _ in range(limits.REJOINS_MAX):
+        drain(sender)
+        _refused_while_streaming(sender)
+        pauses.append(_lost_at(sender))
+        rejoin(sender, m.Joined(None, None, (), "new", 8))
+    assert not done(sender)
+    _refused_while_streaming(sender)
+
+    assert pauses == [0.0, 1.0, 2.0, 4.0, 8.0]  # without jitter
+    assert sender.state is SenderState.FAILED
+    assert [event.code for event in sender.events if isinstance(event, e.Refused)] == [RejectCode.UNAVAILABLE]
+    assert [item.step for item in done(sender)] == [1]
+
+
+def test_applied_snapshot_ends_the_row_of_failures() -> None:
+    sender = sender_in("streaming")
+    for step in range(1, 3 * limits.REJOINS_MAX):
+        _refused_while_streaming(sender)
+        assert _lost_at(sender) == 0.0
+        rejoin(sender, m.Joined(None, None, (), "new", 8))
+        sender.offer(0, step, 0.0)
+        attempts = [message.attempt for message in drain(sender) if isinstance(message, m.Begin)]
+        give(sender, m.Committed(step, attempts[-1]))
+
+    assert sender.state is SenderState.STREAMING
+
+
+def test_run_that_cannot_be_joined_for_now_is_asked_for_without_end() -> None:
+    sender = sender_in("streaming")
+    _refused_while_streaming(sender)
+    for _ in range(20):
+        sender.opened(0.0)
+        give(sender, m.Welcome(EPOCH, CHUNK_BYTES_MIN))
+        assert sender.state is SenderState.JOINING
+        _refused_while_streaming(sender)
+
+    assert sender.state is SenderState.DISCONNECTED
+    assert _lost_at(sender) == limits.REJOIN_PAUSE_MAX_S
+
+
 def test_snapshot_is_dropped_after_three_failures() -> None:
     sender = sender_in("streaming")
     sender.offer(0, 1, 0.0)

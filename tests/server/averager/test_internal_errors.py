@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_server.averager.jobs import Applied, Durable, Failed, Publish, Quarantined, Refused, Unchanged
+from ema_server.averager.jobs import Applied, Durable, Failed, NotInMemory, Publish, Quarantined, Refused, Unchanged
 from ema_server.compute.pool import WorkerPool
 from support.server_core import WAIT_S, ServerCore, durable, joined, manifest_of, running_core, versions_by_average
 
@@ -69,7 +69,7 @@ def test_internal_error_fails_its_job_and_quarantines_only_its_run(
         with monkeypatch.context() as broken:
             broken.setattr(target, _raise)
             answer = act(core)
-        assert isinstance(answer, Quarantined | Failed | Unchanged | Refused), answer
+        assert isinstance(answer, NotInMemory | Failed | Unchanged | Refused), answer
         assert _is_named(answer.text)
         assert _errors(core) == 1
         assert any(record.exc_info for record in caplog.records), "the traceback is in the log"
@@ -78,7 +78,7 @@ def test_internal_error_fails_its_job_and_quarantines_only_its_run(
         assert _is_named(status.quarantine.text)
         assert (status.step, status.published_step) == (2, 2), "nothing that may be half updated was published"
         refused = core.apply("r", 5, _weights(5))
-        assert isinstance(refused, Quarantined)
+        assert isinstance(refused, NotInMemory)
         assert "join it again" in refused.text
 
         assert isinstance(core.apply("other", 4, _weights(4)), Applied)
@@ -95,7 +95,7 @@ def test_internal_error_during_a_draft_answers_all_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers: Queue[Durable | Failed] = Queue()
-    applied: Queue[Applied | Quarantined] = Queue()
+    applied: Queue[Applied | Quarantined | NotInMemory] = Queue()
     entered, go_on = threading.Event(), threading.Event()
 
     def block(_: object) -> None:
@@ -116,7 +116,7 @@ def test_internal_error_during_a_draft_answers_all_and_leaves_no_file(
             answer = answers.get(timeout=WAIT_S)
             assert isinstance(answer, Failed)
             assert _is_named(answer.text)
-        assert isinstance(applied.get(timeout=WAIT_S), Quarantined)
+        assert isinstance(applied.get(timeout=WAIT_S), NotInMemory)
         assert list(core.data_dir.generations_folder("r").iterdir()) == []
         assert core.averager.is_alive()
 
