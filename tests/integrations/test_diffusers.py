@@ -26,6 +26,7 @@ from trainer_client.diffusers import RemoteEMAModel
 
 _STEPS = 60
 _BOUND = _STEPS * 9 * EPS32 * 4.0  # an update rounds by at most 9 units of the last place of values up to 4
+_ROOT = Path(__file__).parents[2]
 _SCRIPT = str(Path(__file__).with_name("stand_in_diffusers.py"))
 
 
@@ -417,6 +418,94 @@ def test_script_on_two_ranks_saves_the_same_average(tmp_path: Path, server: Serv
     assert code == 0, said
 
     assert _files_differ(tmp_path / "plain" / "ema", tmp_path / "remote" / "ema") <= _BOUND
+    assert server.get(f"/v1/runs/{run}")["state"] == "finished"
+
+
+def test_calls_of_lerobot_evaluate_save_and_resume_the_average(
+    made: Any, server: ServerProcess, run: str, tmp_path: Path
+) -> None:
+    """As in lerobot_train.py: no class of a model, buffers, a constant decay, `ema_state.pt`."""
+    policy = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    given: dict[str, Any] = {"decay": 0.9, "min_decay": 0.9, "update_after_step": 0, "use_ema_warmup": True}
+    more = {"inv_gamma": 1.0, "power": 0.75}
+    ours, theirs = made(policy.parameters(), **given, **more), EMAModel(policy.parameters(), **given, **more)
+    for step in range(1, 9):
+        if step == 5:
+            torch.save(ours.state_dict(), tmp_path / "ema_state.pt")
+            live = _clones(policy.parameters())
+            ours.store(list(policy.parameters()))
+            ours.copy_to(list(policy.parameters()))
+            assert _difference(theirs.shadow_params, policy.parameters()) <= _BOUND
+            ours.restore(list(policy.parameters()))
+            assert _difference(live, policy.parameters()) == 0.0
+            ours.close()
+            ours = made(policy.parameters(), **given, **more)
+            ours.load_state_dict(torch.load(tmp_path / "ema_state.pt", map_location="cpu", weights_only=True))
+        policy(torch.randn(8, 4))
+        _walk(policy, step)
+        ours.step(policy.parameters())
+        theirs.step(policy.parameters())
+    assert ours.finish()
+
+    assert _difference(theirs.shadow_params, ours.shadow_params) <= _BOUND
+    with Reader(server.http) as reader:
+        policy.load_state_dict(reader.load(reader.version(run, "ema")))
+    assert _difference(theirs.shadow_params, policy.parameters()) <= _BOUND
+
+
+def test_class_of_the_guide_has_the_calls_of_simpletuner(server: ServerProcess, run: str, tmp_path: Path) -> None:
+    """As in simpletuner's trainer.py, validation.py and save_hooks.py, in full training without sharding."""
+    guide = (_ROOT / "docs" / "guides" / "diffusers.md").read_text()
+    code = guide[guide.index("## SimpleTuner") :].split("```")[1].removeprefix("python")
+    scope: dict[str, Any] = {"torch": torch}
+    exec(compile(code, "docs/guides/diffusers.md", "exec"), scope)  # noqa: S102
+    model = small_unet()
+    listed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ema = scope["EMAModel"](
+        object(),
+        object(),
+        parameters=listed,
+        model_cls=UNet2DModel,
+        model_config=model.config,
+        decay=0.9,
+        warmup_steps=0,
+        foreach=True,
+        endpoint=server.zmq,
+        url=server.http,
+        run=run,
+    )
+    theirs = EMAModel(listed, decay=0.9)
+    ema.to("cpu", dtype=torch.bfloat16)
+    ema.pin_memory()
+    assert ema.parameter_count() == sum(parameter.numel() for parameter in listed)
+    for step in range(1, 6):
+        _walk(model, step)
+        ema.step(parameters=listed, global_step=step)
+        theirs.step(listed)
+        assert ema.get_decay() == theirs.cur_decay_value
+    ema.save_state_dict(tmp_path / "ema_model.pt")
+    ema.load_state_dict(tmp_path / "ema_model.pt")
+    ema.save_pretrained(tmp_path / "ema")
+    ema.close()
+
+    assert _difference(UNet2DModel.from_pretrained(tmp_path / "ema").parameters(), theirs.shadow_params) <= _BOUND
+
+
+def test_example_validates_and_saves_the_average(
+    server: ServerProcess, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    source = (_ROOT / "examples" / "train_diffusers.py").read_text()
+    for printed, here in (("STEPS = 300", "STEPS = 6"), ("VALIDATE_STEPS = 100", "VALIDATE_STEPS = 3")):
+        assert source.count(printed) == 1
+        source = source.replace(printed, here)
+    for name, value in _environment(server, run).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source, "train_diffusers.py", "exec"), {"__name__": "__main__"})  # noqa: S102
+
+    assert re.findall(r"step (\d): validation loss \d\.\d+, of the average \d", capsys.readouterr().out) == ["3", "6"]
+    assert (tmp_path / "digits-unet-ema" / "diffusion_pytorch_model.safetensors").exists()
     assert server.get(f"/v1/runs/{run}")["state"] == "finished"
 
 
