@@ -34,6 +34,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -337,6 +338,23 @@ def test_a_copy_of_the_model_takes_an_average_of_its_adapter(base_folder: Path) 
     assert all(torch.equal(found[name], tensor) for name, tensor in weights.items())
     with pytest.raises(PlanError, match="does not fit"):
         copy.fill(dict(list(weights.items())[1:]))
+    copy.take(model)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in copy.module.state_dict().items())
+
+
+def test_an_average_of_the_adapter_is_pulled_into_another_model(server: ServerProcess, base_folder: Path) -> None:
+    model, teacher = KINDS["modules_to_save"](base(base_folder)), KINDS["modules_to_save"](base(base_folder))
+    with EmaClient(server.zmq, run="pulled", averages=["ema:0.5,name=ema"], when_behind="wait") as client:
+        optimizer = optimizer_of(model)
+        client.attach(model, optimizer)
+        pull = client.pull(teacher, every=1, url=server.http)
+        train(model, optimizer)
+        assert pull.wait(30.0), pull.error
+        with Reader(server.http) as reader:
+            average = reader.load(reader.version("pulled", "ema", f"step-{pull.step}"))
+        found = get_peft_model_state_dict(teacher)
+        assert found.keys() == average.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in average.items())
 
 
 def test_a_full_model_and_its_tokenizer_load_from_a_downloaded_folder(
@@ -355,3 +373,30 @@ def test_a_full_model_and_its_tokenizer_load_from_a_downloaded_folder(
     assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
     assert tokenizer("w3 w5 nothing")["input_ids"] == [3, 5, 19]
     assert (folder / "generation_config.json").exists()
+
+
+def test_lightning_validates_with_an_average_of_the_adapter(
+    server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lightning.pytorch")
+    from support.lightning_training import loader, module_class, trainer
+    from trainer_client.lightning import EmaCallback as LightningCallback
+
+    monkeypatch.setenv("EMA_URL", server.http)
+    package = "lightning.pytorch"
+    module = module_class(package)()
+    module.net = get_peft_model(module.net, LoraConfig(r=2, lora_alpha=1, target_modules=["0", "4"]))
+    averages = ["raw", "ema:0.9,name=ema"]
+    callback = LightningCallback(
+        server.zmq, "lightning", averages, module="net", validate=["raw", "ema"], when_behind="wait"
+    )
+    fitted = trainer(package, tmp_path, callback)
+    fitted.fit(module, loader(), loader())
+
+    metrics = {name: float(value) for name, value in fitted.callback_metrics.items()}
+    assert metrics["raw/val_loss"] == metrics["val_loss"]
+    assert metrics["ema/val_loss"] != metrics["val_loss"]
+    with Reader(server.http) as reader:
+        set_peft_model_state_dict(module.net, reader.load("lightning/ema"))
+    again = trainer(package, tmp_path).validate(module, loader(), verbose=False)
+    assert metrics["ema/val_loss"] == pytest.approx(again[0]["val_loss"], rel=1e-6)

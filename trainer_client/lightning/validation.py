@@ -17,8 +17,10 @@ from torch import Tensor
 from trainer_client.errors import AverageError
 from trainer_client.lightning.base import isolated_rng, takes_batch_idx
 from trainer_client.lightning.server import Server
+from trainer_client.model.adapters import adapter_names
 from trainer_client.model.wrappers import canonical_name
 from trainer_client.pulling.module_copy import ModuleCopy
+from trainer_client.pulling.tensors import renamed
 
 log = logging.getLogger("ema")
 
@@ -167,7 +169,9 @@ class AverageCopy:
             PlanError: a tensor has another shape.
         """
         held = {canonical_name(self._pl_module, key): value for key, value in self._pl_module.state_dict().items()}
-        self._copy.fill(held | {self._prefix + name: value for name, value in weights.items()})
+        streamed = self._pl_module.get_submodule(self._prefix.removesuffix("."))
+        own = renamed(weights, adapter_names(streamed))
+        self._copy.fill(held | {self._prefix + name: value for name, value in own.items()})
 
     def receive(self) -> None:
         """Have every rank's copy be that of rank 0."""

@@ -9,7 +9,7 @@ import copy
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trainer_client.errors import PlanError
 from trainer_client.model.sources import Source
-from trainer_client.model.wrappers import wrapped_attribute
+from trainer_client.model.wrappers import canonical_name, wrapped_attribute
 
 CONFIG_FILE: Final = "adapter_config.json"
 
@@ -136,14 +136,15 @@ class Adapter:
         return {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
 
 
-def adapter_tensors(model: nn.Module, names: Mapping[str, object]) -> dict[str, Tensor] | None:
-    """The live tensors of the model's adapter by PEFT's names, if `names` are exactly these; else None."""
+def adapter_names(model: nn.Module) -> dict[str, str]:
+    """The names under which the active adapter is streamed, each with its canonical name; empty without an adapter."""
     try:
         adapter = Adapter.of(model)
-        tensors = None if adapter is None else adapter.tensors()
+        tensors = {} if adapter is None else adapter.tensors()
     except PlanError:
-        return None
-    return tensors if tensors is not None and tensors.keys() == names.keys() else None
+        return {}
+    names = {id(tensor): canonical_name(model, key) for key, tensor in model.state_dict(keep_vars=True).items()}
+    return {name: names[id(tensor)] for name, tensor in tensors.items() if id(tensor) in names}
 
 
 def _active(model: Any) -> list[str]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer_client.errors import PlanError
-from trainer_client.model.adapters import adapter_tensors
+from trainer_client.model.adapters import adapter_names
 from trainer_client.model.wrappers import canonical_name, wrapped_attribute
+from trainer_client.pulling.tensors import renamed
 
 _PREFIX = "module."
 _CPU = torch.device("cpu")
@@ -53,16 +54,18 @@ class ModuleCopy:
         self.fill({canonical_name(model, key): value for key, value in model.state_dict().items()})
 
     def fill(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy weights into the existing tensors; those of an adapter alone, if they are all that there is.
+        """Copy weights into the existing tensors. Of a model with adapters, weights of the active one are enough.
 
         Raises:
             PlanError: a tensor is missing, or has another shape.
         """
-        found = adapter_tensors(self.module, weights) or {
-            canonical_name(self.module, key): held for key, held in self.module.state_dict().items()
-        }
+        names = adapter_names(self.module)
+        weights = renamed(weights, names)
         with torch.no_grad():
-            for name, held in found.items():
+            for key, held in self.module.state_dict().items():
+                name = canonical_name(self.module, key)
+                if names and name not in weights and name not in names.values():
+                    continue
                 if name not in weights or weights[name].shape != held.shape:
                     raise PlanError(f"the average does not fit this model: {name!r} is missing or has another shape")
                 held.copy_(weights[name])

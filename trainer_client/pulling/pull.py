@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from trainer_client.counters import Counters
 from trainer_client.lifecycle import Lifecycle, State
+from trainer_client.model.adapters import adapter_names
 from trainer_client.pulling.average_reader import AverageReader
 from trainer_client.pulling.fetch import Fetch
-from trainer_client.pulling.tensors import check_fit, copy_into, shown, tensors_of
+from trainer_client.pulling.tensors import check_fit, copy_into, renamed, shown, tensors_of
 from trainer_client.settings import check_timeout
 
 log = logging.getLogger("ema")
@@ -53,13 +54,14 @@ class Pull:
         self._copied = 0
         self._last_step: int | None = None
         self._life = Lifecycle()
+        self._names = names = adapter_names(module)
         shapes = {name: tensor.shape for name, tensor in tensors_of(module).items()}
         is_checked = False
 
         def check(weights: dict[str, Tensor]) -> None:
             nonlocal is_checked
-            missing = check_fit(weights, shapes)
-            if missing and not is_checked:
+            missing = check_fit(renamed(weights, names), shapes)
+            if missing and not is_checked and not names.keys() >= weights.keys():
                 text = "ema: average %s has no %s: the module keeps its own values of these"
                 log.warning(text, average, shown(missing))
             is_checked = True
@@ -120,7 +122,7 @@ class Pull:
         if fetched is None:
             return False
         try:
-            copy_into(self._module, fetched.weights)
+            copy_into(self._module, renamed(fetched.weights, self._names))
         # The module has changed, or its device failed. Training goes on with what it holds.
         except Exception as error:  # noqa: BLE001
             self._fetch.fail(str(error) or repr(error))

@@ -57,6 +57,11 @@ def check_fit(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
     return [name for name in shapes if name not in weights]
 
 
+def renamed(weights: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights with other names where `names` has one."""
+    return {names.get(name, name): value for name, value in weights.items()}
+
+
 def copy_into(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Write all of `weights` into the tensors of `module`, which keep their device, dtype and memory.
 
