@@ -176,9 +176,10 @@ def _is_companion_folder(path: Path) -> bool:
 def _index(source: Path, files: Sequence[OutputFile]) -> bytes:
     """The index of the newest checkpoint, with the sizes of the average."""
     index = json.loads(source.read_bytes())
+    metadata = index.get("metadata")
+    kept = metadata if isinstance(metadata, dict) else {}
     size = sum(stored.nbytes for file in files for stored in file.tensors)
-    metadata = index.get("metadata") or {}
-    return json.dumps({**index, "metadata": {**metadata, "total_size": size}}, indent=2).encode() + b"\n"
+    return json.dumps({**index, "metadata": {**kept, "total_size": size}}, indent=2).encode() + b"\n"
 
 
 def _version(weighing: Weighing, inputs: Mapping[int, Input], files: Sequence[FileEntry]) -> dict[str, Any]:
@@ -209,7 +210,12 @@ def _put_in_place(folder: Path, target: Path) -> None:
     old = folder.with_name(f"{folder.name}.old") if target.exists() else None
     if old is not None:
         target.rename(old)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except OSError:
+        if old is not None:
+            old.rename(target)
+        raise
     sync_folders([target.parent])
     if old is not None:
         shutil.rmtree(old)

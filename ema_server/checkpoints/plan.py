@@ -100,10 +100,13 @@ def plan_work(newest: OpenCheckpoint, weighings: Sequence[Weighing]) -> list[Wor
     except LocalProtocolError as error:
         raise ArgumentError(str(error)) from None
     chosen = [averaged_names(manifest, weighing.rule) for weighing in weighings]
+    weights: dict[int, tuple[tuple[int, tuple[float | None, ...]], ...]] = {}  # by mask: most tensors have the same
     work = []
     for spec, one in zip(manifest.tensors, stored, strict=True):
         mask = sum((one.name in names) << number for number, names in enumerate(chosen)) if can_be_averaged(spec) else 0
-        work.append(Work(one, mask, tuple(_weights(weighings, mask).items())))
+        if mask not in weights:
+            weights[mask] = tuple(_weights(weighings, mask).items())
+        work.append(Work(one, mask, weights[mask]))
     return work
 
 

@@ -63,7 +63,7 @@ class AverageOut(Out):
 
     `decay` and `half_life_steps` are those of the last step, `age_steps` is the mean age of the weights inside, and
     `initial_share` the share of the initial weights: of the first step, of the end of `update_after`, or of the last
-    `set`. `warning` says what is wrong with the average; null if nothing is.
+    `set`; that of a `bema` can be negative. `warning` says what is wrong with the average; null if nothing is.
     """
 
     name: str
