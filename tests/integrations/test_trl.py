@@ -119,6 +119,22 @@ def test_the_policy_is_averaged(server: ServerProcess, tmp_path: Path, make: Cal
     assert tokenizer("b c")["input_ids"] == trainer.processing_class("b c")["input_ids"]
 
 
+def test_the_reference_model_follows_the_average(server: ServerProcess, tmp_path: Path) -> None:
+    trainer = _dpo(tmp_path)
+    callback = EmaCallback(server.zmq, "followed", AVERAGES, when_behind="wait")
+    pull = callback.client.pull(trainer.ref_model, "ema", every=2, url=server.http)
+    trainer.add_callback(callback)
+    trainer.add_callback(Recorder(lambda step: step % 2 == 0 and pull.wait(30.0)))
+    before = {name: value.clone() for name, value in trainer.ref_model.state_dict().items()}
+    trainer.train()
+
+    assert pull.step is not None
+    with Reader(server.http) as reader:
+        average = reader.load(f"followed/ema@step-{pull.step}")
+    assert largest_difference(trainer.ref_model.state_dict(), average) == 0.0
+    assert largest_difference(before, average) > 0.0
+
+
 def test_an_adapter_is_averaged_and_loaded_by_peft(server: ServerProcess, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

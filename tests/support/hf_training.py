@@ -38,7 +38,7 @@ AVERAGES = ("raw", f"ema:{DECAY},name=ema")
 class Recorder(TrainerCallback):
     """Keeps a copy of the weights after each step, by step; `after` is called then."""
 
-    def __init__(self, after: Callable[[int], None] = lambda step: None) -> None:
+    def __init__(self, after: Callable[[int], object] = lambda step: None) -> None:
         self.weights: dict[int, dict[str, Tensor]] = {}
         self._after = after
 
