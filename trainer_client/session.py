@@ -76,6 +76,11 @@ class Session:
             log.warning("ema: the run is named %s (no name was given)", settings.run)
 
     @property
+    def set_aside(self) -> str | None:
+        """The name under which the earlier run is kept, if the joined one took its name over."""
+        return None if self._stream is None else self._stream.joined.set_aside
+
+    @property
     def joined(self) -> bool:
         """Whether a run is joined, and not ended."""
         return self._stream is not None

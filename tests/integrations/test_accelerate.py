@@ -164,10 +164,11 @@ def test_each_attempt_of_find_executable_batch_size_begins_a_run(server: ServerP
     recorder.check(server, "attempts", [1])
 
 
-def test_a_new_process_that_loads_the_state_after_attach_gets_an_error_that_names_the_order(
+def test_state_loaded_after_attach_in_a_new_process_is_an_error_that_says_how_to_continue(
     server: ServerProcess, tmp_path: Path
 ) -> None:
-    first, recorder = Training(), Recorder()
+    recorder = Recorder()
+    first = Training()
     ema = _client(server, "order")
     first.checkpointed(ema)
     ema.attach(first.model, first.optimizer)
@@ -180,9 +181,21 @@ def test_a_new_process_that_loads_the_state_after_attach_gets_an_error_that_name
     ema = _client(server, "order")
     second.checkpointed(ema)
     ema.attach(second.model, second.optimizer)
-    with pytest.raises(RewindError, match=r"before attach\(\)"):
+    with pytest.raises(RewindError, match=r"before attach\(\); .* kept as (order\.\w+), pass that as run=") as error:
         second.accelerator.load_state(str(tmp_path))
     ema.close()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    kept = re.findall(r"kept as ([\w.]+)", str(error.value))[0]
+    third = Training()
+    ema = _client(server, kept)
+    third.checkpointed(ema)
+    third.accelerator.load_state(str(tmp_path))
+    ema.attach(third.model, third.optimizer)
+    third.run(2, ema, recorder)
+
+    assert ema.finish()
+    recorder.check(server, kept, [1, 2, 3, 4])
 
 
 def test_steps_that_the_scaler_skips_are_not_counted(server: ServerProcess) -> None:
