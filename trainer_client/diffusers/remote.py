@@ -28,14 +28,7 @@ log = logging.getLogger("ema")
 _CPU = torch.device("cpu")
 _SHADOW = "shadow_params"
 _DEPRECATED = {"max_value": "decay", "min_value": "min_decay", "device": None}
-_PASSED_ON = (
-    "resume",
-    "config",
-    "checksum",
-    "connect_timeout_s",
-    "wait_timeout_s",
-    "incarnation",
-)
+_PASSED_ON = ("resume", "config", "files", "checksum", "connect_timeout_s", "wait_timeout_s", "incarnation")
 
 
 class RemoteEMAModel:
@@ -62,8 +55,9 @@ class RemoteEMAModel:
         rank: only rank 0 streams; default: torch.distributed's, else the launcher's `RANK`, else 0.
         copy_timeout_s: how long reading the average waits for the server.
         connect: whether to connect now, or at the first step.
-        more: `resume`, `config`, `connect_timeout_s`, `wait_timeout_s`, `checksum` and `incarnation` of `EmaClient`;
-            and the deprecated arguments of `EMAModel`: `max_value`, `min_value`, and `device`, which is without effect.
+        more: `resume`, `config`, `files`, `connect_timeout_s`, `wait_timeout_s`, `checksum` and `incarnation` of
+            `EmaClient` (`config` is the model's own by default, if it is a model of diffusers); and the deprecated
+            arguments of `EMAModel`: `max_value`, `min_value`, and `device`, which is without effect.
 
     Raises:
         SettingsError: an argument cannot be used.
@@ -116,7 +110,7 @@ class RemoteEMAModel:
         self._loaded: list[Tensor] | None = None  # what the average is to continue from
         self._begun = False
         self._rank = rank_of(None if rank is None else check_step("rank", rank, 0), os.environ)
-        self._where = {"url": url, "token": token, "run": run or os.environ.get("EMA_RUN")}
+        self._url, self._token, self._run = url, token, run or os.environ.get("EMA_RUN")
         self._settings = _settings(more, endpoint=endpoint, run=run, token=token, template=template)
         self._client: RemoteClient | None = None
         self._average_reader: AverageReader | None = None
@@ -207,7 +201,9 @@ class RemoteEMAModel:
 
         Raises:
             PlanError: they cannot be streamed, or are not those that the average began with.
+            ConnectError: the server cannot be reached (first step, with `connect=False`).
             JoinError: the server refuses the run (first step).
+            AverageError: the server does not say whether it knows the run (first step after a state was loaded).
         """
         if isinstance(parameters, nn.Module):
             parameters = _parameters_of(parameters)
@@ -307,16 +303,15 @@ class RemoteEMAModel:
     def _connect(self) -> RemoteClient | None:
         if self._client is None and self._rank == 0:
             self._client = RemoteClient(**self._settings)
-            self._where["run"] = self._client.run
+            self._run = self._client.run
             self._reader()
         return self._client
 
     def _reader(self) -> AverageReader:
         if self._average_reader is None:
-            run = self._where["run"]
-            if run is None:
+            if self._run is None:
                 raise SettingsError("ranks other than 0 must know the run that rank 0 streams: set EMA_RUN")
-            self._average_reader = AverageReader(self._where["url"], self._where["token"], run)
+            self._average_reader = AverageReader(self._url, self._token, self._run)
         return self._average_reader
 
     def _send(self, module: nn.Module, number: int) -> None:
