@@ -123,7 +123,8 @@ class _Digest:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
         self._pieces: queue.Queue[bytes | None] = queue.Queue(_QUEUED_PIECES)
-        self._thread = threading.Thread(target=self._run, name="sha256")
+        # A daemon: a download in another thread, whose server hangs, must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name="sha256", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:

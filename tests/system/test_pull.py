@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import http.server
 import re
 import socket
 import socketserver
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx2
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch.optim import SGD
 
 from ema_reader import Reader
 from support.processes import Process, ServerProcess
+from support.served import Served
 from support.waiting import eventually
 from trainer_client import EmaClient
 
@@ -149,6 +152,73 @@ def test_server_killed_in_mid_download_leaves_the_teacher_whole(
 
     assert pull.step is not None
     assert list(downloads.iterdir()) == []
+
+
+_EXITS = """
+import sys, time
+from pathlib import Path
+from torch import nn
+from trainer_client import EmaClient
+
+net = nn.Module()
+net.weight, net.bias = nn.Parameter(nn.Linear(4, 1 << 16).weight.detach()), nn.Parameter(nn.Linear(1, 3).bias.detach())
+client = EmaClient("tcp://127.0.0.1:1", run="r", averages=["ema:0.9,name=ema"], rank=1)
+client.pull(net, every=1, url=sys.argv[1])
+client.update(net, 1)
+while not [path for path in Path(sys.argv[2]).rglob("*.partial") if path.stat().st_size]:
+    time.sleep(0.01)
+if sys.argv[3] == "closes":
+    client.close()
+"""
+
+
+@contextmanager
+def _hanging(upstream: str) -> Iterator[str]:
+    """A way to the server on which each file stops after some of its bytes; the connection stays open."""
+    release = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            with httpx2.Client(base_url=upstream, trust_env=False) as client:
+                answer = client.get(self.path)
+            self.send_response_only(answer.status_code)
+            self.send_header("Content-Type", answer.headers["Content-Type"])
+            self.send_header("Content-Length", str(len(answer.content)))
+            self.end_headers()
+            is_file = "/files/" in self.path
+            self.wfile.write(answer.content[: 1 << 16] if is_file else answer.content)
+            self.wfile.flush()
+            if is_file:
+                release.wait(120.0)
+
+        def log_message(self, *_: object) -> None:
+            """Stay silent."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            release.set()
+            server.shutdown()
+            thread.join(30.0)
+
+
+@pytest.mark.parametrize("end", ["closes", "does not close"])
+def test_download_that_hangs_does_not_keep_the_trainer_from_ending(tmp_path: Path, end: str) -> None:
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    served = Served(tmp_path / "data")
+    served.publish("r", 1, ["ema"], size=1 << 16)
+    command = ("-c", _EXITS, "URL", str(downloads), end)
+    with served.listening() as upstream, _hanging(upstream) as url:
+        script = [url if word == "URL" else word for word in command]
+        with Process(*script, env={"TMPDIR": str(downloads)}) as trainer:
+            assert trainer.wait(25.0) == 0, list(trainer.errors)  # a request alone waits for 30 s
+    served.close()
+
+    assert list(trainer.errors) == []
 
 
 _RANK = """

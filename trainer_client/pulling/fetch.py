@@ -78,8 +78,13 @@ class Fetch:
                 return False
             self._goal, self._patient_until = goal, time.monotonic() + _PATIENCE_S
             # A daemon: a server that hangs must not keep the training from ending. See `_stop_all`.
-            self._thread = threading.Thread(target=self._run, name="ema-pull", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="ema-pull", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the process has too many threads
+                self._report(error)
+                return False
+            self._thread = thread
             return True
 
     def take(self) -> Fetched | None:
