@@ -271,6 +271,29 @@ def test_a_second_training_begins_a_new_run_and_one_that_resumes_continues(
     _check_replayed(reader, run, recorder.at, list(range(1, 11)), tmp_path)
 
 
+class _Search(TrainerCallback):
+    """Says that each training is a trial, as `hyperparameter_search` does with `hp_name`."""
+
+    def __init__(self) -> None:
+        self._trials = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._trials += 1
+        state.is_hyper_param_search, state.trial_name = True, f"lr={self._trials}e-3, wd=0."
+
+
+def test_each_trial_of_a_search_is_a_run(server: ServerProcess, reader: Reader, tmp_path: Path) -> None:
+    callback = EmaCallback(server.zmq, when_behind="wait")
+    generated = callback.client.run
+    trainer = trainer_of(callback, arguments(tmp_path, max_steps=3), _Search())
+    trainer.train()
+    trainer.train()
+
+    for trial in (1, 2):
+        run = reader.run(f"{generated}-lr-{trial}e-3-wd-0")
+        assert (run.state, run.step) == ("finished", 3)
+
+
 def test_the_last_weights_are_those_of_the_last_step_where_the_best_model_is_loaded(
     server: ServerProcess, reader: Reader, run: str, tmp_path: Path
 ) -> None:
