@@ -179,7 +179,8 @@ class Attachment:
             self._listener.count(1)
         else:
             self._uncounted += 1
-            if self._is_counter_gone() or self._uncounted > PATIENCE:
+            others = max(1, len(self._steppers) - 1)
+            if self._is_counter_gone() or self._uncounted > PATIENCE * others:
                 self._count_by(member)
         if self._rounds.after(member):
             self._take()

@@ -250,17 +250,21 @@ def test_snapshot_is_of_what_a_wrapper_leaves_wherever_it_keeps_the_optimizer(at
     assert client.worker.steps == [1, 2]
 
 
-def test_optimizers_kept_for_each_parameter_are_followed_together() -> None:
-    model, client = _model(), _client()
+@pytest.mark.parametrize("layers", [1, 100], ids=["2 parameters", "200 parameters"])
+def test_optimizers_kept_for_each_parameter_are_followed_together(
+    layers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, client = nn.Sequential(*(_model() for _ in range(layers))), _client()
     kept: Any = OptimizerInBackwardWrapper({name: SGD([each], lr=0.1) for name, each in model.named_parameters()})
     client.attach(model, kept)
     for _ in range(3):
-        for optimizer in kept.optim_map.values():
+        for optimizer in reversed(kept.optim_map.values()):
             optimizer.step()
 
     assert client.finish()
     assert client.worker.steps == [1, 2, 3]
     assert _is_last(client, model)
+    assert _errors(caplog) == []
 
 
 def test_wrapper_whose_properties_fail_is_followed_by_those_that_work() -> None:
