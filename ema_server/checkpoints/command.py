@@ -18,6 +18,7 @@ from ema_proto.averages.specs import parse_averages
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import STEP_MAX
 from ema_server.checkpoints.errors import ArgumentError, CheckpointError
+from ema_server.storage.disk import megabytes
 
 if TYPE_CHECKING:
     from ema_server.checkpoints.average import Averaged, Progress
@@ -143,7 +144,7 @@ def _as_text(made: Averaged) -> str:
     """The folder, and a line for each checkpoint with its share."""
     read = made.version["derived"]["checkpoints"]
     nbytes = sum(entry["size"] for entry in made.version["files"])
-    lines = [f"{made.folder}: {made.weighing.spec} of {len(read)} checkpoints, {nbytes / 1e6:,.1f} MB"]
+    lines = [f"{made.folder}: {made.weighing.spec} of {len(read)} checkpoints, {megabytes(nbytes)}"]
     width = max(len(str(each["step"])) for each in read)
     lines += [f"  step {each['step']:>{width}}  {each['share']:7.2%}  {each['path']}" for each in read]
     return "\n".join(lines)

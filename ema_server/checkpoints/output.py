@@ -54,15 +54,14 @@ class AverageWriter:
     """
 
     def __init__(self, folder: Path, files: Sequence[OutputFile]) -> None:
-        self.folder = folder
         self._places: dict[str, tuple[int, Stored]] = {}
         self._fds: list[int] = []
-        for file in files:
-            fd = os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            self._fds.append(fd)
-            os.truncate(fd, file.nbytes)
-            pwrite_all(fd, file.header, 0)
-            self._places |= {stored.name: (fd, stored) for stored in file.tensors}
+        try:
+            for file in files:
+                self._create(folder, file)
+        except OSError:
+            self.close()
+            raise
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Write elements of a tensor, 1-D, from number `start` on, in the dtype of the file."""
@@ -78,6 +77,13 @@ class AverageWriter:
     def close(self) -> None:
         while self._fds:
             os.close(self._fds.pop())
+
+    def _create(self, folder: Path, file: OutputFile) -> None:
+        fd = os.open(folder / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        self._fds.append(fd)
+        os.truncate(fd, file.nbytes)
+        pwrite_all(fd, file.header, 0)
+        self._places |= {stored.name: (fd, stored) for stored in file.tensors}
 
 
 @contextmanager
