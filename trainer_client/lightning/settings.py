@@ -44,7 +44,12 @@ class Decay:
         """
         after = self.after_step
         if self.after_epoch is not None:
-            after = self.after_epoch * int(known_length(steps_per_epoch, "update_starting_at_epoch"))
+            if steps_per_epoch is None:
+                raise SettingsError(
+                    "update_starting_at_epoch needs the number of steps of an epoch, and the training dataloader has "
+                    "no length: pass steps_per_epoch="
+                )
+            after = self.after_epoch * int(steps_per_epoch)
         try:
             # Over `every` steps that are one update, the decays of the steps multiply to that of the update.
             ema = Ema(self.decay ** (1 / self.every), "ema", update_after=after, buffers=self.buffers)
@@ -67,7 +72,7 @@ def decay_of(
         lone = [*starts, *([] if use_buffers else ["use_buffers"])]
         if lone:
             raise SettingsError(
-                f"{lone[0]} goes with decay=; averages= has it in a rule: 'ema:0.999,update_after=9,buffers=copy'"
+                f"{lone[0]} needs decay=; in averages= it is part of a rule: 'ema:0.999,update_after=9,buffers=copy'"
             )
         return None
     if len(starts) > 1:
@@ -91,17 +96,3 @@ def rules_of(arguments: Mapping[str, Any]) -> tuple[AverageSpec, ...]:
     if given["steps_per_epoch"] is None:
         given["steps_per_epoch"] = 1.0  # not known yet
     return Settings.of(os.environ, given).averages
-
-
-def known_length(steps_per_epoch: float | None, needed_by: str) -> float:
-    """The number of steps of an epoch.
-
-    Raises:
-        SettingsError: it is not known.
-    """
-    if steps_per_epoch is None:
-        raise SettingsError(
-            f"{needed_by} needs the number of steps in an epoch, and the training dataloader has no length: "
-            "pass steps_per_epoch="
-        )
-    return steps_per_epoch
