@@ -271,6 +271,39 @@ def test_a_second_training_begins_a_new_run_and_one_that_resumes_continues(
     _check_replayed(reader, run, recorder.at, list(range(1, 11)), tmp_path)
 
 
+def test_a_smaller_batch_size_after_running_out_of_memory_begins_a_new_run(
+    server: ServerProcess, reader: Reader, run: str, tmp_path: Path
+) -> None:
+    attempts: list[int] = []
+
+    def fail_once(step: int) -> None:
+        if step == 2 and not attempts:
+            attempts.append(step)
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    recorder = Recorder(fail_once)
+    given = arguments(tmp_path, max_steps=4, auto_find_batch_size=True)
+    trainer_of(_callback(server, run), given, recorder).train()
+
+    assert attempts == [2]
+    _check_replayed(reader, run, recorder.at, [1, 2, 3, 4], tmp_path)
+    earlier = next(each for each in reader.runs() if each.run.startswith(f"{run}."))
+    assert earlier.state != "finished"
+
+
+def test_a_compiled_model_has_the_names_of_the_model_inside(
+    server: ServerProcess, reader: Reader, run: str, tmp_path: Path
+) -> None:
+    recorder = Recorder()
+    given = arguments(tmp_path, max_steps=2, torch_compile=True, torch_compile_backend="eager")
+    trainer = trainer_of(_callback(server, run), given, recorder)
+    trainer.train()
+
+    assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
+    assert reader.load(f"{run}/raw").keys() == tiny_bert().state_dict().keys()
+    _check_replayed(reader, run, recorder.at, [1, 2], tmp_path)
+
+
 class _Search(TrainerCallback):
     """Says that each training is a trial, as `hyperparameter_search` does with `hp_name`."""
 
