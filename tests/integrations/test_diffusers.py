@@ -376,7 +376,7 @@ def _environment(server: ServerProcess, run: str) -> dict[str, str]:
 
 def _run(*command: str, env: dict[str, str] | None = None) -> tuple[int, str]:
     with Process(*command, env=env) as process:
-        code = process.wait()
+        code = process.wait(120.0)
         return code, "\n".join(process.errors)
 
 
@@ -388,6 +388,7 @@ def _files_differ(one: Path, other: Path) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_unmodified_script_killed_and_resumed_saves_the_average_of_one_that_ran_through(
     tmp_path: Path, server: ServerProcess, run: str
 ) -> None:
@@ -408,6 +409,7 @@ def test_unmodified_script_killed_and_resumed_saves_the_average_of_one_that_ran_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_script_on_two_ranks_saves_the_same_average(tmp_path: Path, server: ServerProcess, run: str) -> None:
     launch = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     plain, remote = (str(tmp_path / name) for name in ("plain", "remote"))
