@@ -78,7 +78,7 @@ def versions_text(versions: Sequence[Version], scores: Mapping[str, Score], *, l
     columns = ("average", "step", "id", "updates", "gap_steps", "size", "created", *exact, *names)
     rows: list[tuple[object, ...]] = []
     for v in versions:
-        nbytes = sum(item.size for item in v.files)
+        nbytes = sum({item.sha256: item.size for item in v.files}.values())  # the same content is downloaded once
         details = (_precisely(v.decay), _precisely(v.half_life_steps)) if long else ()
         created = v.created if long else age_text(v.created)
         rows.append(

@@ -20,7 +20,7 @@ from ema_server.publishing.commit import Content, commit, commit_links
 from ema_server.publishing.retention import expired
 from ema_server.publishing.ring import Ring
 from ema_server.publishing.writer import GenerationWriter
-from ema_server.storage.catalog import Catalog, Generation
+from ema_server.storage.catalog import Catalog, Generation, content_nbytes
 from ema_server.storage.companions import CompanionStore
 from ema_server.storage.datadir import DataDir
 from ema_server.storage.records import BrokenGeneration, GenerationInfo, RunRecord
@@ -220,7 +220,8 @@ class Publisher:
             self._on_done(order.run, result)
             return
         self._telemetry.generations.inc()
-        self._telemetry.generation_bytes.inc(sum(file.size for v in generation.versions for file in v.files))
+        files = (file for version in generation.versions for file in version.files)
+        self._telemetry.generation_bytes.inc(content_nbytes(files))
         self._catalog.add(generation)
         expired_folders = self._set_expired_aside(order.run)
         if isinstance(order, CommitOrder):  # now, while no later generation of the run is in progress

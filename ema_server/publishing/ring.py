@@ -21,7 +21,7 @@ from pathlib import Path
 from ema_server.config import RingDtype
 from ema_server.publishing.retention import thinned
 from ema_server.publishing.ring_snapshot import RingSnapshot, powers_of, read_snapshot, write_snapshot
-from ema_server.storage.catalog import Generation
+from ema_server.storage.catalog import Generation, content_nbytes
 from ema_server.storage.datadir import TEMPORARY, DataDir, delete_whole
 from ema_server.storage.disk import replace_durably, shortage, sync_folders
 from ema_server.storage.generation import is_folder_name, step_in
@@ -213,7 +213,7 @@ class Ring:
 
     def _check_room(self, generation: Generation) -> None:
         """A link costs nothing now, but keeps old files from making room for new generations: those come first."""
-        nbytes = sum(entry.size for version in generation.versions for entry in version.files)
+        nbytes = content_nbytes(entry for version in generation.versions for entry in version.files)
         short = shortage(generation.folder, _GENERATIONS_TO_COME * nbytes)
         if short is not None:
             raise _NoRoom(f"{short} for the next generations")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +70,11 @@ class Generation:
     finished: bool
     folder: Path
     versions: tuple[Version, ...]
+
+
+def content_nbytes(files: Iterable[FileEntry]) -> int:
+    """The bytes of files, those of files with the same content once: they are hard links."""
+    return sum({file.sha256: file.size for file in files}.values())
 
 
 class VersionGone(LookupError):

@@ -18,7 +18,7 @@ from ema_server.http.resolve import find_version, is_alias, path_of, relative_li
 from ema_server.http.routes.derived import busy, derive
 from ema_server.http.schemas import ProblemOut, VersionOut
 from ema_server.http.services import UPLOADS_MAX, Services, ServicesDep
-from ema_server.storage.catalog import Version
+from ema_server.storage.catalog import Version, content_nbytes
 
 BODY_S = 120.0  # 16 MiB at 140 kB/s
 _TENSORS = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
@@ -71,7 +71,7 @@ async def received(body: Callable[[], Awaitable[bytes]]) -> bytes:
 
 async def _recalibrate(services: Services, base: Version, data: bytes) -> tuple[Version, bool]:
     _check_name(services, base)  # again: it may have been taken during the upload
-    nbytes = sum(file.size for file in base.files)
+    nbytes = content_nbytes(base.files)
     try:
         return await derive(services, nbytes, partial(recalibrate, services.deriving, base, data))
     except BadBuffers as error:
