@@ -154,18 +154,24 @@ class EvaluationWorker:
 
 
 def evaluate_version(
-    reader: Reader, version: Version, function: Evaluate, task: str, device: str, traced: set[type[Exception]]
+    reader: Reader,
+    version: Version,
+    function: Evaluate,
+    task: str,
+    device: str,
+    traced: set[type[Exception]],
+    poll_s: float = 1.0,
 ) -> Outcome | None:
     """Evaluate one version under a lease, or wait until another worker has evaluated it; None if that has happened.
 
     A version that has metrics for the task is not evaluated again; one whose evaluation failed is. `traced` is that of
-    `measure`.
+    `measure`, `poll_s` the time in seconds between two requests.
 
     Raises:
         NotFound: the version has been deleted.
     """
     names = version.run, (version.average,)
-    wanted = Wanted(socket.gethostname(), task, *names, version=version.id)
+    wanted = Wanted(socket.gethostname(), task, *names, poll_s=poll_s, version=version.id)
     waiting = False
     while True:
         lease, held = retry_while_unreachable(lambda: reader.leases.ask(wanted))

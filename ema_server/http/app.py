@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
 
 from ema_server.http import problems
 from ema_server.http.middleware import BearerAuth, BodyLimit, HostHeader, RequestCounter
@@ -71,13 +73,20 @@ def create_api() -> Api:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        responses={"default": _PROBLEM},
     )
     problems.install(api)
-    for module in _ROUTES:
-        api.include_router(module.router)
-        _answer_head(api, module.router)
+    api.router.routes.extend(_routes())
     return api
+
+
+@cache
+def _routes() -> tuple[BaseRoute, ...]:
+    """The routes of every application of this process. To analyse their signatures takes most of an app's creation."""
+    router = APIRouter(responses={"default": _PROBLEM})
+    for module in _ROUTES:
+        router.include_router(module.router)
+        _answer_head(router, module.router)
+    return tuple(router.routes)
 
 
 def create_app(services: Services) -> FastAPI:
@@ -96,7 +105,7 @@ def create_app(services: Services) -> FastAPI:
     return api
 
 
-def _answer_head(api: FastAPI, router: APIRouter) -> None:
+def _answer_head(api: APIRouter, router: APIRouter) -> None:
     """Answer HEAD wherever `router` answers GET, which FastAPI does not do by itself."""
     routes = [(route, route.methods or ()) for route in router.routes if isinstance(route, APIRoute)]
     heads = {route.path for route, methods in routes if "HEAD" in methods}

@@ -27,7 +27,7 @@ from ema_server.storage.records import BrokenGeneration, GenerationInfo, RunReco
 from ema_server.storage.usage import DiskUsage
 from ema_server.telemetry import Telemetry
 
-PRUNE_EVERY_S = 60.0  # a run that publishes no more is pruned once nobody reads its expired generations
+PRUNE_EVERY_S = 60.0  # a run that publishes no more is pruned once no reader holds its expired generations
 
 _TICK_S = 1.0  # how late that may be
 

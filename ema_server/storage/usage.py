@@ -14,7 +14,7 @@ _BLOCK_BYTES = 512  # of st_blocks, whatever the file system's own block is
 class DiskUsage:
     """The disk space of every run, as last measured. Safe from any thread.
 
-    Whoever changes the files of a run measures it afterwards: the publisher and the thread for derived versions.
+    The publisher and the thread for derived versions change the files of a run, and have it measured afterwards.
     """
 
     def __init__(self, data_dir: DataDir) -> None:

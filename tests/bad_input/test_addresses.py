@@ -17,7 +17,7 @@ from ema_reader import Reader, ReaderError
 from support.served import Served
 
 WAIT_S = 30.0
-SECRET = b"nobody may read this"
+SECRET = b"a secret of another program"
 NAMES = [
     "..",
     ".",

@@ -42,8 +42,8 @@ def test_the_examples_train_evaluate_and_report(tmp_path: Path) -> None:
             assert trainer.wait() == 0, list(trainer.errors)
         arguments = ("evaluate_digits:accuracy", "--run", "digits", "--url", server.http, "--json")
         evaluated = ema("evaluate", *arguments, cwd=_EXAMPLES)
-        anew = ("--recalibrate-bn", "evaluate_digits:training_batches", "--task", "recalibrated")
-        recalibrated = ema("evaluate", *arguments, *anew, cwd=_EXAMPLES)
+        options = ("--recalibrate-bn", "evaluate_digits:training_batches", "--task", "recalibrated")
+        recalibrated = ema("evaluate", *arguments, *options, cwd=_EXAMPLES)
         reported = server.get("/v1/runs/digits/metrics")["metrics"]
 
     outcomes = [json.loads(line) for line in evaluated.stdout.splitlines()]

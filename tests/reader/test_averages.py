@@ -38,13 +38,13 @@ def test_averages_print_as_a_table_or_json(served: Served, url: str) -> None:
     served.show("young", None, ["ema-0.9"])
 
     code, table, _ = _ema("averages", "digits", "--url", url)
-    _, told, _ = _ema("averages", "digits", "--url", url, "--json")
+    _, as_json, _ = _ema("averages", "digits", "--url", url, "--json")
 
     assert code == 0
     lines = [line.split() for line in table.splitlines()]
     assert lines[0][:6] == ["name", "step", "updates", "gap_steps", "decay", "half_life_steps"]
     assert lines[2] == ["ema-0.9", "100", "100", "0", "0.9", "6.6", "4.5", "25.000%", "float32", "ema:0.9"]
-    assert json.loads(told)["averages"][1]["initial_share"] == 0.25
+    assert json.loads(as_json)["averages"][1]["initial_share"] == 0.25
 
 
 class _Foreign(BaseHTTPRequestHandler):
@@ -89,7 +89,7 @@ def test_ledger_is_a_table_with_its_gaps(served: Served, url: str) -> None:
 
     _, table, _ = _ema("ledger", "digits/ema-0.9", "--url", url)
     _, tail, _ = _ema("ledger", "digits/ema-0.9@step-3", "--tail", "1", "--url", url)
-    _, told, _ = _ema("ledger", f"digits/ema-0.9@{version.id}", "--url", url, "--json")
+    _, as_json, _ = _ema("ledger", f"digits/ema-0.9@{version.id}", "--url", url, "--json")
 
     assert [line.split() for line in table.splitlines()] == [
         ["step", "share"],
@@ -98,7 +98,7 @@ def test_ledger_is_a_table_with_its_gaps(served: Served, url: str) -> None:
         ["1", "0.81"],
     ]
     assert tail.splitlines()[1:] == ["   3  0.1", "0.9 of it lies in older steps"]
-    assert sum(share for _, share in json.loads(told)["steps"]) == pytest.approx(1)
+    assert sum(share for _, share in json.loads(as_json)["steps"]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

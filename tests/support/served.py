@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import uvicorn.server
 from safetensors.torch import save_file
 
 from ema_server.averager.jobs import Job
@@ -23,6 +25,20 @@ from ema_server.server import build
 from ema_server.storage.catalog import FileEntry, Generation, Version
 
 WAIT_S = 20.0
+_PAUSE_S = 0.005
+
+
+class _Asyncio:
+    """asyncio as uvicorn uses it. Its fixed pauses of 0.1 s, two at each stop, would take most of a test."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, _PAUSE_S))
+
+
+setattr(uvicorn.server, "asyncio", _Asyncio())  # noqa: B010 -- mypy knows it as a module
 
 
 class Served:
@@ -30,7 +46,7 @@ class Served:
 
     def __init__(self, data: Path, *, token: str | None = None, submit: Callable[[Job], None] | None = None) -> None:
         self.server = build(ServerConfig(data, token=token, kernel="torch"))
-        self.services = replace(self.server.services, submit=submit or _nobody)
+        self.services = replace(self.server.services, submit=submit or _refuse_jobs)
         self.data = data
         self.catalog = self.services.catalog
         self.statuses = self.services.statuses
@@ -158,5 +174,5 @@ def _entry(path: Path) -> FileEntry:
     return FileEntry(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _nobody(job: Job) -> None:
+def _refuse_jobs(job: Job) -> None:
     raise AssertionError(f"this test expected no job: {job!r}")

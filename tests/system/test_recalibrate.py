@@ -74,9 +74,9 @@ def test_new_version_evaluates_as_the_old_one_with_recalibrate_bn(server: Server
     assert post(server, save(_statistics(server))).status_code in (200, 201)
     arguments = ("evaluate", "evaluate_digits:accuracy", "--run", "digits", "--url", server.http, "--json")
     plain = ema(*arguments, "--averages", "ema-0.9-bn", cwd=EXAMPLES)
-    anew = ema(*arguments, "--averages", "ema-0.9", "--task", "x", "--recalibrate-bn", LOADER, cwd=EXAMPLES)
+    recalibrated = ema(*arguments, "--averages", "ema-0.9", "--task", "x", "--recalibrate-bn", LOADER, cwd=EXAMPLES)
 
-    (one,), (other,) = ([json.loads(line) for line in done.stdout.splitlines()] for done in (plain, anew))
+    (one,), (other,) = ([json.loads(line) for line in done.stdout.splitlines()] for done in (plain, recalibrated))
     assert one["metrics"]["accuracy"] == pytest.approx(other["metrics"]["accuracy"], abs=3 / 897)
 
 

@@ -16,7 +16,7 @@ from support.fake_worker import OfflineClient
 from trainer_client import EmaClient, SettingsError
 from trainer_client.ranks import rank_of
 
-_NOBODY = "tcp://127.0.0.1:1"
+_NO_SERVER = "tcp://127.0.0.1:1"
 
 
 def _use(client: EmaClient) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def test_other_ranks_return_success_and_need_no_server(
     if how == "launcher":
         monkeypatch.setenv("RANK", "3")
         monkeypatch.setenv("WORLD_SIZE", "4")
-    client = EmaClient(_NOBODY, run="r", rank=3 if how == "argument" else None)
+    client = EmaClient(_NO_SERVER, run="r", rank=3 if how == "argument" else None)
 
     assert _use(client) == {
         "set": True,
@@ -71,7 +71,7 @@ def test_other_ranks_return_success_and_need_no_server(
 
 
 def test_context_of_another_rank_ends_without_a_server() -> None:
-    with EmaClient(_NOBODY, run="r", rank=1) as client:
+    with EmaClient(_NO_SERVER, run="r", rank=1) as client:
         client.update(nn.Linear(1, 1), 3)
 
     assert client.steps == 3
@@ -80,15 +80,15 @@ def test_context_of_another_rank_ends_without_a_server() -> None:
 
 def test_wrong_arguments_are_refused_on_every_rank() -> None:
     with pytest.raises(SettingsError, match="every=0"):
-        EmaClient(_NOBODY, run="r", every=0, rank=1)
+        EmaClient(_NO_SERVER, run="r", every=0, rank=1)
     with pytest.raises(SettingsError, match="rank=-1"):
-        EmaClient(_NOBODY, run="r", rank=-1)
+        EmaClient(_NO_SERVER, run="r", rank=-1)
 
 
 def test_rank_0_streams_and_an_argument_overrides_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    client = OfflineClient(_NOBODY, run="r", rank=0)
+    client = OfflineClient(_NO_SERVER, run="r", rank=0)
     client.update(nn.Linear(1, 1))
 
     assert client.worker.steps == [1]
@@ -126,7 +126,7 @@ def test_rank_is_that_of_an_initialised_group(tmp_path: Path) -> None:
 def test_other_ranks_weights_train_unchanged() -> None:
     model = nn.Linear(2, 2)
     optimizer = SGD(model.parameters(), lr=0.5)
-    EmaClient(_NOBODY, run="r", rank=1).attach(model, optimizer)
+    EmaClient(_NO_SERVER, run="r", rank=1).attach(model, optimizer)
     before = model.weight.detach().clone()
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()

@@ -1,4 +1,7 @@
-"""Accuracy with recomputed, averaged and copied statistics: a real network on real data, averaged in the test."""
+"""Accuracy with recomputed, averaged and copied statistics: a real network on real data, averaged in the test.
+
+The demo is imported by the tests alone: scikit-learn, which it needs, takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ema_cli.demo.digits import DigitNet, load
-from ema_cli.demo.evaluate import accuracy
 from ema_reader.evaluation.batchnorm import recomputed
 
 STEPS = 200
@@ -29,6 +30,8 @@ def one_thread() -> Iterator[None]:
 
 def train(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The last weights of a short training at a high rate, and their average, statistics included."""
+    from ema_cli.demo.digits import DigitNet, load
+
     torch.manual_seed(seed)
     digits, model = load(), DigitNet()
     optimizer = torch.optim.RMSprop(model.parameters(), lr=0.005, alpha=0.9, eps=1e-3, momentum=0.9)
@@ -47,12 +50,16 @@ def train(seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def training_batches() -> tuple[nn.Module, list[Tensor]]:
+    from ema_cli.demo.digits import DigitNet, load
+
     order = torch.randperm(900, generator=torch.Generator().manual_seed(0))
     return DigitNet(), [load().train_images[part] for part in order.split(90)]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_accuracy_is_best_with_recomputed_and_worst_with_copied_statistics(seed: int) -> None:
+    from ema_cli.demo.evaluate import accuracy
+
     last, average = train(seed)
     copied = {name: last[name] if "running" in name else tensor for name, tensor in average.items()}
     recalibrated = {**average, **recomputed(average, "training_batches", training_batches)}

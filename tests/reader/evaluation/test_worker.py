@@ -296,7 +296,7 @@ def test_one_version_that_another_worker_evaluates_is_waited_for(
     lease, _ = reader.leases.ask(Wanted("other", "default", "digits", ("raw",)))
     assert lease is not None
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(evaluate_version, reader, version, bias, "default", "cpu", set())
+        waiting = pool.submit(evaluate_version, reader, version, bias, "default", "cpu", set(), 0.02)
         eventually(lambda: "is being evaluated by another worker" in caplog.text, "it waits")
         reader.leases.settle(lease, {"bias": 1.0}, error=None, samples=None, seconds=0.1)
         assert waiting.result(WAIT_S) is None
@@ -406,11 +406,11 @@ def test_long_evaluation_keeps_its_lease(finished: Served, reader: Reader) -> No
     held = []
 
     def long(state: dict[str, torch.Tensor]) -> dict[str, float]:
-        time.sleep(3)
+        time.sleep(1.5)
         held.append(reader.leases.ask(Wanted("other", "default", "digits", ("raw",))))
         return bias(state)
 
-    outcomes = list(worker(reader, long, averages=("raw",), lease_s=2.0).outcomes())
+    outcomes = list(worker(reader, long, averages=("raw",), lease_s=1.0).outcomes())
 
     assert held == [(None, 1)]
     assert [o.error for o in outcomes] == [None]

@@ -372,7 +372,7 @@ def test_stopping_reports_what_is_not_durable(tmp_path: Path) -> None:
 
 def test_requests_for_runs_that_are_not_in_memory(tmp_path: Path) -> None:
     with running_core(tmp_path) as core:
-        assert isinstance(core.publish("nobody"), Failed)
+        assert isinstance(core.publish("unknown"), Failed)
         joined(core.join("r", _MANIFEST))
         assert durable(core.publish("r")) == Durable(None, (), new=False)
         _apply(core, 1)

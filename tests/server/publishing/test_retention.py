@@ -71,7 +71,7 @@ def test_a_generation_repeated_by_a_rewind_expires_first() -> None:
 
 
 def test_a_generation_unreachable_after_a_rewind_is_not_kept_as_an_older_one() -> None:
-    """After steps 1 to 9 the run went back to 4 and on: 5 to 9 of before serve nobody who goes back again."""
+    """After steps 1 to 9 the run went back to 4 and on: no later rewind can use the earlier 5 to 9."""
     before = [_generation(seq, seq, chr(seq)) for seq in range(9, 0, -1)]
     run = [_generation(11, 6, "f"), _generation(10, 4, chr(4)), *before]
 

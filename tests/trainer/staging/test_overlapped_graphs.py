@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.optim import SGD
 
 from support.device_training import RecordingWorker, Training, client_on
@@ -57,6 +56,8 @@ def test_joining_while_a_graph_is_captured_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.slow
 def test_optimizer_step_is_compiled_once_and_without_our_hooks() -> None:
+    from torch._dynamo.utils import counters  # to import it takes seconds, which only this test needs
+
     torch._dynamo.reset()
     device, worker, weight = FakeDevice(), RecordingWorker(), nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
