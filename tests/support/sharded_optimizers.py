@@ -7,7 +7,6 @@ PostLocalSGDOptimizer trains each rank on other batches, so that the average ove
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 
 import torch
@@ -61,9 +60,9 @@ def _is_right(make: Callable[[nn.Module], Optimizer], run: str) -> bool:
 
 def main() -> None:
     distributed.init_process_group("gloo")
-    name = sys.argv[1]
-    if _is_right({"ZeroRedundancyOptimizer": _zero, "PostLocalSGDOptimizer": _post_local}[name], name):
-        print(f"rank {distributed.get_rank()}: {name} is followed")
+    for name, make in (("ZeroRedundancyOptimizer", _zero), ("PostLocalSGDOptimizer", _post_local)):
+        if _is_right(make, name):
+            print(f"rank {distributed.get_rank()}: {name} is followed")
     distributed.destroy_process_group()
 
 
