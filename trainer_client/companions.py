@@ -195,7 +195,7 @@ def _read(found: list[tuple[str, Path]]) -> tuple[CompanionFile, ...]:
 
 
 def _log(files: tuple[CompanionFile, ...], left_out: list[str]) -> None:
-    text = f"ema: {len(files)} companion files, {sum(file.spec.nbytes for file in files)} bytes: "
+    text = f"ema: companion files ({len(files)}, of {sum(file.spec.nbytes for file in files)} bytes): "
     text += _shown([file.spec.name for file in files])
     if left_out:
         text += f"; left out, as weights, training state or names that are not allowed: {_shown(left_out)}"

@@ -228,7 +228,7 @@ class Ingest:
             return
         files = self._receiver.file_stored(part.run, part.ticket)
         if files is not None:
-            logger.info("run %s: %d companion files are stored", part.run, len(files))
+            logger.info("run %s: its companion files are stored (%d)", part.run, len(files))
             self._averager.submit(jobs.UseFiles(part.run, tuple(map(entry_of_spec, files))))
 
     def _drop_staging(self, run: str) -> None:

@@ -42,7 +42,7 @@ def test_a_checkpoint_of_transformers_gives_what_from_pretrained_needs(
     assert [file.spec.name for file in read.files] == [kept[0], *inner, *kept[1:]]
     assert read.config == CONFIG.decode()
     (line,) = caplog.messages
-    assert "5 companion files" in line
+    assert "companion files (5, of " in line
     assert "model.safetensors" in line
 
 
