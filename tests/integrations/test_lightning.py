@@ -350,6 +350,21 @@ def test_validated_average_is_that_of_a_compiled_model(compiled: str, run: str, 
     assert float(fitted.callback_metrics["ema/val_loss"]) == pytest.approx(again[0]["val_loss"], rel=1e-6)
 
 
+def test_validated_average_is_that_of_an_adapter(run: str, reader: Reader, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    module = module_class(_ONE)()
+    module.net = peft.get_peft_model(module.net, peft.LoraConfig(target_modules=["0", "4"]))
+    fitted = trainer(_ONE, tmp_path, callback(run, validate=["raw", "ema"]))
+
+    fitted.fit(module, loader(), loader())
+
+    found = {name: float(value) for name, value in fitted.callback_metrics.items()}
+    assert found["raw/val_loss"] == found["val_loss"] != found["ema/val_loss"]
+    peft.set_peft_model_state_dict(module.net, reader.load(f"{run}/ema"))
+    again = trainer(_ONE, tmp_path).validate(module, loader(), verbose=False)
+    assert found["ema/val_loss"] == pytest.approx(again[0]["val_loss"], rel=1e-6)
+
+
 def test_step_that_the_gradient_scaler_skips_is_not_counted(run: str, reader: Reader, tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
     precision = lightning.plugins.MixedPrecision("16-mixed", "cpu", scaler)

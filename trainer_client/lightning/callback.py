@@ -105,8 +105,7 @@ class EmaCallback(Callback):
         self._path = module
         self._scores, self._url = bool(scores), url
         self._timeout_s = check_timeout("publish_timeout_s", publish_timeout_s)
-        prefix = f"{module}." if module else ""
-        self._validation = Validation(self._validated, prefix) if self._validated else None
+        self._validation = Validation(self._validated, module or "") if self._validated else None
         self._stage: str | None = None
         self._fitted: weakref.ref[Any] | None = None
         self._state: dict[str, Any] | None = None  # as of the checkpoint that is loaded, or of the last fit's end

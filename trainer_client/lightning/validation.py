@@ -18,9 +18,8 @@ from trainer_client.errors import AverageError
 from trainer_client.lightning.base import isolated_rng, takes_batch_idx
 from trainer_client.lightning.server import Server
 from trainer_client.model.adapters import adapter_names
-from trainer_client.model.wrappers import canonical_name
 from trainer_client.pulling.module_copy import ModuleCopy
-from trainer_client.pulling.tensors import renamed
+from trainer_client.pulling.tensors import copy_into, renamed
 
 log = logging.getLogger("ema")
 
@@ -38,14 +37,14 @@ class Validation:
 
     Args:
         averages: names of the averages.
-        prefix: what the names of an average's tensors lack at their beginning, `"net."` if only `net` is averaged.
+        path: name of the sub-module that is averaged; empty for the whole LightningModule.
 
     Attributes:
         logged: the names of all that the copies have logged.
     """
 
-    def __init__(self, averages: Sequence[str], prefix: str) -> None:
-        self._averages, self._prefix = averages, prefix
+    def __init__(self, averages: Sequence[str], path: str) -> None:
+        self._averages, self._path = averages, path
         self._copies: dict[str, AverageCopy] = {}
         self._versions: dict[str, str] = {}
         self._is_running = False
@@ -123,7 +122,7 @@ class Validation:
     def _fill(self, trainer: Any, pl_module: Any, fetched: Mapping[str, Mapping[str, Tensor]]) -> None:
         if not self._copies:
             self._copies = {
-                name: AverageCopy(name, trainer, pl_module, self._prefix, self.logged) for name in self._averages
+                name: AverageCopy(name, trainer, pl_module, self._path, self.logged) for name in self._averages
             }
         for average, weights in fetched.items():
             self._copies[average].fill(weights)
@@ -151,13 +150,13 @@ class AverageCopy:
         average: name of the average.
         trainer: validates.
         pl_module: is trained.
-        prefix: as of `Validation`.
+        path: as of `Validation`.
         logged: receives the names of what is logged.
     """
 
-    def __init__(self, average: str, trainer: Any, pl_module: Any, prefix: str, logged: set[str]) -> None:
+    def __init__(self, average: str, trainer: Any, pl_module: Any, path: str, logged: set[str]) -> None:
         self.average, self._logged = average, logged
-        self._trainer, self._pl_module, self._prefix = trainer, pl_module, prefix
+        self._trainer, self._pl_module, self._path = trainer, pl_module, path
         self._copy = _copy_of(pl_module)
         self._module: Any = self._copy.module
         vars(self._module)["log"] = self._log
@@ -166,12 +165,11 @@ class AverageCopy:
         """Take the weights of the average, and from the trained module all that is not in it.
 
         Raises:
-            PlanError: a tensor has another shape.
+            PlanError: a tensor of the average is not in the module, or has another shape.
         """
-        held = {canonical_name(self._pl_module, key): value for key, value in self._pl_module.state_dict().items()}
-        streamed = self._pl_module.get_submodule(self._prefix.removesuffix("."))
-        own = renamed(weights, adapter_names(streamed))
-        self._copy.fill(held | {self._prefix + name: value for name, value in own.items()})
+        self._copy.take(self._pl_module)
+        averaged = self._module.get_submodule(self._path)
+        copy_into(averaged, renamed(weights, adapter_names(averaged)))
 
     def receive(self) -> None:
         """Have every rank's copy be that of rank 0."""
