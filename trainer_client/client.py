@@ -245,6 +245,8 @@ class EmaClient:
             counters=self._pulls.counters,
         )
         self._pulls.add(pull)
+        if session is None and not self._is_other_rank:
+            pull.remove()  # like every method here, it does nothing then
         return pull
 
     def before_weight_write(self) -> None:

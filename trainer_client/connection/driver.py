@@ -72,9 +72,9 @@ class Driver:
         """Set the memory of offered snapshots, by slot index, and of the JOIN's files; before the JOIN."""
         self._slots, self._files = slots, files
 
-    def ask(self, request: Callable[[], int]) -> Pending:
-        """Make a request of the machine; the answer appears in what is returned."""
-        pending = Pending()
+    def ask(self, request: Callable[[], int], pending: Pending | None = None) -> Pending:
+        """Make a request of the machine; the answer appears in `pending`, by default a new one, which is returned."""
+        pending = Pending() if pending is None else pending
 
         def command(_: float) -> None:
             self._requests[request()] = pending

@@ -19,7 +19,7 @@ from ema_proto.sender.events import Answered, SenderState
 from ema_proto.sender.machine import Sender
 from ema_proto.wire import messages as m
 from trainer_client.connection.addresses import described, first_bytes, is_http
-from trainer_client.connection.driver import Driver
+from trainer_client.connection.driver import Driver, Pending
 from trainer_client.connection.link import Link
 from trainer_client.connection.shared_state import Shared, WorkerStats
 from trainer_client.connection.transfers import TransferQueue
@@ -57,6 +57,7 @@ class Worker:
         self._endpoint = endpoint
         self._copies = TransferQueue(self._send, self.give_back, self.counters)
         self._shared = Shared()
+        self._publishing: Pending | None = None  # the last request of `publish_soon`
         self._link = Link(endpoint)
         self._sender = Sender(
             secrets.token_bytes(16),
@@ -208,8 +209,13 @@ class Worker:
         return self._ask(lambda sender: sender.request_publish(pin=True), time.monotonic() + timeout_s)
 
     def publish_soon(self) -> None:
-        """Ask for a generation of everything offered so far, without waiting for it."""
-        self._copies.then(lambda: self._driver.ask(lambda: self._sender.request_publish(pin=False)))
+        """Ask for a generation of everything offered so far, without waiting, unless the last such call is unanswered.
+
+        Calls while the server is away would otherwise all be carried out when it is back.
+        """
+        if self._publishing is None or self._publishing.answer is not None:
+            pending = self._publishing = Pending()
+            self._copies.then(lambda: self._driver.ask(lambda: self._sender.request_publish(pin=False), pending))
 
     def finish(self, timeout_s: float) -> Answered:
         """Publish the run and mark it finished; the answer has the step that it ends with."""

@@ -66,7 +66,7 @@ class Fetch:
         self._ready: Fetched | None = None
 
     def want(self, goal: int, until: int) -> bool:
-        """Look for a version; False if one is ready or is being looked for already.
+        """Look for a version unless one is ready; whether one is looked for, now or already.
 
         Args:
             goal: the step that the version should have at least. After 5 s an older one is taken.
@@ -75,7 +75,7 @@ class Fetch:
         with self._changed:
             self._until = max(self._until, until) if self._thread is not None else until
             if self._closed or self.failed is not None or self._ready is not None or self._thread is not None:
-                return False
+                return self._thread is not None
             self._goal, self._patient_until = goal, time.monotonic() + _PATIENCE_S
             # A daemon: a server that hangs must not keep the training from ending. See `_stop_all`.
             thread = threading.Thread(target=self._run, name="ema-pull", daemon=True)

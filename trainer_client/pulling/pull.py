@@ -44,7 +44,7 @@ class Pull:
     ) -> None:
         self.step: int | None = None
         self.version: str | None = None
-        self._module = module
+        self._module: nn.Module | None = module  # None once removed
         self._average = average
         self._every = every
         self._steps = steps
@@ -98,6 +98,7 @@ class Pull:
         if not self._life.ended():
             self._life.state = State.CLOSED
             self._fetch.stop()
+            self._module = None
 
     def after_step(self, step: int) -> None:
         """The trainer has taken `step` steps, and the snapshot of the last one was taken: if it is due, go on."""
@@ -119,7 +120,7 @@ class Pull:
 
     def _copy(self) -> bool:
         fetched = self._fetch.take()
-        if fetched is None:
+        if fetched is None or self._module is None:
             return False
         try:
             copy_into(self._module, renamed(fetched.weights, self._names))

@@ -7,8 +7,10 @@ import weakref
 
 import pytest
 
+from ema_proto.sender.events import Answered
 from support.peers import JOIN
 from trainer_client import JoinError
+from trainer_client.connection.driver import Pending
 from trainer_client.connection.worker import Worker
 
 
@@ -25,3 +27,18 @@ def test_closed_worker_holds_no_slots() -> None:
         assert [slot() for slot in slots] == [None, None]
     finally:
         gc.enable()
+
+
+def test_requests_to_publish_do_not_pile_up_while_the_server_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker("tcp://127.0.0.1:9", token=None)
+    asked: list[Pending] = []
+    monkeypatch.setattr(worker._driver, "ask", lambda request, pending: asked.append(pending))
+    for _ in range(100):
+        worker.publish_soon()
+    assert len(asked) == 1
+    asked[0].answer = Answered(1, 5, None)
+    for _ in range(100):
+        worker.publish_soon()
+    worker.close(5.0)
+
+    assert len(asked) == 2

@@ -155,6 +155,28 @@ def test_rank_0_asks_the_server_to_publish_each_due_step_once(served: Served, ur
     assert pull.step == 18
 
 
+def test_rank_0_asks_again_at_each_due_step_while_nothing_is_published(url: str) -> None:
+    client, model = OfflineClient(_NOBODY, run="r", averages=["ema:0.9,name=ema"]), Net()
+    client.pull(Net(), every=10, url=url)
+    for step in range(1, 31):
+        client.update(model, step)
+    asked = client.worker.asked.count("publish soon")
+    client.close()
+
+    assert asked == 3
+
+
+def test_client_that_another_one_has_replaced_pulls_nothing(served: Served, url: str) -> None:
+    served.publish("r", 1, ["ema"])
+    first, second = (OfflineClient(_NOBODY, run="r", averages=["ema:0.9,name=ema"]) for _ in range(2))
+    first.update(Net(), 1)
+    second.update(Net(), 1)
+
+    assert not first.pull(Net(), url=url).wait(30.0)
+    assert second.pull(Net(), url=url).wait(30.0)
+    second.close()
+
+
 def test_wait_needs_no_due_step_and_is_false_without_a_newer_version(served: Served, url: str) -> None:
     served.publish("r", 4, ["ema"])
     client = _other_rank()
