@@ -291,6 +291,7 @@ def _(caplog: pytest.LogCaptureFixture) -> None:
 @_row("`ZeroRedundancyOptimizer`")
 def _(caplog: pytest.LogCaptureFixture) -> None:
     assert all(f"rank {rank}: ZeroRedundancyOptimizer is followed" in _of_two_ranks() for rank in range(2))
+    assert all(f"rank {rank}: overlap_with_ddp is refused" in _of_two_ranks() for rank in range(2))
 
 
 @_row("`PostLocalSGDOptimizer`")

@@ -16,6 +16,7 @@ from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimiz
 from torch.optim import SGD, Optimizer
 
 from support.fake_worker import OfflineClient
+from trainer_client import SettingsError
 
 _STEPS = 4
 
@@ -58,11 +59,24 @@ def _is_right(make: Callable[[nn.Module], Optimizer], run: str) -> bool:
     return right and client.steps == _STEPS
 
 
+def _is_refused() -> bool:
+    model = nn.Linear(4, 2)
+    overlapping = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=SGD, lr=0.1, overlap_with_ddp=True)
+    try:
+        OfflineClient("tcp://127.0.0.1:5555", run="overlapping").attach(model, overlapping)
+    except SettingsError as error:
+        return "overlap_with_ddp=True steps inside backward(): call update(model, step)" in str(error)
+    return False
+
+
 def main() -> None:
     distributed.init_process_group("gloo")
     for name, make in (("ZeroRedundancyOptimizer", _zero), ("PostLocalSGDOptimizer", _post_local)):
         if _is_right(make, name):
             print(f"rank {distributed.get_rank()}: {name} is followed")
+    if _is_refused():
+        print(f"rank {distributed.get_rank()}: overlap_with_ddp is refused")
+    distributed.barrier()  # no rank leaves while another one still exchanges
     distributed.destroy_process_group()
 
 
