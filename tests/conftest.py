@@ -20,6 +20,8 @@ _PROCESS_FOLDERS = ("bad_input", "cli", "integrations", "parity", "system", "tim
 
 
 def pytest_configure() -> None:
+    # A crash of the machine is not simulated, and a busy disk makes each call wait: tests for that have processes.
+    setattr(os, "fsync", os.fstat)  # noqa: B010 -- which checks the file descriptor
     settings.register_profile("ema", deadline=None)  # the duration of an example depends on the machine's load
     settings.load_profile("ema")
     # A shell starts background jobs with SIGINT ignored, and every child process inherits that.

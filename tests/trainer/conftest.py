@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -24,8 +25,11 @@ def _one_thread() -> Iterator[None]:
 def _ended() -> Iterator[None]:
     yield
     for device, client in opened:
-        device.idle()
-        client.close(10.0)
+        closing = threading.Thread(target=client.close, args=(10.0,))
+        closing.start()
+        while closing.is_alive():  # it may copy a last snapshot, for which the device's clock must advance
+            device.idle()
+            closing.join(0.005)
     opened.clear()
     for session in tuple(_streaming):  # a new client of the same run would end it, and log that
         session.close(0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,10 @@ _ROLES = {"mask": Role.BUFFER, "frozen": Role.FROZEN, "mean": Role.BUFFER}
 _MANIFEST = manifest_of(_weights(1), roles=_ROLES, aliases={"w": ("w.tied", "w.again")})
 
 
-@pytest.fixture
-def both(tmp_path: Path) -> Iterator[Afterwards]:
+@contextmanager
+def _three_runs(data: Path) -> Iterator[Afterwards]:
     """The runs `a`, `b` and `other`, of four generations each; `other` has another model."""
-    with afterwards(tmp_path) as both:
+    with afterwards(data) as both:
         wider = manifest_of({**_weights(1), "w": torch.zeros(300, 4)}, roles=_ROLES)
         joined(both.core.join("a", _MANIFEST, _AVERAGES, config='{"width": 3}'))
         joined(both.core.join("b", _MANIFEST, _AVERAGES))
@@ -67,6 +68,27 @@ def both(tmp_path: Path) -> Iterator[Afterwards]:
             assert isinstance(both.core.apply("other", step, {**_weights(step), "w": torch.zeros(300, 4)}), Applied)
             for run in ("a", "b", "other"):
                 durable(both.core.publish(run))
+        yield both
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Afterwards]:
+    with _three_runs(tmp_path_factory.mktemp("data")) as both:
+        yield both
+
+
+@pytest.fixture
+def both(shared: Afterwards) -> Iterator[Afterwards]:
+    """Three runs without a blend."""
+    yield shared
+    for version in shared.core.catalog.derived("a"):
+        assert shared.store.delete(version)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Afterwards]:
+    """Three runs of a test that damages or stops something."""
+    with _three_runs(tmp_path) as both:
         yield both
 
 
@@ -162,9 +184,9 @@ def test_blend_is_described_by_its_first_version_and_names_its_inputs(both: Afte
     ]
 
 
-def test_blend_of_a_blend_has_the_ledgers_of_its_parts(both: Afterwards) -> None:
-    _blend(both, {"a/ema-0.9": 0.5, "a/raw": 0.5}, "inner")
-    outer = _blend(both, {"a/inner": 0.5, "a/raw": 0.5}, "outer")
+def test_blend_of_a_blend_has_the_ledgers_of_its_parts(own: Afterwards) -> None:
+    _blend(own, {"a/ema-0.9": 0.5, "a/raw": 0.5}, "inner")
+    outer = _blend(own, {"a/inner": 0.5, "a/raw": 0.5}, "outer")
 
     shares = [(one["average"], one["weight"]) for one in _record(outer)["derived"]["ledgers"]]
     assert shares == [("ema-0.9", 0.25), ("raw", 0.25), ("raw", 0.5)]
@@ -223,29 +245,29 @@ def test_buffer_with_nan_in_raw_is_named_unless_its_weight_is_zero(tmp_path: Pat
 
 
 @pytest.mark.parametrize("target", ["a/ema-0.9", "a/raw"])
-def test_flipped_byte_in_an_input_is_found_and_nothing_is_written(both: Afterwards, target: str) -> None:
-    path = _found(both, target).folder / "model.safetensors"
+def test_flipped_byte_in_an_input_is_found_and_nothing_is_written(own: Afterwards, target: str) -> None:
+    path = _found(own, target).folder / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.unlink()
     path.write_bytes(data)
 
     with pytest.raises(BrokenGeneration, match=r"model.safetensors has sha256 .* instead of"):
-        _blend(both, {"a/ema-0.9": 0.5, "a/raw": 0.5})
-    assert both.core.catalog.derived("a") == ()
-    assert list(both.core.data_dir.derived_folder("a").iterdir()) == []
+        _blend(own, {"a/ema-0.9": 0.5, "a/raw": 0.5})
+    assert own.core.catalog.derived("a") == ()
+    assert list(own.core.data_dir.derived_folder("a").iterdir()) == []
 
 
-def test_deleted_input_and_stopping_server_leave_nothing(both: Afterwards) -> None:
-    inner = _blend(both, {"a/ema-0.9": 0.5, "a/raw": 0.5}, "inner")
-    inputs = _inputs(both, {"a/raw": 0.5, "a/inner": 0.5})
-    assert both.store.delete(inner)
+def test_deleted_input_and_stopping_server_leave_nothing(own: Afterwards) -> None:
+    inner = _blend(own, {"a/ema-0.9": 0.5, "a/raw": 0.5}, "inner")
+    inputs = _inputs(own, {"a/raw": 0.5, "a/inner": 0.5})
+    assert own.store.delete(inner)
     with pytest.raises(VersionGone):
-        blend(both.deriving, inputs, "outer")
-    both.stopping.set()
+        blend(own.deriving, inputs, "outer")
+    own.stopping.set()
     with pytest.raises(Stopped):
-        _blend(both, {"a/ema-0.9": 0.5, "a/raw": 0.5})
-    assert list(both.core.data_dir.derived_folder("a").iterdir()) == []
+        _blend(own, {"a/ema-0.9": 0.5, "a/raw": 0.5})
+    assert list(own.core.data_dir.derived_folder("a").iterdir()) == []
 
 
 def test_default_name_has_averages_weights_and_what_differs(both: Afterwards) -> None:
