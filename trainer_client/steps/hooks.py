@@ -141,7 +141,7 @@ class Attachment:
             rounds.pending = True
         if self._rounds.pending:
             self._take()
-        # Not said before the client is asked for something: one that was forgotten sees the steps of later models.
+        # Reported only when the client is used: one that a script has dropped also sees the steps of later models.
         if self._copy_steps >= _COPY_STEPS:
             self._copy_steps = 0
             log.error(

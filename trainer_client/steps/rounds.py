@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from typing import Final
 
-# So many steps of one optimizer in a row may be part of one round (a critic's); more mean that no other takes part now.
+# This many steps of one optimizer in a row may be part of one round (a critic's); more mean that no other takes part.
 PATIENCE: Final = 128
 _REMEMBERED: Final = 4
 
