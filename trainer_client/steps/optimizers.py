@@ -49,6 +49,11 @@ _BY_HAND: Final = "call update(model, step) after each step instead of attach()"
 class Stepper:
     """One optimizer as attached: the innermost one, and the wrappers around it. Keeps none alive.
 
+    Attributes:
+        name: the class of what was given.
+        wrappers: how many there are around the innermost one.
+        has_modes: it evaluates other weights than it trains (schedule-free).
+
     Raises:
         SettingsError: there is no torch optimizer inside `given`, or none whose steps can be followed.
     """
@@ -64,6 +69,7 @@ class Stepper:
                 "call super().__init__(params, defaults) in it"
             )
         self.name = _class(given)
+        self.wrappers = len(chain) - 1
         self.has_modes = any(_has_modes(each) for each in chain)
         self._inner = weakref.ref(optimizer)
         self._references = [_reference(each) for each in chain]
@@ -145,8 +151,11 @@ def steppers_of(given: object) -> list[Stepper]:
     steppers: list[Stepper] = []
     for each in [each for candidate in candidates for each in _parts(candidate)]:
         stepper = Stepper(each)
-        if not any(stepper.optimizer is known.optimizer for known in steppers):
+        same = [index for index, known in enumerate(steppers) if known.optimizer is stepper.optimizer]
+        if not same:
             steppers.append(stepper)
+        elif stepper.wrappers > steppers[same[0]].wrappers:
+            steppers[same[0]] = stepper  # the outer one may write the weights after the one inside
     if not steppers:
         raise SettingsError("attach() got an empty list of optimizers: pass the one that steps")
     return steppers

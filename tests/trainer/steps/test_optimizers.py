@@ -336,14 +336,17 @@ def test_accumulating_wrapper_calls_are_no_steps() -> None:
     assert client.worker.steps == [1, 2]
 
 
-def test_wrapper_and_its_inner_optimizer_are_one() -> None:
+@pytest.mark.parametrize("order", [1, -1], ids=["wrapper first", "inner first"])
+def test_wrapper_and_its_inner_optimizer_are_one(order: int) -> None:
     model = _model()
     inner = SGD(model.parameters(), lr=0.1)
+    wrapper: Any = ScheduleFree(inner)
     client = _client()
-    client.attach(model, [Forwarding(inner), inner])
-    inner.step()
+    client.attach(model, [wrapper, inner][::order])
+    wrapper.step()
 
     assert client.worker.steps == [1]
+    assert _is_last(client, model)
 
 
 def test_failed_outer_step_is_no_step_and_the_next_one_is() -> None:
