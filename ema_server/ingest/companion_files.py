@@ -43,8 +43,11 @@ class FileWriter:
             self._discard(run)
 
     def _take(self, part: FileReceived) -> None:
+        if part.offset > 0 and self._drafts.get(part.run, (None, None))[0] != part.ticket:
+            return  # an earlier part has failed, and with it the session
+        problem = None
         try:
-            problem = self._write(part)
+            self._write(part)
         except DamagedFile as error:
             problem = str(error)
         except OSError as error:
@@ -57,16 +60,12 @@ class FileWriter:
             self._discard(part.run)
         self._report(part, problem)
 
-    def _write(self, part: FileReceived) -> str | None:
+    def _write(self, part: FileReceived) -> None:
         if part.offset == 0:
             self._discard(part.run)
             self._drafts[part.run] = part.ticket, self._store.receive(part.run, entry_of_spec(part.file))
-        ticket, draft = self._drafts.get(part.run, (None, None))
-        if draft is None or ticket != part.ticket:
-            return f"file {part.file.name!r} is incomplete"  # an earlier part failed, or of a session that is over
-        if draft.write(part.payload):
+        if self._drafts[part.run][1].write(part.payload):
             del self._drafts[part.run]
-        return None
 
     def _discard(self, run: str) -> None:
         _, draft = self._drafts.pop(run, (None, None))
