@@ -1,7 +1,7 @@
 # Each target creates .venv first if it is missing or out of date; a second run installs nothing.
 #   make demo    the whole service at work: a server, a trainer and an evaluation worker on real data
 #   make test    all tests (ARGS="-k name" is passed on to pytest)
-#   make quick   the tests that start no processes and are not slow, in under two minutes
+#   make quick   the tests that start no processes and are not slow, in about a minute; property tests take fewer examples
 #   make integrations  the tests with real frameworks (transformers, Lightning, ...), after installing those
 #   make compat  those of quick on every Python from 3.11 to 3.14 that is found, and on the oldest torch
 #   make check   format, lint, types, import contracts       make fix   format and repair what can be repaired
@@ -21,6 +21,8 @@ STAMP := $(VENV)/.installed-torch-$(TORCH)
 INDEX := https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# pytest keeps the tests as it has rewritten them: to do that again takes it several seconds at each start.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test quick integrations compat check fix docs bench clean
 

@@ -12,18 +12,18 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from hypothesis import settings
+
+from support.examples import load_profile
 
 _TESTS = Path(__file__).parent
 # Most tests in these folders start servers, trainers or commands.
 _PROCESS_FOLDERS = ("bad_input", "cli", "integrations", "parity", "system", "timm")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # A crash of the machine is not simulated, and a busy disk makes each call wait: tests for that have processes.
     setattr(os, "fsync", os.fstat)  # noqa: B010 -- which checks the file descriptor
-    settings.register_profile("ema", deadline=None)  # the duration of an example depends on the machine's load
-    settings.load_profile("ema")
+    load_profile(inner_loop=_is_inner_loop(config))
     # A shell starts background jobs with SIGINT ignored, and every child process inherits that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,6 +35,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return (
         True if leaves_out and collection_path.parent == _TESTS and collection_path.name in _PROCESS_FOLDERS else None
     )
+
+
+def _is_inner_loop(config: pytest.Config) -> bool:
+    """Whether only tests without processes run: `-m "not process"`, or that and more."""
+    return re.fullmatch(r"not process( and .*)?", config.option.markexpr or "") is not None
 
 
 def pytest_collection_finish() -> None:

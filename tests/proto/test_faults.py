@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ema_proto.sender.events import SenderState
+from support.examples import examples
 from support.pair import Faults, World, check_agreement
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ faults = st.builds(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(seed=st.integers(0, 2**32), faults=faults, restarts=st.integers(0, 3), chunks=st.sampled_from([0.5, 2.5, 12.0]))
 def test_both_ends_agree_under_any_network_fault(seed: int, faults: Faults, restarts: int, chunks: float) -> None:
     rng = random.Random(seed)
@@ -49,7 +50,7 @@ def test_both_ends_agree_under_any_network_fault(seed: int, faults: Faults, rest
     check_agreement(world)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30), suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), faults=faults)
 def test_competing_trainers_never_mix_their_bytes(seed: int, faults: Faults) -> None:
     rng = random.Random(seed)
@@ -70,7 +71,7 @@ def test_competing_trainers_never_mix_their_bytes(seed: int, faults: Faults) -> 
     check_agreement(world)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), faults=faults, restarts=st.integers(0, 2))
 def test_both_ends_agree_on_every_step_after_repeated_rewinds(seed: int, faults: Faults, restarts: int) -> None:
     """A step number then names several snapshots, and each answer has to be about the right one."""

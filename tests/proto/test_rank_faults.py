@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ema_proto.errors import RejectCode
+from support.examples import examples
 from support.pair import Faults, Trainer, World
 
 _FAULTS = st.builds(
@@ -45,7 +46,7 @@ def _check(world: World) -> None:
             assert code is None or code is RejectCode.UNAVAILABLE or step not in applied or len(gangs) > 1
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(
     seed=st.integers(0, 2**32),
     faults=_FAULTS,
@@ -87,7 +88,7 @@ def test_parts_of_different_steps_are_never_mixed(
     _check(world)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), faults=_FAULTS, ranks=st.integers(2, 3))
 def test_parts_of_two_starts_of_a_job_are_never_mixed(seed: int, faults: Faults, ranks: int) -> None:
     rng = random.Random(seed)

@@ -14,6 +14,7 @@ from ema_proto.receiver.assembly import Assembly
 from ema_proto.receiver.intake import Intake
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import Header
+from support.examples import examples
 
 CHUNK = 100
 
@@ -210,7 +211,7 @@ def room(intake: Intake, chunks: int, filled: int | None, held: int) -> int:
     return free * chunks + (0 if filled is None else chunks - filled)
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(seed=st.integers(0, 2**32), chunks=st.sampled_from([1, 2, 3, 8, 9, 40]))
 def test_credit_never_exceeds_the_slots_and_never_runs_out(seed: int, chunks: int) -> None:
     """A correct sender against an averager that answers at any time."""

@@ -17,6 +17,7 @@ from ema_proto.wire.codec import (
     encode,
     encode_header,
 )
+from support.examples import examples
 from support.messages import CONTROL, SESSION
 from support.peers import Peer, joined_peer, new_receiver, sender_in
 
@@ -58,7 +59,7 @@ def messages(draw: st.DrawFn) -> tuple[bytes, bytes]:
     return header, body
 
 
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 @given(frames=messages())
 def test_arbitrary_frames_are_a_message_or_a_remote_protocol_error(frames: tuple[bytes, bytes]) -> None:
     code = None
@@ -71,7 +72,7 @@ def test_arbitrary_frames_are_a_message_or_a_remote_protocol_error(frames: tuple
     assert code is None or code.scope is not Scope.SNAPSHOT
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(conversation=st.lists(messages(), max_size=12), joined=st.booleans())
 def test_receiver_answers_arbitrary_input_with_messages(conversation: list[tuple[bytes, bytes]], joined: bool) -> None:
     receiver = new_receiver()
@@ -81,7 +82,7 @@ def test_receiver_answers_arbitrary_input_with_messages(conversation: list[tuple
         assert len(answers) <= 2
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(
     conversation=st.lists(messages(), max_size=12),
     state=st.sampled_from(["greeting", "greeted", "joining", "streaming"]),

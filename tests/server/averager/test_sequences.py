@@ -19,6 +19,7 @@ from ema_proto.averages.specs import parse_average
 from ema_proto.averages.step_units import UNKNOWN, StepUnits
 from ema_proto.wire.messages import Mode
 from ema_server.averager.jobs import Applied, Changed, Failed, Joined, Quarantined, Refused, Rewound, Unchanged
+from support.examples import examples
 from support.oracle import bound, largest_difference, ledger_steps, replay
 from support.server_core import ServerCore, durable, joined, manifest_of, versions_by_average
 
@@ -258,6 +259,6 @@ class Sequences(RuleBasedStateMachine):
 
 
 Sequences.TestCase.settings = settings(
-    max_examples=15, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=examples(15), stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
 )
 TestSequences = pytest.mark.timeout(500)(Sequences.TestCase)

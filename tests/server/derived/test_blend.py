@@ -24,6 +24,7 @@ from ema_server.derived.queue import NameTaken, Stopped
 from ema_server.storage.catalog import Version, VersionGone
 from ema_server.storage.records import BrokenGeneration
 from support.afterwards import Afterwards, afterwards
+from support.examples import examples
 from support.oracle import EPS32
 from support.server_core import durable, joined, manifest_of
 
@@ -297,7 +298,7 @@ def test_weights_that_do_not_add_up_to_one_are_refused(weights: tuple[float, ...
     assert text in str(refused.value)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=6))
 def test_weights_within_rounding_of_one_are_accepted(others: list[float]) -> None:
     last = float(f"{1.0 - math.fsum(others):.17g}")

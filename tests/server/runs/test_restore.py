@@ -27,6 +27,7 @@ from ema_server.rules.window import Entry
 from ema_server.runs.restore import load_run
 from ema_server.runs.run import Run, new_run
 from ema_server.storage.records import GenerationInfo
+from support.examples import examples
 from support.oracle import EPS32
 from support.server_core import encode, joined, manifest_of, running_core, versions_by_average
 
@@ -105,7 +106,7 @@ def _apply(run: Run, pool: WorkerPool, step: int, mode: Mode) -> None:
     run.apply(pool, step, mode, encode(_MANIFEST, _weights(step)), None)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(
     strides=st.lists(st.tuples(st.integers(1, 7), st.sampled_from(["update"] * 9 + ["set"])), min_size=2, max_size=25),
     breaks=st.sets(st.integers(1, 24), min_size=1, max_size=2),
