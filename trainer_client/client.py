@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsIndex
@@ -20,6 +20,7 @@ from ema_proto.averages.rules import AverageSpec
 from ema_proto.wire.messages import Resume
 from trainer_client.errors import RewindError, SettingsError
 from trainer_client.lifecycle import State
+from trainer_client.model.shards import as_module, holds_part
 from trainer_client.pulling.average_reader import AverageReader
 from trainer_client.pulling.pull import Pull, Pulls
 from trainer_client.ranks import rank_of
@@ -70,8 +71,9 @@ class EmaClient:
         overlap: let snapshots of a model on a CUDA device be copied while training goes on; without it, as with
             `update`, they are copied when the step's hook returns.
         incarnation: a higher one takes the run over from a lower one; default `TORCHELASTIC_RESTART_COUNT`, else 0.
-        rank: only rank 0 streams; the clients of others count steps, and their other methods do nothing and return True
-            or None. Default: torch.distributed's if initialised, else `RANK` where `WORLD_SIZE` is more than 1.
+        rank: only rank 0 streams, unless the model is sharded; the clients of other ranks count steps, and their other
+            methods do nothing and return True or None. Default: torch.distributed's if initialised, else `RANK` where
+            `WORLD_SIZE` is more than 1.
 
     Raises:
         SettingsError: an argument cannot be used.
@@ -122,7 +124,7 @@ class EmaClient:
             self._settings = self._settings.with_files()
             self._session = Session(self._settings, self._connect, self._pulls)
         else:
-            log.info("ema: rank %d does not stream: rank 0 does", rank)
+            log.info("ema: rank %d does not stream, unless the model is sharded: rank 0 does", rank)
 
     @property
     def run(self) -> str:
@@ -136,13 +138,14 @@ class EmaClient:
             return self._session.steps
         return (self._settings.step or 0) + self._counted
 
-    def attach(self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer]) -> Attachment:
+    def attach(self, model: nn.Module | Sequence[nn.Module], optimizer: Optimizer | Iterable[Optimizer]) -> Attachment:
         """Join the run, and send a snapshot after every real step of `optimizer` from now on.
 
         Where an average of a new run begins with the weights of before the first step (`init=start`), they go first.
 
         Args:
-            model: what to stream, wrapped (DDP, compiled) or not.
+            model: what to stream, wrapped (DDP, compiled) or not. Of a sharded model (FSDP2, HSDP, tensor parallel)
+                each rank streams its shards; of a pipeline, the stages that are given as a list.
             optimizer: one, as torch's or in a wrapper (Accelerate's, Lightning's, Lookahead, SAM); or several, of which
                 the first counts steps. A step's snapshot is taken when the last of them has stepped, in whichever order
                 and however often each steps.
@@ -152,12 +155,13 @@ class EmaClient:
 
         Raises:
             PlanError: the model holds something that cannot be streamed, or is not the one of the run that is joined.
-            JoinError: the server refuses the run.
-            SettingsError: there is no optimizer or its steps cannot be followed, the client is attached already, or a
-                CUDA graph is being captured.
+            JoinError: the server refuses the run; of a sharded model, also if not all ranks join within 60 s.
+            ConnectError: on another rank than 0 of a sharded model, the server cannot be reached.
+            SettingsError: there is no optimizer or its steps cannot be followed, the client is attached already, a
+                CUDA graph is being captured, or the ranks of a sharded model do not know the run.
         """
-        steppers = steppers_of(optimizer)
-        if (session := self._usable_session()) is None:
+        steppers, model = steppers_of(optimizer), as_module(model)
+        if (session := self._session_for(model)) is None:
             counting = Listener(count=self._count, take=lambda: self._pulls.after_step(self.steps))
             return Attachment(model, steppers, counting) if self._is_other_rank else Attachment()
         if session.attachment.attached:
@@ -168,7 +172,7 @@ class EmaClient:
                 session.replace(model)
         return session.attach(model, steppers)
 
-    def update(self, model: nn.Module, step: SupportsIndex | None = None) -> None:
+    def update(self, model: nn.Module | Sequence[nn.Module], step: SupportsIndex | None = None) -> None:
         """Send a snapshot of `model` by hand; the weights have been copied when this returns.
 
         The first call joins the run. A step that is not divisible by `every` or not above the last one sends nothing.
@@ -184,8 +188,8 @@ class EmaClient:
                 captured into a CUDA graph.
             ClientClosed: the client was closed or finished.
         """
-        number = None if step is None else check_step("step", step, 0)
-        if (session := self._usable_session()) is None:
+        number, model = None if step is None else check_step("step", step, 0), as_module(model)
+        if (session := self._session_for(model)) is None:
             self._count(1 if number is None else max(0, number - self.steps))
             self._pulls.after_step(self.steps)
             return
@@ -258,7 +262,7 @@ class EmaClient:
         if (session := self._usable_session()) is not None:
             session.before_weight_write()
 
-    def set(self, model: nn.Module) -> bool:
+    def set(self, model: nn.Module | Sequence[nn.Module]) -> bool:
         """Have every average become the weights of `model`, as of the steps taken so far; the first call joins the run.
 
         Before the first step it gives averages with `init=start` what they begin with, if `update` is called by hand.
@@ -269,7 +273,8 @@ class EmaClient:
         Raises:
             PlanError, JoinError, ClientClosed: as of `update`.
         """
-        if (session := self._usable_session()) is None:
+        model = as_module(model)
+        if (session := self._session_for(model)) is None:
             return self._is_other_rank
         if not session.joined:
             session.join(model, self._settings, self.steps)
@@ -417,6 +422,12 @@ class EmaClient:
         names = [rule.name for rule in self._settings.averages]
         if average not in names:  # it may have been added on the server
             log.warning("ema: pull: %r is not among the averages of this client: %s", average, ", ".join(names))
+
+    def _session_for(self, model: nn.Module) -> Session | None:
+        """The usable session; made now on another rank than 0 if that holds a part of the model."""
+        if self._session is None and holds_part(model):
+            self._session = Session(self._settings, self._connect, self._pulls)
+        return self._usable_session()
 
     def _usable_session(self) -> Session | None:
         """The session; None where nothing is to be done: on other ranks, in a fork, after another client took over.

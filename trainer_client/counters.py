@@ -19,6 +19,7 @@ class Skip(StrEnum):
     REPEATED = "repeated"  # its step is not above the last one
     CAPTURING = "capturing"  # the step was recorded into a CUDA graph, not taken
     CHANGED = "changed"  # the model has changed since the run was joined, see `on_change`
+    GATHERED = "gathered"  # FSDP held whole parameters for a forward pass
     ERROR = "error"  # something failed on this side
 
 

@@ -35,6 +35,10 @@ class JoinError(EmaClientError):
         self.code = code
 
 
+class GatheredError(Exception):
+    """FSDP holds a sharded parameter whole at this moment; its name is the argument. Does not leave the package."""
+
+
 class PlanError(EmaClientError, ValueError):
     """A tensor cannot be streamed, or the tensors are no longer those that the run was joined with."""
 

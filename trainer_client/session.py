@@ -122,7 +122,12 @@ class Session:
             raise
         self._stream = stream
         _streaming.add(self)
-        log_joined(settings.run, stream.joined, steps, stream.last_due)
+        if stream.sends_nothing:
+            log.info("ema: other ranks send all that this rank holds of run %s", settings.run)
+            self._end(CLOSE_TIMEOUT_S, State.INERT)
+            return
+        if stream.rank == 0:
+            log_joined(settings.run, stream.joined, steps, stream.last_due)
 
     def attach(self, model: nn.Module, steppers: Sequence[Stepper]) -> Attachment:
         """Send a snapshot after every real step of these optimizers."""
@@ -189,6 +194,8 @@ class Session:
         if (stream := self._stream) is None or step < stream.steps:
             log.warning("ema: no checkpoint at step %d: the run is at step %d", step, self.steps or 0)
             return False
+        if stream.rank > 0:  # rank 0 asks for the generation
+            return self.worker.flush(timeout_s, durable=False)
         answer = self.publish(timeout_s)
         return log_checkpoint(step, answer, stream.due_until(step))
 
@@ -221,6 +228,8 @@ class Session:
             self.attachment.settle()
             stream.catch_up(seconds_left(deadline))
             answer = self.worker.finish(seconds_left(deadline))
+            if stream.rank > 0:
+                answer = dataclasses.replace(answer, warning=None)  # rank 0 logs what concerns the run
             finished = log_finished(self._settings.run, answer, stream.last_due, stream.stopped)
             self.attachment.when_stepped_later(partial(_warn_stepped_later, self._settings.run))
         self._end(CLOSE_TIMEOUT_S, State.FINISHED if finished else State.CLOSED)

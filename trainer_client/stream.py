@@ -21,14 +21,16 @@ from ema_proto.errors import LocalProtocolError
 from ema_proto.sender.events import SenderState
 from ema_proto.wire.manifest import Role
 from ema_proto.wire.messages import Join, Joined, Mode, Resume
+from ema_proto.wire.parts import from_ranges
 from trainer_client.companions import CompanionFile, check_companions
 from trainer_client.connection.worker import Worker
 from trainer_client.counters import Skip
-from trainer_client.errors import PlanError, SettingsError
+from trainer_client.errors import GatheredError, PlanError, SettingsError
 from trainer_client.model import adapters
 from trainer_client.model.plan import Plan
 from trainer_client.model.selection import Selection
 from trainer_client.model.sources import version_of
+from trainer_client.ranks import Place, place_of
 from trainer_client.settings import Settings, WhenBehind
 from trainer_client.staging.stagers import Stagers
 from trainer_client.steps.watch import Watch
@@ -58,21 +60,27 @@ class Stream:
     Args:
         worker: has joined the run.
         joined: the server's answer to that.
-        plan: the snapshots' tensors.
+        plan: the snapshots' tensors; of one rank of several, those that it sends.
         settings: `every`, whether copies may overlap, and whether to wait when behind.
         steps: optimizer steps already taken.
+        place: of this rank among those that stream the run.
 
     Attributes:
         steps: optimizer steps taken so far.
         joined: as given.
+        rank: of this process among those that stream the run.
         stopped: why nothing is sent any longer; None while snapshots are sent.
     """
 
-    def __init__(self, worker: Worker, joined: Joined, plan: Plan, settings: Settings, steps: int) -> None:
+    def __init__(
+        self, worker: Worker, joined: Joined, plan: Plan, settings: Settings, steps: int, place: Place
+    ) -> None:
         self.steps = steps
         self.joined = joined
         self.stopped: str | None = None
         self._worker = worker
+        self.rank = place.rank
+        self._has_peers = place.world > 1
         self._plan = plan
         self._stagers = Stagers(plan.manifest, worker.slots, worker.pins, worker.device_of)
         self._overlap = settings.overlap
@@ -98,12 +106,15 @@ class Stream:
             SettingsError: a graph is being captured: what joining does would spoil it.
         """
         plan = plan_of(model, settings)
+        place = place_of() if plan.is_sharded else Place()
+        if place.world > 1 and settings.run_generated:
+            raise SettingsError("the ranks of a sharded model must know the run: pass run=, or set EMA_RUN")
         devices = {tensor.device for tensor in plan.tensors()}
         if any(device.is_capturing() for device in map(worker.device_of, devices) if device is not None):
             raise SettingsError(
                 "a run cannot be joined while a CUDA graph is captured: call attach() or update() before"
             )
-        files = _with_adapter_config(settings.companions, plan)
+        files = _with_adapter_config(settings.companions, plan) if place.rank == 0 else None
         join = Join(
             run=settings.run,
             first_step=steps + 1,
@@ -120,12 +131,22 @@ class Stream:
             host=socket.gethostname()[:_HOST_CHARS_MAX],
             pid=os.getpid(),
             files=None if files is None else tuple(file.spec for file in files),
+            rank=place.rank,
+            world=place.world,
+            gang=place.gang,
         )
         # Slots made in inference mode could not be written outside it.
         with torch.inference_mode(False):
             joined = worker.join(join, settings.connect_timeout_s, tuple(file.data for file in files or ()))
         _log_half_lives(settings)
-        return cls(worker, joined, plan, settings, steps)
+        if joined.send is not None:
+            plan = plan.part(from_ranges(joined.send, len(plan.held.tensors)))
+        return cls(worker, joined, plan, settings, steps, place)
+
+    @property
+    def sends_nothing(self) -> bool:
+        """Whether all that this rank holds is sent by other ranks."""
+        return not self._plan.manifest.tensors
 
     @property
     def last_due(self) -> int:
@@ -183,8 +204,11 @@ class Stream:
     def take(self, model: nn.Module, *, overlap: bool = False) -> None:
         """Send a snapshot of the step counted last, once, if `every` sends it."""
         counted, self._counted = self._counted, False
-        if counted and self.steps % self._every == 0 and not self._is_stopped():
-            self._snapshot(model, self.steps, self._wait_s, overlap=overlap)
+        if not counted or self.steps % self._every:
+            return
+        sent = not self._is_stopped() and self._snapshot(model, self.steps, self._wait_s, overlap=overlap)
+        if not sent and self._has_peers:
+            self._worker.skip(self.steps, self.stopped or "nothing was sent, see its log")
 
     def stop(self, reason: str) -> None:
         """Send nothing more, and count each snapshot that is due, beginning with the one that failed."""
@@ -208,6 +232,8 @@ class Stream:
             wait_s: how long to wait for a slot and for the connection, in seconds.
         """
         missed, self._missed = self._missed, None
+        if self._has_peers:
+            return  # the other ranks have dropped that step
         if missed is None or not missed.is_unchanged():
             return
         self._counters.skipped[missed.reason] -= 1  # if it is skipped again it is counted again
@@ -251,6 +277,10 @@ class Stream:
                 self._worker.give_back(slot)
                 raise
             self._worker.offer(slot, step, mode, transfer)
+        except GatheredError as error:
+            text = f"step {step} was not sent, because FSDP has gathered parameter {error} for a forward pass"
+            self._skip(Skip.GATHERED, f"{text}: call update() after optimizer.step(), or model.reshard() before it")
+            return False
         except PlanError:
             raise
         # The trainer comes first: whatever else is wrong with a copy for an average is no reason to end a training.
@@ -303,6 +333,8 @@ def plan_of(model: nn.Module, settings: Settings) -> Plan:
         PlanError: it cannot be streamed, or an average's patterns match nothing of it.
     """
     plan = Plan.of(model, Selection(settings.include, settings.exclude, settings.trainable_only))
+    if plan.is_sharded:
+        return plan  # the server compares patterns with the tensors of all ranks
     try:
         check_matches(settings.averages, [tensor.name for tensor in plan.manifest.tensors])
     except LocalProtocolError as error:

@@ -97,6 +97,22 @@ def test_ddp_example_streams_from_rank_0_only(tmp_path: Path) -> None:
     assert (run["state"], run["step"], run["applied"]) == ("finished", _STEPS, _STEPS)
 
 
+def test_fsdp_example_streams_from_all_ranks(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "data") as server:
+        steps = ("STEPS = 2000", f"STEPS = {_STEPS}")
+        script = tmp_path / "train_fsdp2.py"
+        script.write_text(_script("train_fsdp2.py", ("tcp://127.0.0.1:5555", server.zmq), steps, _EVERY_STEP))
+        launched = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+        with Process(*launched) as trainer:
+            assert trainer.wait(180.0) == 0, list(trainer.errors)
+        run = server.get("/v1/runs/fsdp-digits")
+
+    assert sorted(line for line in trainer.lines if line.startswith("rank")) == [
+        f"rank {rank}: {_STEPS} steps, the client is finished" for rank in range(2)
+    ]
+    assert (run["state"], run["step"], run["applied"]) == ("finished", _STEPS, _STEPS)
+
+
 def test_accumulated_batches_and_steps_that_the_scaler_leaves_out_are_no_steps(tmp_path: Path) -> None:
     batches = ("BATCHES = 8000", f"BATCHES = {4 * _STEPS}")
     too_large = (("SCALE = 2.0**16", "SCALE = 2.0**127"), ("loss / BATCHES_PER_STEP", "loss * 1000"))

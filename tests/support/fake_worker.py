@@ -28,7 +28,7 @@ class FakeWorker(Worker):
         self.counters = Counters()
         self.device_of = device_of
         self.pins = Pins()
-        self._copies = TransferQueue(self._send, self.give_back, self.counters)
+        self._copies = TransferQueue(self._send, self.give_back, lambda step, why: None, self.counters)
         self.slots_count = slots
         self.slots: tuple[Slot, ...] = ()
         self.state = "greeted"

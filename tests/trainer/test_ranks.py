@@ -67,7 +67,9 @@ def test_other_ranks_return_success_and_need_no_server(
         "again": True,
     }
     assert client.stats()["client"] == "inert"
-    assert [record.getMessage() for record in caplog.records] == ["ema: rank 3 does not stream: rank 0 does"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "ema: rank 3 does not stream, unless the model is sharded: rank 0 does"
+    ]
 
 
 def test_context_of_another_rank_ends_without_a_server() -> None:

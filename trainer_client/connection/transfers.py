@@ -34,14 +34,20 @@ class TransferQueue:
     Args:
         send: takes a slot that is filled, its step and mode.
         give_back: takes a slot that will not be sent.
+        skip: takes a step that will not be sent, and why.
         counters: `torn` and `failed` are written here, and nothing else.
     """
 
     def __init__(
-        self, send: Callable[[Slot, int, Mode], None], give_back: Callable[[Slot], None], counters: Counters
+        self,
+        send: Callable[[Slot, int, Mode], None],
+        give_back: Callable[[Slot], None],
+        skip: Callable[[int, str], None],
+        counters: Counters,
     ) -> None:
         self._send = send
         self._give_back = give_back
+        self._skip = skip
         self._counters = counters
         self._changed = threading.Condition()
         self._waiting: deque[_Snapshot | Callable[[], object]] = deque()  # the first stays until it is done
@@ -110,6 +116,7 @@ class TransferQueue:
             self._counters.failed += 1
             self._lost = self._lost or (snapshot.transfer is not None and snapshot.transfer.lost)
             self._give_back(snapshot.slot)
+            self._skip(snapshot.step, "its copy failed")
             log.warning("ema: step %d was not sent, its copy failed: %r", snapshot.step, error)
             return
         if whole:
@@ -117,6 +124,7 @@ class TransferQueue:
             return
         self._counters.torn += 1
         self._give_back(snapshot.slot)
+        self._skip(snapshot.step, "its copy was torn")
         if not self._warned:
             log.warning(
                 "ema: step %d was not sent: something other than an optimizer wrote the weights during their copy; "

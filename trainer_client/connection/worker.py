@@ -18,6 +18,7 @@ from ema_proto.limits import SLOTS
 from ema_proto.sender.events import Answered, SenderState
 from ema_proto.sender.machine import Sender
 from ema_proto.wire import messages as m
+from ema_proto.wire.parts import from_ranges, part_of
 from trainer_client.connection.addresses import described, first_bytes, is_http
 from trainer_client.connection.driver import Driver, Pending
 from trainer_client.connection.link import Link
@@ -55,7 +56,7 @@ class Worker:
         self.pins = Pins()
         self.slots: tuple[Slot, ...] = ()
         self._endpoint = endpoint
-        self._copies = TransferQueue(self._send, self.give_back, self.counters)
+        self._copies = TransferQueue(self._send, self.give_back, self._say_skipped, self.counters)
         self._shared = Shared()
         self._publishing: Pending | None = None  # the last request of `publish_soon`
         self._link = Link(endpoint)
@@ -118,7 +119,9 @@ class Worker:
             )
 
     def join(self, join: m.Join, timeout_s: float, files: tuple[bytes, ...] = ()) -> m.Joined:
-        """Make the slots and join the run; return the server's answer.
+        """Join the run and make the slots; return the server's answer.
+
+        One of several ranks learns from the answer how long its snapshots are; otherwise the slots are made first.
 
         Args:
             join: the request.
@@ -128,16 +131,10 @@ class Worker:
         Raises:
             JoinError: the server refused (`code` says why), did not answer in time, or the slots do not fit in memory.
         """
-        try:
-            slots = make_slots(join.manifest.nbytes, SLOTS)
-        except (OSError, MemoryError) as error:
-            text = f"cannot allocate {SLOTS} slots of {join.manifest.nbytes} bytes: {error}"
-            raise JoinError(text, RejectCode.OUT_OF_MEMORY) from None
         shared = self._shared
-        self.slots = slots
-        self._driver.lend(slots, files)
-        with shared.changed:
-            shared.free = list(slots)
+        self._driver.lend((), files)
+        if join.world == 1:
+            self._make_slots(join.manifest.nbytes, files)
         self._driver.do(lambda _: self._sender.join(join))
         with shared.changed:
             shared.wait(lambda: shared.joined or shared.refused or shared.is_down_for(timeout_s), _RESTORE_S)
@@ -146,10 +143,17 @@ class Worker:
             if shared.joined is None:
                 raise JoinError(f"run {join.run!r}: the server at {self._endpoint} has not answered")
             joined, capabilities = shared.joined, shared.capabilities
+        if joined.send is not None:
+            nbytes = part_of(join.manifest, from_ranges(joined.send, len(join.manifest.tensors))).nbytes
+            self._make_slots(nbytes, files)
         if join.files and m.FILES not in capabilities:
             text = "ema: the server at %s takes no companion files: the versions of run %s are without them; upgrade it"
             log.warning(text, self._endpoint, join.run)
         return joined
+
+    def skip(self, step: int, why: str) -> None:
+        """Say, as one rank of several, that nothing is sent of a due step; after what was offered before."""
+        self._copies.then(lambda: self._say_skipped(step, why))
 
     def watch(self, look: Callable[[float], None]) -> None:
         """Have `look(now)` called several times a second by the connection's thread, which must not be held up."""
@@ -263,6 +267,21 @@ class Worker:
             self._shared.offered += 1
             self._shared.last_offered = step
         self._driver.do(lambda now: self._sender.offer(slot.index, step, now, mode))
+
+    def _say_skipped(self, step: int, why: str) -> None:
+        self._driver.do(lambda _: self._sender.skip(step, why))
+
+    def _make_slots(self, nbytes: int, files: tuple[bytes, ...]) -> None:
+        if not nbytes:
+            return
+        try:
+            self.slots = make_slots(nbytes, SLOTS)
+        except (OSError, MemoryError) as error:
+            text = f"cannot allocate {SLOTS} slots of {nbytes} bytes: {error}"
+            raise JoinError(text, RejectCode.OUT_OF_MEMORY) from None
+        self._driver.lend(self.slots, files)
+        with self._shared.changed:
+            self._shared.free = list(self.slots)
 
     def _disconnect(self, timeout_s: float) -> bool:
         """Say goodbye, end the driver and let go of the slots; False while the driver may still read them."""

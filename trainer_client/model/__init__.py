@@ -5,5 +5,6 @@
 - `selection`: which part of a model is streamed: patterns of names, or what is trained
 - `adapters`: the active adapter of a model with PEFT, under the names of PEFT's files
 - `wrappers`: modules wrapped around others (DDP, torch.compile), whose prefixes are dropped from names
+- `shards`: what this rank holds of a sharded tensor
 - `dtypes`: which kinds of tensors can be streamed, and under which wire dtype
 """

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trainer_client.errors import PlanError
+from trainer_client.model.shards import local_of
 
 WIRE_DTYPES: Final[dict[torch.dtype, str]] = {
     torch.float64: "F64",
@@ -34,7 +35,8 @@ def wire_dtype(name: str, tensor: Tensor) -> str:
     Raises:
         PlanError: a snapshot cannot hold a tensor of this kind.
     """
-    problem = _kind_problem(tensor) or _dtype_problem(tensor)
+    local = local_of(tensor)
+    problem = _kind_problem(local) or _dtype_problem(local)
     if problem is not None:
         raise PlanError(f"tensor {name!r} {problem}")
     return WIRE_DTYPES[tensor.dtype]
@@ -43,8 +45,6 @@ def wire_dtype(name: str, tensor: Tensor) -> str:
 def _kind_problem(tensor: Tensor) -> str | None:
     if is_lazy(tensor):
         return "has no shape yet (a lazy module): run one forward pass first"
-    if type(tensor).__name__ == "DTensor":
-        return "is sharded (DTensor): send a full copy of the model with update() from rank 0"
     if getattr(tensor, "ds_numel", tensor.numel()) != tensor.numel():
         return "is partitioned by DeepSpeed (ZeRO stage 3): send a full copy of the model with update() from rank 0"
     if hasattr(tensor, "ds_id"):

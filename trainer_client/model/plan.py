@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ema_proto.errors import LocalProtocolError
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
-from trainer_client.errors import PlanError
+from ema_proto.wire.parts import part_of
+from trainer_client.errors import GatheredError, PlanError
 from trainer_client.model.adapters import Adapter
 from trainer_client.model.dtypes import WIRE_DTYPES, wire_dtype
 from trainer_client.model.selection import WHOLE, Selection
+from trainer_client.model.shards import box_of, holds_part, is_sharded
 from trainer_client.model.sources import Identity, Node, Source, check_state_dict, identity, walk
 
 log = logging.getLogger("ema")
@@ -34,9 +36,15 @@ _WHAT_TO_DO: Final = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """The streamed tensors of one model, tied ones once; build with `Plan.of`."""
+    """The streamed tensors of one model, tied ones once; build with `Plan.of`.
+
+    Attributes:
+        manifest: of what is sent. On one rank of several, that is some of what it holds, see `part`.
+        held: of all that this rank holds.
+    """
 
     manifest: Manifest
+    held: Manifest
     model: nn.Module
     _sources: tuple[Source, ...] = field(repr=False)
     _ties: tuple[tuple[Source, Source], ...] = field(repr=False)
@@ -74,6 +82,8 @@ class Plan:
         if not isinstance(model, nn.Module):
             raise PlanError(f"{type(model).__name__} is not a torch.nn.Module: pass the model itself")
         nodes, found = walk(model)
+        if holds_part(model):
+            model.state_dict()  # has FSDP put back the shards of what it gathered for a forward pass
         if not found:
             raise PlanError("the model has no parameters and no buffers: there is nothing to average")
         adapter = Adapter.of(model) if selection.is_whole else None
@@ -89,7 +99,18 @@ class Plan:
             raise PlanError(str(error)) from None
         ties = tuple((group[0], alias) for group in groups for alias in group[1:])
         firsts = tuple(group[0] for group in groups)
-        return cls(manifest, model, firsts, ties, nodes, selection.fixed(found), extra_state, adapter)
+        return cls(manifest, manifest, model, firsts, ties, nodes, selection.fixed(found), extra_state, adapter)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of the model: shards, or the stages of a pipeline."""
+        return holds_part(self.model)
+
+    def part(self, indices: Sequence[int]) -> Plan:
+        """The plan of what this rank sends, by indices into the tensors that it holds."""
+        part = part_of(self.held, indices)
+        sources = tuple(self._sources[index] for index in indices)
+        return replace(self, manifest=Manifest(part.tensors), _sources=sources)
 
     def renewed(self, model: nn.Module) -> Plan:
         """This plan if it still describes `model`, else a new one of the same manifest (modules replaced by like ones).
@@ -105,26 +126,32 @@ class Plan:
             and self._ties_hold()
         ):
             return self
-        tied = {name: spec.name for spec in self.manifest.tensors for name in (spec.name, *spec.aliases)}
+        tied = {name: spec.name for spec in self.held.tensors for name in (spec.name, *spec.aliases)}
         fresh = Plan._of(model, self._selection, tied)
-        difference = self.manifest.first_difference(fresh.manifest)
+        difference = self.held.first_difference(fresh.held)
         if self.adapter is not None and fresh.adapter is not None and self.adapter.name != fresh.adapter.name:
             difference = f"the adapter {fresh.adapter.name!r} is active, it was {self.adapter.name!r}"
         if difference is not None:
             raise PlanError(f"the model has changed: {difference}; {_WHAT_TO_DO}")
-        return fresh
+        if self.manifest is self.held:
+            return fresh
+        places = {spec.name: index for index, spec in enumerate(self.held.tensors)}
+        return fresh.part([places[spec.name] for spec in self.manifest.tensors])
 
     def tensors(self) -> list[Tensor]:
         """The live tensors now, in the manifest's order.
 
         Raises:
             PlanError: one of them is gone, or has another dtype or shape than in the manifest.
+        GatheredError: FSDP has gathered a sharded one for a forward pass.
         """
         return list(self._checked_tensors())
 
     def _checked_tensors(self) -> Iterator[Tensor]:
         for source, spec in zip(self._sources, self.manifest.tensors, strict=True):
             tensor = _required(source)
+            if spec.box is not None and not is_sharded(tensor):
+                raise GatheredError(source.name)
             if tensor.shape != spec.shape or WIRE_DTYPES.get(tensor.dtype) != spec.dtype:
                 raise PlanError(
                     f"the model has changed: tensor {source.name!r} is {tensor.dtype} {list(tensor.shape)}, "
@@ -161,7 +188,8 @@ def _spec(group: list[Source], dtype: str) -> TensorSpec:
     first = group[0]
     tensor = _required(first)
     aliases = tuple(alias.name for alias in group[1:])
-    return TensorSpec(first.name, dtype, tuple(tensor.shape), _role(first, tensor), 0, aliases)
+    shape, box = tuple(tensor.shape), box_of(first.name, tensor)
+    return TensorSpec(first.name, dtype, shape, _role(first, tensor), 0, aliases, box)
 
 
 def _role(source: Source, tensor: Tensor) -> Role:

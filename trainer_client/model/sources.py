@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer_client.errors import PlanError
-from trainer_client.model.wrappers import canonical_name, wrapped_attribute
+from trainer_client.model.shards import is_sharded, local_of
+from trainer_client.model.wrappers import Stages, canonical_name, wrapped_attribute
 
 Identity: TypeAlias = tuple[object, ...]
 
@@ -80,7 +81,12 @@ def walk(model: nn.Module) -> tuple[tuple[Node, ...], tuple[Source, ...]]:
 
 
 def identity(tensor: Tensor) -> Identity | None:
-    """A key that two tensors share if and only if they are the same view of the same memory; None if empty."""
+    """A key that two tensors share if and only if they are the same view of the same memory; None if empty.
+
+    Sharded tensors are the same if they are one object: a rank that holds nothing of them must find the same ties.
+    """
+    if is_sharded(tensor):
+        return (id(tensor),)
     if tensor.layout is not torch.strided or tensor.numel() == 0:
         return None
     place = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset())
@@ -88,9 +94,9 @@ def identity(tensor: Tensor) -> Identity | None:
 
 
 def storage_address(tensor: Tensor) -> int | None:
-    """The address of the tensor's storage; None if it has none (sparse, sharded): such tensors are not streamed."""
+    """The address of the tensor's storage on this rank; None if it has none (sparse): such are not streamed."""
     try:
-        return tensor.untyped_storage().data_ptr()
+        return local_of(tensor).untyped_storage().data_ptr()
     except RuntimeError:  # NotImplementedError is one
         return None
 
@@ -125,7 +131,7 @@ def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: boo
         if name not in tensors and name.rpartition(".")[2] == EXTRA_STATE:
             extra_state.append(name)
             continue
-        if name not in tensors or not isinstance(value, Tensor) or identity(value) != identity(tensors[name]):
+        if name not in tensors or not isinstance(value, Tensor) or not _is_same(value, tensors[name]):
             raise PlanError(
                 f"the state dict's {name!r} is not a parameter or buffer of the model but made by its own state_dict() "
                 "or a hook: stream the module inside, whose state dict is plain"
@@ -139,14 +145,22 @@ def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: boo
     return tuple(extra_state)
 
 
+def _is_same(entry: Tensor, tensor: Tensor) -> bool:
+    """Whether an entry of a state dict is this tensor, detached."""
+    if is_sharded(entry) and is_sharded(tensor):
+        return entry.shape == tensor.shape and identity(local_of(entry)) == identity(local_of(tensor))
+    return identity(entry) == identity(tensor)
+
+
 def _nodes(module: nn.Module, prefix: str) -> Iterator[tuple[str, Node]]:
     node = Node.of(module)
     yield prefix, node
-    inner = wrapped_attribute(module, prefix.removesuffix("."))
+    inner, stages = wrapped_attribute(module, prefix.removesuffix(".")), isinstance(module, Stages)
     for name, child in module._modules.items():
+        # The stages of a pipeline have the names that they have in the whole model.
         # Another child of a wrapper holds the wrapped module once more: Fabric's has it also in DDP.
         if child is not None and inner in (None, name):
-            yield from _nodes(child, prefix if name == inner else f"{prefix}{name}.")
+            yield from _nodes(child, prefix if name == inner or stages else f"{prefix}{name}.")
 
 
 def _parameters(module: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ are imported already: a class that was never imported has no instances, and impo
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Final
 
 from torch import nn
@@ -29,6 +30,15 @@ _WRAPPERS: Final = (
 _FSDP1: Final = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
 
 
+class Stages(nn.Module):
+    """The modules that a rank of a pipeline holds, each with the names that its tensors have in the whole model."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        for index, module in enumerate(modules):
+            self.add_module(str(index), module)
+
+
 def wrapped_attribute(module: nn.Module, name: str) -> str | None:
     """The attribute under which a wrapper holds the wrapped module; None if `module`, named `name`, is no wrapper.
 
@@ -38,8 +48,8 @@ def wrapped_attribute(module: nn.Module, name: str) -> str | None:
     if _is(module, *_FSDP1):
         where = repr(name) if name else "the model"
         raise PlanError(
-            f"{where} is wrapped in FullyShardedDataParallel, and sharded models cannot be streamed: "
-            "train it with DistributedDataParallel, or send a gathered copy with update() from rank 0"
+            f"{where} is wrapped in FullyShardedDataParallel (FSDP 1), whose flattened parameters cannot be streamed: "
+            "shard it with fully_shard (FSDP 2), or send a gathered copy with update() from rank 0"
         )
     return next((attribute for file, cls, attribute in _WRAPPERS if _is(module, file, cls)), None)
 
@@ -59,8 +69,9 @@ def canonical_name(model: nn.Module, key: str) -> str:
         inner = module._modules[child] if dot and child in module._modules else None
         if inner is None:
             return ".".join([*parts, rest])
+        if not isinstance(module, Stages):
+            parts.append(child)
         module, rest = inner, tail
-        parts.append(child)
 
 
 def _is(module: nn.Module, file: str, cls: str) -> bool:

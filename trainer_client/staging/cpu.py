@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ema_proto.wire.manifest import Manifest, TensorSpec
 from trainer_client.model.dtypes import WIRE_DTYPES
+from trainer_client.model.shards import local_of
 from trainer_client.staging.slots import Slot
 
 _TORCH_DTYPES = {name: dtype for dtype, name in WIRE_DTYPES.items()}
@@ -29,7 +30,7 @@ class CpuStager:
     def stage(self, tensors: Sequence[Tensor], slot: Slot) -> None:
         """Copy `tensors` (the manifest's order, dtypes and shapes) into `slot`."""
         with torch.no_grad():
-            torch._foreach_copy_(self._views_of(slot), list(tensors))
+            torch._foreach_copy_(self._views_of(slot), [local_of(tensor) for tensor in tensors])
 
     def _views_of(self, slot: Slot) -> list[Tensor]:
         if slot.index not in self._views:
@@ -41,6 +42,6 @@ def slot_views(memory: Tensor, wanted: Iterable[tuple[TensorSpec, int]]) -> list
     """Row-major views of `memory` (uint8, 1-D): for each spec, the tensor whose first byte is at the given offset."""
     with torch.inference_mode(False):  # views made in inference mode could not be written outside it
         return [
-            memory[start : start + spec.nbytes].view(_TORCH_DTYPES[spec.dtype]).view(spec.shape)
+            memory[start : start + spec.nbytes].view(_TORCH_DTYPES[spec.dtype]).view(spec.held_shape)
             for spec, start in wanted
         ]

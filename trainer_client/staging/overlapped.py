@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ema_proto.wire.manifest import Manifest
+from trainer_client.model.shards import local_of
 from trainer_client.model.sources import version_of
 from trainer_client.staging.copy_plan import CopyPlan, pieces
 from trainer_client.staging.cpu import slot_views
@@ -103,10 +104,11 @@ class OverlappedStager:
         compute: DeviceStream,
     ) -> None:
         # Aliases, which share versions: after `p.data = x` the old memory must live until it is copied.
-        sources = [tensor.detach() for tensor in tensors]
+        aliases = [tensor.detach() for tensor in tensors]
+        sources = [local_of(alias) for alias in aliases]  # of a sharded tensor the optimizer raises the version of all
         targets = self._targets_of(slot)
         plan = self._plan
-        watched = [(sources[index], version_of(sources[index])) for index in plan.on_side]
+        watched = [(aliases[index], version_of(aliases[index])) for index in plan.on_side]
         if previous is not None:
             previous.hold_back(compute)  # its copies read the scratch
         self._gather(sources)

@@ -56,9 +56,14 @@ class TensorSpec:
         return (self.name, *self.aliases)
 
     @property
+    def held_shape(self) -> tuple[int, ...]:
+        """The shape of what is held: of the tensor, or of the box."""
+        return self.shape if self.box is None else self.box.sizes
+
+    @property
     def elements(self) -> int:
         """Number of elements that are held (1 for a 0-d tensor)."""
-        return math.prod(self.shape) if self.box is None else self.box.elements
+        return math.prod(self.held_shape)
 
     @property
     def nbytes(self) -> int:
@@ -129,6 +134,8 @@ class Manifest:
                 return f"tensor {t.name!r} is new"
             if (known.dtype, known.shape) != (t.dtype, t.shape):
                 return f"tensor {t.name!r} is {t.dtype}{list(t.shape)}, it was {known.dtype}{list(known.shape)}"
+            if known.box != t.box:
+                return f"of tensor {t.name!r} this rank holds {t.box or 'all'}, it held {known.box or 'all'}"
             if known.aliases != t.aliases:
                 return f"tensor {t.name!r} is tied to {_names(t.aliases)}, it was tied to {_names(known.aliases)}"
         for name in mine:

@@ -37,7 +37,10 @@ class _Queue:
     def __init__(self) -> None:
         self.done: list[str] = []
         self.queue = TransferQueue(
-            lambda slot, step, mode: self.done.append(f"step {step}"), lambda slot: None, Counters()
+            lambda slot, step, mode: self.done.append(f"step {step}"),
+            lambda slot: None,
+            lambda step, why: self.done.append(f"skip {step}: {why}"),
+            Counters(),
         )
         self.slot = make_slots(8, 1)[0]
 

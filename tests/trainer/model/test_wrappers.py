@@ -140,7 +140,7 @@ def test_parameters_of_zero3_are_refused_by_name() -> None:
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore")
-def test_sharded_tensors_are_refused_by_name() -> None:
+def test_sharded_tensors_on_a_mesh_of_one_are_whole() -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
     try:
@@ -150,5 +150,7 @@ def test_sharded_tensors_are_refused_by_name() -> None:
 
     model = distribute_module(nn.Sequential(nn.Linear(2, 2)), init_device_mesh("cpu", (1,)))
 
-    with pytest.raises(PlanError, match=r"'0\.weight'.*DTensor"):
-        Plan.of(model)
+    plan = Plan.of(model)
+
+    assert plan.manifest == Plan.of(nn.Sequential(nn.Linear(2, 2))).manifest
+    assert [tensor.shape for tensor in plan.tensors()] == [(2, 2), (2,)]

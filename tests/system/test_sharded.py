@@ -1,0 +1,92 @@
+"""Sharded trainers: real FSDP2, HSDP and tensor parallelism on gloo. Files are byte for byte those of a whole model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from support.processes import Process, ServerProcess
+
+SCRIPT = str(Path(__file__).parents[1] / "support" / "sharded_training.py")
+
+pytestmark = pytest.mark.slow
+
+
+def _train(server: ServerProcess, **given: Any) -> list[dict[str, Any]]:
+    """Run a training; returns what each rank printed, by rank."""
+    arguments: dict[str, Any] = {"endpoint": server.zmq, "run": "sharded", "kind": "fsdp", "world": 2, "steps": 4}
+    arguments |= given
+    with Process(SCRIPT, json.dumps(arguments)) as process:
+        code = process.wait(100.0)
+        ranks = sorted((json.loads(line) for line in process.lines), key=lambda each: int(each["rank"]))
+        if "kill" not in given:
+            assert code == 0, "\n".join(list(process.errors)[-30:])
+            assert [each["done"] for each in ranks] == [True] * arguments["world"], ranks
+    return ranks
+
+
+def _files(data: Path, run: str) -> dict[str, bytes]:
+    """The weights of the newest generation of a run, by average."""
+    generation = max((data / "runs" / run / "generations").iterdir())
+    return {path.name: (path / "model.safetensors").read_bytes() for path in (generation / "averages").iterdir()}
+
+
+def _ledger(data: Path, run: str) -> list[Any]:
+    generation = max((data / "runs" / run / "generations").iterdir())
+    records = [json.loads((path / "version.json").read_text()) for path in sorted((generation / "averages").iterdir())]
+    return [{key: value for key, value in record.items() if "ledger" in key or key == "step"} for record in records]
+
+
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [
+        ("fsdp", 1),
+        ("fsdp", 2),
+        ("fsdp", 4),
+        ("bf16", 2),
+        ("offload", 2),
+        ("columns", 2),
+        ("hsdp", 4),
+        ("tensor-parallel", 4),
+    ],
+)
+def test_averages_of_shards_are_those_of_the_whole_model(kind: str, world: int, tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "data") as server:
+        ranks = _train(server, kind=kind, world=world, weights=str(tmp_path / "weights.pt"))
+        assert [each["committed"] for each in ranks] == [4] * world
+        files = _files(tmp_path / "data", "sharded")
+        assert set(files) == {"raw", "ema-0.9"}
+        assert files == _files(tmp_path / "data", "sharded-twin")
+        assert _ledger(tmp_path / "data", "sharded") == _ledger(tmp_path / "data", "sharded-twin")
+    last = torch.load(tmp_path / "weights.pt")[-1]
+    (tmp_path / "raw.safetensors").write_bytes(files["raw"])
+    raw = load_file(tmp_path / "raw.safetensors")
+    assert set(raw) == set(last)
+    assert all(torch.equal(value, last[name]) for name, value in raw.items())
+
+
+def test_run_continues_with_another_number_of_ranks(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "data") as server:
+        first = 1
+        for world in (4, 2, 1, 4):
+            is_last = first == 10
+            _train(server, world=world, steps=3, first_step=first, finish=is_last, seed=first)
+            first += 3
+        assert _files(tmp_path / "data", "sharded") == _files(tmp_path / "data", "sharded-twin")
+        assert [each["step"] for each in _ledger(tmp_path / "data", "sharded")] == [12, 12]
+        assert _ledger(tmp_path / "data", "sharded") == _ledger(tmp_path / "data", "sharded-twin")
+
+
+def test_killed_rank_costs_its_step_and_a_restarted_job_goes_on(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "data") as server:
+        client = {"incarnation": 0}
+        _train(server, world=2, steps=6, kill=[1, 4], client=client, twin=False, finish=False)
+        client = {"incarnation": 1}
+        ranks = _train(server, world=2, steps=3, first_step=5, client=client, twin=False)
+        assert [each["committed"] for each in ranks] == [3, 3]
+        assert [each["step"] for each in _ledger(tmp_path / "data", "sharded")] == [7, 7]

@@ -1,0 +1,151 @@
+"""What a rank holds of a sharded tensor. Shards of several ranks are tested in tests/system/test_sharded.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from ema_proto.wire.boxes import Box
+from trainer_client.errors import GatheredError, PlanError
+from trainer_client.model.plan import Plan
+from trainer_client.model.shards import as_module, box_of, holds_part, local_of
+from trainer_client.model.sources import storage_address, version_of
+
+tensors = pytest.importorskip("torch.distributed.tensor", reason="torch 2.4 has DTensor under a private name")
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+class _Chunk:
+    def __init__(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+        self.offsets, self.sizes = offsets, sizes
+
+
+class DTensor:
+    """Looks like a DTensor of several ranks."""
+
+    device_mesh = "mesh"
+
+    def __init__(
+        self, shape: tuple[int, ...], local: Tensor, *chunks: _Chunk, placements: tuple[object, ...] = ()
+    ) -> None:
+        self.shape, self.placements = torch.Size(shape), placements
+        self._local, self._chunks = local, list(chunks)
+
+    def to_local(self) -> Tensor:
+        return self._local
+
+    def __create_chunk_list__(self) -> list[_Chunk]:
+        return self._chunks
+
+
+class Partial:
+    pass
+
+
+def _box(*arguments: Any, **more: Any) -> Box | None:
+    return box_of("w", DTensor(*arguments, **more))  # type: ignore[arg-type]
+
+
+def test_box_is_that_of_the_local_rows() -> None:
+    assert _box((5, 2), torch.zeros(2, 2), _Chunk((3, 0), (2, 2))) == Box((3, 0), (2, 2))
+
+
+def test_box_of_all_is_the_whole_tensor() -> None:
+    assert _box((5, 2), torch.zeros(5, 2), _Chunk((0, 0), (5, 2))) is None
+
+
+def test_rank_may_hold_nothing() -> None:
+    assert _box((1, 2), torch.zeros(0, 2), _Chunk((1, 0), (0, 2))) == Box((1, 0), (0, 2))
+
+
+@pytest.mark.parametrize(
+    "chunks", [[], [_Chunk((0, 0), (3, 2))], [_Chunk((4, 0), (2, 2))], [_Chunk((0, 0), (1, 2)), _Chunk((2, 0), (1, 2))]]
+)
+def test_box_that_is_not_the_local_memory_is_refused_by_name(chunks: list[_Chunk]) -> None:
+    with pytest.raises(PlanError, match=r"tensor 'w' is sharded .* local shape of \[2, 2\]"):
+        _box((5, 2), torch.zeros(2, 2), *chunks)
+
+
+def test_partial_sums_are_refused_by_name() -> None:
+    with pytest.raises(PlanError, match="tensor 'w' holds partial sums"):
+        _box((5, 2), torch.zeros(5, 2), _Chunk((0, 0), (5, 2)), placements=(Partial(),))
+
+
+def test_writes_to_a_sharded_parameter_are_seen_though_its_local_tensor_does_not_count_them(mesh: Any) -> None:
+    model = nn.Linear(2, 2)
+    tensors.distribute_module(model, mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = (
+        [version_of(each) for each in model.parameters()],
+        [version_of(local_of(each)) for each in model.parameters()],
+    )
+    model(torch.ones(1, 2)).sum().to_local().backward()
+    optimizer.step()
+    assert all(version_of(each) > was for each, was in zip(model.parameters(), before[0], strict=True))
+    assert [version_of(local_of(each)) for each in model.parameters()] == before[1]
+
+
+def test_sharded_parameter_has_the_address_of_its_local_memory(mesh: Any) -> None:
+    model = nn.Linear(2, 2)
+    tensors.distribute_module(model, mesh)
+    assert storage_address(model.weight) == local_of(model.weight).untyped_storage().data_ptr()
+
+
+def test_tied_sharded_parameters_are_one_tensor(mesh: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    tensors.distribute_module(model, mesh)
+    model[1].weight = model[0].weight
+    assert [tensor.names for tensor in Plan.of(model).manifest.tensors] == [("0.weight", "1.weight")]
+
+
+def test_stages_of_a_pipeline_keep_their_names() -> None:
+    whole = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    first, last = nn.ModuleDict({"a": whole["a"]}), nn.ModuleDict({"c": whole["c"]})
+    stages = as_module([first, last])
+    assert holds_part(stages)
+    assert [tensor.name for tensor in Plan.of(stages).manifest.tensors] == ["a.weight", "a.bias", "c.weight", "c.bias"]
+
+
+def test_stages_with_equal_names_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"two tensors are named 'weight'"):
+        Plan.of(as_module([nn.Linear(2, 2), nn.Linear(2, 2)]))
+
+
+def _first_row(name: str, tensor: Tensor) -> Box:
+    return Box((0,) * tensor.dim(), (1, *tensor.shape[1:]))
+
+
+def test_gathered_parameter_is_not_taken_for_a_change_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 4)
+    monkeypatch.setattr(
+        "trainer_client.model.plan.box_of",
+        lambda name, tensor: Box((0, *(0 for _ in tensor.shape[1:])), (1, *tensor.shape[1:])),
+    )
+    plan = Plan.of(model)
+    with pytest.raises(GatheredError, match="weight"):
+        plan.tensors()
+
+
+def test_plan_of_a_part_has_some_of_the_tensors() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))
+    part = Plan.of(model).part([1, 3])
+    assert [(tensor.name, tensor.offset) for tensor in part.manifest.tensors] == [("0.bias", 0), ("1.bias", 8)]
+    assert [tensor.shape for tensor in part.renewed(model).tensors()] == [(2,), (3,)]
+    model[1] = nn.Linear(2, 3)
+    renewed = part.renewed(model)
+    assert renewed.tensors()[1] is model[1].bias
+    assert renewed.manifest == part.manifest
