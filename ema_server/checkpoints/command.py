@@ -44,7 +44,7 @@ def average(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR...",
+            metavar="DIR",
             help="Checkpoints: folders or safetensors files. Or one folder that holds them.",
         ),
     ],

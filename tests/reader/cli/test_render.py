@@ -180,7 +180,7 @@ def test_help_fits_into_80_columns_and_cuts_nothing(monkeypatch: pytest.MonkeyPa
 
     assert max(map(len, shown.splitlines())) <= 80
     assert "…" not in shown
-    for repeated in ("cuda:0, ...", "[ARGS]...", "{DIR...}..."):
+    for repeated in ("cuda:0, ...", "[ARGS]...", "{DIR}..."):
         shown = shown.replace(repeated, "")
     assert "..." not in shown
     assert "<bool>" not in shown
