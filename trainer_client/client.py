@@ -253,14 +253,18 @@ class EmaClient:
             pull.remove()  # like every method here, it does nothing then
         return pull
 
-    def before_weight_write(self) -> None:
+    def before_weight_write(self, timeout_s: float = 0.0) -> None:
         """Say that something other than an optimizer is about to write the weights, on a CUDA device, after `attach`.
 
         Writes through `.data` cannot be detected and tear a snapshot that is being copied; other writes cost it. After
         this call the device finishes the copy before it does anything else on the current stream; nothing blocks here.
+
+        Args:
+            timeout_s: if the last step was skipped, on any device, wait so long to send it before it is overwritten.
         """
+        timeout_s = check_timeout("timeout_s", timeout_s)
         if (session := self._usable_session()) is not None:
-            session.before_weight_write()
+            session.before_weight_write(timeout_s)
 
     def set(self, model: nn.Module | Sequence[nn.Module]) -> bool:
         """Have every average become the weights of `model`, as of the steps taken so far; the first call joins the run.

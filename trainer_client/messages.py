@@ -20,8 +20,9 @@ def log_joined(run: str, joined: Joined, steps: int, last_due: int) -> None:
         last_due: the newest of them that `every` sends.
     """
     if joined.set_aside is not None:
-        text = "ema: run %s begins; the earlier run of this name is kept as %s (to resume a run, pass step= or %s)"
-        log.warning(text, run, joined.set_aside, "call load_state_dict()")
+        text = "ema: run %s begins; the earlier run of this name is kept as %s (to continue a run, resume the training "
+        text += "from its checkpoint, or pass step= or call load_state_dict())"
+        log.warning(text, run, joined.set_aside)
     elif joined.continuation != "new" and joined.last_step is not None:
         if joined.last_step < last_due:
             verb = "went back to" if joined.continuation == "rewound" else "are at"
@@ -44,7 +45,8 @@ def log_checkpoint(step: int, answer: Answered, due: int) -> bool:
     elif answer.step is None:
         log.warning("ema: no checkpoint at step %d: the run has no snapshot", step)
     elif answer.step < due:
-        text = "ema: no checkpoint at step %d: the generation holds step %d, later steps were not applied"
+        text = "ema: no checkpoint at step %d: the generation holds step %d, later steps were not applied; a training "
+        text += "that resumes from here continues its averages from that generation"
         log.warning(text, step, answer.step)
     else:
         return True

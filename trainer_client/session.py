@@ -169,10 +169,15 @@ class Session:
             return False
         return self._send(model, partial(stream.replace, model, stream.steps if step is None else step)) or False
 
-    def before_weight_write(self) -> None:
-        """The weights are about to be written by something that is not an optimizer."""
+    def before_weight_write(self, timeout_s: float) -> None:
+        """The weights are about to be written by something that is not an optimizer.
+
+        A last step that was skipped is sent first, if that takes no longer than `timeout_s`.
+        """
         if self._stream is not None:
             self.attachment.settle()
+            if timeout_s > 0:
+                self._stream.catch_up(timeout_s)
             self._stream.forget_missed()
             self._stream.hold_back_writes()
 

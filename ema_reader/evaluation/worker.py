@@ -12,9 +12,11 @@ import logging
 import random
 import socket
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ema_reader.errors import LeaseLost, NotFound, ReaderError, RequestRefused, Unreachable, VerificationFailed
@@ -256,11 +258,17 @@ def measure(reader: Reader, version: Version, function: Evaluate, device: str, t
     try:
         found = measured(function(weights))
     except Exception as failure:  # the user's code: its error is the result to report
-        error = f"{type(failure).__name__}: {failure}"[:_ERROR_CHARS_MAX]
+        error = f"{type(failure).__name__}: {str(failure) or _line_of(failure)}"[:_ERROR_CHARS_MAX]
         is_new = type(failure) not in traced
         log.error("evaluating %s failed: %s", version, error.splitlines()[0], exc_info=is_new)
         traced.add(type(failure))
     return Outcome(version, found.metrics, error, time.monotonic() - started, found.samples, found.missing)
+
+
+def _line_of(failure: Exception) -> str:
+    """Where an exception without a text was raised, such as that of a bare `assert`."""
+    last = traceback.extract_tb(failure.__traceback__)[-1]
+    return f"{last.line} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def _load(reader: Reader, version: Version, device: str) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ torchmetrics = pytest.importorskip("torchmetrics")
 
 from ema_reader import Reader  # noqa: E402
 from trainer_client import ConnectError, EmaClient, SettingsError  # noqa: E402
+from trainer_client.connection.worker import Worker as SenderThread  # noqa: E402
 from trainer_client.lightning import EmaCallback  # noqa: E402
 
 _ONE = "lightning.pytorch"
@@ -168,6 +169,26 @@ def test_wrong_argument_is_refused_by_the_constructor(arguments: dict[str, Any],
 def test_unknown_argument_is_refused_by_the_constructor() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'device'"):
         EmaCallback(decay=0.9, device="cpu")
+
+
+def test_checkpoint_after_a_validation_has_a_last_step_that_was_skipped(
+    run: str, reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ema = callback(run, when_behind="skip")
+    acquire = SenderThread.acquire
+
+    def no_slot_at_the_last_step(thread: SenderThread, wait_s: float, **options: Any) -> Any:
+        is_last = ema._client.steps == BATCHES
+        return None if is_last and wait_s == 0 else acquire(thread, wait_s, **options)
+
+    monkeypatch.setattr(SenderThread, "acquire", no_slot_at_the_last_step)
+    checkpoint = lightning.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss")
+    fitted = trainer(_ONE, tmp_path, checkpoint, ema, enable_checkpointing=True, max_epochs=1)
+    fitted.fit(module_class(_ONE)(), loader(), loader())
+
+    assert reader.version(run, "ema", f"step-{BATCHES}").step == BATCHES
+    assert "ema: step 8 was skipped" in caplog.text
+    assert "no checkpoint" not in caplog.text
 
 
 def test_score_that_never_arrives_does_not_end_the_training(run: str, reader: Reader, tmp_path: Path) -> None:

@@ -444,6 +444,15 @@ def test_scores_of_before_a_resume_are_not_logged_again(
     assert steps == {6}
 
 
+def test_scores_that_do_not_arrive_in_time_are_reported(
+    server: ServerProcess, run: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = _callback(server, run, url=server.http, scores_timeout_s=0.5)
+    trainer_of(callback, arguments(tmp_path, max_steps=2)).train()
+
+    assert f"run {run}: after 0.5 s not every average has a score at step 2 on {server.http}" in caplog.text
+
+
 class _Waiter(TrainerCallback):
     """Waits at the beginning until the scores that are there already have been read."""
 

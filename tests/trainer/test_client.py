@@ -588,6 +588,25 @@ def test_last_step_is_not_sent_with_weights_written_since(
     assert "ends with step 1" in caplog.text
 
 
+def test_skipped_last_step_is_sent_before_the_weights_are_written() -> None:
+    model, optimizer = _training()
+    client = _client()
+    client.attach(model, optimizer)
+    _train(model, optimizer, 1)
+    client.worker.free.clear()
+    _train(model, optimizer, 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    client.worker.free.append(client.worker.slots[0])
+    client.before_weight_write(1.0)
+    next(model.parameters()).data.add_(1.0)
+
+    assert client.finish()
+    assert client.worker.steps == [1, 2]
+    assert client.stats()["skipped"]["busy"] == 0
+    for name, tensor in before.items():
+        assert torch.equal(client.worker.sent(1)[name], tensor)
+
+
 def test_time_spent_in_the_loop_is_measured() -> None:
     model, _ = _training()
     client = _client()

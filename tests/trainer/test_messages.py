@@ -44,6 +44,15 @@ def test_resume_that_loses_no_due_step_gives_no_warning(
     assert caplog.messages == []
 
 
+def test_earlier_run_of_the_name_gives_a_warning_that_says_how_to_continue_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    joined = Joined(None, None, (), "new", credit=8, set_aside="noc2.20260101T000000Z")
+    log_joined("noc2", joined, 0, 0)
+
+    assert "kept as noc2.20260101T000000Z (to continue a run, resume the training from its checkpoint" in caplog.text
+
+
 def test_steps_after_finish_give_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Linear(2, 2)
     optimizer = SGD(model.parameters(), lr=0.1)

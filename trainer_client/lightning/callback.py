@@ -187,9 +187,13 @@ class EmaCallback(Callback):
             self._publish(self._client)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Let no snapshot be torn by those who swap weights for a validation, through `.data`."""
+        """Let no snapshot be torn by those who swap weights for a validation, through `.data`.
+
+        The last step is sent if it was skipped: the averages that are validated, and those of a checkpoint that is
+        saved after the validation, include it.
+        """
         if self._client is not None:
-            self._client.before_weight_write()
+            self._client.before_weight_write(self._patience_s(self._client))
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to validate averages, beside the trained weights."""

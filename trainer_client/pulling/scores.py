@@ -59,9 +59,13 @@ class ScoreReader:
         return new
 
     def wait(self, step: int | None, timeout_s: float) -> None:
-        """Wait until every average has a score at `step`, at most `timeout_s` seconds."""
+        """Wait until every average has a score at `step`, at most `timeout_s` seconds; log it if they lack one then."""
         with self._changed:
-            self._changed.wait_for(lambda: self._are_scored(step), timeout_s)
+            complete = self._changed.wait_for(lambda: self._are_scored(step), timeout_s)
+        if not complete and timeout_s > 0:
+            text = "ema: run %s: after %g s not every average has a score at step %s on %s: is an evaluation running? "
+            text += "`ema metrics` lists scores that arrive later"
+            log.warning(text, self._run, timeout_s, step, self._reader.url)
 
     def close(self) -> None:
         """Stop reading; does not wait for a request that is under way."""

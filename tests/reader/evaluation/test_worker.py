@@ -160,6 +160,19 @@ def test_error_of_the_loader_is_reported_with_its_name(finished: Served, reader:
     assert errors == ["RecalibrationFailed: my_data:calibration: FileNotFoundError: no such data set"]
 
 
+def test_error_without_a_text_is_reported_with_its_line(finished: Served, reader: Reader) -> None:
+    def fails(state: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        if not state.keys() & {"head"}:
+            raise AssertionError
+        return {}
+
+    list(worker(reader, fails, averages=("raw",)).outcomes())
+
+    (row,) = reader.metrics("digits")
+    assert row.error is not None
+    assert row.error.startswith("AssertionError: raise AssertionError (test_worker.py, line ")
+
+
 def test_last_version_that_could_not_be_evaluated_is_a_failure(finished: Served, reader: Reader) -> None:
     def never(state: dict[str, torch.Tensor]) -> dict[str, float]:
         raise KeyError("weight")
