@@ -19,7 +19,8 @@ STEMS = ("model", "diffusion_pytorch_model", "adapter_model")  # of the files th
 _STEP_WORDS = "checkpoint|ckpt|global_?step|step|iteration|iter|epoch"
 _STEP_FOLDER = re.compile(rf"(?:.*[-_.])?(?:{_STEP_WORDS})[-_=]?([0-9]{{1,16}})|([0-9]{{1,16}})", re.IGNORECASE)
 _ENDS_IN_NUMBER = re.compile(r"(?:.*[-_=])([0-9]{1,16})")
-_SHARD = re.compile(r".*-[0-9]+-of-[0-9]+")
+_PART = re.compile(r"-[0-9]+-of-[0-9]+")
+_SHARD = re.compile(rf".*{_PART.pattern}")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARDED_BY = {"*.distcp": "torch.distributed.checkpoint", "pytorch_model_fsdp_*": "FSDP", "global_step*": "DeepSpeed"}
 
@@ -109,16 +110,27 @@ def _expanded(paths: Sequence[Path]) -> list[Path]:
         folders = [path for path in inside if is_step_folder(path)]
         found = folders or [path for path in inside if path.suffix == SUFFIX and _own_step(path)]
         if not found:
-            raise ArgumentError(
-                f"{paths[0]} holds no checkpoints with a step in their names (checkpoint-500, step_500, 500): give "
-                "their folders one by one"
-            )
+            raise _none_inside(paths[0], inside)
         return sorted(found, key=lambda path: step_of(path) or 0)
     return list(paths)
 
 
+def _none_inside(folder: Path, inside: Sequence[Path]) -> ArgumentError | CheckpointError:
+    """Why a folder holds no checkpoints with a step in their names."""
+    pickled = next((path for path in inside if path.suffix in _PICKLES and _own_step(path)), None)
+    if pickled is not None:
+        return CheckpointError(_not_safetensors(pickled))
+    below = next((path for path in inside if any(map(is_step_folder, path.glob("*")))), None)
+    if below is not None:
+        return ArgumentError(f"{folder} holds no checkpoints itself, its folder {below.name} does: give {below}")
+    return ArgumentError(
+        f"{folder} holds no checkpoints with a step in their names (checkpoint-500, step_500, 500): give their paths "
+        "one by one, and their steps as in --steps 1000,2000"
+    )
+
+
 def _own_step(path: Path) -> re.Match[str] | None:
-    own = path.name.removesuffix(SUFFIX)
+    own = path.stem if path.suffix in (SUFFIX, *_PICKLES) else path.name
     return None if _SHARD.fullmatch(own) else _STEP_FOLDER.fullmatch(own) or _ENDS_IN_NUMBER.fullmatch(own)
 
 
@@ -142,9 +154,11 @@ def _ordered(given: list[Checkpoint], *, in_order: bool) -> list[Checkpoint]:
 
 
 def _opened(path: Path, step: int | None) -> Checkpoint:
-    if step is None:
-        raise ArgumentError(f"{path} has no step in its name: give the steps of all checkpoints with --steps")
     files, index = _files_of(path)
+    if step is None:
+        raise ArgumentError(
+            f"{path} has no step in its name: give the steps of all checkpoints, as in --steps 1000,2000"
+        )
     return Checkpoint(path, step, files, index, owns_folder=path.is_dir() or path.stem in STEMS)
 
 
@@ -209,12 +223,29 @@ def _no_weights(path: Path, singles: Sequence[Path]) -> str:
 def _not_safetensors(path: Path) -> str:
     if path.suffix not in _PICKLES:
         return f"{path} is not a safetensors file or a folder"
+    is_part = _SHARD.fullmatch(path.stem) is not None
+    what, program = ("each checkpoint", _merge(path)) if is_part else ("each", _conversion(path))
+    return (
+        f"{path} is a pickle, which can run code when it is read, so it is refused: convert {what} with python -c "
+        f'"{program}"'
+    )
+
+
+def _conversion(path: Path) -> str:
+    """A program that writes the tensors of a pickle beside it."""
     weights = "['state_dict']" if path.suffix == ".ckpt" else ""  # Lightning's
-    program = (
+    return (
         f"import torch, safetensors.torch; w = torch.load('{path}', weights_only=True){weights}; "
         f"safetensors.torch.save_file({{n: w[n].clone().contiguous() for n in w}}, '{path.with_suffix(SUFFIX)}')"
     )
+
+
+def _merge(shard: Path) -> str:
+    """A program that writes the tensors of all parts of a checkpoint into one file: parts would need an index."""
+    parts = _PART.sub("-*-of-*", shard.name)
     return (
-        f"{path} is a pickle, which can run code when it is read, so it is refused: convert each with python -c "
-        f'"{program}"'
+        f"import pathlib, torch, safetensors.torch; files = pathlib.Path('{shard.parent}').glob('{parts}'); "
+        "w = {n: t for f in files for n, t in torch.load(f, weights_only=True).items()}; "
+        f"safetensors.torch.save_file({{n: w[n].clone().contiguous() for n in w}}, "
+        f"'{shard.parent / _PART.sub('', shard.stem)}{SUFFIX}')"
     )

@@ -35,6 +35,8 @@ from support.checkpoints import save, save_run, save_sharded, weights
         ("out/500/model.safetensors", 500),
         ("out/checkpoint-500/model.safetensors.index.json", 500),
         ("out/final", None),
+        ("out/epoch=3-step=500.ckpt", 500),
+        ("out/model_500.pt", 500),
         ("run-7/final", None),
         ("out/checkpoint-best", None),
         ("out/step_99999999999999999", None),
@@ -142,6 +144,41 @@ def test_printed_command_converts_a_pickle(tmp_path: Path, name: str) -> None:
     converted = load_file((tmp_path / name).with_suffix(".safetensors"))
     assert set(converted) == set(tied)
     assert all(torch.equal(converted[key], tied[key]) for key in tied)
+
+
+@pytest.mark.process
+def test_printed_command_merges_the_parts_of_a_pickled_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for number, part in enumerate(({"a": torch.ones(2)}, {"b": torch.full((3,), step)}), 1):
+            torch.save(part, folder / f"pytorch_model-0000{number}-of-00002.bin")
+        (folder / "pytorch_model.bin.index.json").touch()
+        with pytest.raises(CheckpointError) as refusal:
+            find([tmp_path / "checkpoint-1", folder], [1, 2])
+        command = str(refusal.value).partition("convert each checkpoint with ")[2]
+
+        subprocess.run(shlex.split(command.replace("python", sys.executable, 1)), check=True, timeout=60)
+
+    found = find([tmp_path])
+    assert [one.files for one in found] == [(one.path / "pytorch_model.safetensors",) for one in found]
+    assert load_file(found[1].files[0])["b"].tolist() == [2, 2, 2]
+    assert set(load_file(found[0].files[0])) == {"a", "b"}
+
+
+def test_folder_without_checkpoints_says_where_they_are(tmp_path: Path) -> None:
+    save_run(tmp_path / "project" / "checkpoints", (1, 2))
+    _make(tmp_path / "lightning", "epoch=1-step=100.ckpt", "last.ckpt")
+    _make(tmp_path / "nameless", "a.safetensors", "b.safetensors")
+
+    with pytest.raises(ArgumentError, match=r"its folder checkpoints does: give .*project/checkpoints"):
+        find([tmp_path / "project"])
+    with pytest.raises(CheckpointError, match=r"epoch=1-step=100.ckpt is a pickle"):
+        find([tmp_path / "lightning"])
+    with pytest.raises(CheckpointError, match=r"last.ckpt is a pickle"):
+        find([tmp_path / "lightning" / "last.ckpt"])
+    with pytest.raises(ArgumentError, match=r"one by one, and their steps as in --steps 1000,2000"):
+        find([tmp_path / "nameless"])
 
 
 def test_path_that_is_no_checkpoint_says_what_to_do(tmp_path: Path) -> None:
