@@ -253,7 +253,9 @@ def test_steps_that_a_killed_server_had_applied_are_reported_as_lost(
 
 
 @pytest.mark.parametrize("ending", ["checkpoint", "finish"])
-def test_last_step_is_sent_after_the_server_returns(tmp_path: Path, ending: str) -> None:
+def test_last_step_is_sent_after_the_server_returns(
+    tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture
+) -> None:
     model = Toy()
     with ServerProcess(tmp_path / "data") as first:
         client = _client(first, "r", when_behind="skip")
@@ -272,6 +274,9 @@ def test_last_step_is_sent_after_the_server_returns(tmp_path: Path, ending: str)
 
     assert step == 150
     assert torch.equal(weights["first.weight"], model.first.weight)
+    waits = [message for message in caplog.messages if "waiting at most" in message]
+    assert waits
+    assert all(message.endswith(f"s until {first.zmq} answers again") for message in waits)
 
 
 def test_checkpoint_of_an_unsent_step_is_false(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -172,8 +172,10 @@ class Worker:
             ended = shared.state in (SenderState.FAILED, SenderState.CLOSED)
             return bool(shared.free and shared.streaming) or ended or not (shared.streaming or reconnecting)
 
+        if reconnecting:
+            self._wait(settled, wait_s)
         with shared.changed:
-            if wait_s > 0:
+            if wait_s > 0 and not reconnecting:
                 shared.wait(settled, wait_s)
             return shared.free.pop() if shared.free and shared.streaming else None
 
@@ -304,9 +306,22 @@ class Worker:
 
     def _request(self, request: Callable[[Sender], int], timeout_s: float) -> Answered:
         pending = self._driver.ask(partial(request, self._sender))
-        with self._shared.changed:
-            self._shared.wait(lambda: pending.answer is not None, timeout_s)
+        self._wait(lambda: pending.answer is not None, timeout_s)
         return pending.answer or Answered(0, None, f"the server at {self._endpoint} did not answer in time")
+
+    def _wait(self, until: Callable[[], bool], timeout_s: float) -> None:
+        """Wait until a predicate holds; log it if that means waiting for a server that is away."""
+        deadline = time.monotonic() + timeout_s
+        shared = self._shared
+        with shared.changed:
+            shared.wait(lambda: until() or shared.outage is not None, timeout_s)
+            left_s = seconds_left(deadline)
+            outage = shared.outage if left_s >= 1 and not until() else None
+            shared.outage_logged = shared.outage_logged or outage is not None
+        if outage is not None:
+            log.warning("ema: %s; waiting at most %.0f s until %s answers again", outage, left_s, self._endpoint)
+        with shared.changed:
+            shared.wait(until, left_s)
 
 
 def seconds_left(deadline: float) -> float:
