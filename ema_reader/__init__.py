@@ -26,12 +26,13 @@ from ema_reader.errors import (
 )
 from ema_reader.reader import Reader
 from ema_reader.scores import Best
-from ema_reader.values import Average, File, Ledger, MetricsRow, Ring, Run, Validation, Version
+from ema_reader.values import Average, File, Ledger, MetricsRow, Ranks, Ring, Run, Validation, Version
 
 __all__ = [
     "Reader",
     "Run",
     "Ring",
+    "Ranks",
     "Average",
     "Ledger",
     "Version",

@@ -121,6 +121,55 @@ class Ring:
 
 
 @dataclass(frozen=True, slots=True)
+class DroppedSteps:
+    """Steps that were dropped because of a rank, for one reason; `rank` is None for ranks beyond those counted."""
+
+    rank: int | None
+    reason: str
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class LastDropped:
+    """The last step that was dropped, because of which rank, why, and when (RFC 3339)."""
+
+    step: int
+    rank: int
+    reason: str
+    text: str
+    at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The ranks of a sharded trainer, and the steps dropped since the server's start: gaps for the whole run.
+
+    `present` is 0 without a trainer. `missing` are ranks without which no step counts at present, at most 8. Reasons
+    are `skipped`, `passed`, `left`, `lost`, `silent`, `late` and `rewound`.
+    """
+
+    world: int
+    present: int
+    missing: tuple[int, ...]
+    dropped_steps: int
+    dropped: tuple[DroppedSteps, ...]
+    last_dropped: LastDropped | None
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Ranks:
+        """Parse the ranks of a run."""
+        last = value["last_dropped"]
+        made = values_of(
+            cls,
+            value,
+            missing=tuple(value["missing"]),
+            dropped=tuple(DroppedSteps(**values_of(DroppedSteps, each)) for each in value["dropped"]),
+            last_dropped=None if last is None else LastDropped(**values_of(LastDropped, last)),
+        )
+        return cls(**made)
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """One run; `state` is `active`, `waiting` (no trainer), `lost` (silent) or `finished`.
 
@@ -128,7 +177,8 @@ class Run:
     `nonfinite_buffers` names buffers with NaN or Inf in the last snapshot: averages keep their last finite value.
     `disk_bytes` is what its files take on the server's disk, None before the server has measured it.
     `publish_every_seconds` and `publish_every_steps` are how often it is published while it changes, None if the time
-    or the steps do not count, or no trainer streams it.
+    or the steps do not count, or no trainer streams it. `ranks` is None unless several ranks have streamed it since the
+    server's start.
     """
 
     run: str
@@ -147,6 +197,7 @@ class Run:
     disk_bytes: int | None = None
     publish_every_seconds: float | None = None
     publish_every_steps: int | None = None
+    ranks: Ranks | None = None
 
     @property
     def finished(self) -> bool:
@@ -173,6 +224,7 @@ class Run:
             disk_bytes=value.get("disk_bytes"),
             publish_every_seconds=value.get("publish_every_seconds"),
             publish_every_steps=value.get("publish_every_steps"),
+            ranks=None if value.get("ranks") is None else Ranks.from_json(value["ranks"]),
         )
         return cls(**made)
 

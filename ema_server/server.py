@@ -35,6 +35,7 @@ from ema_server.http.services import Services
 from ema_server.ingest.ingest import Ingest
 from ema_server.publishing.publisher import EraseRun, Publisher
 from ema_server.publishing.ring import Ring
+from ema_server.runs.ranks import RanksStore
 from ema_server.runs.status_store import StatusStore
 from ema_server.storage.catalog import Catalog
 from ema_server.storage.companions import CompanionStore
@@ -100,7 +101,7 @@ class Server:
         if self.data_dir.run_folder(run).exists():
             self.publisher.submit(EraseRun(run, folder, keeps_folder=False))
         else:
-            erase_run(self.services.validations, self.publisher, run, folder)
+            erase_run(self.services.validations, self.publisher, self.services.ranks, run, folder)
 
     def close(self, *, unused: bool = False) -> None:
         """Close the socket, the database and the data folder; remove a folder that `build` made if it is `unused`."""
@@ -126,8 +127,7 @@ def build(
         wall: seconds since the epoch, for what is written to the disk.
 
     Raises:
-        DeviceError, KernelUnavailableError, DataDirError, MetricStoreError: a part cannot be made; the text says what
-            to change.
+        DeviceError, KernelUnavailableError, DataDirError, MetricStoreError: a part cannot be made; the text says why.
     """
     device = open_device(config.device) if device is None else device
     with ExitStack() as undo:
@@ -136,7 +136,7 @@ def build(
         metrics = MetricStore(config.data / _METRICS_FILE)
         undo.callback(metrics.close)
         catalog, statuses, telemetry, stopping = Catalog(clock), StatusStore(), Telemetry(), threading.Event()
-        usage, companions = DiskUsage(data_dir), CompanionStore(data_dir)
+        usage, companions, ranks = DiskUsage(data_dir), CompanionStore(data_dir), RanksStore()
         ring = Ring(data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
         deriving = DerivationQueue(DerivedStore(data_dir, catalog, on_change=usage.measure), ring, stopping)
         undo.callback(deriving.stop)
@@ -144,12 +144,12 @@ def build(
         publisher = Publisher(*stores, telemetry, keep=config.keep_generations, clock=clock)
         validations = Validations(catalog, statuses, metrics)
         parts = (config, data_dir, catalog, companions, publisher, ring, statuses, telemetry)
-        erase = partial(erase_run, validations, publisher)
+        erase = partial(erase_run, validations, publisher, ranks)
         averager = Averager(*parts, erase=erase, device=device, clock=clock, wall=wall)
-        ingest = Ingest(config, averager, companions, telemetry)
+        ingest = Ingest(config, averager, companions, telemetry, ranks)
         undo.callback(ingest.stop, INGEST_STOP_S)
         ring.listen(deriving.store.supersede)
-        catalog.listen(ring.rename, metrics.rename)
+        catalog.listen(ring.rename, metrics.rename, ranks.rename)
         averager.listen(ingest.published)
         services = Services(
             catalog=catalog,
@@ -159,6 +159,7 @@ def build(
             validations=validations,
             deriving=deriving,
             usage=usage,
+            ranks=ranks,
             submit=averager.submit,
             has_folder=data_dir.has_folder,
             data=config.data,
@@ -172,12 +173,13 @@ def build(
         return Server(data_dir, services, publisher, averager, ingest)
 
 
-def erase_run(validations: Validations, publisher: Publisher, run: str, folder: Path) -> None:
+def erase_run(validations: Validations, publisher: Publisher, ranks: RanksStore, run: str, folder: Path) -> None:
     """Delete a deleted run's rows from the database, then its files. Any thread; does not wait.
 
     The rows are first in line before those of a new run of that name. If they cannot be deleted, the folder stays, and
     the next start tries again.
     """
+    ranks.remove(run)
 
     def erase(done: Future[None]) -> None:
         error = done.exception()

@@ -24,6 +24,7 @@ from ema_reader import Reader
 from ema_server.evaluation.metric_store import Report, Subject
 from ema_server.http.problems import Code
 from ema_server.http.routes.prometheus import render
+from ema_server.runs.ranks import LastDropped
 from support.scripts import script
 from support.served import Served
 from trainer_client import EmaClient
@@ -127,6 +128,8 @@ def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:
     version = served.publish("run", 3).versions[0]
     subject = Subject("run", version.average, version.id, version.step)
     served.services.usage.measure("run")
+    served.services.ranks.joined("run", 2, is_new=True)
+    served.services.ranks.dropped("run", LastDropped(3, 1, "lost", "rank 1 is lost", "2026-01-01T00:00:00Z"))
     served.telemetry.http_requests.labels("/v1/runs", "200").inc()
 
     served.metrics.add(Report(subject, "default", None, {"top1": 0.5}, None, None, None, "2026-01-01T00:00:00Z"))

@@ -12,7 +12,7 @@ from typing import Any
 from ema_reader.cli.tables import table, terminal_width, wrapped
 from ema_reader.evaluation.worker import Outcome
 from ema_reader.scores import Score, metric_names
-from ema_reader.values import Average, Ledger, Run, Validation, Version
+from ema_reader.values import Average, Ledger, Ranks, Run, Validation, Version
 
 _NAMES_SHOWN = 3
 _NON_FINITE = ("nan", "inf", "-inf")
@@ -37,6 +37,7 @@ def status_text(runs: Sequence[Run], *, long: bool = False) -> str:
     ]
     optional = ("published_step", "steps_per_second", "averages", "gap_steps", "disk_bytes", "applied")
     notes = [f"{r.run}: cannot publish: {r.publish_error}" for r in runs if r.publish_error is not None]
+    notes += [_missing_text(r.run, r.ranks) for r in runs if r.ranks is not None and r.ranks.missing]
     notes += [f"{r.run}: no more is stored to synthesise from: {r.ring.error}" for r in runs if r.ring and r.ring.error]
     notes += [f"{r.run}: {r.quarantined} snapshots were not finite and left out" for r in runs if r.quarantined]
     notes += [
@@ -55,6 +56,19 @@ def publishing_text(run: Run) -> str | None:
     seconds = [] if run.publish_every_seconds is None else [f"every {run.publish_every_seconds:g} s"]
     steps = [] if run.publish_every_steps is None else [f"every {run.publish_every_steps} steps"]
     return f"published {' and '.join([*seconds, *steps]) or 'on request only'}"
+
+
+def ranks_text(run: Run) -> str | None:
+    """The ranks of a sharded trainer, and which steps were dropped because of whom; None for other trainers."""
+    ranks = run.ranks
+    if ranks is None:
+        return None
+    lines = [f"{ranks.present} of {ranks.world} ranks; {ranks.dropped_steps} steps dropped since the server's start"]
+    for each in ranks.dropped:
+        lines.append(f"  {'other ranks' if each.rank is None else f'rank {each.rank}'} {each.reason}: {each.steps}")
+    if ranks.last_dropped is not None:
+        lines.append(f"  the last one is step {ranks.last_dropped.step}: {ranks.last_dropped.text}")
+    return "\n".join(lines)
 
 
 def newest_metrics_text(run: Run, newest: Mapping[str, Score], *, long: bool = False) -> str:
@@ -229,6 +243,13 @@ def _pairs(metrics: Mapping[str, float], missing: Mapping[str, str]) -> str:
     shown = {name: f"{value:.6g}" for name, value in metrics.items()}
     shown |= {name: missing_text(reason) for name, reason in missing.items()}
     return "  ".join(f"{name}={text}" for name, text in shown.items())
+
+
+def _missing_text(run: str, ranks: Ranks) -> str:
+    named = ", ".join(map(str, ranks.missing))
+    return (
+        f"{run}: {ranks.world - ranks.present} of {ranks.world} ranks are missing, no step counts without them: {named}"
+    )
 
 
 def _names(run: Run) -> str:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Reason = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+DropReason = Literal["skipped", "passed", "left", "lost", "silent", "late", "rewound"]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
@@ -109,12 +110,47 @@ class RingOut(Out):
     error: str | None
 
 
+class DroppedStepsOut(Out):
+    """Steps that were dropped because of a rank, for one reason. `rank` is null for ranks beyond those counted."""
+
+    rank: int | None
+    reason: DropReason
+    steps: int
+
+
+class LastDroppedOut(Out):
+    """The last step that was dropped, because of which rank, and why."""
+
+    step: int
+    rank: int
+    reason: DropReason
+    text: str
+    at: str
+
+
+class RanksOut(Out):
+    """The ranks of a sharded trainer, and the steps that were dropped since the server's start: gaps for the whole run.
+
+    `present` is 0 without a trainer. `missing` are the ranks without which no step counts at present; at most 8 are
+    listed. A step is dropped because a rank `skipped` it, `passed` it without its whole part, `left`, is `lost` or
+    `silent`, was `late` to begin it, or has gone back (`rewound`). At most 64 ranks are counted alone.
+    """
+
+    world: int
+    present: int
+    missing: tuple[int, ...]
+    dropped_steps: int
+    dropped: tuple[DroppedStepsOut, ...]
+    last_dropped: LastDroppedOut | None
+
+
 class RunOut(Out):
     """State, steps, rates and gaps of a run. `derived` names the averages of its derived versions.
 
     `disk_bytes` is what its files take on the server's disk, each hard-linked file once; null until it is measured.
     `publish_every_seconds` and `publish_every_steps`: how often it is published while it changes, whichever comes
-    first; null if the time or the steps do not count, or the run is not in memory.
+    first; null if the time or the steps do not count, or the run is not in memory. `ranks` is null unless several ranks
+    have streamed it since the server's start.
     """
 
     run: str
@@ -141,6 +177,7 @@ class RunOut(Out):
     disk_bytes: int | None = None
     publish_every_seconds: float | None = None
     publish_every_steps: int | None = None
+    ranks: RanksOut | None = None
 
 
 class RunsOut(Out):

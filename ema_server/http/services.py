@@ -17,6 +17,7 @@ from ema_server.derived.queue import DerivationQueue
 from ema_server.evaluation.metric_store import MetricStore
 from ema_server.evaluation.scheduler import Validations
 from ema_server.evaluation.worker import Evaluator
+from ema_server.runs.ranks import RanksStore
 from ema_server.runs.status_store import StatusStore
 from ema_server.storage.catalog import Catalog
 from ema_server.storage.usage import DiskUsage
@@ -38,6 +39,7 @@ class Services:
         validations: leases and requested validations.
         deriving: makes derived versions.
         usage: disk space of the runs.
+        ranks: the ranks of sharded trainers.
         submit: hands a job to the averager; never blocks.
         has_folder: whether the data folder has one of this run.
         data: the data folder.
@@ -56,6 +58,7 @@ class Services:
     validations: Validations
     deriving: DerivationQueue
     usage: DiskUsage
+    ranks: RanksStore
     submit: Callable[[Job], None]
     has_folder: Callable[[str], bool]
     data: Path

@@ -28,7 +28,9 @@ from ema_server.config import ServerConfig
 from ema_server.ingest.companion_files import FileWriter, entry_of_spec
 from ema_server.ingest.link import RouterLink
 from ema_server.ingest.staging import Staging
+from ema_server.runs.ranks import LastDropped, RanksStore, ranks_text
 from ema_server.storage.companions import CompanionStore
+from ema_server.storage.records import rfc3339
 from ema_server.telemetry import Telemetry
 
 logger = logging.getLogger("ema")
@@ -44,11 +46,17 @@ class Ingest:
     """Receives the snapshots of all runs, and passes them on to `averager` as jobs."""
 
     def __init__(
-        self, config: ServerConfig, averager: Averager, companions: CompanionStore, telemetry: Telemetry
+        self,
+        config: ServerConfig,
+        averager: Averager,
+        companions: CompanionStore,
+        telemetry: Telemetry,
+        ranks: RanksStore,
     ) -> None:
         self._config = config
         self._averager = averager
         self._telemetry = telemetry
+        self._ranks = ranks
         self._link = RouterLink()
         self._files = FileWriter(companions, lambda part, problem: self._post(lambda: self._take_file(part, problem)))
         self._receiver = machine.Receiver(
@@ -170,8 +178,11 @@ class Ingest:
                 self._telemetry.ingest_bytes.inc(event.file.nbytes if event.offset == 0 else 0)
             case e.SnapshotReady():
                 self._submit_apply(event)
-            case e.StepDropped(run, _, step, _, why):
+            case e.StepDropped(run, _, step, rank, kind, why):
                 logger.debug("run %s: step %d is dropped: %s", run, step, why)
+                self._ranks.dropped(run, LastDropped(step, rank, kind, why, rfc3339(time.time())))
+            case e.RanksMissing(run, _, missing):
+                self._log_missing(run, self._ranks.set_missing(run, missing), missing)
             case e.PublishRequested():
                 reason: jobs.Reason = "checkpoint" if event.pin else "request"
                 self._averager.submit(jobs.Publish(event.run, reason, self._reply(self._take_published, event)))
@@ -182,6 +193,7 @@ class Ingest:
             case e.SessionEnded(run, ticket, lost):
                 logger.info("run %s: the trainer %s", run, "is lost" if lost else "has left")
                 self._staging.pop(ticket, None)
+                self._ranks.left(run)
                 self._files.drop(run)
                 self._averager.submit(jobs.Leave(run, lost))
 
@@ -215,6 +227,7 @@ class Ingest:
         if accepted:
             self._drop_staging(event.run)
             self._staging[event.ticket] = staging
+            self._ranks.joined(event.run, len(event.parts), is_new=outcome.continuation == "new")
             place = "to" if outcome.continuation == "rewound" else "at"
             where = "" if outcome.last_step is None else f" {place} step {outcome.last_step}"
             logger.info("run %s: %s%s", event.run, outcome.continuation, where)
@@ -271,7 +284,21 @@ class Ingest:
         self._receiver.finished(event.run, event.ticket, event.request, step, error, warning)
         if error is None:
             self._staging.pop(event.ticket, None)
+            self._ranks.left(event.run)
             self._gauge()
+
+    def _log_missing(self, run: str, before: tuple[int, ...], missing: tuple[int, ...]) -> None:
+        gone = sorted(set(missing).difference(before))
+        back = sorted(set(before).difference(missing))
+        if gone:
+            logger.warning(
+                "run %s: %s not heard from for some time: no step counts, and the averages stand still, until the "
+                "trainer has all its ranks",
+                run,
+                f"{ranks_text(gone)} {'is' if len(gone) == 1 else 'are'}",
+            )
+        if back:
+            logger.info("run %s: %s back", run, f"{ranks_text(back)} {'is' if len(back) == 1 else 'are'}")
 
     def _gauge(self) -> None:
         self._telemetry.sessions.set(len(self._staging))

@@ -4,4 +4,5 @@
 - `average`: one average: its rule, memory and history
 - `restore`: reads a run from a generation on disk
 - `status_store`: the latest status of every run, for any thread
+- `ranks`: the ranks of sharded trainers: who is missing, which steps were dropped; for any thread
 """

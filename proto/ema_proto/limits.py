@@ -52,6 +52,7 @@ HEARTBEAT_S = 2.0
 SERVER_SILENT_S = 10.0  # five heartbeats unanswered: the sender opens a fresh connection
 SESSION_LOST_S = 60.0  # compilation and checkpoint pauses of a trainer are long
 PROBE_S = 2.0  # a live trainer answers a probe from its socket thread at once
+RANKS_MAX = 8192  # of one trainer: each has a connection, and CONNECTIONS_MAX are for all trainers
 RANKS_WAIT_S = 60.0  # for the other ranks of a sharded trainer: imports and sharding take unequally long
 PART_WAIT_S = 20.0  # of a step that other ranks have begun; shorter than STALL_S, after which these would reconnect
 RECONNECT_PAUSE_S = 1.0  # upper bound of the jittered pause between attempts

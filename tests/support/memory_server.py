@@ -30,7 +30,8 @@ class Server:
         self.lives: list[list[tuple[int, bytes]]] = [[]]
         self.history: list[tuple[int, bytes]] = []
         self.durable: list[tuple[int, bytes]] = []
-        self.dropped: list[tuple[int, str]] = []
+        self.dropped: list[tuple[int, int, str]] = []  # step, rank, reason
+        self.missing: list[tuple[int, ...]] = []
         self.restart()
 
     def restart(self) -> None:
@@ -99,7 +100,9 @@ class Server:
                     self.publish()
                     self.receiver.finished(event.run, event.ticket, event.request, self.last_step)
                 case e.StepDropped():
-                    self.dropped.append((event.step, event.why))
+                    self.dropped.append((event.step, event.rank, event.reason))
+                case e.RanksMissing():
+                    self.missing.append(event.ranks)
                 case e.SessionEnded():
                     pass
 

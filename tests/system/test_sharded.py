@@ -90,3 +90,5 @@ def test_killed_rank_costs_its_step_and_a_restarted_job_goes_on(tmp_path: Path) 
         ranks = _train(server, world=2, steps=3, first_step=5, client=client, twin=False)
         assert [each["committed"] for each in ranks] == [3, 3]
         assert [each["step"] for each in _ledger(tmp_path / "data", "sharded")] == [7, 7]
+        shown = server.get("/v1/runs/sharded")["ranks"]
+        assert (shown["world"], shown["present"]) == (2, 0)

@@ -9,13 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
 from ema_server.evaluation.metric_store import MetricStoreError, Report
 from ema_server.http.services import Services, ServicesDep
 from ema_server.publishing.ring import Ring
+from ema_server.runs.ranks import RanksStatus
 from ema_server.runs.status_store import RunState, RunStatus
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -48,7 +49,7 @@ def render(services: Services, reports: tuple[Report, ...] | None) -> bytes:
 
 
 class _Statuses(Collector):
-    """The status of every run, read at the moment of a scrape. Labels are runs, averages and names of metrics."""
+    """The status of every run, read at the moment of a scrape. Labels are runs, averages, names of metrics, ranks."""
 
     def __init__(self, services: Services, reports: tuple[Report, ...] | None) -> None:
         self._services = services
@@ -61,6 +62,7 @@ class _Statuses(Collector):
         yield from _runs(statuses)
         on_disk = {status.run: self._services.usage.get(status.run) for status in statuses}
         yield _by_run("ema_run_disk_bytes", "Disk space of the run's files, as last measured", on_disk)
+        yield from _ranks({status.run: self._services.ranks.get(status.run) for status in statuses})
         yield from _rings(statuses, self._services.deriving.ring)
         yield from _averages(statuses)
         yield _readable(self._reports)
@@ -124,6 +126,19 @@ def _runs(statuses: tuple[RunStatus, ...]) -> Iterator[Metric]:
     yield _by_run("ema_run_applied_snapshots", "Snapshots applied since it began", {s.run: s.applied for s in statuses})
     yield _by_run("ema_run_gap_steps", "Steps that were due and not applied", {s.run: s.gap_steps for s in statuses})
     yield _by_run("ema_run_quarantined_snapshots", "Snapshots refused", {s.run: s.quarantined for s in statuses})
+
+
+def _ranks(found: Mapping[str, RanksStatus | None]) -> Iterator[Metric]:
+    several = {run: ranks for run, ranks in found.items() if ranks is not None}
+    yield _by_run("ema_run_world", "Ranks of the sharded trainer", {run: ranks.world for run, ranks in several.items()})
+    present = {run: ranks.present for run, ranks in several.items()}
+    yield _by_run("ema_run_ranks_present", "Ranks of the sharded trainer that are not missing", present)
+    text = "Steps of a sharded trainer that are a gap because of this rank"
+    dropped = CounterMetricFamily("ema_run_dropped_steps", text, labels=["run", "rank", "reason"])
+    for run, ranks in several.items():
+        for each in ranks.dropped:
+            dropped.add_metric([run, "other" if each.rank is None else str(each.rank), each.reason], each.steps)
+    yield dropped
 
 
 def _rings(statuses: tuple[RunStatus, ...], ring: Ring) -> Iterator[Metric]:

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from ema_server.http import commands
 from ema_server.http.resolve import run_status
-from ema_server.http.schemas import ProblemOut, RingOut, RunOut, RunsOut
+from ema_server.http.schemas import ProblemOut, RanksOut, RingOut, RunOut, RunsOut
 from ema_server.http.services import Services, ServicesDep
 from ema_server.runs.status_store import RunStatus
 
@@ -44,4 +44,7 @@ def _shown(services: Services, status: RunStatus) -> RunOut:
     ring = services.deriving.ring.status(status.run)
     shown_ring = None if ring is None else RingOut.model_validate(ring)
     derived, disk_bytes = services.catalog.derived_averages(status.run), services.usage.get(status.run)
-    return shown.model_copy(update={"derived": derived, "ring": shown_ring, "disk_bytes": disk_bytes})
+    ranks = services.ranks.get(status.run)
+    shown_ranks = None if ranks is None else RanksOut.model_validate(ranks)
+    update = {"derived": derived, "ring": shown_ring, "disk_bytes": disk_bytes, "ranks": shown_ranks}
+    return shown.model_copy(update=update)

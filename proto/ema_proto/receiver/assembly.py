@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from ema_proto.limits import RECENT_STEPS
 from ema_proto.wire import messages as m
+
+DropReason: TypeAlias = Literal["skipped", "passed", "left", "lost", "silent", "late", "rewound"]
+
+_REMEMBERED = 64  # dropped steps, so that each is counted once; ranks are at most a few steps apart
 
 _Key: TypeAlias = tuple[int, bool]  # step, and whether it is a `set`: that comes after the update of the same step
 _NOTHING: _Key = (-1, False)
@@ -28,12 +32,16 @@ class _Pending:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A step that cannot be whole any longer. `slot` is free again; `rank` is the one that `why` is about."""
+    """A step that cannot be whole any longer, because of `rank`: why, as one word and as text.
 
-    slot: int
+    `slot` is free again; None if no rank had begun the step.
+    """
+
+    slot: int | None
     step: int
     mode: m.Mode
     rank: int
+    reason: DropReason
     why: str
 
 
@@ -52,7 +60,8 @@ class Assembly:
         self._world = len(self._ranks)
         self._pending: list[_Pending] = []
         self._begun: dict[int, _Key] = {}
-        self._lost: dict[_Key, str] = {}  # the highest step that was dropped, and why
+        self._lost: tuple[_Key, str] = (_NOTHING, "")  # the highest step that was dropped, and why
+        self._reported: deque[int] = deque(maxlen=_REMEMBERED)
 
     def is_passed(self, step: int) -> bool:
         """Whether a step at or above this one is in the averages."""
@@ -61,7 +70,7 @@ class Assembly:
     def begin(self, rank: int, begin: m.Begin, now: float) -> int | None:
         """A rank begins its part: the slot of the step, None when none is free. See `why_not` for what comes first."""
         key = _key(begin.step, begin.mode)
-        self._pass(rank, key, f"rank {rank} passed it")
+        self._pass(rank, key, "passed", f"rank {rank} passed it")
         self._begun[rank] = key
         pending = self._missing(rank, key)
         if pending is None:
@@ -74,21 +83,27 @@ class Assembly:
         return pending.slot
 
     def why_not(self, rank: int, begin: m.Begin) -> str | None:
-        """Why this step cannot be whole, whatever the rank sends; None if it can."""
+        """Why this step cannot be whole, whatever the rank sends; None if it can. Such a step is dropped."""
         key = _key(begin.step, begin.mode)
         if self._world == 1 or self._missing(rank, key) is not None:
             return None
-        for lost, why in self._lost.items():
-            if key <= lost:
-                return why if key == lost else "it was dropped"
-        passed = [other for other, begun in self._begun.items() if other != rank and begun > key]
-        return f"rank {passed[0]} passed it" if passed else None
+        passed = next((other for other, begun in self._begun.items() if other != rank and begun > key), None)
+        lost, why = self._lost
+        if key > lost and passed is None:
+            return None
+        if passed is not None:
+            self._report(None, key, passed, "passed", f"rank {passed} passed it")
+        if key <= lost:
+            return why if key == lost else "it was dropped"
+        return f"rank {passed} passed it"
 
     def skip(self, rank: int, step: int, why: str) -> None:
         """A rank sends no part of this step."""
         text = f"rank {rank} skipped it: {why}"
-        self._pass(rank, (step, True), text)
-        self._remember((step, False), text)
+        key = step, False
+        self._pass(rank, (step, True), "skipped", text)
+        self._remember(key, text)
+        self._report(None, key, rank, "skipped", text)
 
     def whole(self, rank: int, slot: int) -> bool:
         """The part of a rank is whole; True if it was the last one."""
@@ -96,11 +111,11 @@ class Assembly:
         pending.whole.add(rank)
         return len(pending.whole) == self._world
 
-    def lose(self, rank: int, why: str) -> None:
+    def lose(self, rank: int, reason: DropReason, why: str) -> None:
         """A rank will not complete what it has begun."""
         self._begun.pop(rank, None)
         for pending in [each for each in self._pending if rank not in each.whole]:
-            self._drop(pending, rank, f"rank {rank} {why}")
+            self._drop(pending, rank, reason, f"rank {rank} {why}")
 
     def joined(self, rank: int, first_step: int) -> None:
         """A rank has connected, and sends steps from `first_step` on: all that is unanswered, whole parts included."""
@@ -108,7 +123,7 @@ class Assembly:
             if len(pending.whole) < self._world:
                 pending.whole.discard(rank)
         passed = first_step - 1, True
-        self._pass(rank, passed, f"rank {rank} passed it")
+        self._pass(rank, passed, "passed", f"rank {rank} passed it")
         self._begun[rank] = passed
 
     def applied(self, slot: int) -> None:
@@ -126,7 +141,8 @@ class Assembly:
         """The run is back at `last_step`: steps above it may come again."""
         self.last_step, self.recent = last_step, deque(recent, maxlen=RECENT_STEPS)
         self._begun.clear()
-        self._lost.clear()
+        self._lost = _NOTHING, ""
+        self._reported.clear()
 
     def drop_overdue(self, before: float) -> None:
         """Drop the steps that were begun before this time, and of which a rank has not begun its part."""
@@ -137,7 +153,7 @@ class Assembly:
                 if rank not in pending.whole and self._begun.get(rank, _NOTHING) < pending.key
             ]
             if late:
-                self._drop(pending, late[0], f"rank {late[0]} has not begun it in time")
+                self._drop(pending, late[0], "late", f"rank {late[0]} has not begun it in time")
 
     @property
     def waits_for(self) -> set[int]:
@@ -153,7 +169,7 @@ class Assembly:
         """The step, if a slot is taken for it and this rank's part is not whole."""
         return next((each for each in self._pending if each.key == key and rank not in each.whole), None)
 
-    def _pass(self, rank: int, key: _Key, why: str) -> None:
+    def _pass(self, rank: int, key: _Key, reason: DropReason, why: str) -> None:
         """A rank is past all steps below `key`: those of which it has not sent its part are dropped.
 
         If it is the only rank, it has abandoned what lies above, too.
@@ -161,17 +177,24 @@ class Assembly:
         for pending in list(self._pending):
             is_passed = pending.key < key or (self._world == 1 and pending.key > key)
             if is_passed and rank not in pending.whole:
-                self._drop(pending, rank, why)
+                self._drop(pending, rank, reason, why)
 
-    def _drop(self, pending: _Pending, rank: int, why: str) -> None:
+    def _drop(self, pending: _Pending, rank: int, reason: DropReason, why: str) -> None:
         self._pending.remove(pending)
         self._remember(pending.key, why)
-        step, is_set = pending.key
-        self.dropped.append(Dropped(pending.slot, step, "set" if is_set else "update", rank, why))
+        self._report(pending.slot, pending.key, rank, reason, why)
+
+    def _report(self, slot: int | None, key: _Key, rank: int, reason: DropReason, why: str) -> None:
+        """Report a dropped step: one that holds a slot always, others once."""
+        step, is_set = key
+        if slot is None and step in self._reported:
+            return
+        self._reported.append(step)
+        self.dropped.append(Dropped(slot, step, "set" if is_set else "update", rank, reason, why))
 
     def _remember(self, key: _Key, why: str) -> None:
-        if all(key > lost for lost in self._lost):
-            self._lost = {key: why}
+        if key > self._lost[0]:
+            self._lost = key, why
 
     def _take(self, slot: int) -> _Pending:
         pending = next(each for each in self._pending if each.slot == slot)

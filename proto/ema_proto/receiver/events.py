@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from ema_proto.receiver.assembly import DropReason
 from ema_proto.wire import messages as m
 from ema_proto.wire.files import FileSpec
 from ema_proto.wire.parts import Part
@@ -87,13 +88,23 @@ class SnapshotReady:
 
 @dataclass(frozen=True, slots=True)
 class StepDropped:
-    """A step of a sharded trainer cannot be whole: `why`, and which rank is the cause."""
+    """A step of a sharded trainer cannot be whole: which rank is the cause, and why, as one word and as text."""
 
     run: str
     ticket: int
     step: int
     rank: int
+    reason: DropReason
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RanksMissing:
+    """These ranks of a sharded trainer, in order, are gone or silent, and no step is whole without them; or none is."""
+
+    run: str
+    ticket: int
+    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +151,7 @@ ReceiverEvent: TypeAlias = (
     | FileReceived
     | SnapshotReady
     | StepDropped
+    | RanksMissing
     | PublishRequested
     | RewindRequested
     | FinishRequested

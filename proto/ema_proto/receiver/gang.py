@@ -49,7 +49,12 @@ class Gang:
 
     `replaced` is the ticket of the gang that streamed before this one took the run over. The end of that gang is
     reported only if this one never streams itself. `since` is when its first session asked for the run, and
-    `wait_until` when it must be complete. `sessions` remembers which session was which rank's, also after it has left.
+    `wait_until` when it must be complete. `sessions` remembers which session was which rank's, also after it has left;
+    `left_at` when those left that said goodbye. `senders` are the ranks that send something, `missing_senders` those of
+    them that were last reported as missing.
+
+    `rewinds` are the requests of each rank until all have asked. `rewinding` are those that the averager works on, by
+    the number of the leading rank's request, and `rewound` the answers to ranks that were away.
     """
 
     ticket: int
@@ -65,13 +70,15 @@ class Gang:
     assembly: Assembly | None = None
     parts: tuple[Part, ...] = ()
     manifests: tuple[Manifest, ...] = ()
+    senders: tuple[int, ...] = ()
+    missing_senders: tuple[int, ...] = ()
+    left_at: dict[int, float] = field(default_factory=dict)
     published_step: int | None = None
     missing_files: tuple[str, ...] = ()  # sha256 of the companion files that rank 0 still has to send
-    rewinds: dict[int, deque[m.Rewind]] = field(default_factory=dict)  # by rank, until all ranks have asked
+    rewinds: dict[int, deque[m.Rewind]] = field(default_factory=dict)
     rewind_until: float = math.inf
-    rewinding: dict[int, dict[int, m.Rewind]] = field(
-        default_factory=dict
-    )  # asked of the averager, by the lead's request
+    rewinding: dict[int, dict[int, m.Rewind]] = field(default_factory=dict)
+    rewound: dict[int, m.Rewound] = field(default_factory=dict)
     finished: m.Finished | None = None  # the answer to the FINISH of the leading rank
 
     @property
@@ -83,26 +90,23 @@ class Gang:
         return self.key[1]
 
     @property
-    def senders(self) -> list[int]:
-        """The ranks that send something."""
-        return [rank for rank, part in enumerate(self.parts) if part.nbytes]
-
-    @property
     def lead(self) -> int:
         """The rank whose FINISH counts."""
         return self.senders[0]
 
     @property
-    def missing(self) -> list[int]:
-        """The ranks that have not joined, or have left."""
-        return [rank for rank in range(self.world) if rank not in self.members]
+    def is_complete(self) -> bool:
+        """Whether all ranks have a session, or once it streams, all that send something."""
+        if self.assembly is None:
+            return len(self.members) == self.world
+        return all(rank in self.members for rank in self.senders)
 
     def admits(self, key: Key, rank: int, session: bytes) -> bool:
         """Whether this session is one of this gang: a rank that has not joined yet, or one that returns."""
         return self.key == key and self.sessions.get(rank, session) == session
 
     def merged_join(self) -> m.Join:
-        """One JOIN for the whole gang, of rank 0 with the merged manifest; sets `parts`.
+        """One JOIN for the whole gang, of rank 0 with the merged manifest; sets `parts` and `senders`.
 
         Raises:
             RemoteProtocolError: `ranks_differ`, `not_tiled`, `manifest_invalid` or `bad_average`.
@@ -111,12 +115,13 @@ class Gang:
         first = joins[0]
         self.manifests = tuple(join.manifest for join in joins)
         if self.world == 1:
-            self.parts = (part_of(first.manifest, range(len(first.manifest.tensors))),)
+            self.parts, self.senders = (part_of(first.manifest, range(len(first.manifest.tensors))),), (0,)
             return first
         for join in joins[1:]:
             _check_agreed(first, join)
         merged = merge(self.manifests)
         self.parts = merged.parts
+        self.senders = tuple(rank for rank, part in enumerate(merged.parts) if part.nbytes)
         try:
             check_matches(first.averages, [tensor.name for tensor in merged.manifest.tensors])
         except LocalProtocolError as error:
@@ -145,6 +150,12 @@ class Gang:
         """The oldest waiting request of each rank."""
         self.rewind_until = math.inf
         return {rank: waiting.popleft() for rank, waiting in self.rewinds.items() if waiting}
+
+    def forget_rewinds(self, rank: int) -> None:
+        """The session of a rank is gone: when it returns, it asks again for what it has no answer to."""
+        self.rewinds.pop(rank, None)
+        if not any(self.rewinds.values()):
+            self.rewind_until = math.inf
 
     def send_of(self, rank: int) -> tuple[tuple[int, int], ...] | None:
         """JOINED's `send` for a rank: ranges of the indices that it sends; None for a trainer with one rank."""

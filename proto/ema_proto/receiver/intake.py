@@ -55,7 +55,7 @@ class Intake:
         self._window = window
         self._filling: _Filling | None = None
         self._held: dict[int, m.Begin] = {}
-        self._rewinds = 0
+        self._rewinds: set[int] = set()  # requests that are not answered
         self._received_chunks = 0
         self.credit_limit = self._allowance()
 
@@ -157,23 +157,30 @@ class Intake:
     def dropped(self, dropped: Dropped) -> None:
         """A step cannot be whole; what this rank has sent of it is lost. Its slot may hold another step by now."""
         text = f"step {dropped.step}: {dropped.why}"
-        held, filling = self._held.get(dropped.slot), self._filling
-        if held is not None and _is_same(held, dropped):
-            self._reject(self._held.pop(dropped.slot), RejectCode.DROPPED, text)
+        held, filling = None if dropped.slot is None else self._held.get(dropped.slot), self._filling
+        if dropped.slot is not None and held is not None and _is_same(held, dropped):
+            del self._held[dropped.slot]
+            self._reject(held, RejectCode.DROPPED, text)
         elif filling is not None and not filling.refused and _is_same(filling.begin, dropped):
             self._refuse(filling, RejectCode.DROPPED, text)
         self._grant()
 
-    def begin_rewind(self) -> None:
-        """A rewind has begun; until it is answered, no snapshot is accepted."""
-        self._rewinds += 1
+    def begin_rewind(self, request: int) -> bool:
+        """A rewind is asked for; until it is answered, no snapshot is accepted. False if that is known already."""
+        if request in self._rewinds:
+            return False
+        self._rewinds.add(request)
         self._filling = None
-        self._assembly.lose(self._rank, "rewinds")
+        self._assembly.lose(self._rank, "rewound", "rewinds")
+        return True
 
-    def end_rewind(self) -> None:
-        """The rewind is done, or has failed and the run is unchanged."""
-        self._rewinds -= 1
+    def end_rewind(self, request: int) -> bool:
+        """The rewind is done, or has failed and the run is unchanged; False if this session has not asked for it."""
+        if request not in self._rewinds:
+            return False
+        self._rewinds.remove(request)
         self._grant()
+        return True
 
     def _can_count(self, begin: m.Begin) -> bool:
         """Whether the step is above all before it; a `set` may also repeat the newest."""

@@ -138,6 +138,7 @@ class Receiver:
             self._leave(connection, lost=True)
         for gang in self._runs.of_several_ranks():
             self._drop_awaited_steps(gang)
+            self._report_missing(gang)
         for gang in self._runs.rewinds_due(now):
             self._answer_rewinds(gang, gang.take_rewinds(), None, "not all ranks have asked to go back")
 
@@ -254,6 +255,7 @@ class Receiver:
         if error is None:
             gang.assembly.rewound(step, recent)
         self._answer_rewinds(gang, asked, step, error)
+        self._admit_returned(gang)
 
     def finished(
         self,
@@ -322,10 +324,7 @@ class Receiver:
             case m.Publish():
                 self.events.append(e.PublishRequested(gang.run, gang.ticket, claim.rank, message.request, message.pin))
             case m.Rewind():
-                intake.begin_rewind()
-                asked = gang.ask_rewind(claim.rank, message, self._now + RANKS_WAIT_S)
-                if asked is not None:
-                    self._request_rewind(gang, asked)
+                self._take_rewind(gang, claim, intake, message)
             case m.Finish():
                 claim.state, claim.finish = ClaimState.FINISHING, message.request
                 if gang.finished is not None:
@@ -375,9 +374,9 @@ class Receiver:
         self._connections.send(claim.peer, joined)
 
     def _admit_returned(self, gang: Gang) -> None:
-        """Ranks that have reconnected stream again, as soon as it is known which steps were applied."""
+        """Ranks that have reconnected stream again, as soon as it is known which steps are applied."""
         self._report_dropped(gang)
-        if gang.assembly is None or gang.assembly.is_applying:
+        if gang.assembly is None or gang.assembly.is_applying or gang.rewinding:
             return
         for claim in [claim for claim in gang.members.values() if claim.state is ClaimState.JOINING]:
             if claim.join.manifest == gang.manifests[claim.rank]:
@@ -394,7 +393,9 @@ class Receiver:
             return
         gang, claim = found
         if gang.assembly is not None and claim.intake is not None:
-            gang.assembly.lose(claim.rank, "is lost" if lost else "has left")
+            gang.assembly.lose(claim.rank, *(("lost", "is lost") if lost else ("left", "has left")))
+        if not lost:
+            gang.left_at[claim.rank] = self._now
         self._runs.leave(gang, claim, lost=lost)
         self._report_dropped(gang)
 
@@ -405,9 +406,24 @@ class Receiver:
         for rank in gang.assembly.waits_for:
             claim = gang.members.get(rank)
             if claim is None or self._connections.is_silent(claim.peer, self._now - SERVER_SILENT_S):
-                gang.assembly.lose(rank, f"has not been heard for {SERVER_SILENT_S:g} s")
+                gang.assembly.lose(rank, "silent", f"has not been heard for {SERVER_SILENT_S:g} s")
         gang.assembly.drop_overdue(self._now - PART_WAIT_S)
         self._report_dropped(gang)
+
+    def _report_missing(self, gang: Gang) -> None:
+        """Report which of the ranks that send something are missing, if that has changed."""
+        if gang.assembly is None:
+            return
+        before = self._now - SERVER_SILENT_S
+        missing = []
+        for rank in gang.senders:
+            claim = gang.members.get(rank)
+            is_gone = claim is None and gang.left_at.get(rank, before) <= before
+            if is_gone or (claim is not None and self._connections.is_silent(claim.peer, before)):
+                missing.append(rank)
+        if tuple(missing) != gang.missing_senders:
+            gang.missing_senders = tuple(missing)
+            self.events.append(e.RanksMissing(gang.run, gang.ticket, gang.missing_senders))
 
     def _report_dropped(self, gang: Gang) -> None:
         """Tell all ranks which steps cannot be whole any longer."""
@@ -417,7 +433,19 @@ class Receiver:
                 intake.dropped(dropped)
                 self._flush(claim)
             if gang.world > 1:
-                self.events.append(e.StepDropped(gang.run, gang.ticket, dropped.step, dropped.rank, dropped.why))
+                event = e.StepDropped(gang.run, gang.ticket, dropped.step, dropped.rank, dropped.reason, dropped.why)
+                self.events.append(event)
+
+    def _take_rewind(self, gang: Gang, claim: Claim, intake: Intake, rewind: m.Rewind) -> None:
+        answer = gang.rewound.pop(claim.rank, None)
+        if answer is not None and answer.request == rewind.request:
+            self._connections.send(claim.peer, answer)
+            return
+        if not intake.begin_rewind(rewind.request):
+            return
+        asked = gang.ask_rewind(claim.rank, rewind, self._now + RANKS_WAIT_S)
+        if asked is not None:
+            self._request_rewind(gang, asked)
 
     def _request_rewind(self, gang: Gang, asked: dict[int, m.Rewind]) -> None:
         steps = sorted({rewind.step for rewind in asked.values()})
@@ -430,11 +458,12 @@ class Receiver:
 
     def _answer_rewinds(self, gang: Gang, asked: dict[int, m.Rewind], step: int | None, error: str | None) -> None:
         for rank, rewind in asked.items():
-            claim = gang.members.get(rank)
-            if claim is not None and claim.intake is not None:
-                self._connections.send(claim.peer, m.Rewound(rewind.request, step, error))
-                claim.intake.end_rewind()
+            claim, answer = gang.members.get(rank), m.Rewound(rewind.request, step, error)
+            if claim is not None and claim.intake is not None and claim.intake.end_rewind(rewind.request):
+                self._connections.send(claim.peer, answer)
                 self._flush(claim)
+            else:
+                gang.rewound[rank] = answer
 
     def _answer_finish(self, gang: Gang, claim: Claim, answer: m.Finished) -> None:
         self._connections.send(claim.peer, answer)

@@ -8,7 +8,7 @@ from ema_proto.averages.rules import check_matches
 from ema_proto.averages.specs import parse_averages
 from ema_proto.averages.step_units import check_step_units
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
-from ema_proto.limits import PROBE_S, RANKS_WAIT_S, RUNS_REMEMBERED_MAX
+from ema_proto.limits import PROBE_S, RANKS_MAX, RANKS_WAIT_S, RUNS_REMEMBERED_MAX
 from ema_proto.names import check_name
 from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connection, Connections
@@ -63,7 +63,10 @@ class Ownership:
             gang = table.get(join.run)
             if join.world > 1 and gang is not None and gang.admits(key, join.rank, claim.session):
                 connection.run = join.run
+                former = gang.members.get(join.rank)
                 self._add(gang, claim)
+                if former is not None and table is self._owners:
+                    self._answered(gang, former.peer, now)
                 return self._advance(gang)
         known = self.owner(join.run)
         since = known.since if known is not None and known.key == key and join.world == 1 else now
@@ -92,19 +95,14 @@ class Ownership:
         found = self.of(connection)
         if found is None or self._owners.get(found[0].run) is not found[0]:
             return
-        owner = found[0]
-        rival = self._rivals.get(owner.run)
-        if rival is not None:
-            rival.unanswered.discard(connection.peer)
-            if not rival.unanswered and not owner.missing:
-                self._refuse_rival(owner, now)
+        self._answered(found[0], connection.peer, now)
 
     def tick(self, now: float) -> None:
         """Let time pass: an owner that did not answer a probe in time loses the run, and ranks wait no longer."""
         for rival in [rival for rival in self._rivals.values() if now >= rival.probe_until]:
             self._take_over(rival, now)
         for gang in [gang for gang in self._owners.values() if gang.assembly is None and now >= gang.wait_until]:
-            if gang.missing:
+            if not gang.is_complete:
                 self._refuse_incomplete(gang)
 
     def of_several_ranks(self) -> list[Gang]:
@@ -166,9 +164,18 @@ class Ownership:
         if not gang.members:
             self._remove(gang)
 
+    def _answered(self, owner: Gang, peer: bytes, now: float) -> None:
+        """A rank of the owner has proved that it is alive, on the connection that was probed or by a new one."""
+        rival = self._rivals.get(owner.run)
+        if rival is not None:
+            rival.unanswered.discard(peer)
+            if not rival.unanswered and owner.is_complete:
+                self._refuse_rival(owner, now)
+
     def _add(self, gang: Gang, claim: Claim) -> None:
         before = gang.members.get(claim.rank)
         if before is not None:
+            gang.forget_rewinds(claim.rank)
             self._by_peer.pop(before.peer, None)
             self._connections.dismiss(before.peer)
         gang.members[claim.rank] = claim
@@ -186,7 +193,7 @@ class Ownership:
 
     def _request(self, gang: Gang) -> None:
         """Ask the averager for the run, once all ranks have joined."""
-        if gang.missing:
+        if not gang.is_complete:
             return
         try:
             join = gang.merged_join()
@@ -239,7 +246,8 @@ class Ownership:
             self.end(rival, RejectCode.RUN_IN_USE, text)
 
     def _refuse_incomplete(self, gang: Gang) -> None:
-        ranks = ", ".join(str(rank) for rank in gang.missing[:8]) + (" and others" if len(gang.missing) > 8 else "")
+        missing = [rank for rank in range(gang.world) if rank not in gang.members]
+        ranks = ", ".join(map(str, missing[:8])) + (" and others" if len(missing) > 8 else "")
         text = (
             f"{len(gang.members)} of {gang.world} ranks have joined run {gang.run!r} within {RANKS_WAIT_S:g} s, "
             f"without {ranks}: call attach() on every rank"
@@ -253,6 +261,7 @@ class Ownership:
     def _forget(self, gang: Gang, claim: Claim) -> None:
         if gang.members.get(claim.rank) is claim:
             del gang.members[claim.rank]
+            gang.forget_rewinds(claim.rank)
         self._by_peer.pop(claim.peer, None)
         self._connections.leave(claim.peer)
 
@@ -274,7 +283,10 @@ def check_join(join: m.Join) -> None:
     Raises:
         RemoteProtocolError: `world_unsupported`, `manifest_invalid`, `bad_run` or `bad_average`.
     """
-    if join.rank >= join.world or (join.world > 1 and join.gang is None):
+    if join.rank >= join.world or join.world > RANKS_MAX:
+        text = f"rank {join.rank} of {join.world}: ranks count from 0, and a trainer has {RANKS_MAX} at most"
+        raise RemoteProtocolError(RejectCode.WORLD_UNSUPPORTED, text)
+    if join.world > 1 and join.gang is None:
         text = f"rank {join.rank} of {join.world}: sharded models are not served; stream the whole one from rank 0"
         raise RemoteProtocolError(RejectCode.WORLD_UNSUPPORTED, text)
     if join.world == 1 and any(tensor.box is not None for tensor in join.manifest.tensors):

@@ -187,19 +187,19 @@ def test_applied_step_is_acknowledged_again_and_a_skipped_one_is_not() -> None:
 def test_no_snapshot_is_accepted_between_rewind_and_its_answer() -> None:
     """Step 9 was applied before the rewind; a new step 9 must not be confused with it."""
     intake = new_intake(last_step=10, recent=(9, 10))
-    intake.begin_rewind()
+    intake.begin_rewind(1)
     assert send(intake, 9, 1) is None
     assert codes(intake) == [RejectCode.OUT_OF_ORDER]
     intake._assembly.rewound(8, (8,))
-    intake.end_rewind()
+    intake.end_rewind(1)
 
     assert send(intake, 9, 2) == 0
 
 
 def test_failed_rewind_leaves_the_steps_unchanged() -> None:
     intake = new_intake(last_step=10, recent=(9, 10))
-    intake.begin_rewind()
-    intake.end_rewind()
+    intake.begin_rewind(1)
+    intake.end_rewind(1)
     assert send(intake, 9, 1) is None
 
     assert m.Committed(9, 1) in intake.replies

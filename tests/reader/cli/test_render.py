@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ema_cli.app import COMMANDS, build
 from ema_reader.cli import render, tables
 from ema_reader.scores import Score
-from ema_reader.values import Average, File, Ledger, Ring, Run, Version
+from ema_reader.values import Average, File, Ledger, Ranks, Ring, Run, Version
 
 _FILES = (File("model.safetensors", 44_790_000, "0" * 64),)
 
@@ -218,3 +218,25 @@ def test_streaming_run_shows_how_often_it_is_published(seconds: float | None, st
 
     assert render.publishing_text(run) == text
     assert render.publishing_text(replace(run, state="finished")) is None
+
+
+def test_ranks_and_dropped_steps_of_a_sharded_trainer_are_shown() -> None:
+    text = "rank 2 has not been heard for 10 s"
+    ranks = {
+        "world": 4,
+        "present": 3,
+        "missing": [2],
+        "dropped_steps": 12,
+        "dropped": [{"rank": 2, "reason": "silent", "steps": 9}, {"rank": None, "reason": "skipped", "steps": 3}],
+        "last_dropped": {"step": 57, "rank": 2, "reason": "silent", "text": text, "at": "2026-01-01T00:00:00Z"},
+    }
+    run = replace(_run("llm"), ranks=Ranks.from_json(ranks))
+
+    assert render.ranks_text(run) == (
+        "3 of 4 ranks; 12 steps dropped since the server's start\n"
+        "  rank 2 silent: 9\n"
+        "  other ranks skipped: 3\n"
+        f"  the last one is step 57: {text}"
+    )
+    assert "llm: 1 of 4 ranks are missing, no step counts without them: 2" in render.status_text([run])
+    assert render.ranks_text(_run("llm")) is None

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 
 from ema_server.averager.jobs import Durable, Failed, Job, Publish
 from ema_server.http.app import create_app
+from ema_server.runs.ranks import LastDropped
 from ema_server.runs.status_store import RunState
 from support.served import Served
 
@@ -39,6 +41,28 @@ def test_run_has_steps_rates_gaps_and_averages(client: TestClient, served: Serve
     assert run["gap_steps"] == 0
     assert [average["name"] for average in run["averages"]] == ["raw", "ema-0.9"]
     assert run["averages"] == client.get("/v1/runs/digits/averages").json()["averages"]
+
+
+def test_run_of_a_sharded_trainer_shows_its_ranks_and_dropped_steps(client: TestClient, served: Served) -> None:
+    served.publish("digits", 100)
+    assert client.get("/v1/runs/digits").json()["ranks"] is None
+    served.services.ranks.joined("digits", 4, is_new=True)
+    last = LastDropped(7, 2, "lost", "rank 2 is lost", "2026-01-01T00:00:00Z")
+    served.services.ranks.dropped("digits", last)
+    served.services.ranks.set_missing("digits", (2,))
+
+    assert client.get("/v1/runs/digits").json()["ranks"] == {
+        "world": 4,
+        "present": 3,
+        "missing": [2],
+        "dropped_steps": 1,
+        "dropped": [{"rank": 2, "reason": "lost", "steps": 1}],
+        "last_dropped": asdict(last),
+    }
+    metrics = client.get("/metrics").text
+    assert 'ema_run_world{run="digits"} 4.0' in metrics
+    assert 'ema_run_ranks_present{run="digits"} 3.0' in metrics
+    assert 'ema_run_dropped_steps_total{rank="2",reason="lost",run="digits"} 1.0' in metrics
 
 
 def test_versions_are_listed_newest_first_with_their_files(client: TestClient, served: Served) -> None:

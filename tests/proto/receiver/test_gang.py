@@ -1,0 +1,164 @@
+"""Gangs as the server sees them: ranks that go missing and return, requests of ranks that were away, and bounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ema_proto.errors import RejectCode
+from ema_proto.limits import RANKS_MAX, SERVER_SILENT_S
+from ema_proto.receiver import events as e
+from ema_proto.receiver.machine import Receiver
+from ema_proto.wire import messages as m
+from support.memory_trainer import shard_manifest, small_join
+from support.peers import OTHER, Peer, accept, new_receiver
+
+WORLD = 2
+ALIVE = m.Heartbeat(reply=True)
+
+
+def join_of(rank: int) -> m.Join:
+    return small_join(shard_manifest(rank, WORLD), rank=rank, world=WORLD, gang="job", checksum=False)
+
+
+def rank_peer(receiver: Receiver, rank: int, connection: bytes = b"") -> Peer:
+    """A greeted connection of a rank; another `connection` name is a later one of the same session."""
+    peer = Peer(receiver, b"rank %d" % rank + connection, b"session of rank%d" % rank)
+    peer.say(m.Hello())
+    return peer
+
+
+def joined_ranks(receiver: Receiver) -> list[Peer]:
+    peers = [rank_peer(receiver, rank) for rank in range(WORLD)]
+    for rank, peer in enumerate(peers):
+        peer.say(join_of(rank))
+    accept(receiver)
+    for peer in peers:
+        assert any(isinstance(message, m.Joined) for message in peer.heard())
+    return peers
+
+
+def missing(receiver: Receiver) -> list[tuple[int, ...]]:
+    """Take the events, and return the missing ranks that they report."""
+    found = [event.ranks for event in receiver.events if isinstance(event, e.RanksMissing)]
+    receiver.events.clear()
+    return found
+
+
+def test_silent_rank_is_reported_once_and_when_it_is_back() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    ranks[0].say(ALIVE, now=SERVER_SILENT_S + 1)
+    receiver.tick(SERVER_SILENT_S + 1)
+    assert missing(receiver) == [(1,)]
+    receiver.tick(SERVER_SILENT_S + 2)
+    assert missing(receiver) == []
+    ranks[1].say(ALIVE, now=SERVER_SILENT_S + 3)
+    receiver.tick(SERVER_SILENT_S + 3)
+
+    assert missing(receiver) == [()]
+
+
+def test_rank_that_has_left_is_missing_if_others_go_on() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    ranks[1].say(m.Bye(), now=1.0)
+    receiver.tick(2.0)
+    assert missing(receiver) == []
+    ranks[0].say(ALIVE, now=SERVER_SILENT_S + 2)
+    receiver.tick(SERVER_SILENT_S + 2)
+
+    assert missing(receiver) == [(1,)]
+
+
+def test_no_rank_is_missing_of_a_job_that_ends() -> None:
+    receiver = new_receiver()
+    for seconds, peer in enumerate(joined_ranks(receiver)):
+        peer.say(m.Bye(), now=float(seconds))
+        receiver.tick(seconds + 0.5)
+    receiver.tick(2 * SERVER_SILENT_S)
+
+    assert missing(receiver) == []
+
+
+def test_step_that_all_ranks_skip_is_dropped_once() -> None:
+    receiver = new_receiver()
+    for peer in joined_ranks(receiver):
+        peer.say(m.Skip(1, "busy"))
+    dropped = [event for event in receiver.events if isinstance(event, e.StepDropped)]
+
+    assert [(event.step, event.rank, event.reason) for event in dropped] == [(1, 0, "skipped")]
+
+
+def test_step_that_a_rank_has_passed_is_dropped_once_for_it() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    ranks[0].say(m.Begin(2, 1))
+    assert ranks[1].codes(ranks[1].say(m.Begin(1, 1))) == [RejectCode.DROPPED]
+    assert ranks[1].codes(ranks[1].say(m.Begin(1, 2))) == [RejectCode.DROPPED]
+    dropped = [event for event in receiver.events if isinstance(event, e.StepDropped)]
+
+    assert [(event.step, event.rank, event.reason) for event in dropped] == [(1, 0, "passed")]
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, RANKS_MAX + 1), (0, 2**32 - 1), (2, 2)])
+def test_impossible_ranks_are_refused_at_once(rank: int, world: int) -> None:
+    receiver = new_receiver()
+    peer = rank_peer(receiver, 0)
+    answers = peer.say(replace(join_of(0), rank=rank, world=world))
+
+    assert peer.codes(answers) == [RejectCode.WORLD_UNSUPPORTED]
+    assert not receiver.events
+
+
+def test_rank_that_reconnects_while_probed_has_answered() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    rival = Peer(receiver, b"rival", OTHER)
+    rival.say(m.Hello())
+    rival.say(replace(join_of(0), gang="another job"))
+    ranks[0].say(m.Heartbeat())
+    assert rival.heard() == []
+    rank_peer(receiver, 1, b" again").say(replace(join_of(1), reconnect=True))
+
+    assert rival.codes(rival.heard()) == [RejectCode.RUN_IN_USE]
+
+
+def rewind(receiver: Receiver) -> e.RewindRequested:
+    """Take the only request for a rewind out of the events."""
+    found = [event for event in receiver.events if isinstance(event, e.RewindRequested)]
+    receiver.events.clear()
+    assert len(found) == 1
+    return found[0]
+
+
+def test_rank_that_reconnects_asks_again_for_a_rewind_that_others_have_not_asked_for() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    ranks[1].say(m.Rewind(1, 0))
+    ranks[1] = rank_peer(receiver, 1, b" again")
+    ranks[1].say(replace(join_of(1), reconnect=True))
+    for request in (1, 2):  # the second shows that nothing is left of the first
+        for peer in reversed(ranks):
+            peer.say(m.Rewind(request, 0))
+        receiver.rewound("run", rewind(receiver).ticket, request, 0)
+        for peer in ranks:
+            assert [message for message in peer.heard() if isinstance(message, m.Rewound)] == [m.Rewound(request, 0)]
+    for peer in ranks:
+        assert not peer.codes(peer.say(m.Begin(1, 1)))
+
+
+def test_rank_that_was_away_during_a_rewind_is_answered_when_it_returns() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    for peer in ranks:
+        peer.say(m.Rewind(1, 0))
+    event = rewind(receiver)
+    ranks[1] = rank_peer(receiver, 1, b" again")
+    assert ranks[1].say(replace(join_of(1), reconnect=True)) == []
+    receiver.rewound("run", event.ticket, event.request, 0)
+    assert [type(message) for message in ranks[1].heard()] == [m.Joined]
+
+    assert ranks[1].say(m.Rewind(1, 0)) == [m.Rewound(1, 0)]
+    assert not ranks[1].codes(ranks[1].say(m.Begin(1, 1)))
