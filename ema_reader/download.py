@@ -8,6 +8,7 @@ in one partial file.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from urllib.parse import quote
 from ema_reader.errors import NotFound, ReaderError, Unreachable
 from ema_reader.partial import Partial, Progress, sha256_of
 from ema_reader.transport import Transport, path_of
-from ema_reader.values import File, Version
+from ema_reader.values import File, Version, files_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -32,7 +33,10 @@ _LAST = "version.json"  # put in place after all others: a folder that has it is
 
 
 def download_version(transport: Transport, version: Version, folder: Path, progress: Progress) -> Path:
-    """Download all files of `version` into `folder` and return it; files that are there already are kept.
+    """Download all files of `version` into `folder` and return it; other files that are there already are kept.
+
+    Those that an earlier download of another version has put there, and that `version` lacks, are removed: a tokenizer
+    or `config.json` of another model would be loaded with these weights.
 
     Raises:
         VerificationFailed: a file does not have its sha256; nothing was put in place.
@@ -53,6 +57,7 @@ def download_version(transport: Transport, version: Version, folder: Path, progr
             [(source, final) for source, final in ready if source != final],
             [(source, final) for source, final in copies if source != final],
             folder,
+            _only_in_the_version_there(folder, version),
         )
     except NotFound as error:
         for item in version.files:
@@ -108,14 +113,33 @@ def _append(transport: Transport, path: str, item: File, partial: Partial) -> No
         raise Unreachable(f"{transport.url} sent {partial.size} of {item.size} bytes of {item.name}")
 
 
-def _put_in_place(moves: list[tuple[Path, Path]], copies: list[tuple[Path, Path]], folder: Path) -> None:
+def _only_in_the_version_there(folder: Path, version: Version) -> list[Path]:
+    """The files in `folder` of another version, by its `version.json`, that are unchanged and that `version` lacks."""
+    try:
+        earlier = files_of(json.loads((folder / _LAST).read_bytes()))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []
+    names = {item.name for item in version.files}
+    found = [(folder / item.name, item.sha256) for item in earlier if item.name not in names]
+    return [path for path, sha256 in found if path.is_file() and sha256_of(path) == sha256]
+
+
+def _put_in_place(
+    moves: list[tuple[Path, Path]], copies: list[tuple[Path, Path]], folder: Path, stale: list[Path]
+) -> None:
     """Rename the complete files, and link the copies. The old `version.json` is removed first, the new one comes last.
 
-    Each pair is a file and the name that it gets.
+    Args:
+        moves: pairs of a file and the name that it gets.
+        copies: the same.
+        folder: of the version.
+        stale: files to remove.
     """
     last = folder / _LAST
     if any(final == last for _, final in moves):
         last.unlink(missing_ok=True)
+    for path in stale:
+        path.unlink(missing_ok=True)
     for source, final in moves:
         if final != last:
             source.replace(final)

@@ -33,6 +33,19 @@ class File:
     sha256: str
 
 
+def files_of(version: Mapping[str, Any]) -> tuple[File, ...]:
+    """The files of a version, as the server or `version.json` lists them.
+
+    Raises:
+        ValueError: a name is not plain: it could lead outside the folder of a download.
+    """
+    files = tuple(File(item["name"], item["size"], item["sha256"]) for item in version["files"])
+    for file in files:
+        if file.name not in OWN_FILES:
+            _check_file_name(file.name)
+    return files
+
+
 @dataclass(frozen=True, slots=True)
 class Version:
     """One average at one step, immutable. `id` has 40 hex digits; `derived` says how it was made from other versions.
@@ -67,13 +80,10 @@ class Version:
         Raises:
             ValueError: a name is not plain: it could lead outside the folder of a download.
         """
-        files = tuple(File(item["name"], item["size"], item["sha256"]) for item in value["files"])
+        files = files_of(value)
         for name in (value["run"], value["average"]):
             if name in _UNSAFE or "/" in name or "\\" in name or "\0" in name:
                 raise ValueError(f"the server sent the name {name[:100]!r}, which is not a plain name")
-        for file in files:
-            if file.name not in OWN_FILES:
-                _check_file_name(file.name)
         return cls(**values_of(cls, value, files=files))
 
 

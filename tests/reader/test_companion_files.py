@@ -55,6 +55,19 @@ def test_a_download_over_another_version_replaces_its_files(reader: Reader, vers
         assert set(found) == {file.name for file in version.files}
 
 
+def test_a_download_over_a_version_with_more_files_removes_those_that_are_unchanged(
+    served: Served, reader: Reader, version: Version, tmp_path: Path
+) -> None:
+    served.publish("letters", 100, size=20_000)
+    reader.download(version, tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine too")
+
+    reader.download(other := reader.version("letters", "ema-0.9"), tmp_path)
+
+    assert set(content(tmp_path)) == {file.name for file in other.files} | {"README.md", "notes.txt"}
+
+
 def test_load_reads_the_weights_alone(reader: Reader, version: Version) -> None:
     assert set(reader.load(version)) == {"weight", "bias"}
 

@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +159,12 @@ def _write(
     folder.mkdir(parents=True)
     save_file(weights(average, step, size), folder / "model.safetensors")
     version_id = hashlib.sha256(f"{run}/{average}/{step}/{seq}".encode()).hexdigest()[:40]
-    (folder / "version.json").write_text(json.dumps({"id": version_id, "run": run, "average": average, "step": step}))
     for name, data in companions.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
+    listed = [{**asdict(_entry(folder / name)), "name": name} for name in ("model.safetensors", *companions)]
+    about = {"id": version_id, "run": run, "average": average, "step": step, "files": listed}
+    (folder / "version.json").write_text(json.dumps(about))
     names = ("model.safetensors", "version.json", *companions)
     files = tuple(replace(_entry(folder / name), name=name) for name in names)
     created = "2026-01-01T00:00:00Z"
