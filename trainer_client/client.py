@@ -368,7 +368,9 @@ class EmaClient:
             except RewindError as error:
                 if step < self.steps:
                     raise
-                text = f"{error}. The run was joined at step {self.steps}: load a later step's state before attach()"
+                text = (
+                    f"{error}. The run was joined at step {self.steps}: load the state of step {step} before attach()"
+                )
                 if session.set_aside is not None:
                     text += f"; to continue the earlier run, which is kept as {session.set_aside}, pass that as run="
                 raise RewindError(text) from None
