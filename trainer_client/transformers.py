@@ -285,8 +285,9 @@ def _refuse_sharded() -> None:
     kind = AcceleratorState().distributed_type
     if kind in _REFUSED:
         raise PlanError(
-            f"{_REFUSED[kind]} distributes the weights of the model over the processes, and such models cannot be "
-            "streamed: train with DDP, or average the saved checkpoints with `ema average`"
+            f"{_REFUSED[kind]} distributes the weights of the model over the processes, and EmaCallback streams from "
+            "one of them: train with DDP, average the saved checkpoints with `ema average`, or with FSDP 2 attach an "
+            "EmaClient on every rank, as the guide to sharded training shows (docs/guides/sharding.md)"
         )
 
 

@@ -16,7 +16,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 from support.fake_worker import OfflineClient
-from support.processes import Process, ServerProcess
+from support.processes import SUPPORT, Process, ServerProcess
 from support.recorded import Recorder, ledger_of
 from trainer_client import EmaClient, RewindError, SettingsError
 from trainer_client.steps.hooks import Attachment, Listener
@@ -291,6 +291,17 @@ def test_example_trains_in_one_process_and_in_two(
     printed = re.findall(r"process \d: \d+ steps, \d+ of them counted", "".join(trainer.lines))  # may share a line
     assert sorted(printed) == [f"process {rank}: 30 steps, 30 of them counted" for rank in range(processes)]
     assert (run["state"], run["step"], run["applied"]) == ("finished", 30, 30)
+
+
+def test_ranks_of_fsdp2_stream_their_shards(server: ServerProcess, tmp_path: Path) -> None:
+    arguments = (str(SUPPORT / "accelerate_sharded.py"), server.zmq, "fsdp2", str(tmp_path), "5")
+    with Process(*_TORCHRUN, *arguments, env={"ACCELERATE_USE_CPU": "true"}) as ranks:
+        assert ranks.wait(200.0) == 0, list(ranks.errors)
+    recorder = Recorder()
+    recorder.weights = {step: torch.load(tmp_path / f"step-{step}.pt") for step in range(1, 6)}
+
+    assert server.get("/v1/runs/fsdp2")["state"] == "finished"
+    recorder.check(server, "fsdp2", [1, 2, 3, 4, 5])
 
 
 def test_example_that_is_killed_continues_from_its_state_with_the_averages_of_that_step(

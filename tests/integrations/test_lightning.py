@@ -397,12 +397,33 @@ def test_step_that_the_gradient_scaler_skips_is_not_counted(run: str, reader: Re
     assert 0 < (reader.run(run).step or 0) < 2 * BATCHES
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy"])
-def test_strategy_that_shards_the_model_is_refused_by_name(name: str, run: str) -> None:
-    strategy = getattr(importlib.import_module(f"{_ONE}.strategies"), name)()
+def test_strategy_of_fsdp_1_is_refused_by_name(run: str) -> None:
+    strategy = importlib.import_module(f"{_ONE}.strategies").FSDPStrategy()
 
-    with pytest.raises(SettingsError, match=f"cannot be used with {name}: it shards the model"):
+    with pytest.raises(SettingsError, match=r"cannot be used with FSDPStrategy: .* use ModelParallelStrategy"):
         callback(run).setup(SimpleNamespace(strategy=strategy), None, "fit")
+
+
+def test_averages_of_a_sharded_model_are_not_validated_in_the_training(run: str) -> None:
+    strategy = importlib.import_module(f"{_ONE}.strategies").ModelParallelStrategy()
+
+    with pytest.raises(SettingsError, match="validate= cannot be used with ModelParallelStrategy"):
+        callback(run, validate="ema").setup(SimpleNamespace(strategy=strategy), None, "fit")
+
+
+def test_ranks_of_model_parallel_strategy_stream_their_shards_and_resume(
+    run: str, reader: Reader, tmp_path: Path
+) -> None:
+    for epochs in (1, 2):
+        with Process(str(SUPPORT / "lightning_sharded.py"), str(tmp_path), run, str(epochs)) as ranks:
+            assert ranks.wait() == 0, "\n".join(ranks.errors)
+
+    states = [torch.load(tmp_path / f"step-{step}.pt") for step in range(1, BATCHES + 1)]
+    found = reader.run(run)
+    assert found.finished
+    assert found.step == BATCHES  # two epochs of half the batches each
+    assert next(each for each in found.averages if each.name == "ema").gap_steps == 0
+    assert_close(reader.load(f"{run}/ema"), replayed([_float64(state) for state in states], _DECAY))
 
 
 def test_scores_of_workers_are_logged_and_stop_the_training(run: str, reader: Reader, tmp_path: Path) -> None:

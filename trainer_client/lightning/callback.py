@@ -28,7 +28,8 @@ else:
 
 log = logging.getLogger("ema")
 
-_SHARDED: Final = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy", "XLAFSDPStrategy", "XLAStrategy")
+_REFUSED: Final = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy", "XLAStrategy")
+_SHARDED: Final = "ModelParallelStrategy"  # FSDP2 and tensor parallelism: every rank streams its shards
 _AWAY_TIMEOUT_S: Final = 5.0  # how long to wait for a server that does not answer now
 _WORST: Final = 1e30  # finite also where the ranks' values are added up
 
@@ -62,8 +63,11 @@ class EmaCallback(Callback):
     Raises:
         SettingsError: an argument cannot be used.
 
-    `trainer.fit` raises, before the first step: `SettingsError` for a strategy that shards the model, `ConnectError`
-    if the server cannot be reached, `JoinError` if it refuses the run, and `PlanError` if the model cannot be streamed.
+    Under `ModelParallelStrategy` (FSDP2, tensor parallelism) each rank streams its shards; `run` is required.
+
+    `trainer.fit` raises, before the first step: `SettingsError` for a strategy whose shards cannot be streamed,
+    `ConnectError` if the server cannot be reached, `JoinError` if it refuses the run, and `PlanError` if the model
+    cannot be streamed.
     """
 
     def __init__(
@@ -136,16 +140,11 @@ class EmaCallback(Callback):
             self._state = dict(state_dict)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse strategies that shard the model."""
+        """Refuse strategies whose shards cannot be streamed."""
         self._stage = stage
         if stage != "fit":
             return
-        for base in type(trainer.strategy).__mro__:
-            if base.__name__ in _SHARDED:
-                raise SettingsError(
-                    f"EmaCallback cannot be used with {type(trainer.strategy).__name__}: it shards the model, and "
-                    'sharded models cannot be streamed; use strategy="ddp" or one device'
-                )
+        self._check_strategy(trainer.strategy)
         if self._fitted is None or self._fitted() is not trainer:
             self._state = None
         self._fitted = weakref.ref(trainer)
@@ -223,6 +222,19 @@ class EmaCallback(Callback):
         """Log the scores here if the training has no validation."""
         if not trainer.enable_validation:
             self._log_scores(trainer, pl_module)
+
+    def _check_strategy(self, strategy: object) -> None:
+        name, bases = type(strategy).__name__, {base.__name__ for base in type(strategy).__mro__}
+        if not bases.isdisjoint(_REFUSED):
+            raise SettingsError(
+                f"EmaCallback cannot be used with {name}: its shards cannot be streamed; use ModelParallelStrategy "
+                '(FSDP2), strategy="ddp", or one device'
+            )
+        if _SHARDED in bases and self._validated:
+            raise SettingsError(
+                f"validate= cannot be used with {name}: no rank holds a whole copy of the model; validate the "
+                "averages in an evaluation worker, whose scores are logged here"
+            )
 
     def _connect(self, trainer: Any) -> None:
         arguments = dict(self._arguments)
