@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import device, download, error, gpu_step, ingest, kernel, machine, memory, step_time, synthesis
+from benchmarks import device, download, error, gpu_step, ingest, kernel, machine, memory, sharded, step_time, synthesis
 from benchmarks.result import Section
 
 BENCHMARKS: dict[str, Callable[..., Section]] = {
     "step_time": step_time.measure,
     "gpu_step": gpu_step.measure,
     "ingest": ingest.measure,
+    "sharded": sharded.measure,
     "kernel": kernel.measure,
     "device": device.measure,
     "error": error.measure,
