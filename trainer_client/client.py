@@ -307,7 +307,8 @@ class EmaClient:
         """Take the run back: the trainer is again where it was after `step` steps.
 
         Returns:
-            The step of the generation that the averages went back to, the newest at or before `step`.
+            The step of the generation that the averages went back to, the newest at or before `step`. None on a rank
+            that does not stream.
 
         Raises:
             RewindError: nothing is joined yet, there is no such generation, or the server did not answer in time.

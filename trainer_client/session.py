@@ -123,8 +123,8 @@ class Session:
         self._stream = stream
         _streaming.add(self)
         if stream.sends_nothing:
-            log.info("ema: other ranks send all that this rank holds of run %s", settings.run)
-            self._end(CLOSE_TIMEOUT_S, State.INERT)
+            log.info("ema: other ranks send all that this rank holds of run %s: it counts steps", settings.run)
+            self.worker.close(CLOSE_TIMEOUT_S)
             return
         if stream.rank == 0:
             log_joined(settings.run, stream.joined, steps, stream.last_due)
@@ -183,7 +183,7 @@ class Session:
 
     def flush(self, timeout_s: float, *, durable: bool) -> bool:
         """Wait until all that was sent is applied, or durable; False when it is not in time."""
-        return self._stream is None or self.worker.flush(timeout_s, durable=durable)
+        return self._stream is None or self._stream.sends_nothing or self.worker.flush(timeout_s, durable=durable)
 
     def publish(self, timeout_s: float) -> Answered:
         """Publish a generation to be kept, of everything up to the last step."""
@@ -200,7 +200,7 @@ class Session:
             log.warning("ema: no checkpoint at step %d: the run is at step %d", step, self.steps or 0)
             return False
         if stream.rank > 0:  # rank 0 asks for the generation
-            return self.worker.flush(timeout_s, durable=False)
+            return self.flush(timeout_s, durable=False)
         answer = self.publish(timeout_s)
         return log_checkpoint(step, answer, stream.due_until(step))
 
@@ -212,9 +212,14 @@ class Session:
     def rewind(self, step: int, timeout_s: float) -> int | None:
         """Take the run back to its newest generation at or before `step`; return that generation's step.
 
+        A rank that sends nothing counts from `step` again and returns None.
+
         Raises:
             RewindError: there is none, or the server did not answer in time.
         """
+        if self._stream is not None and self._stream.sends_nothing:
+            self._stream.go_back(step)
+            return None
         reached = self.worker.rewind(step, timeout_s)
         if self._stream is not None:
             self._stream.go_back(step)
@@ -231,6 +236,9 @@ class Session:
         finished = False
         if (stream := self._stream) is not None:
             self.attachment.settle()
+            if stream.sends_nothing:
+                self._end(CLOSE_TIMEOUT_S, State.FINISHED)
+                return True
             stream.catch_up(seconds_left(deadline))
             answer = self.worker.finish(seconds_left(deadline))
             if stream.rank > 0:

@@ -204,7 +204,7 @@ class Stream:
     def take(self, model: nn.Module, *, overlap: bool = False) -> None:
         """Send a snapshot of the step counted last, once, if `every` sends it."""
         counted, self._counted = self._counted, False
-        if not counted or self.steps % self._every:
+        if not counted or self.steps % self._every or self.sends_nothing:
             return
         sent = not self._is_stopped() and self._snapshot(model, self.steps, self._wait_s, overlap=overlap)
         if not sent and self._has_peers:
@@ -247,7 +247,7 @@ class Stream:
         if self._is_capturing(step) or self._is_stopped():
             return False
         self.steps = max(step, self.steps)
-        return self._snapshot(model, step, self._wait_s, "set")
+        return self.sends_nothing or self._snapshot(model, step, self._wait_s, "set")
 
     def _snapshot(
         self,

@@ -17,6 +17,7 @@ from support.fake_device import FakeDevice
 from support.fake_worker import FakeWorker
 from support.snapshots import decode
 from trainer_client import EmaClient
+from trainer_client.model.shards import local_of
 from trainer_client.settings import Settings
 from trainer_client.staging.slots import Slot
 from trainer_client.steps.hooks import Attachment
@@ -84,7 +85,7 @@ def stamp(device: FakeDevice, tensors: Iterable[Tensor], value: float, seconds: 
 
 
 def _filler(tensor: Tensor, value: float) -> Callable[[], None]:
-    data = tensor.data
+    data = local_of(tensor).data
 
     def effect() -> None:
         data.fill_(value)

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from trainer_client import EmaClient
 
 DIM = 6
+REPORTED = ("committed", "skipped", "torn", "dropped", "blocked_s_max")
 
 
 class Block(nn.Module):
@@ -60,7 +62,42 @@ class Model(nn.Module):
         return logits
 
 
-def shard(model: Model, kind: str, world: int) -> Model:
+class Narrow(nn.Module):
+    """Of its parameters the last of four ranks holds nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(3, 7)
+        self.scale = nn.Parameter(torch.ones(2, 7))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.embed(tokens % 3) * self.scale[0] + self.scale[1]
+        return logits
+
+
+def whole_model(kind: str) -> Model | Narrow:
+    """The model that is not sharded."""
+    return Narrow() if kind == "narrow" else Model(kind)
+
+
+def stages(model: Any, rank: int) -> list[nn.Module]:
+    """The stages of one of two ranks, with the names of the whole model. The head is not tied across them."""
+    kept = (("frozen", "embed", "blocks.0"), ("blocks.1", "norm", "head"))[rank]
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    parts = []
+    for name in kept:
+        part = nn.Module()
+        owner: nn.Module = part
+        *path, last = name.split(".")
+        for each in path:
+            owner.add_module(each, nn.Module())
+            owner = owner.get_submodule(each)
+        setattr(owner, last, model.frozen if name == "frozen" else model.get_submodule(name))
+        parts.append(part)
+    return parts
+
+
+def shard(model: Any, kind: str, world: int) -> Any:
     """Shard the model as `kind` says."""
     if kind == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
@@ -78,60 +115,151 @@ def shard(model: Model, kind: str, world: int) -> Model:
         arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if kind == "columns":
         arguments["shard_placement_fn"] = lambda parameter: Shard(1) if parameter.dim() == 2 else Shard(0)
-    for block in model.blocks:
-        fully_shard(block, **arguments)
+    for index, block in enumerate(getattr(model, "blocks", ())):
+        if kind == "checkpointing":
+            model.blocks[index] = checkpoint_wrapper(block)
+        if kind == "compiled-blocks":
+            model.blocks[index] = torch.compile(block, backend="eager")
+        fully_shard(model.blocks[index], **arguments)
     fully_shard(model, **arguments)
-    return model
+    return torch.compile(model, backend="eager") if kind == "compiled" else model
 
 
-def whole(model: nn.Module, rank: int) -> dict[str, Tensor]:
+def whole(model: Any, kind: str) -> dict[str, Tensor]:
     """The whole state dict, gathered from all ranks; batch norm's statistics are those of rank 0."""
+    if kind == "pipeline":
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, {name: value for part in model for name, value in part.state_dict().items()})
+        return {name: value for part in parts for name, value in part.items()}
     return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", ""): (
+            value.full_tensor() if isinstance(value, DTensor) else value
+        )
+        .detach()
+        .clone()
         for name, value in model.state_dict().items()
     }
 
 
+def loss_of(model: Any, kind: str, rank: int) -> Tensor:
+    """The loss of a random batch; a rank of a pipeline trains its stages alone."""
+    tokens, labels = torch.randint(0, 7, (8,)), torch.randint(0, 7, (8,))
+    if kind != "pipeline":
+        return nn.functional.cross_entropy(model(tokens), labels)
+    if rank == 0:
+        outputs: Tensor = model[2].blocks.get_submodule("0")(model[1].embed(tokens))
+        return outputs.square().mean()
+    outputs = model[0].blocks.get_submodule("1")(torch.randn(8, DIM))
+    return nn.functional.cross_entropy(model[2].head(model[1].norm(outputs)), labels)
+
+
+def poison(optimizer: torch.optim.Optimizer, after: int, restored: list[tuple[Tensor, Tensor]]) -> None:
+    """Have the optimizer's step number `after` leave a NaN in this rank's shard of a parameter."""
+    steps = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == after:
+            parameter = optimizer.param_groups[0]["params"][0]
+            local = parameter.detach().to_local()
+            restored.append((local, local.clone()))
+            local.view(-1)[-1] = torch.nan
+
+    optimizer.register_step_post_hook(hook)
+
+
+class Twin:
+    """On rank 0 the run of the whole model; on other ranks nothing."""
+
+    def __init__(self, given: dict[str, Any], rank: int, arguments: dict[str, Any]) -> None:
+        self.ema: EmaClient | None = None
+        if rank == 0 and given.get("twin", True):
+            self.run = f"{given['run']}-twin"
+            self.model = whole_model(given["kind"])
+            if given["kind"] == "pipeline":
+                stages(self.model, rank)  # which unties the head
+            self.ema = EmaClient(given["endpoint"], self.run, rank=0, **arguments)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        return True if self.ema is None else getattr(self.ema, name)(*arguments)
+
+    def load(self, step: int) -> None:
+        if self.ema is not None:
+            self.ema.load_state_dict({"run": self.run, "step": step})
+
+    def update(self, weights: dict[str, Tensor], step: int) -> None:
+        if self.ema is not None:
+            self.model.load_state_dict(weights)
+            self.ema.update(self.model, step)
+
+
+def take_step(model: Any, optimizer: torch.optim.Optimizer, given: dict[str, Any], rank: int) -> None:
+    """One optimizer step, of two batches with `accumulate`."""
+    batches = 2 if given.get("accumulate") else 1
+    for batch in range(batches):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(batch == batches - 1)
+        loss_of(model, given["kind"], rank).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def train(given: dict[str, Any], rank: int) -> dict[str, Any]:
-    world, steps, run = given["world"], given["steps"], given["run"]
+    kind, world, run = given["kind"], given["world"], given["run"]
     torch.manual_seed(given.get("seed", 0))
-    model = shard(Model(given["kind"]), given["kind"], world)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model: Any = whole_model(kind)
+    model = stages(model, rank) if kind == "pipeline" else shard(model, kind, world)
+    parameters = [p for part in (model if kind == "pipeline" else [model]) for p in part.parameters()]
+    optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=0.05)
     arguments = {"averages": ["raw", "ema:0.9"], "when_behind": "wait"} | given.get("client", {})
-    ema = EmaClient(given["endpoint"], run, **arguments)
+    twin = Twin(given, rank, arguments)
+    ema = EmaClient(given["endpoint"], run, **arguments | given.get("client_of", {}).get(str(rank), {}))
     first = given.get("first_step", 1)
     if first > 1:
         ema.load_state_dict({"run": run, "step": first - 1})
-    twin = copy = None
-    if rank == 0 and given.get("twin", True):
-        copy = Model(given["kind"])
-        twin = EmaClient(given["endpoint"], f"{run}-twin", rank=0, **arguments)
-        if first > 1:
-            twin.load_state_dict({"run": f"{run}-twin", "step": first - 1})
+        twin.load(first - 1)
+    restored: list[tuple[Tensor, Tensor]] = []
+    if "nan" in given and given["nan"][0] == rank:
+        poison(optimizer, given["nan"][1], restored)
     ema.attach(model, optimizer)
-    weights: list[dict[str, Tensor]] = []
-    for step in range(first, first + steps):
+    weights: dict[int, dict[str, Tensor]] = {}
+    step, answers, rewind = first - 1, [], given.get("rewind")
+    while step < first - 1 + given["steps"]:
+        step += 1
         # The ranks of tensor parallelism train on the same samples.
-        torch.manual_seed(1000 * step + (rank // 2 if given["kind"] == "tensor-parallel" else rank))
-        loss = nn.functional.cross_entropy(model(torch.randint(0, 7, (8,))), torch.randint(0, 7, (8,)))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        now = whole(model, rank)
-        weights.append(now)
-        if twin is not None and copy is not None:
-            copy.load_state_dict(now)
-            twin.update(copy, step)
+        torch.manual_seed(1000 * step + (rank // 2 if kind == "tensor-parallel" else rank))
+        take_step(model, optimizer, given, rank)
+        for local, before in restored:
+            local.copy_(before)
+        restored.clear()
+        now = whole(model, kind) if given.get("gather", True) else {}
+        weights[step] = now
+        twin.update(now, step)
         if given.get("kill") == [rank, step]:
             os.kill(os.getpid(), 9)
-    finish = given.get("finish", True)
-    done = ema.finish() if finish else ema.flush()
-    if twin is not None:
-        done = (twin.finish() if finish else twin.flush()) and done
+        if given.get("evaluate"):
+            with torch.no_grad():
+                model.eval()(torch.randint(0, 7, (8,)))
+            model.train()
+        if given.get("checkpoint") == step:
+            answers.append(ema.checkpoint(step) and twin.call("checkpoint", step))
+        if rewind is not None and step == rewind[0]:
+            step, rewind = rewind[1], None
+            ema.load_state_dict({"run": run, "step": step})
+            twin.load(step)
+    end = "finish" if given.get("finish", True) else "flush"
+    done = getattr(ema, end)() and twin.call(end)
     stats = ema.stats()
     if rank == 0 and "weights" in given:
         torch.save(weights, given["weights"])
-    return {"rank": rank, "done": done, "committed": stats.get("committed"), "stats": str(stats)}
+    return {
+        "rank": rank,
+        "done": done,
+        "answers": answers,
+        "steps": ema.steps,
+        **{name: stats.get(name) for name in REPORTED},
+    }
 
 
 def main() -> None:
