@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from ema_proto.dtypes import ITEM_BYTES
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.wire.boxes import Box, tiling_fault, whole
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
@@ -85,14 +86,18 @@ def _order(names: Iterable[Sequence[str]]) -> list[str]:
 
 def _deal(tensors: Sequence[TensorSpec], holders: dict[str, dict[Box, list[int]]]) -> dict[tuple[str, Box], int]:
     """The rank that sends each box."""
-    boxes = [(replace(tensor, box=box), ranks) for tensor in tensors for box, ranks in holders[tensor.name].items()]
+    boxes = [
+        (box.elements * ITEM_BYTES[tensor.dtype], tensor, box, ranks)
+        for tensor in tensors
+        for box, ranks in holders[tensor.name].items()
+    ]
     load: defaultdict[int, int] = defaultdict(int)
     senders: dict[tuple[str, Box], int] = {}
-    for tensor, ranks in sorted(boxes, key=lambda each: -each[0].nbytes):
+    for nbytes, tensor, box, ranks in sorted(boxes, key=lambda each: -each[0]):
         is_state = tensor.role in (Role.BUFFER, Role.STRUCTURAL)
         rank = ranks[0] if is_state else min(ranks, key=lambda each: (load[each], each))
-        load[rank] += tensor.nbytes
-        senders[tensor.name, tensor.box or whole(tensor.shape)] = rank
+        load[rank] += nbytes
+        senders[tensor.name, box] = rank
     return senders
 
 

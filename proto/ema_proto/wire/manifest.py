@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -156,14 +156,18 @@ def layout(tensors: Iterable[TensorSpec]) -> Manifest:
     try:
         for tensor in given:
             _check_tensor(tensor)
-        offsets, position = {}, 0
-        for tensor in sorted(given, key=_layout_key):
-            offsets[tensor.name] = position
-            position += tensor.nbytes
-        placed = tuple(replace(t, offset=offsets[t.name]) for t in given)
-        return _checked(Manifest(placed))
+        return _checked(Manifest(placed(given)))
     except RemoteProtocolError as error:
         raise LocalProtocolError(error.text) from None
+
+
+def placed(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Assign offsets to valid tensors of different names."""
+    offsets, position = {}, 0
+    for tensor in sorted(tensors, key=_layout_key):
+        offsets[tensor.name] = position
+        position += tensor.nbytes
+    return tuple(replace(tensor, offset=offsets[tensor.name]) for tensor in tensors)
 
 
 def from_json(value: object) -> Manifest:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ema_proto.errors import LocalProtocolError
-from ema_proto.wire.manifest import Manifest, TensorSpec, layout
+from ema_proto.wire.manifest import Manifest, TensorSpec, placed
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ def part_of(manifest: Manifest, indices: Sequence[int]) -> Part:
     """The part that holds these tensors of a rank's manifest."""
     if not indices:
         return Part((), (), 0)
-    packed = layout(manifest.tensors[index] for index in indices)
-    return Part(tuple(indices), packed.tensors, packed.nbytes)
+    tensors = placed([manifest.tensors[index] for index in indices])  # checked with the manifest: ranks have many
+    return Part(tuple(indices), tensors, sum(tensor.nbytes for tensor in tensors))
 
 
 def to_ranges(indices: Iterable[int]) -> tuple[tuple[int, int], ...]:
