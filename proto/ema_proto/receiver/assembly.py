@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from ema_proto.limits import RECENT_STEPS
+from ema_proto.limits import RECENT_STEPS, STEP_MAX
 from ema_proto.wire import messages as m
 
 DropReason: TypeAlias = Literal["skipped", "passed", "left", "lost", "silent", "late", "rewound"]
@@ -94,7 +94,7 @@ class Assembly:
         if passed is not None:
             self._report(None, key, passed, "passed", f"rank {passed} passed it")
         if key <= lost:
-            return why if key == lost else "it was dropped"
+            return why if key == lost or lost == (STEP_MAX, True) else "it was dropped"
         return f"rank {passed} passed it"
 
     def skip(self, rank: int, step: int, why: str) -> None:
@@ -143,6 +143,13 @@ class Assembly:
         self._begun.clear()
         self._lost = _NOTHING, ""
         self._reported.clear()
+
+    def finish(self, rank: int) -> None:
+        """This rank has finished the run: its slots are gone, and no other step can be whole."""
+        why = f"rank {rank} has finished the run"
+        for pending in [each for each in self._pending if len(each.whole) < self._world]:
+            self._drop(pending, rank, "passed", why)
+        self._remember((STEP_MAX, True), why)
 
     def drop_overdue(self, before: float) -> None:
         """Drop the steps that were begun before this time, and of which a rank has not begun its part."""

@@ -273,6 +273,9 @@ class Receiver:
         if error is None:
             gang.finished = m.Finished(request, step, error, warning)
             self._runs.release(gang)
+            if gang.assembly is not None:
+                gang.assembly.finish(gang.lead)
+                self._report_dropped(gang)
         for claim in list(gang.members.values()):
             if claim.finish is not None:
                 self._answer_finish(gang, claim, m.Finished(claim.finish, step, error, warning))

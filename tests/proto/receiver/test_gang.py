@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from ema_proto.errors import RejectCode
-from ema_proto.limits import RANKS_MAX, SERVER_SILENT_S
+from ema_proto.limits import CHUNK_BYTES_MIN, RANKS_MAX, SERVER_SILENT_S
 from ema_proto.receiver import events as e
 from ema_proto.receiver.machine import Receiver
 from ema_proto.wire import messages as m
+from ema_proto.wire.codec import encode
 from support.memory_trainer import shard_manifest, small_join
 from support.peers import OTHER, Peer, accept, new_receiver
 
@@ -162,3 +163,22 @@ def test_rank_that_was_away_during_a_rewind_is_answered_when_it_returns() -> Non
 
     assert ranks[1].say(m.Rewind(1, 0)) == [m.Rewound(1, 0)]
     assert not ranks[1].codes(ranks[1].say(m.Begin(1, 1)))
+
+
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_rank_that_goes_on_after_the_run_is_finished_has_no_slot(has_begun: bool) -> None:
+    """The caller frees the slots of a finished run: nothing may be received into them."""
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    if has_begun:
+        ranks[1].say(m.Begin(1, 1))
+    ranks[0].say(m.Finish(1))
+    finish = receiver.events.pop()
+    assert isinstance(finish, e.FinishRequested)
+    receiver.finished("run", finish.ticket, finish.request, None)
+    answers = ranks[1].heard() if has_begun else ranks[1].say(m.Begin(1, 1))
+    assert ranks[1].codes(answers) == [RejectCode.DROPPED]
+    header, _ = encode(m.Chunk(1, 1, 0, CHUNK_BYTES_MIN), session=ranks[1].session, epoch=ranks[1].epoch)
+    assert receiver.header(ranks[1].name, header, 0.0) == e.Discard()
+
+    assert ranks[1].say(m.Finish(1))[-1] == m.Finished(1, None)
