@@ -28,13 +28,16 @@ SAVE_EVERY = 3
 class Saver(pl.Callback):  # type: ignore[misc]
     """Saves the weights after each step, and kills the process after one of them."""
 
-    def __init__(self, folder: Path, kill_at: int) -> None:
-        self._folder, self._kill_at = folder, kill_at
+    def __init__(self, folder: Path, kill_at: int, ema: EmaCallback) -> None:
+        self._folder, self._kill_at, self._ema = folder, kill_at, ema
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         if trainer.global_rank == 0:
             torch.save(pl_module.net.state_dict(), self._folder / f"step-{trainer.global_step}.pt")
             if trainer.global_step == self._kill_at:
+                client = self._ema._client
+                assert client is not None
+                assert client.flush()  # the snapshot of this step is sent by another thread
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -50,7 +53,7 @@ def main() -> None:
         folder,
         ema,
         checkpoint,
-        Saver(folder, kill_at),
+        Saver(folder, kill_at, ema),
         *stoppings,
         enable_checkpointing=True,
         devices=devices,
