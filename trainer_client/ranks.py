@@ -43,11 +43,11 @@ def rank_of(given: int | None, environ: Mapping[str, str]) -> int:
     return _number(environ, "RANK", 0) if _number(environ, "WORLD_SIZE", 1) > 1 else 0
 
 
-def place_of() -> Place:
+def place_of(incarnation: int = 0) -> Place:
     """The place of this process among all ranks of torch.distributed, whose model is sharded.
 
     The ranks agree on the gang through the store of the process group, without a collective operation: the first one
-    writes random text. A process group that is made again, as after a restart, has a store of its own.
+    writes random text, once for each incarnation: the store of torchrun outlives a restart.
 
     Raises:
         SettingsError: torch.distributed is not initialised.
@@ -58,7 +58,7 @@ def place_of() -> Place:
     if world == 1:
         return Place()
     store = torch.distributed.distributed_c10d._get_default_store()
-    return Place(rank, world, store.compare_set(_GANG_KEY, "", secrets.token_hex(8)).decode())
+    return Place(rank, world, store.compare_set(f"{_GANG_KEY}_{incarnation}", "", secrets.token_hex(8)).decode())
 
 
 def _number(environ: Mapping[str, str], variable: str, default: int) -> int:

@@ -106,7 +106,7 @@ class Stream:
             SettingsError: a graph is being captured: what joining does would spoil it.
         """
         plan = plan_of(model, settings)
-        place = place_of() if plan.is_sharded else Place()
+        place = place_of(settings.incarnation) if plan.is_sharded else Place()
         if place.world > 1 and settings.run_generated:
             raise SettingsError("the ranks of a sharded model must know the run: pass run=, or set EMA_RUN")
         devices = {tensor.device for tensor in plan.tensors()}
