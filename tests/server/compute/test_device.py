@@ -377,6 +377,7 @@ def test_buffers_of_a_gpu_are_pinned() -> None:
     assert bytes(memory.data[:4].tolist()) == b"abcd"
 
 
+@pytest.mark.process
 @pytest.mark.gpu
 def test_server_on_a_gpu_serves_what_a_server_on_the_host_does(tmp_path: Path) -> None:
     """As processes, over tcp, with three averages; each file is also held against a replay in float64."""
