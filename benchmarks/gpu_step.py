@@ -33,7 +33,10 @@ def measure(*, quick: bool) -> Section:
     found: list[Row] = []
     for size, width in (QUICK_WIDTHS if quick else WIDTHS).items():
         print(f"  {size}, {torch.cuda.get_device_name()}", file=sys.stderr, flush=True)
-        found += rows(size, _rounds(width, quick=quick))
+        measured = rows(size, _rounds(width, quick=quick))
+        for row in measured:  # shown at once: a machine with a GPU may be lent for minutes only
+            print(f"    {row}", file=sys.stderr, flush=True)
+        found += measured
     note = f"On one {torch.cuda.get_device_name()}; in brackets the step without an average."
     return Section(_TITLE, _RIVAL, tuple(found), note)
 

@@ -112,7 +112,9 @@ def test_sharded_snapshots_tear_without_the_wait_before_the_next_step(
     worker, optimizer = KeepingWorker(), torch.optim.AdamW(model.parameters(), lr=1e-2)
     with _client(worker) as client:
         client.attach(model, optimizer)
-        for _ in range(50):
-            _step(model, optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        for _ in range(50):  # nothing but steps: with a forward pass between them the copies are over in time
+            optimizer.step()
         client.flush(timeout_s=60)
     assert client.stats()["torn"] > 0
