@@ -222,7 +222,7 @@ def test_download_that_hangs_does_not_keep_the_trainer_from_ending(tmp_path: Pat
 
 
 _RANK = """
-import sys, threading, time
+import os, sys, threading, time
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -246,7 +246,8 @@ for step in range(1, 31):
         while any(thread.name == "ema-pull" for thread in threading.enumerate()):
             time.sleep(0.01)
         dist.barrier()
-    print(f"rank {rank} at {step}: {pull.step} {pull.version} {teacher.weight.sum().item()}", flush=True)
+    line = f"rank {rank} at {step}: {pull.step} {pull.version} {teacher.weight.sum().item()}\n"
+    os.write(1, line.encode())  # whole lines, whatever the other rank prints
 dist.barrier()
 ema.finish()
 dist.destroy_process_group()
