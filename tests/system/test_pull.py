@@ -246,7 +246,7 @@ for step in range(1, 31):
         while any(thread.name == "ema-pull" for thread in threading.enumerate()):
             time.sleep(0.01)
         dist.barrier()
-    line = f"rank {rank} at {step}: {pull.step} {pull.version} {teacher.weight.sum().item()}\n"
+    line = f"rank {rank} at {step}: {pull.step} {pull.version} {teacher.weight.sum().item()}\\n"
     os.write(1, line.encode())  # whole lines, whatever the other rank prints
 dist.barrier()
 ema.finish()
