@@ -55,6 +55,7 @@ def main() -> None:
                     break
     ema.finish()  # ema: publish the last step and mark the run as finished
     print(f"process {accelerator.process_index}: {step} steps, {ema.steps} of them counted")
+    accelerator.wait_for_everyone()  # a process that ends while another still uses the group can abort it
     accelerator.end_training()
 
 
