@@ -138,3 +138,27 @@ class OfflineClient(EmaClient):
         assert self._session is not None
         assert isinstance(self._session.worker, FakeWorker)
         return self._session.worker
+
+
+class KeepingWorker(FakeWorker):
+    """Keeps a copy of each snapshot, by step, and releases its slot."""
+
+    def __init__(self) -> None:
+        super().__init__(slots=2)
+        self.snapshots: dict[int, dict[str, Tensor]] = {}
+
+    def _send(self, slot: Slot, step: int, mode: Mode) -> None:
+        self.snapshots[step] = decode(self.joins[-1].manifest, slot.view)
+        super()._send(slot, step, mode)
+        self.give_back(slot)
+
+
+def client_of(worker: FakeWorker, **given: Any) -> EmaClient:
+    """A client on this worker."""
+
+    class Client(EmaClient):
+        @staticmethod
+        def _connect(settings: Settings) -> FakeWorker:
+            return worker
+
+    return Client("tcp://127.0.0.1:5555", run="r", **given)

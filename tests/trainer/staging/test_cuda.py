@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,12 +17,9 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from ema_proto.wire.messages import Mode
-from support.fake_worker import FakeWorker
-from support.snapshots import decode
+from support.fake_worker import FakeWorker, KeepingWorker, client_of
 from support.waiting import eventually
-from trainer_client import EmaClient
 from trainer_client.model.plan import Plan
-from trainer_client.settings import Settings
 from trainer_client.staging.cpu import CpuStager
 from trainer_client.staging.device import Cuda
 from trainer_client.staging.overlapped import OverlappedStager
@@ -56,28 +52,6 @@ class CheckingWorker(FakeWorker):
         if not bool((slot.tensor.view(torch.float32) == step).all()):
             self.torn.append(step)
         self.give_back(slot)
-
-
-class KeepingWorker(FakeWorker):
-    """Keeps a copy of each snapshot."""
-
-    def __init__(self) -> None:
-        super().__init__(slots=2)
-        self.snapshots: dict[int, dict[str, Tensor]] = {}
-
-    def _send(self, slot: Slot, step: int, mode: Mode) -> None:
-        self.snapshots[step] = decode(self.joins[-1].manifest, slot.view)
-        super()._send(slot, step, mode)
-        self.give_back(slot)
-
-
-def _client(worker: FakeWorker, **given: Any) -> EmaClient:
-    class Client(EmaClient):
-        @staticmethod
-        def _connect(settings: Settings) -> FakeWorker:
-            return worker
-
-    return Client("tcp://127.0.0.1:5555", run="r", **given)
 
 
 @pytest.fixture
@@ -132,7 +106,7 @@ def test_no_snapshot_in_thousands_of_steps_is_torn(device: torch.device, stream:
     torch.cuda.synchronize()
 
     with torch.cuda.stream(torch.cuda.Stream(device) if stream == "another stream" else None):
-        with _client(worker) as client:
+        with client_of(worker) as client:
             client.attach(model, optimizer)
             _carry(model, optimizer, STEPS)
             assert client.flush(timeout_s=120)
@@ -151,7 +125,7 @@ def test_snapshots_tear_without_the_wait_before_the_next_step(
     model, worker = Carrying(device), CheckingWorker()
     optimizer = Filling(model.parameters())
 
-    with _client(worker) as client:
+    with client_of(worker) as client:
         client.attach(model, optimizer)
         _carry(model, optimizer, STEPS // 4)
         assert client.flush(timeout_s=120)
@@ -164,7 +138,7 @@ def test_snapshots_tear_without_the_wait_before_the_next_step(
 def test_write_through_data_tears_unless_announced(device: torch.device, announced: bool) -> None:
     model, worker = Carrying(device), CheckingWorker()
     optimizer = Filling(model.parameters())
-    with _client(worker) as client:
+    with client_of(worker) as client:
         client.attach(model, optimizer)
         for _ in range(20):
             _carry(model, optimizer, 1)
@@ -181,7 +155,7 @@ def test_write_through_data_tears_unless_announced(device: torch.device, announc
 def test_write_seen_in_the_version_counter_drops_the_snapshot(device: torch.device) -> None:
     model, worker = Carrying(device), CheckingWorker()
     optimizer = Filling(model.parameters())
-    with _client(worker) as client:
+    with client_of(worker) as client:
         client.attach(model, optimizer)
         _carry(model, optimizer, 1)
         with torch.no_grad():
@@ -211,7 +185,7 @@ def _step(model: nn.Module, optimizer: Optimizer, images: Tensor) -> None:
 def test_real_training_is_streamed_bit_for_bit(device: torch.device, overlap: bool) -> None:
     model, optimizer, images = _trained(device)
     worker, expected = KeepingWorker(), dict[int, dict[str, Tensor]]()
-    with _client(worker, overlap=overlap) as client:
+    with client_of(worker, overlap=overlap) as client:
         client.attach(model, optimizer)
         for number in range(1, 41):
             _step(model, optimizer, images)
@@ -226,7 +200,7 @@ def test_real_training_is_streamed_bit_for_bit(device: torch.device, overlap: bo
 
 def test_manual_update_is_copied_on_return(device: torch.device) -> None:
     model, worker = Carrying(device), CheckingWorker()
-    client = _client(worker)
+    client = client_of(worker)
     for step in range(1, 6):
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data.fill_(step)
@@ -276,7 +250,7 @@ def test_gpu_memory_is_bounded_by_the_scratch(device: torch.device) -> None:
 
     peak()
     without = peak()
-    with _client(KeepingWorker()) as client:
+    with client_of(KeepingWorker()) as client:
         client.attach(model, optimizer)
         assert peak() - without <= SCRATCH_BYTES_MAX
 
@@ -293,7 +267,7 @@ def test_trace_shows_no_added_synchronisation_or_allocation(device: torch.device
     model, optimizer, images = _trained(device)
     _events(model, optimizer, images)
     without = _events(model, optimizer, images)
-    with _client(KeepingWorker()) as client:
+    with client_of(KeepingWorker()) as client:
         client.attach(model, optimizer)
         _events(model, optimizer, images)
         ours = _events(model, optimizer, images)
@@ -307,7 +281,7 @@ def test_trace_shows_no_added_synchronisation_or_allocation(device: torch.device
 
 def test_training_thread_issues_nothing_that_synchronises(device: torch.device) -> None:
     model, optimizer, images = _trained(device)
-    with _client(KeepingWorker()) as client:
+    with client_of(KeepingWorker()) as client:
         client.attach(model, optimizer)
         for _ in range(3):
             _step(model, optimizer, images)
@@ -322,7 +296,7 @@ def test_training_thread_issues_nothing_that_synchronises(device: torch.device) 
 
 def test_slots_are_pinned_while_the_client_is_open(device: torch.device) -> None:
     model, worker = Carrying(device), CheckingWorker()
-    client = _client(worker)
+    client = client_of(worker)
     client.attach(model, Filling(model.parameters()))
 
     assert all(slot.tensor.is_pinned() for slot in worker.slots)
@@ -348,7 +322,7 @@ def test_snapshots_to_unpinned_memory_are_right(
     monkeypatch.setattr(Cuda, "pin", lambda *_: "out of memory")
     model, worker = Carrying(device), CheckingWorker()
     optimizer = Filling(model.parameters())
-    with _client(worker) as client:
+    with client_of(worker) as client:
         client.attach(model, optimizer)
         _carry(model, optimizer, 20)
         assert client.flush(timeout_s=60)
@@ -365,7 +339,7 @@ def test_captured_step_takes_no_snapshot_and_the_graph_is_valid(device: torch.de
     optimizer = Adam([weight], lr=1.0, capturable=True)
     weight.grad = torch.ones_like(weight)
     worker = KeepingWorker()
-    with _client(worker) as client:
+    with client_of(worker) as client:
         client.attach(module, optimizer)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream())
@@ -390,7 +364,7 @@ def test_captured_step_takes_no_snapshot_and_the_graph_is_valid(device: torch.de
 def test_parameter_moved_during_the_copy_is_copied_from_its_old_memory(device: torch.device) -> None:
     model, worker = Carrying(device), CheckingWorker()
     optimizer = Filling(model.parameters())
-    with _client(worker) as client:
+    with client_of(worker) as client:
         client.attach(model, optimizer)
         for _ in range(20):
             _carry(model, optimizer, 1)
@@ -405,7 +379,7 @@ def test_parameter_moved_during_the_copy_is_copied_from_its_old_memory(device: t
 def test_graph_captured_during_copies_is_valid(device: torch.device) -> None:
     model, worker, counted = Carrying(device), CheckingWorker(), torch.zeros(10, device=device)
     optimizer = Filling(model.parameters())
-    with _client(worker) as client:
+    with client_of(worker) as client:
         client.attach(model, optimizer)
         for _ in range(20):
             _carry(model, optimizer, 2)
@@ -431,7 +405,7 @@ def test_gpu_without_room_for_the_scratch_logs_one_warning(
         torch.cuda.memory_reserved(device) / torch.cuda.get_device_properties(device).total_memory, device
     )
     try:
-        with _client(worker) as client:
+        with client_of(worker) as client:
             client.attach(parameters, optimizer)
             for _ in range(3):
                 optimizer.step()

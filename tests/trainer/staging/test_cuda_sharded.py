@@ -12,40 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from ema_proto.wire.messages import Mode
-from support.fake_worker import FakeWorker
-from support.snapshots import decode
-from trainer_client import EmaClient
+from support.fake_worker import KeepingWorker, client_of
 from trainer_client.model.shards import is_sharded
-from trainer_client.settings import Settings
-from trainer_client.staging.slots import Slot
 from trainer_client.staging.stagers import Stagers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 
 WIDTH = 6000  # 288 MB of parameters: copying them takes longer than a step
-
-
-class KeepingWorker(FakeWorker):
-    """Keeps a copy of each snapshot."""
-
-    def __init__(self) -> None:
-        super().__init__(slots=2)
-        self.snapshots: dict[int, dict[str, Tensor]] = {}
-
-    def _send(self, slot: Slot, step: int, mode: Mode) -> None:
-        self.snapshots[step] = decode(self.joins[-1].manifest, slot.view)
-        super()._send(slot, step, mode)
-        self.give_back(slot)
-
-
-def _client(worker: FakeWorker) -> EmaClient:
-    class Client(EmaClient):
-        @staticmethod
-        def _connect(settings: Settings) -> FakeWorker:
-            return worker
-
-    return Client("tcp://127.0.0.1:5555", run="r")
 
 
 @pytest.fixture
@@ -77,7 +50,7 @@ def test_sharded_training_is_streamed_bit_for_bit(model: nn.Module) -> None:
     worker, optimizer = KeepingWorker(), torch.optim.AdamW(model.parameters(), lr=1e-2)
     assert all(is_sharded(parameter) for parameter in model.parameters())
     expected: dict[int, dict[str, Tensor]] = {}
-    with _client(worker) as client:
+    with client_of(worker) as client:
         client.attach(model, optimizer)
         for step in range(1, 13):
             _step(model, optimizer)
@@ -93,7 +66,7 @@ def test_sharded_training_is_streamed_bit_for_bit(model: nn.Module) -> None:
 
 def test_unannounced_write_to_a_sharded_parameter_costs_its_snapshot(model: nn.Module) -> None:
     worker, optimizer = KeepingWorker(), torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with _client(worker) as client:
+    with client_of(worker) as client:
         client.attach(model, optimizer)
         for step in range(1, 6):
             _step(model, optimizer)
@@ -110,7 +83,7 @@ def test_sharded_snapshots_tear_without_the_wait_before_the_next_step(
 ) -> None:
     monkeypatch.setattr(Stagers, "hold_back_writes", lambda *_: None)
     worker, optimizer = KeepingWorker(), torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with _client(worker) as client:
+    with client_of(worker) as client:
         client.attach(model, optimizer)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
