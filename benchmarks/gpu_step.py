@@ -33,10 +33,7 @@ def measure(*, quick: bool) -> Section:
     found: list[Row] = []
     for size, width in (QUICK_WIDTHS if quick else WIDTHS).items():
         print(f"  {size}, {torch.cuda.get_device_name()}", file=sys.stderr, flush=True)
-        measured = rows(size, _rounds(width, quick=quick))
-        for row in measured:  # shown at once: a machine with a GPU may be lent for minutes only
-            print(f"    {row}", file=sys.stderr, flush=True)
-        found += measured
+        found += rows(size, _rounds(width, quick=quick))
     note = f"On one {torch.cuda.get_device_name()}; in brackets the step without an average."
     return Section(_TITLE, _RIVAL, tuple(found), note)
 
@@ -72,10 +69,17 @@ def rows(size: str, rounds: Sequence[Round]) -> list[Row]:
 
 
 def _rounds(width: int, *, quick: bool) -> list[Round]:
-    rounds = 1 if quick else 5
+    rounds = 1 if quick else 3
     numbers = {"width": width, "batch": 2 if quick else 64, "rounds": rounds, "steps": 3 if quick else 30}
     with serving(_DISK_BYTES) as server:
         command = ["-m", "benchmarks.gpu_trainer", server.zmq]
         command += [part for name, value in numbers.items() for part in (f"--{name}", str(value))]
         with Child("trainer", command, server.folder / "trainer.log") as trainer:
-            return [trainer.first_line(_ROUND_S + START_S) for _ in range(rounds)]
+            return [_shown(trainer.first_line(_ROUND_S + START_S)) for _ in range(rounds)]
+
+
+def _shown(found: Round) -> Round:
+    """Print a round as it ends: a machine with a GPU may be lent for minutes only."""
+    parts = (f"{arm} {of['step_s'] * 1e3:.1f} ms, blocked {of['blocked_s'] * 1e3:.2f} ms" for arm, of in found.items())
+    print("    " + "; ".join(parts), file=sys.stderr, flush=True)
+    return found
