@@ -9,28 +9,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError, Scope
-from ema_proto.limits import (
-    CHUNK_BYTES_DEFAULT,
-    CREDIT_WINDOW_CHUNKS,
-    PART_WAIT_S,
-    RANKS_WAIT_S,
-    SERVER_SILENT_S,
-    SESSION_LOST_S,
-    SLOTS,
-)
+from ema_proto.limits import CHUNK_BYTES_DEFAULT, SESSION_LOST_S, SLOTS
 from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connection, Connections
-from ema_proto.receiver.gang import Claim, ClaimState, Gang
-from ema_proto.receiver.intake import Intake
 from ema_proto.receiver.ownership import Ownership
+from ema_proto.receiver.requests import Requests
+from ema_proto.receiver.streaming import Session, Streaming
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import Header, decode, decode_file, decode_header
-from ema_proto.wire.files import FileSpec, by_digest
-
-_GANG_WINDOW_CHUNKS = 64  # on their way from all ranks of a trainer together, at least two from each
+from ema_proto.wire.files import FileSpec
 
 
 class Receiver:
@@ -57,9 +46,10 @@ class Receiver:
         self.outbox = self._connections.outbox
         self.rejects = self._connections.rejects
         self.events: deque[e.ReceiverEvent] = deque()
-        self._chunk_bytes = chunk_bytes
         self._lost_after_s = lost_after_s
         self._runs = Ownership(self._connections, self.events)
+        self._streaming = Streaming(self._connections, self._runs, self.events, chunk_bytes=chunk_bytes)
+        self._requests = Requests(self._connections, self._runs, self._streaming, self.events)
         self._now = 0.0
         self._pending: tuple[Connection, Header] | None = None
 
@@ -85,12 +75,12 @@ class Receiver:
         if header.type != m.Chunk.type:
             self._pending = connection, header
             return e.Control(header.length)
-        found = self._streaming(connection)
+        found = self._streaming.of(connection)
         if found is None:
             return e.Discard()
         gang, claim, intake = found
         slot = intake.target(header)
-        self._flush(claim)
+        self._streaming.flush(claim)
         if slot is None:
             return e.Discard()
         self._pending = connection, header
@@ -99,16 +89,16 @@ class Receiver:
     def payload(self, received: memoryview | bytes | None) -> None:
         """A `Payload` body is in its slot; `received` is that part of the slot, None if the length was wrong."""
         connection, header = self._take_pending()
-        found = self._streaming(connection)
+        found = self._streaming.of(connection)
         if found is not None:
             _, claim, intake = found
             intake.payload(header, received)
-            self._flush(claim)
+            self._streaming.flush(claim)
 
     def file_payload(self, payload: bytes | None) -> None:
         """A `FileBody` was received; None if its length was wrong."""
         connection, header = self._take_pending()
-        found = self._streaming(connection)
+        found = self._streaming.of(connection)
         if found is None:
             return
         gang, _, intake = found
@@ -135,12 +125,9 @@ class Receiver:
         self._now = now
         self._runs.tick(now)
         for connection in self._connections.forget_silent(now - self._lost_after_s):
-            self._leave(connection, lost=True)
-        for gang in self._runs.of_several_ranks():
-            self._drop_awaited_steps(gang)
-            self._report_missing(gang)
-        for gang in self._runs.rewinds_due(now):
-            self._answer_rewinds(gang, gang.take_rewinds(), None, "not all ranks have asked to go back")
+            self._streaming.leave(connection, now, lost=True)
+        self._streaming.tick(now)
+        self._requests.tick(now)
 
     def accept_join(
         self,
@@ -164,9 +151,7 @@ class Receiver:
             return False
         gang.start(slots, last_step, recent, published_step)
         gang.missing_files = missing_files
-        self._runs.stream(gang)
-        for claim in gang.members.values():
-            self._admit(gang, claim, continuation, set_aside)
+        self._streaming.start(gang, continuation, set_aside)
         return True
 
     def refuse_join(self, run: str, ticket: int, code: RejectCode, text: str) -> None:
@@ -186,7 +171,7 @@ class Receiver:
         if gang is None or claim is None or claim.intake is None:
             return None
         claim.intake.file_stored()
-        self._flush(claim)
+        self._streaming.flush(claim)
         if not claim.intake.files.whole:
             return None
         gang.missing_files = ()
@@ -201,41 +186,28 @@ class Receiver:
     def applied(self, run: str, ticket: int, slot: int) -> None:
         """The snapshot in `slot` is in the averages; the slot is free."""
         gang = self._runs.by_ticket(run, ticket)
-        if gang is None or gang.assembly is None:
-            return
-        gang.assembly.applied(slot)
-        for claim, intake in _intakes(gang):
-            intake.applied(slot)
-            self._flush(claim)
-        self._admit_returned(gang)
+        if gang is not None:
+            self._streaming.applied(gang, slot)
 
     def quarantined(self, run: str, ticket: int, slot: int, text: str) -> None:
         """The snapshot in `slot` was not finite and was not applied; the slot is free."""
         gang = self._runs.by_ticket(run, ticket)
-        if gang is None or gang.assembly is None:
-            return
-        gang.assembly.quarantined(slot)
-        for claim, intake in _intakes(gang):
-            intake.quarantined(slot, text)
-            self._flush(claim)
-        self._admit_returned(gang)
+        if gang is not None:
+            self._streaming.quarantined(gang, slot, text)
 
     def published(self, run: str, step: int) -> None:
         """A generation of the run at `step` is durable."""
         gang = self._runs.owner(run)
         if gang is not None:
-            gang.published_step = step
-            for claim, _ in _intakes(gang):
-                self._connections.send(claim.peer, m.Published(step))
+            self._streaming.published(gang, step)
 
     def publish_answered(
         self, run: str, ticket: int, request: int, step: int | None, error: str | None = None, *, rank: int = 0
     ) -> None:
         """The generation that this rank asked for is durable at `step`, or (`error`) could not be written."""
         gang = self._runs.by_ticket(run, ticket)
-        claim = None if gang is None else gang.members.get(rank)
-        if claim is not None:
-            self._connections.send(claim.peer, m.Published(step, request, error))
+        if gang is not None:
+            self._requests.publish_answered(gang, rank, m.Published(step, request, error))
 
     def rewound(
         self,
@@ -249,13 +221,8 @@ class Receiver:
     ) -> None:
         """The run is back at `step` with these newest applied steps, or (`error`) unchanged."""
         gang = self._runs.by_ticket(run, ticket)
-        asked = None if gang is None else gang.rewinding.pop(request, None)
-        if gang is None or gang.assembly is None or asked is None:
-            return
-        if error is None:
-            gang.assembly.rewound(step, recent)
-        self._answer_rewinds(gang, asked, step, error)
-        self._admit_returned(gang)
+        if gang is not None:
+            self._requests.rewound(gang, request, step, recent, error)
 
     def finished(
         self,
@@ -268,17 +235,8 @@ class Receiver:
     ) -> None:
         """The run is finished and durable, which ends the session; or (`error`) it is not, and the session goes on."""
         gang = self._runs.by_ticket(run, ticket)
-        if gang is None:
-            return
-        if error is None:
-            gang.finished = m.Finished(request, step, error, warning)
-            self._runs.release(gang)
-            if gang.assembly is not None:
-                gang.assembly.finish(gang.lead)
-                self._report_dropped(gang)
-        for claim in list(gang.members.values()):
-            if claim.finish is not None:
-                self._answer_finish(gang, claim, m.Finished(claim.finish, step, error, warning))
+        if gang is not None:
+            self._requests.finished(gang, m.Finished(request, step, error, warning))
 
     def _take(self, connection: Connection, header: Header, message: m.ControlMessage) -> None:
         match message:
@@ -292,28 +250,25 @@ class Receiver:
             case m.Join():
                 gang = self._runs.ask(connection, message, self._now)
                 if gang is not None:
-                    self._admit_returned(gang)
+                    self._streaming.admit_returned(gang)
             case m.Bye():
-                self._leave(connection, lost=False)
+                self._streaming.leave(connection, self._now, lost=False)
             case m.Begin() | m.Commit() | m.Skip() | m.Publish() | m.Rewind() | m.Finish():
-                found = self._streaming(connection)
+                found = self._streaming.of(connection)
                 if found is None:
                     name = type(message).__name__.upper()
                     raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"{name} was sent outside a joined run")
-                self._take_of_run(*found, message)
-                self._flush(found[1])
-                self._report_dropped(found[0])
+                self._take_of_run(found, message)
+                self._streaming.flush(found[1])
+                self._streaming.report_dropped(found[0])
             case _:
                 name = type(message).__name__.upper()
                 raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"{name} is not for a server")
 
     def _take_of_run(
-        self,
-        gang: Gang,
-        claim: Claim,
-        intake: Intake,
-        message: m.Begin | m.Commit | m.Skip | m.Publish | m.Rewind | m.Finish,
+        self, session: Session, message: m.Begin | m.Commit | m.Skip | m.Publish | m.Rewind | m.Finish
     ) -> None:
+        gang, claim, intake = session
         match message:
             case m.Begin():
                 intake.begin(message, self._now)
@@ -325,18 +280,14 @@ class Receiver:
             case m.Skip():
                 intake.skip(message)
             case m.Publish():
-                self.events.append(e.PublishRequested(gang.run, gang.ticket, claim.rank, message.request, message.pin))
+                self._requests.publish(gang, claim, message)
             case m.Rewind():
-                self._take_rewind(gang, claim, intake, message)
+                self._requests.rewind(gang, claim, intake, message, self._now)
             case m.Finish():
-                claim.state, claim.finish = ClaimState.FINISHING, message.request
-                if gang.finished is not None:
-                    self._answer_finish(gang, claim, replace(gang.finished, request=message.request))
-                elif claim.rank == gang.lead:
-                    self.events.append(e.FinishRequested(gang.run, gang.ticket, message.request))
+                self._requests.finish(gang, claim, message)
 
     def _file_target(self, connection: Connection, header: Header) -> e.Target:
-        found = self._streaming(connection)
+        found = self._streaming.of(connection)
         if found is None:
             return e.Discard()
         try:
@@ -347,153 +298,8 @@ class Receiver:
         self._pending = connection, header
         return e.FileBody(header.length)
 
-    def _admit(self, gang: Gang, claim: Claim, continuation: m.Continuation, set_aside: str | None = None) -> None:
-        """The session of a rank streams from now on. Companion files are those of rank 0."""
-        assembly = gang.assembly
-        if assembly is None:
-            return
-        claim.state = ClaimState.STREAMING
-        assembly.joined(claim.rank, claim.join.first_step)
-        files = claim.join.files if claim.rank == 0 else None
-        claim.intake = Intake(
-            assembly,
-            claim.rank,
-            nbytes=gang.parts[claim.rank].nbytes,
-            chunk_bytes=self._chunk_bytes,
-            checksum=claim.join.checksum,
-            window=min(CREDIT_WINDOW_CHUNKS, max(2, _GANG_WINDOW_CHUNKS // len(gang.senders))),
-            files=tuple(files[place] for place in by_digest(files, gang.missing_files)) if files else (),
-        )
-        joined = m.Joined(
-            assembly.last_step,
-            gang.published_step,
-            tuple(assembly.recent),
-            continuation,
-            claim.intake.credit_limit,
-            set_aside=set_aside,
-            missing_files=None if files is None else gang.missing_files,
-            send=gang.send_of(claim.rank),
-        )
-        self._connections.send(claim.peer, joined)
-
-    def _admit_returned(self, gang: Gang) -> None:
-        """Ranks that have reconnected stream again, as soon as it is known which steps are applied."""
-        self._report_dropped(gang)
-        if gang.assembly is None or gang.assembly.is_applying or gang.rewinding:
-            return
-        for claim in [claim for claim in gang.members.values() if claim.state is ClaimState.JOINING]:
-            if claim.join.manifest == gang.manifests[claim.rank]:
-                self._admit(gang, claim, "continued")
-                self._report_dropped(gang)
-            else:
-                text = f"rank {claim.rank} returned with other tensors: start the job again"
-                self._connections.send(claim.peer, m.Reject(RejectCode.MANIFEST_CHANGED, text))
-                self._runs.leave(gang, claim, lost=False)
-
-    def _leave(self, connection: Connection, *, lost: bool) -> None:
-        found = self._runs.of(connection)
-        if found is None:
-            return
-        gang, claim = found
-        if gang.assembly is not None and claim.intake is not None:
-            gang.assembly.lose(claim.rank, *(("lost", "is lost") if lost else ("left", "has left")))
-        if not lost:
-            gang.left_at[claim.rank] = self._now
-        self._runs.leave(gang, claim, lost=lost)
-        self._report_dropped(gang)
-
-    def _drop_awaited_steps(self, gang: Gang) -> None:
-        """The other ranks do not wait for one whose connection is gone or silent, or which is late."""
-        if gang.assembly is None:
-            return
-        for rank in gang.assembly.waits_for:
-            claim = gang.members.get(rank)
-            if claim is None or self._connections.is_silent(claim.peer, self._now - SERVER_SILENT_S):
-                gang.assembly.lose(rank, "silent", f"has not been heard for {SERVER_SILENT_S:g} s")
-        gang.assembly.drop_overdue(self._now - PART_WAIT_S)
-        self._report_dropped(gang)
-
-    def _report_missing(self, gang: Gang) -> None:
-        """Report which of the ranks that send something are missing, if that has changed."""
-        if gang.assembly is None:
-            return
-        before = self._now - SERVER_SILENT_S
-        missing = []
-        for rank in gang.senders:
-            claim = gang.members.get(rank)
-            is_gone = claim is None and gang.left_at.get(rank, before) <= before
-            if is_gone or (claim is not None and self._connections.is_silent(claim.peer, before)):
-                missing.append(rank)
-        if tuple(missing) != gang.missing_senders:
-            gang.missing_senders = tuple(missing)
-            self.events.append(e.RanksMissing(gang.run, gang.ticket, gang.missing_senders))
-
-    def _report_dropped(self, gang: Gang) -> None:
-        """Tell all ranks which steps cannot be whole any longer."""
-        while gang.assembly is not None and gang.assembly.dropped:
-            dropped = gang.assembly.dropped.popleft()
-            for claim, intake in _intakes(gang):
-                intake.dropped(dropped)
-                self._flush(claim)
-            if gang.world > 1:
-                event = e.StepDropped(gang.run, gang.ticket, dropped.step, dropped.rank, dropped.reason, dropped.why)
-                self.events.append(event)
-
-    def _take_rewind(self, gang: Gang, claim: Claim, intake: Intake, rewind: m.Rewind) -> None:
-        answer = gang.rewound.pop(claim.rank, None)
-        if answer is not None and answer.request == rewind.request:
-            self._connections.send(claim.peer, answer)
-            return
-        if not intake.begin_rewind(rewind.request):
-            return
-        asked = gang.ask_rewind(claim.rank, rewind, self._now + RANKS_WAIT_S)
-        if asked is not None:
-            self._request_rewind(gang, asked)
-
-    def _request_rewind(self, gang: Gang, asked: dict[int, m.Rewind]) -> None:
-        steps = sorted({rewind.step for rewind in asked.values()})
-        if len(steps) > 1:
-            self._answer_rewinds(gang, asked, None, f"ranks ask to go back to different steps: {steps}")
-            return
-        request = asked[gang.lead].request
-        gang.rewinding[request] = asked
-        self.events.append(e.RewindRequested(gang.run, gang.ticket, request, steps[0]))
-
-    def _answer_rewinds(self, gang: Gang, asked: dict[int, m.Rewind], step: int | None, error: str | None) -> None:
-        for rank, rewind in asked.items():
-            claim, answer = gang.members.get(rank), m.Rewound(rewind.request, step, error)
-            if claim is not None and claim.intake is not None and claim.intake.end_rewind(rewind.request):
-                self._connections.send(claim.peer, answer)
-                self._flush(claim)
-            else:
-                gang.rewound[rank] = answer
-
-    def _answer_finish(self, gang: Gang, claim: Claim, answer: m.Finished) -> None:
-        self._connections.send(claim.peer, answer)
-        claim.finish = None
-        if answer.error is None:
-            self._runs.drop_member(gang, claim)
-        else:
-            claim.state = ClaimState.STREAMING
-
-    def _streaming(self, connection: Connection) -> tuple[Gang, Claim, Intake] | None:
-        found = self._runs.of(connection)
-        if found is None or found[1].state is not ClaimState.STREAMING or found[1].intake is None:
-            return None
-        return found[0], found[1], found[1].intake
-
-    def _flush(self, claim: Claim) -> None:
-        if claim.intake is not None:
-            while claim.intake.replies:
-                self._connections.send(claim.peer, claim.intake.replies.popleft())
-
     def _take_pending(self) -> tuple[Connection, Header]:
         if self._pending is None:
             raise LocalProtocolError("a body came without its header")
         pending, self._pending = self._pending, None
         return pending
-
-
-def _intakes(gang: Gang) -> list[tuple[Claim, Intake]]:
-    """The sessions of the gang that stream."""
-    return [(claim, claim.intake) for claim in gang.members.values() if claim.intake is not None]
