@@ -1,13 +1,20 @@
-"""`python -m benchmarks [NAME ...]`: measure, and print Markdown. `--write` puts it into README.md beside this file."""
+"""`python -m benchmarks [NAME ...]`: measure, and print Markdown. `--write` puts it into README.md beside this file.
+
+`--json FILE` also writes what is measured as JSON, after each benchmark.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from benchmarks import device, download, error, gpu_step, ingest, kernel, machine, memory, sharded, step_time, synthesis
 from benchmarks.result import Section
@@ -25,8 +32,9 @@ BENCHMARKS: dict[str, Callable[..., Section]] = {
     "memory": memory.measure,
 }
 
+GPU_BENCHMARKS = ("gpu_step", "device")
+
 README = Path(__file__).with_name("README.md")
-_MARKED = re.compile(r"(?<=<!-- measured -->\n).*(?=<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -35,31 +43,53 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="smoke sizes: does everything run?")
     parser.add_argument("--write", action="store_true", help="replace the tables in benchmarks/README.md")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     args = parser.parse_args()
     if unknown := set(args.names) - set(BENCHMARKS):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
-    if args.write and (args.names or args.quick):
-        parser.error("--write replaces all tables: run it without names and without --quick")
+    if args.write and (args.names or args.quick or args.json):
+        parser.error("--write replaces all tables: run it without names, --quick and --json")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and trainers are stopped too
-    parts: list[str] = []
-    for part in report(args.names or list(BENCHMARKS), quick=args.quick):
+    if not args.write:
+        printed(report(args.names or list(BENCHMARKS), quick=args.quick, json_file=args.json))
+        return
+    for mark, names in regions():
+        write(printed(report(names, quick=False)), mark)
+
+
+def regions() -> Iterator[tuple[str, list[str]]]:
+    """Each mark in README.md with the benchmarks behind it; those of a GPU only where there is one."""
+    yield "measured", [name for name in BENCHMARKS if name not in GPU_BENCHMARKS]
+    if torch.cuda.is_available():
+        yield "measured on a GPU", list(GPU_BENCHMARKS)
+
+
+def write(text: str, mark: str) -> None:
+    """Put `text` between this mark and the next `<!-- end -->` in README.md."""
+    marked = re.compile(rf"(?<=<!-- {mark} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    README.write_text(marked.sub(lambda _: f"\n{text}\n\n", README.read_text(), count=1))
+
+
+def printed(parts: Iterator[str]) -> str:
+    """Print each part as soon as it is there; all of them as one text."""
+    shown = []
+    for part in parts:
         print(part, end="\n\n", flush=True)
-        parts.append(part)
-    if args.write:
-        write("\n\n".join(parts))
+        shown.append(part)
+    return "\n\n".join(shown)
 
 
-def write(text: str) -> None:
-    """Put `text` between the two marks in README.md."""
-    README.write_text(_MARKED.sub(lambda _: f"\n{text}\n\n", README.read_text()))
-
-
-def report(names: Sequence[str], *, quick: bool) -> Iterator[str]:
+def report(names: Sequence[str], *, quick: bool, json_file: Path | None = None) -> Iterator[str]:
     """The machine, then a table for each benchmark, each as soon as it is measured."""
     yield machine.description(quick=quick)
+    facts, found = machine.facts(), dict[str, object]()
     for name in names:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        yield BENCHMARKS[name](quick=quick).markdown()
+        section = BENCHMARKS[name](quick=quick)
+        found[name] = asdict(section)
+        if json_file is not None:
+            json_file.write_text(json.dumps({**facts, "quick": quick, "benchmarks": found}, indent=1) + "\n")
+        yield section.markdown()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +20,25 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (only a fresh folder in it)
 
 
 def description(*, quick: bool) -> str:
-    """Machine, versions, date and load, one item each."""
-    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    lines = [
-        f"machine: {_processor()}, {len(all_cores())} cores, {gib:.0f} GiB, {platform.system()}",
-        f"versions: Python {platform.python_version()}, torch {torch.__version__}, {_numba()}, "
-        f"pyzmq {zmq.pyzmq_version()}, libzmq {zmq.zmq_version()}",
-        f"date: {today}; load when it began: {os.getloadavg()[0]:.2f}",
-    ]
+    """`facts` as a Markdown list."""
+    lines = [f"{name}: {value}" for name, value in facts().items()]
     if quick:
         lines.append("**smoke sizes: these figures mean nothing**")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def facts() -> dict[str, str]:
+    """Machine, GPU if there is one, versions, date and load."""
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    gpu = {"GPU": f"{torch.cuda.get_device_name()}, driver {_driver()}"} if torch.cuda.is_available() else {}
+    return {
+        "machine": f"{_processor()}, {len(all_cores())} cores, {gib:.0f} GiB, {platform.system()}",
+        **gpu,
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, {_numba()}, "
+        f"pyzmq {zmq.pyzmq_version()}, libzmq {zmq.zmq_version()}",
+        "date": f"{today}; load when it began: {os.getloadavg()[0]:.2f}",
+    }
 
 
 def all_cores() -> frozenset[int]:
@@ -69,6 +77,16 @@ def _numba() -> str:
         return f"numba {version('numba')}"
     except PackageNotFoundError:
         return "no numba"
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "unknown"
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    return found.stdout.partition("\n")[0].strip() or "unknown"
 
 
 def _processor() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -117,19 +118,54 @@ def test_figures_show_median_minimum_and_maximum() -> None:
     assert section.markdown().splitlines()[-3:] == ["| what | 1 s | 2 s | 0.50 (0.25 to 12.3) | ≤ 1 |", "", "note"]
 
 
-def test_writing_replaces_only_the_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_writing_replaces_only_the_tables_of_its_mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- measured -->\nold \\1\n<!-- end -->\nafter\n")
+    gpu = "<!-- measured on a GPU -->\nsome\n<!-- end -->\nafter\n"
+    readme.write_text(f"before\n<!-- measured -->\nold \\1\n<!-- end -->\n{gpu}")
     monkeypatch.setattr(command, "README", readme)
 
-    command.write("new \\1")
-    command.write("newer \\1")
+    command.write("new \\1", "measured")
+    command.write("newer \\1", "measured")
 
-    assert readme.read_text() == "before\n<!-- measured -->\n\nnewer \\1\n\n<!-- end -->\nafter\n"
+    assert readme.read_text() == f"before\n<!-- measured -->\n\nnewer \\1\n\n<!-- end -->\n{gpu}"
+    command.write("other", "measured on a GPU")
+    assert readme.read_text().endswith("<!-- end -->\n<!-- measured on a GPU -->\n\nother\n\n<!-- end -->\nafter\n")
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_tables_of_a_gpu_are_replaced_only_where_one_is(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    regions = dict(command.regions())
+
+    assert regions.pop("measured on a GPU", []) == (list(command.GPU_BENCHMARKS) if has_gpu else [])
+    assert {*regions.pop("measured"), *command.GPU_BENCHMARKS} == set(command.BENCHMARKS)
+    assert regions == {}
 
 
 def test_readme_has_the_marks_for_the_tables() -> None:
     text = command.README.read_text()
+    measured, gpu = text.index("<!-- measured -->\n"), text.index("<!-- measured on a GPU -->\n")
+    ends = [text.index("<!-- end -->\n"), text.rindex("<!-- end -->\n")]
 
-    assert text.count("<!-- measured -->\n") == text.count("<!-- end -->") == 1
-    assert all(f"### {name}:" in text for name in command.BENCHMARKS)
+    assert measured < ends[0] < gpu < ends[1]
+    for name in command.BENCHMARKS:
+        begin, end = (gpu, ends[1]) if name in command.GPU_BENCHMARKS else (measured, ends[0])
+        assert f"### {name}:" in text[begin:end]
+
+
+def test_results_are_written_as_json_after_each_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    row = Row("what", "1 s", "2 s", Spread(0.5, 0.25, 2.0), "≤ 1")
+    monkeypatch.setattr(command, "BENCHMARKS", {name: lambda quick: Section("t", "r", (row,)) for name in ("a", "b")})
+    file = tmp_path / "results.json"
+    report = command.report(["a", "b"], quick=True, json_file=file)
+
+    next(report)
+    next(report)
+    first = json.loads(file.read_text())
+    next(report)
+    second = json.loads(file.read_text())
+
+    assert (list(first["benchmarks"]), list(second["benchmarks"])) == (["a"], ["a", "b"])
+    assert second["quick"] is True
+    assert second["versions"].startswith("Python ")
+    assert second["benchmarks"]["b"]["rows"][0]["ratio"] == {"median": 0.5, "low": 0.25, "high": 2.0}
