@@ -54,6 +54,7 @@ SESSION_LOST_S = 60.0  # compilation and checkpoint pauses of a trainer are long
 PROBE_S = 2.0  # a live trainer answers a probe from its socket thread at once
 RANKS_MAX = 8192  # of one trainer: each has a connection, and CONNECTIONS_MAX are for all trainers
 RANKS_WAIT_S = 60.0  # for the other ranks of a sharded trainer: imports and sharding take unequally long
+FINISHED_KEPT_S = 60.0  # a rank that is away when its run is finished learns it within this time
 PART_WAIT_S = 20.0  # of a step that other ranks have begun; shorter than STALL_S, after which these would reconnect
 RECONNECT_PAUSE_S = 1.0  # upper bound of the jittered pause between attempts
 REJOIN_PAUSE_MAX_S = 60.0  # a server that refuses again and again may have to load the run each time

@@ -119,6 +119,7 @@ def test_version_and_time_tables_equal_limits_py() -> None:
     expected = [limits.HANDSHAKE_S, limits.SERVER_SILENT_S, limits.STALL_S, limits.REQUEST_S]
     expected += [limits.HEARTBEAT_S, limits.RECONNECT_PAUSE_S, limits.REJOIN_PAUSE_MAX_S]
     expected += [limits.RANKS_WAIT_S, limits.RANKS_WAIT_S, limits.SERVER_SILENT_S, limits.PART_WAIT_S]
+    expected += [limits.FINISHED_KEPT_S]
     expected += [limits.PROBE_S, limits.SESSION_LOST_S]
     assert [float(value.split("…")[-1].split(",")[0]) for value in times.values()] == expected
 

@@ -10,7 +10,9 @@ import json
 import os
 import sys
 import tempfile
+import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -205,6 +207,13 @@ def take_step(model: Any, optimizer: torch.optim.Optimizer, given: dict[str, Any
     optimizer.zero_grad()
 
 
+def wait_at(folder: Path, rank: int) -> None:
+    """Say in `folder` that this rank has come so far, and wait until the test lets it go on."""
+    (folder / f"reached-{rank}").touch()
+    while not (folder / f"go-{rank}").exists():
+        time.sleep(0.01)
+
+
 def train(given: dict[str, Any], rank: int) -> dict[str, Any]:
     kind, world, run = given["kind"], given["world"], given["run"]
     torch.manual_seed(given.get("seed", 0))
@@ -214,7 +223,8 @@ def train(given: dict[str, Any], rank: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=0.05)
     arguments = {"averages": ["raw", "ema:0.9"], "when_behind": "wait"} | given.get("client", {})
     twin = Twin(given, rank, arguments)
-    ema = EmaClient(given["endpoint"], run, **arguments | given.get("client_of", {}).get(str(rank), {}))
+    endpoint = given.get("endpoint_of", {}).get(str(rank), given["endpoint"])
+    ema = EmaClient(endpoint, run, **arguments | given.get("client_of", {}).get(str(rank), {}))
     first = given.get("first_step", 1)
     if first > 1:
         ema.load_state_dict({"run": run, "step": first - 1})
@@ -248,6 +258,9 @@ def train(given: dict[str, Any], rank: int) -> dict[str, Any]:
             step, rewind = rewind[1], None
             ema.load_state_dict({"run": run, "step": step})
             twin.load(step)
+    if "before_finish" in given:
+        assert ema.flush()
+        wait_at(Path(given["before_finish"]), rank)
     end = "finish" if given.get("finish", True) else "flush"
     done = getattr(ema, end)() and twin.call(end)
     stats = ema.stats()

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from support.forwarder import Forwarder
 from support.oracle import bound, largest_difference, ledger_steps, replay
 from support.processes import Process, ServerProcess
+from support.waiting import eventually
 
 SCRIPT = str(Path(__file__).parents[1] / "support" / "sharded_training.py")
 
@@ -98,6 +100,23 @@ def test_killed_rank_costs_its_step_and_a_restarted_job_goes_on(tmp_path: Path) 
         assert [each["step"] for each in _ledger(tmp_path / "data", "sharded")] == [7, 7]
         shown = server.get("/v1/runs/sharded")["ranks"]
         assert (shown["world"], shown["present"]) == (2, 0)
+
+
+def test_rank_without_a_connection_at_the_end_learns_that_the_run_is_finished(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "data") as server, Forwarder(int(server.zmq.rpartition(":")[2])) as link:
+        given = {"endpoint": server.zmq, "run": "sharded", "kind": "fsdp", "world": 2, "steps": 2, "twin": False}
+        given |= {"endpoint_of": {"1": f"tcp://127.0.0.1:{link.port}"}, "before_finish": str(tmp_path)}
+        with Process(SCRIPT, json.dumps(given)) as process:
+            eventually(lambda: len(list(tmp_path.glob("reached-*"))) == 2, "both ranks have trained", timeout_s=60.0)
+            link.cut()
+            (tmp_path / "go-0").touch()
+            assert json.loads(process.wait_line(lambda line: '"rank": 0' in line))["done"] is True
+            link.restore()
+            (tmp_path / "go-1").touch()
+            assert json.loads(process.wait_line(lambda line: '"rank": 1' in line))["done"] is True, process.errors
+            assert process.wait() == 0
+        run = server.get("/v1/runs/sharded")
+        assert (run["state"], run["step"]) == ("finished", 2)
 
 
 @pytest.mark.parametrize(

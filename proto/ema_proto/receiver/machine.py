@@ -236,7 +236,7 @@ class Receiver:
         """The run is finished and durable, which ends the session; or (`error`) it is not, and the session goes on."""
         gang = self._runs.by_ticket(run, ticket)
         if gang is not None:
-            self._requests.finished(gang, m.Finished(request, step, error, warning))
+            self._requests.finished(gang, m.Finished(request, step, error, warning), self._now)
 
     def _take(self, connection: Connection, header: Header, message: m.ControlMessage) -> None:
         match message:

@@ -8,7 +8,7 @@ from ema_proto.averages.rules import check_matches
 from ema_proto.averages.specs import parse_averages
 from ema_proto.averages.step_units import check_step_units
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
-from ema_proto.limits import PROBE_S, RANKS_MAX, RANKS_WAIT_S, RUNS_REMEMBERED_MAX
+from ema_proto.limits import FINISHED_KEPT_S, PROBE_S, RANKS_MAX, RANKS_WAIT_S, RUNS_REMEMBERED_MAX
 from ema_proto.names import check_name
 from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connection, Connections
@@ -30,6 +30,7 @@ class Ownership:
         self._events = events
         self._owners: dict[str, Gang] = {}
         self._rivals: dict[str, Gang] = {}
+        self._finished: dict[tuple[str, Key], tuple[float, Gang]] = {}  # with the time until which each is kept
         self._by_peer: dict[bytes, tuple[Gang, Claim]] = {}
         self._streamed_by: dict[str, Key] = {}
         self._tickets = 0
@@ -50,7 +51,7 @@ class Ownership:
         """A greeted connection asks for a run: it gets it, waits, or is refused.
 
         Returns:
-            The gang, if the session has returned to one that streams: `Receiver` answers it.
+            The gang, if the session has returned to one that streams or has finished: `Receiver` answers it.
 
         Raises:
             RemoteProtocolError: the JOIN is impossible, or the run is another gang's.
@@ -59,15 +60,9 @@ class Ownership:
             raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"this connection has joined run {connection.run!r}")
         check_join(join)
         claim, key = Claim(connection.session, connection.peer, join), key_of(join, connection.session)
-        for table in (self._owners, self._rivals):
-            gang = table.get(join.run)
-            if join.world > 1 and gang is not None and gang.admits(key, join.rank, claim.session):
-                connection.run = join.run
-                former = gang.members.get(join.rank)
-                self._add(gang, claim)
-                if former is not None and table is self._owners:
-                    self._answered(gang, former.peer, now)
-                return self._advance(gang)
+        returned_to = self._gang_of(claim, key)
+        if returned_to is not None:
+            return self._return(connection, claim, returned_to, now)
         known = self.owner(join.run)
         since = known.since if known is not None and known.key == key and join.world == 1 else now
         self._tickets += 1
@@ -104,6 +99,9 @@ class Ownership:
         for gang in [gang for gang in self._owners.values() if gang.assembly is None and now >= gang.wait_until]:
             if not gang.is_complete:
                 self._refuse_incomplete(gang)
+        for key, (until, gang) in list(self._finished.items()):
+            if now >= until and not gang.members:
+                del self._finished[key]
 
     def of_several_ranks(self) -> list[Gang]:
         """The owners that have more than one rank."""
@@ -154,15 +152,36 @@ class Ownership:
         for claim in list(gang.members.values()):
             self._forget(gang, claim)
 
-    def release(self, gang: Gang) -> None:
-        """The run is finished: another gang may have it, while the sessions of this one wait for their answers."""
+    def release(self, gang: Gang, now: float) -> None:
+        """The run is finished: another gang may have it. Ranks of this one that are away return to it for a minute."""
         self._remove(gang)
+        if gang.world > 1:
+            self._finished[gang.run, gang.key] = now + FINISHED_KEPT_S, gang
 
     def drop_member(self, gang: Gang, claim: Claim) -> None:
         """Forget a session that is done, and the gang with the last one."""
         self._forget(gang, claim)
         if not gang.members:
             self._remove(gang)
+
+    def _gang_of(self, claim: Claim, key: Key) -> Gang | None:
+        """The gang of several ranks that this session belongs to, one that has finished first."""
+        run = claim.join.run
+        _, finished = self._finished.get((run, key), (0.0, None))
+        known = (finished, self._owners.get(run), self._rivals.get(run))
+        mine = (gang for gang in known if gang is not None and gang.admits(key, claim.rank, claim.session))
+        return next(mine, None) if claim.join.world > 1 else None
+
+    def _return(self, connection: Connection, claim: Claim, gang: Gang, now: float) -> Gang | None:
+        """A rank joins a gang that others have formed, or returns to it; the gang, if it streams already."""
+        connection.run = gang.run
+        former = gang.members.get(claim.rank)
+        self._add(gang, claim)
+        if former is not None and self._owners.get(gang.run) is gang:
+            self._answered(gang, former.peer, now)
+        if gang.assembly is None and self._owners.get(gang.run) is gang:
+            self._request(gang)
+        return None if gang.assembly is None else gang
 
     def _answered(self, owner: Gang, peer: bytes, now: float) -> None:
         """A rank of the owner has proved that it is alive, on the connection that was probed or by a new one."""
@@ -182,14 +201,6 @@ class Ownership:
         gang.sessions[claim.rank] = claim.session
         claim.state = ClaimState.PROBING if self._rivals.get(gang.run) is gang else ClaimState.JOINING
         self._by_peer[claim.peer] = gang, claim
-
-    def _advance(self, gang: Gang) -> Gang | None:
-        """A rank has joined the owner or the rival; returns the gang if it streams already."""
-        if gang.assembly is not None:
-            return gang
-        if self._owners.get(gang.run) is gang:
-            self._request(gang)
-        return None
 
     def _request(self, gang: Gang) -> None:
         """Ask the averager for the run, once all ranks have joined."""
@@ -248,9 +259,11 @@ class Ownership:
     def _refuse_incomplete(self, gang: Gang) -> None:
         missing = [rank for rank in range(gang.world) if rank not in gang.members]
         ranks = ", ".join(map(str, missing[:8])) + (" and others" if len(missing) > 8 else "")
+        returned = any(claim.join.reconnect for claim in gang.members.values())
+        cause = "they may have ended: see their logs" if returned else "call attach() on every rank"
         text = (
             f"{len(gang.members)} of {gang.world} ranks have joined run {gang.run!r} within {RANKS_WAIT_S:g} s, "
-            f"without {ranks}: call attach() on every rank"
+            f"without {ranks}: {cause}"
         )
         self.refuse(gang, RejectCode.RANKS_MISSING, text)
 

@@ -37,8 +37,11 @@ class Requests:
         self._events = events
 
     def publish(self, gang: Gang, claim: Claim, publish: m.Publish) -> None:
-        """A rank asks for a durable generation."""
-        self._events.append(e.PublishRequested(gang.run, gang.ticket, claim.rank, publish.request, publish.pin))
+        """A rank asks for a durable generation. A finished run has one of all that was applied."""
+        if gang.finished is None:
+            self._events.append(e.PublishRequested(gang.run, gang.ticket, claim.rank, publish.request, publish.pin))
+        else:
+            self._connections.send(claim.peer, m.Published(gang.finished.step, publish.request))
 
     def publish_answered(self, gang: Gang, rank: int, answer: m.Published) -> None:
         """The generation that this rank asked for is durable, or could not be written."""
@@ -47,7 +50,11 @@ class Requests:
             self._connections.send(claim.peer, answer)
 
     def rewind(self, gang: Gang, claim: Claim, intake: Intake, rewind: m.Rewind, now: float) -> None:
-        """A rank asks to go back; the averager is asked once all ranks have asked."""
+        """A rank asks to go back; the averager is asked once all ranks have asked. A finished run stays."""
+        if gang.finished is not None:
+            text = f"rank {gang.lead} has finished run {gang.run!r}: start the job again to continue it"
+            self._connections.send(claim.peer, m.Rewound(rewind.request, None, text))
+            return
         answer = gang.rewound.pop(claim.rank, None)
         if answer is not None and answer.request == rewind.request:
             self._connections.send(claim.peer, answer)
@@ -76,11 +83,11 @@ class Requests:
         elif claim.rank == gang.lead:
             self._events.append(e.FinishRequested(gang.run, gang.ticket, finish.request))
 
-    def finished(self, gang: Gang, answer: m.Finished) -> None:
+    def finished(self, gang: Gang, answer: m.Finished, now: float) -> None:
         """The run is finished and durable, which ends the gang; or (`error`) it is not, and the gang goes on."""
         if answer.error is None:
             gang.finished = answer
-            self._runs.release(gang)
+            self._runs.release(gang, now)
             if gang.assembly is not None:
                 gang.assembly.finish(gang.lead)
                 self._streaming.report_dropped(gang)

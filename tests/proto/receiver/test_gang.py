@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from ema_proto.errors import RejectCode
-from ema_proto.limits import CHUNK_BYTES_MIN, RANKS_MAX, SERVER_SILENT_S
+from ema_proto.limits import CHUNK_BYTES_MIN, FINISHED_KEPT_S, RANKS_MAX, RANKS_WAIT_S, SERVER_SILENT_S
 from ema_proto.receiver import events as e
 from ema_proto.receiver.machine import Receiver
 from ema_proto.wire import messages as m
-from ema_proto.wire.codec import encode
+from ema_proto.wire.codec import decode_frames, encode
 from support.memory_trainer import shard_manifest, small_join
 from support.peers import OTHER, Peer, accept, new_receiver
 
@@ -182,3 +182,107 @@ def test_rank_that_goes_on_after_the_run_is_finished_has_no_slot(has_begun: bool
     assert receiver.header(ranks[1].name, header, 0.0) == e.Discard()
 
     assert ranks[1].say(m.Finish(1))[-1] == m.Finished(1, None)
+
+
+def outgoing(receiver: Receiver) -> list[tuple[bytes, m.Message]]:
+    """Take all messages out of the outbox, each with the connection that it is for."""
+    taken: list[tuple[bytes, m.Message]] = [(peer, decode_frames(frames)[1]) for peer, frames in receiver.outbox]
+    receiver.outbox.clear()
+    return taken
+
+
+def finish(receiver: Receiver, lead: Peer, step: int = 7) -> None:
+    """The leading rank finishes the run at `step`."""
+    lead.say(m.Finish(1))
+    event = receiver.events.pop()
+    assert isinstance(event, e.FinishRequested)
+    receiver.finished("run", event.ticket, event.request, step, warning="short")
+
+
+def returned(receiver: Receiver, rank: int, now: float, connection: bytes = b" again") -> list[m.Message]:
+    """What a rank is answered that joins again on a new connection, and then sends FINISH."""
+    peer = rank_peer(receiver, rank, connection)
+    peer.say(m.Hello(), now=now)
+    answers = peer.say(replace(join_of(rank), reconnect=True), now=now)
+    return answers + (peer.say(m.Finish(9), now=now) if answers else [])
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["leading", "other"])
+@pytest.mark.parametrize("is_known_to_be_gone", [False, True])
+def test_rank_that_was_away_when_the_run_was_finished_gets_the_answer(rank: int, is_known_to_be_gone: bool) -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    if is_known_to_be_gone and rank == 1:
+        ranks[1].say(m.Bye())
+    finish(receiver, ranks[0])
+    for peer in ranks[:rank]:
+        assert peer.heard() == [m.Finished(1, 7, warning="short")]
+    joined, finished = returned(receiver, rank, now=1.0)
+
+    assert isinstance(joined, m.Joined)
+    assert finished == m.Finished(9, 7, warning="short")
+    assert not receiver.events, "the averager hears nothing of it"
+
+
+def test_rank_gets_the_answer_although_another_start_of_the_job_has_the_run() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    finish(receiver, ranks[0])
+    for rank in range(WORLD):
+        peer = Peer(receiver, b"next %d" % rank, b"session of next%d" % rank)
+        peer.say(m.Hello())
+        peer.say(replace(join_of(rank), gang="the next job"))
+    accept(receiver)
+    outgoing(receiver)
+
+    assert returned(receiver, 1, now=1.0)[-1] == m.Finished(9, 7, warning="short")
+    assert not receiver.events
+    receiver.published("run", 8)
+    assert [peer for peer, _ in outgoing(receiver)] == [b"next 0", b"next 1"]
+
+
+def test_next_client_of_a_rank_is_not_taken_for_one_of_the_finished_gang() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    finish(receiver, ranks[0])
+    newer = Peer(receiver, b"newer", b"session of newer")
+    newer.say(m.Hello())
+    assert newer.say(join_of(0)) == []  # it waits for the other ranks
+
+    assert returned(receiver, 1, now=1.0)[-1] == m.Finished(9, 7, warning="short")
+    assert not receiver.events
+
+
+def test_finished_gang_is_kept_for_a_minute_and_while_it_has_a_rank() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    finish(receiver, ranks[0])
+    ranks[1].say(ALIVE, now=FINISHED_KEPT_S)
+    receiver.tick(FINISHED_KEPT_S + 1)
+    assert isinstance(returned(receiver, 0, now=FINISHED_KEPT_S + 2)[-1], m.Finished)
+    assert isinstance(ranks[1].say(m.Finish(1), now=FINISHED_KEPT_S + 3)[-1], m.Finished)
+    receiver.tick(FINISHED_KEPT_S + 4)
+    assert returned(receiver, 1, now=FINISHED_KEPT_S + 5) == []
+    receiver.tick(FINISHED_KEPT_S + 6 + RANKS_WAIT_S)
+    (reject,) = [message for _, message in outgoing(receiver) if isinstance(message, m.Reject)]
+
+    assert reject.code is RejectCode.RANKS_MISSING
+    assert "ended" in reject.text
+    assert "attach" not in reject.text
+
+
+def test_requests_after_the_run_is_finished_are_answered_at_once() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    finish(receiver, ranks[0])
+    (rewound,) = ranks[1].say(m.Rewind(1, 3))
+    (published,) = ranks[1].say(m.Publish(2, pin=True))
+    (rejected,) = ranks[1].say(m.Begin(8, 1))
+    assert isinstance(rewound, m.Rewound)
+    assert isinstance(rejected, m.Reject)
+
+    assert rewound.error == "rank 0 has finished run 'run': start the job again to continue it"
+    assert published == m.Published(7, 2)
+    assert (rejected.code, rejected.text) == (RejectCode.DROPPED, "step 8: rank 0 has finished the run")
+    assert not receiver.events
+    assert ranks[1].say(m.Finish(3))[-1] == m.Finished(3, 7, warning="short")
