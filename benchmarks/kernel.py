@@ -20,8 +20,8 @@ from ema_server.compute.kernel import Target
 from ema_server.compute.memory import allocate
 from ema_server.compute.pool import WorkerPool
 from ema_server.compute.select import KernelUnavailableError, choose
-from ema_server.ingest.finite import FiniteCheck
 from ema_server.ingest.staging import Slot
+from ema_server.tensors.finite import FiniteCheck
 from ema_server.tensors.layout import Form, segments
 
 _ELEMENTS = 86_567_656  # a ViT-B/16

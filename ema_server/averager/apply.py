@@ -33,44 +33,49 @@ class Objection:
 
 def apply(active: ActiveRun, job: Apply) -> None:
     """Apply the snapshot, or quarantine it, or acknowledge it again if it was applied before."""
-    run, objected = active.run, objection(active.run, job)
+    run = active.run
     if job.mode == "update" and run.last_step is not None and job.step <= run.last_step:
         active.write_draft()
         job.reply(Applied(job.step, run.exempt))
-    elif objected is not None:
+        return
+    objected, not_finite = _wrong_step(run, job), frozenset[str]()
+    if objected is None:
+        found = run.not_finite(active.resources.pool, job.data) if job.not_finite is None else job.not_finite
+        not_finite = frozenset(found) - run.exempt
+        objected = _unclean(run, job.step, not_finite)
+    if objected is not None:
         active.write_draft()
         _quarantine(active, job, objected)
     else:
-        _apply(active, job)
+        _apply(active, job, not_finite)
         job.reply(Applied(job.step, run.exempt))
 
 
-def objection(run: Run, job: Apply) -> Objection | None:
-    """Why the job's snapshot may not be applied to `run`; None if it may."""
+def _wrong_step(run: Run, job: Apply) -> Objection | None:
     last_step, origin = run.last_step, run.ledger.origin
     if job.mode == "set" and last_step is not None and job.step < last_step:
         return Objection(f"a set of step {job.step} is below the last applied step {last_step}: rewind first")
     if job.step < origin or (job.step == origin and job.mode == "update"):
         return Objection(f"step {job.step} is not above step {origin}, which the trainer had taken when the run began")
-    unclean = sorted(set(job.not_finite) - run.exempt - nonfinite_buffers(run, job))
+    return None
+
+
+def _unclean(run: Run, step: int, not_finite: frozenset[str]) -> Objection | None:
+    """The objection to a snapshot with NaN or Inf in these tensors, if one of them is not a buffer."""
+    if not not_finite:
+        return None
+    buffers = {tensor.name for tensor in run.manifest.tensors if tensor.role is Role.BUFFER}
+    unclean = sorted(not_finite - buffers)
     if not unclean:
         return None
-    text = f"NaN or Inf at step {job.step} in {len(unclean)} tensors: {_shown(unclean)}"
+    text = f"NaN or Inf at step {step} in {len(unclean)} tensors: {_shown(unclean)}"
     return Objection(text, tuple(unclean[:_TENSORS_KEPT]))
 
 
-def nonfinite_buffers(run: Run, job: Apply) -> frozenset[str]:
-    """The buffers of the job's snapshot with NaN or Inf, without those that are exempt."""
-    if not job.not_finite:
-        return frozenset()
-    buffers = {tensor.name for tensor in run.manifest.tensors if tensor.role is Role.BUFFER}
-    return (frozenset(job.not_finite) & buffers) - run.exempt
-
-
-def _apply(active: ActiveRun, job: Apply) -> None:
+def _apply(active: ActiveRun, job: Apply, nonfinite_buffers: frozenset[str]) -> None:
     run, resources, started = active.run, active.resources, time.perf_counter()
     last_step = run.last_step
-    kept = run.apply(resources.pool, job.step, job.mode, job.data, active.draft, nonfinite_buffers(run, job))
+    kept = run.apply(resources.pool, job.step, job.mode, job.data, active.draft, nonfinite_buffers)
     active.commit_draft()
     resources.telemetry.updates.inc()
     resources.telemetry.update_seconds.inc(time.perf_counter() - started)

@@ -151,14 +151,15 @@ class Join:
 class Apply:
     """Apply a whole snapshot. The averager reads `data` (uint8, 1-D, in the wire's layout) until it replies.
 
-    `not_finite` names the averaged float tensors in which ingest found NaN or Inf.
+    `not_finite` names the averaged float tensors with NaN or Inf; None if nothing has been checked yet, so that the
+    averager does.
     """
 
     run: str
     step: int
     mode: Mode
     data: torch.Tensor
-    not_finite: tuple[str, ...]
+    not_finite: tuple[str, ...] | None
     reply: Callable[[Applied | Quarantined | NotInMemory], None]
 
 

@@ -4,5 +4,4 @@
 - `link`: the ROUTER socket
 - `companion_files`: the thread that stores companion files
 - `staging`: the slots of a trainer, and the way of each rank's chunks into them
-- `finite`: NaN and Inf in a snapshot
 """

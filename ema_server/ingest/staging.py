@@ -18,7 +18,7 @@ from ema_proto.wire.boxes import pieces, whole
 from ema_proto.wire.manifest import Manifest, TensorSpec
 from ema_proto.wire.parts import Part
 from ema_server.compute.memory import HostMemory, allocate
-from ema_server.ingest.finite import FiniteCheck
+from ema_server.tensors.finite import FiniteCheck
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # copied as bits, whatever the dtype
 

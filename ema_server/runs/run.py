@@ -23,6 +23,7 @@ from ema_server.rules.weights import points
 from ema_server.runs.average import Average, Holding, needed_nbytes, new_average
 from ema_server.storage.catalog import FileEntry
 from ema_server.storage.records import RemovedRecord, RunRecord, StepUnitsRecord, newest_step_units
+from ema_server.tensors.finite import FiniteCheck
 from ema_server.tensors.layout import Form, Segment, take_out
 from ema_server.tensors.selection import segments_for
 
@@ -69,6 +70,7 @@ class Run:
     edits: int = 0
     refused_step: int = 0
     segments: tuple[Segment, ...] = field(init=False)
+    _check: FiniteCheck | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._lay_out()
@@ -149,6 +151,12 @@ class Run:
             earlier = tuple(record for record in self.step_units_history if record.from_step < from_step)
             newest = StepUnitsRecord(from_step, units.samples_per_step, units.steps_per_epoch)
             self.step_units_history = (*earlier, newest)[-STEP_UNITS_MAX:]
+
+    def not_finite(self, pool: WorkerPool, snapshot: torch.Tensor) -> tuple[str, ...]:
+        """Names of the averaged float tensors with NaN or Inf in a snapshot, without those that are exempt."""
+        if self._check is None:
+            self._check = FiniteCheck(self.manifest, self.exempt)
+        return pool.not_finite(self._check, snapshot)
 
     def apply(
         self,
@@ -237,6 +245,7 @@ class Run:
 
     def _lay_out(self) -> None:
         self.segments = segments_for(self.manifest, self.exempt, [average.averaged for average in self.averages])
+        self._check = None  # made when it is needed: its exempt tensors may have changed
 
 
 def new_run(join: messages.Join, created: str, device: Device) -> Run:

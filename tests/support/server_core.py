@@ -45,11 +45,11 @@ from ema_server.averager.jobs import (
 )
 from ema_server.compute.device import HOST, Device
 from ema_server.config import ServerConfig
-from ema_server.ingest.finite import FiniteCheck
 from ema_server.runs.status_store import RunStatus
 from ema_server.server import build
 from ema_server.storage.catalog import FileEntry, Version
 from ema_server.storage.companions import CompanionStore
+from ema_server.tensors.finite import FiniteCheck
 from ema_server.tensors.layout import Segment, segments
 from ema_server.tensors.selection import can_be_averaged
 from support.memory_trainer import specs_of
@@ -106,7 +106,11 @@ def all_segments(manifest: Manifest) -> tuple[Segment, ...]:
 
 
 class ServerCore:
-    """Submits jobs; each call waits for its answer."""
+    """Submits jobs; each call waits for its answer.
+
+    `checks_first`: snapshots are checked for NaN and Inf before they are submitted, as the chunks of tcp are. Otherwise
+    the averager does it.
+    """
 
     def __init__(
         self,
@@ -114,8 +118,10 @@ class ServerCore:
         clock: Callable[[], float] = time.monotonic,
         device: Device = HOST,
         wall: Callable[[], float] = lambda: float(next(_walls)),
+        checks_first: bool = True,
         **settings: Any,
     ) -> None:
+        self.checks_first = checks_first
         config = ServerConfig(data=data, **{"publish_every_seconds": 0.0, **settings})
         self.server = build(config, device=device, clock=clock, wall=wall)
         self.data_dir = self.server.data_dir
@@ -190,7 +196,7 @@ class ServerCore:
     def apply(
         self, run: str, step: int, tensors: Mapping[str, Tensor], mode: Mode = "update"
     ) -> Applied | Quarantined | NotInMemory:
-        """Apply a snapshot, after the finite check that ingest makes."""
+        """Apply a snapshot."""
         answer: Applied | Quarantined | NotInMemory = self._ask(
             lambda reply: self.apply_job(run, step, tensors, reply, mode)
         )
@@ -209,8 +215,8 @@ class ServerCore:
         """The job of `apply`, not submitted."""
         manifest = self.manifests[run]
         data = encode(manifest, tensors)
-        not_finite = FiniteCheck(manifest).exempt(self.exempt[run]).check(0, data)
-        return Apply(run, step, mode, data, not_finite, reply)
+        check = FiniteCheck(manifest).exempt(self.exempt[run])
+        return Apply(run, step, mode, data, check.check(0, data) if self.checks_first else None, reply)
 
     def publish(self, run: str, reason: Reason = "request") -> Durable | Failed:
         """Publish a run."""

@@ -22,9 +22,9 @@ from support.oracle import bound, largest_difference, ledger_steps, replay
 from support.server_core import ServerCore, durable, joined, manifest_of, running_core, versions_by_average
 
 
-@pytest.fixture
-def core(tmp_path: Path) -> Iterator[ServerCore]:
-    with running_core(tmp_path) as core:
+@pytest.fixture(params=[True, False], ids=["checked before", "checked by the averager"])
+def core(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ServerCore]:
+    with running_core(tmp_path, checks_first=request.param) as core:
         yield core
 
 

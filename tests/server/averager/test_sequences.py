@@ -89,6 +89,11 @@ class Sequences(RuleBasedStateMachine):
         self.gave_units = gives_units
         joined(self._join(origin + 1, gives_units=gives_units))
 
+    @rule(checked=st.booleans())
+    def check_first(self, checked: bool) -> None:
+        """From now on, snapshots are checked before they are submitted, or by the averager."""
+        self.core.checks_first = checked
+
     @rule(offset=st.integers(-3, 4), mode=st.sampled_from(["update", "update", "update", "set"]))
     def apply(self, offset: int, mode: Mode) -> None:
         """Apply a snapshot around the last step, or around the origin."""

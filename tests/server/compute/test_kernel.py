@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from ema_server.compute.device import BLOCK_ELEMENTS
 from ema_server.compute.kernel import Source, Target
 from ema_server.compute.pool import WorkerPool
 from ema_server.tensors.dtypes import view
+from ema_server.tensors.finite import FiniteCheck
 from ema_server.tensors.layout import Form, held_nbytes, places, segments
 from ema_server.tensors.selection import can_be_averaged
 from support.arithmetics import NAMES, arithmetic
@@ -56,6 +58,7 @@ def _tensors(seed: int) -> dict[str, Tensor]:
     }
 
 
+_FAR = 3 << 20  # elements: beyond the first piece of a check
 _MANIFEST = manifest_of(_tensors(0), {"u": Role.STRUCTURAL})
 
 
@@ -257,3 +260,17 @@ def test_passes_allocate_no_memory_of_the_models_size(name: str) -> None:
     )
 
     assert int(done.stdout) < 4 << 10, f"grew by {done.stdout} KiB"
+
+
+@pytest.mark.parametrize("at", [0, _FAR - 1])
+def test_check_of_a_snapshot_names_its_tensors_with_nan(pool: WorkerPool, at: int) -> None:
+    tensors = {"a": torch.zeros(2), "long": torch.zeros(_FAR), "n": torch.tensor([3])}
+    manifest = manifest_of(tensors)
+    check = FiniteCheck(manifest)
+    assert pool.not_finite(check, encode(manifest, tensors)) == ()
+
+    tensors["long"][at] = math.nan
+    assert pool.not_finite(check, encode(manifest, tensors)) == ("long",)
+
+    tensors["a"][1] = math.inf
+    assert pool.not_finite(check, encode(manifest, tensors)) == ("a", "long")

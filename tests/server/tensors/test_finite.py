@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ema_proto.wire.manifest import Role
-from ema_server.ingest.finite import FiniteCheck
+from ema_server.tensors import finite
+from ema_server.tensors.finite import FiniteCheck
 from support.server_core import encode, manifest_of
 
 _FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -83,3 +84,20 @@ def test_only_the_given_range_is_read() -> None:
 
     assert check.check(0, slot[:8]) == ()
     assert check.check(8, slot[8:]) == ("a",)
+
+
+def test_check_of_many_bad_tensors_looks_at_each_of_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at all tensors for each chunk: a trainer whose loss is NaN would occupy the thread for seconds."""
+    tensors = {f"t{index}": torch.full((4,), math.nan) for index in range(1000)}
+    manifest = manifest_of(tensors)
+    check, slot = FiniteCheck(manifest), encode(manifest, tensors)
+    looked: list[int] = []
+
+    def is_finite(values: Tensor) -> bool:
+        looked.append(len(values))
+        return False
+
+    monkeypatch.setattr(finite, "is_finite", is_finite)
+
+    assert _found(check, slot, chunk=160) == set(tensors)
+    assert len(looked) == 1000 + 100, "each tensor once, and each chunk"
