@@ -21,7 +21,7 @@ from torch import distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from trainer_client import EmaClient
@@ -77,8 +77,24 @@ class Narrow(nn.Module):
         return logits
 
 
-def whole_model(kind: str) -> Model | Narrow:
+class Uneven(nn.Module):
+    """Parameters of 9 rows: of those torch reports wrong boxes on a mesh of 4 by 2, for two ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, DIM)
+        self.up = nn.Linear(DIM, 9)
+        self.down = nn.Linear(9, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.down(torch.relu(self.up(self.embed(tokens))))
+        return logits
+
+
+def whole_model(kind: str) -> Model | Narrow | Uneven:
     """The model that is not sharded."""
+    if kind == "uneven":
+        return Uneven()
     return Narrow() if kind == "narrow" else Model(kind)
 
 
@@ -108,6 +124,11 @@ def shard(model: Any, kind: str, world: int) -> Any:
         mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
         for block in model.blocks:
             parallelize_module(block, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        arguments = {"mesh": mesh["data"]}
+    elif kind == "uneven":
+        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data", "tensor"))
+        embed, up = RowwiseParallel(input_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate())
+        parallelize_module(model, mesh["tensor"], {"embed": embed, "up": up})
         arguments = {"mesh": mesh["data"]}
     else:
         arguments = {"mesh": init_device_mesh("cpu", (world,))}
@@ -238,7 +259,7 @@ def train(given: dict[str, Any], rank: int) -> dict[str, Any]:
     while step < first - 1 + given["steps"]:
         step += 1
         # The ranks of tensor parallelism train on the same samples.
-        torch.manual_seed(1000 * step + (rank // 2 if kind == "tensor-parallel" else rank))
+        torch.manual_seed(1000 * step + (rank // 2 if kind in ("tensor-parallel", "uneven") else rank))
         take_step(model, optimizer, given, rank)
         for local, before in restored:
             local.copy_(before)

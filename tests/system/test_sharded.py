@@ -57,6 +57,7 @@ def _ledger(data: Path, run: str) -> list[Any]:
         ("columns", 2),
         ("hsdp", 4),
         ("tensor-parallel", 4),
+        ("uneven", 8),
         ("checkpointing", 2),
         ("compiled-blocks", 2),
         ("compiled", 2),

@@ -5,6 +5,7 @@ DTensors (FSDP2, HSDP, tensor and expert parallelism) are recognised without imp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,17 +49,15 @@ def box_of(name: str, tensor: Tensor) -> Box | None:
     """The box that this rank holds; None if that is the whole tensor.
 
     Raises:
-        PlanError: the tensor holds partial sums, or torch's own account of the box is wrong.
+        PlanError: the tensor holds partial sums, or it is not known which box this is.
     """
     if not is_sharded(tensor):
         return None
     placements = tensor.placements  # type: ignore[attr-defined]
     if any(type(each).__name__ == "Partial" for each in placements):
         raise PlanError(f"tensor {name!r} holds partial sums ({placements}): a parameter has a value of its own")
-    chunks = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
     local = local_of(tensor)
-    box = Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes)) if len(chunks) == 1 else None
-    # Under FSDP with tensor parallelism torch computes the wrong box for some uneven shapes (pytorch#161368).
+    box = _box_of_fsdp_after_others(tensor) or _box_of_torch(tensor)
     if box is None or box.sizes != tuple(local.shape) or not lies_within(box, tensor.shape):
         what = "nothing" if box is None else f"{box} of {list(tensor.shape)}"
         raise PlanError(
@@ -66,3 +65,32 @@ def box_of(name: str, tensor: Tensor) -> Box | None:
             f"reports {what}: choose sizes that the mesh divides, or leave the tensor out with exclude="
         )
     return None if box == whole(tensor.shape) else box
+
+
+def _box_of_torch(tensor: Tensor) -> Box | None:
+    chunks = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+    return Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes)) if len(chunks) == 1 else None
+
+
+def _box_of_fsdp_after_others(tensor: Tensor) -> Box | None:
+    """The box if FSDP shards a dimension that tensor or expert parallelism has sharded before; None if not.
+
+    Torch reports a wrong one for some sizes that the mesh does not divide (pytorch#161368). Here FSDP's mesh dimension
+    comes first and its placement is a `_StridedShard`, whose `split_factor` is the number of shards before it.
+    """
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    strided = [index for index, each in enumerate(placements) if type(each).__name__ == "_StridedShard"]
+    if len(strided) != 1:
+        return None
+    fsdp, dimension = strided[0], placements[strided[0]].dim
+    same = [index for index, each in enumerate(placements) if getattr(each, "dim", None) == dimension and index != fsdp]
+    if min(same, default=-1) < fsdp or math.prod(map(mesh.size, same)) != placements[fsdp].split_factor:
+        return None
+    offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
+    others = [index for index, each in enumerate(placements) if hasattr(each, "dim") and index != fsdp]
+    for index in (*others, fsdp):
+        cut = placements[index].dim
+        step = -(-sizes[cut] // mesh.size(index))  # as `torch.chunk` does
+        start = min(step * mesh.get_coordinate()[index], sizes[cut])
+        offsets[cut], sizes[cut] = offsets[cut] + start, min(step, sizes[cut] - start)
+    return Box(tuple(offsets), tuple(sizes))

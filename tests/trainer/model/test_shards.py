@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,19 @@ class _Chunk:
 class DTensor:
     """Looks like a DTensor of several ranks."""
 
-    device_mesh = "mesh"
-
     def __init__(
-        self, shape: tuple[int, ...], local: Tensor, *chunks: _Chunk, placements: tuple[object, ...] = ()
+        self,
+        shape: tuple[int, ...],
+        local: Tensor,
+        *chunks: _Chunk,
+        placements: tuple[object, ...] = (),
+        device_mesh: object = "mesh",
     ) -> None:
-        self.shape, self.placements = torch.Size(shape), placements
+        self.shape, self.placements, self.device_mesh = torch.Size(shape), placements, device_mesh
         self._local, self._chunks = local, list(chunks)
+
+    def dim(self) -> int:
+        return len(self.shape)
 
     def to_local(self) -> Tensor:
         return self._local
@@ -54,6 +61,28 @@ class DTensor:
 
 class Partial:
     pass
+
+
+class Shard:
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+
+class _StridedShard(Shard):
+    def __init__(self, dim: int, split_factor: int) -> None:
+        super().__init__(dim)
+        self.split_factor = split_factor
+
+
+class _Mesh:
+    def __init__(self, sizes: tuple[int, ...], coordinate: tuple[int, ...]) -> None:
+        self._sizes, self._coordinate = sizes, coordinate
+
+    def size(self, dimension: int) -> int:
+        return self._sizes[dimension]
+
+    def get_coordinate(self) -> list[int]:
+        return list(self._coordinate)
 
 
 def _box(*arguments: Any, **more: Any) -> Box | None:
@@ -78,6 +107,34 @@ def test_rank_may_hold_nothing() -> None:
 def test_box_that_is_not_the_local_memory_is_refused_by_name(chunks: list[_Chunk]) -> None:
     with pytest.raises(PlanError, match=r"tensor 'w' is sharded .* local shape of \[2, 2\]"):
         _box((5, 2), torch.zeros(2, 2), *chunks)
+
+
+def _nth(rows: Tensor, parts: int, index: int) -> Tensor:
+    """One of the parts that `torch.chunk` cuts; empty if it cuts fewer."""
+    chunks = torch.chunk(rows, parts) if len(rows) else (rows,)
+    return chunks[index] if index < len(chunks) else rows[:0]
+
+
+@pytest.mark.parametrize(("data", "tensor"), list(itertools.product((2, 3, 4, 8), (2, 3, 4))))
+def test_box_of_fsdp_with_tensor_parallelism_is_that_of_the_local_rows_for_all_sizes(data: int, tensor: int) -> None:
+    placements = (_StridedShard(0, tensor), Shard(0))
+    for rows, one, other in itertools.product(range(1, 41), range(data), range(tensor)):
+        held = _nth(_nth(torch.arange(rows), tensor, other), data, one)
+        mesh = _Mesh((data, tensor), (one, other))
+        wrong = _Chunk((0, 0), (rows + 1, 2))
+        box = _box((rows, 2), torch.zeros(len(held), 2), wrong, placements=placements, device_mesh=mesh)
+        found = Box((0, 0), (rows, 2)) if box is None else box
+        assert found.sizes == (len(held), 2)
+        assert found.offsets[0] == held[0] if len(held) else found.offsets[0] <= rows
+
+
+@pytest.mark.parametrize(
+    "placements", [(Shard(0), _StridedShard(0, 1)), (_StridedShard(0, 2), Shard(1)), (_StridedShard(0, 4), Shard(0))]
+)
+def test_box_of_an_unknown_order_of_shards_is_that_of_torch(placements: tuple[object, ...]) -> None:
+    mesh = _Mesh((2, 2), (1, 1))
+    chunk = _Chunk((2, 1), (1, 1))
+    assert _box((4, 2), torch.zeros(1, 1), chunk, placements=placements, device_mesh=mesh) == Box((2, 1), (1, 1))
 
 
 def test_partial_sums_are_refused_by_name() -> None:
