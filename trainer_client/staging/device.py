@@ -7,7 +7,7 @@ work to a stream and return, except those that say that they block.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any, Protocol, TypeAlias
@@ -51,7 +51,7 @@ class Device(Protocol):
     def issue_to(self, stream: Any) -> AbstractContextManager[Any]:
         """Make `stream` the calling thread's current one for a while."""
 
-    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         """Issue copies of equal dtypes and shapes: within the device, or row-major ones to locked memory."""
 
     def empty(self, nbytes: int) -> Tensor:
@@ -97,10 +97,13 @@ class Cuda:
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             yield
 
-    def copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         # One call for all: a few kernels within the device where dtype and strides agree, else a loop in C++.
-        if targets:
-            torch._foreach_copy_([*map(_signed, targets)], [*map(_signed, sources)], non_blocking=True)
+        if not targets:
+            return
+        if any(target.dtype in _SIGNED for target in targets):
+            targets, sources = [*map(_signed, targets)], [*map(_signed, sources)]
+        torch._foreach_copy_(targets, sources, non_blocking=True)
 
     def empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)

@@ -6,7 +6,7 @@ window, on a stream of their own. Buffers change in forward, so they are copied 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,17 +27,28 @@ BOUNCE_BYTES = 16 << 20  # the buffer in which tensors become row-major, piece b
 
 @dataclass(frozen=True, slots=True)
 class _Targets:
-    """Views of a slot: one per tensor, and one per span."""
+    """Views of a slot: each tensor that is not gathered, by its index, whole and in pieces, and one per span."""
 
-    tensors: list[Tensor]
+    whole: dict[int, Tensor]
+    pieces: dict[int, tuple[Tensor, ...]]
     spans: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """The gathered tensors of one dtype: their indices, and for each a view of the scratch and its strides."""
+
+    indices: list[int]
+    targets: list[Tensor]
+    strides: list[tuple[int, ...]]
 
 
 class OverlappedStager:
     """Issues the copies of a snapshot, whose tensors are all on `device`, without waiting for them.
 
     Tensors keep their dtype and arrive row-major. Small ones are gathered in a scratch by a few kernels; large ones
-    that are not row-major pass through a bounce buffer piece by piece. Both are allocated once.
+    that are not row-major pass through a bounce buffer piece by piece. Both are allocated once. What depends only on
+    the manifest and the slot is computed once, because issuing the copies takes the training thread's time.
     """
 
     def __init__(self, manifest: Manifest, device: Device, plan: CopyPlan | None = None) -> None:
@@ -50,8 +61,7 @@ class OverlappedStager:
         self._targets: dict[int, _Targets] = {}
         with torch.inference_mode(False):
             self._scratch = device.empty(self._plan.scratch_bytes)
-            gathered = [(manifest.tensors[index], start) for index, start in self._plan.gathered]
-            self._gathered = slot_views(self._scratch, gathered)
+            self._gathered = _by_dtype(manifest, self._plan, self._scratch)
             self._spans = [self._scratch[s.scratch : s.scratch + s.nbytes] for s in self._plan.spans]
         self._bounce: list[Tensor] = []  # one tensor, allocated when needed
         self._latest: AsyncCopy | None = None
@@ -103,43 +113,50 @@ class OverlappedStager:
         previous: AsyncCopy | None,
         compute: DeviceStream,
     ) -> None:
-        # Aliases, which share versions: after `p.data = x` the old memory must live until it is copied.
-        aliases = [tensor.detach() for tensor in tensors]
-        sources = [local_of(alias) for alias in aliases]  # of a sharded tensor the optimizer raises the version of all
-        targets = self._targets_of(slot)
-        plan = self._plan
-        watched = [(aliases[index], version_of(aliases[index])) for index in plan.on_side]
+        plan, targets = self._plan, self._targets_of(slot)
+        # Aliases, which share versions: after `p.data = x` the old memory must live until it is copied. What the
+        # current stream copies needs none: freed memory is used again in the order of that stream.
+        aliases = [(index, tensors[index].detach()) for index in plan.on_side]
+        watched = [(alias, version_of(alias)) for _, alias in aliases]
+        # Of a sharded tensor the optimizer raises the version of the whole, so that is watched and its part copied.
+        aside = [(index, local_of(alias)) for index, alias in aliases]
         if previous is not None:
             previous.hold_back(compute)  # its copies read the scratch
-        self._gather(sources)
-        self._send(plan.on_compute, sources, targets.tensors)
+        self._gather(tensors)
+        self._send([(index, local_of(tensors[index])) for index in plan.on_compute], targets)
         self._ready.record(compute)
         self._ready.wait(self._side)
         with self._device.issue_to(self._side):
             self._device.copy(targets.spans, self._spans)
-            self._send(plan.on_side, sources, targets.tensors)
+            self._send(aside, targets)
             copy.record(self._side, watched, [self._scratch, *self._bounce])
 
-    def _gather(self, sources: Sequence[Tensor]) -> None:
+    def _gather(self, tensors: Sequence[Tensor]) -> None:
         """Copy into the scratch, in one call for all tensors of a dtype whose strides are those of the scratch."""
-        groups: dict[tuple[torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
-        for (index, _), target in zip(self._plan.gathered, self._gathered, strict=True):
-            source = sources[index]
-            targets, similar = groups.setdefault((source.dtype, source.stride() == target.stride()), ([], []))
-            targets.append(target)
-            similar.append(source)
-        for targets, similar in groups.values():
-            self._device.copy(targets, similar)
+        for group in self._gathered:
+            sources = [local_of(tensors[index]) for index in group.indices]
+            strides = [source.stride() for source in sources]
+            if strides == group.strides:
+                self._device.copy(group.targets, sources)
+                continue
+            similar = [ours == theirs for ours, theirs in zip(group.strides, strides, strict=True)]
+            for wanted in (True, False):
+                chosen = [number for number, is_similar in enumerate(similar) if is_similar is wanted]
+                self._device.copy([group.targets[n] for n in chosen], [sources[n] for n in chosen])
 
-    def _send(self, indices: Sequence[int], sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
-        """Copy tensors to the slot without the scratch, on the current stream."""
+    def _send(self, sources: Iterable[tuple[int, Tensor]], targets: _Targets) -> None:
+        """Copy tensors, each with its index, to the slot without the scratch, on the current stream."""
         direct: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for index in indices:
-            if sources[index].is_contiguous():
-                direct[0].extend(pieces(targets[index], PIECE_BYTES))
-                direct[1].extend(pieces(sources[index], PIECE_BYTES))
+        for index, source in sources:
+            there = targets.pieces[index]
+            if not source.is_contiguous():
+                self._send_bounced(source, targets.whole[index])
+            elif len(there) == 1:
+                direct[0].append(there[0])
+                direct[1].append(source)
             else:
-                self._send_bounced(sources[index], targets[index])
+                direct[0].extend(there)
+                direct[1].extend(pieces(source, PIECE_BYTES))
         self._device.copy(*direct)
 
     def _send_bounced(self, source: Tensor, target: Tensor) -> None:
@@ -153,8 +170,24 @@ class OverlappedStager:
 
     def _targets_of(self, slot: Slot) -> _Targets:
         if slot.index not in self._targets:
-            views = slot_views(slot.tensor, [(spec, spec.offset) for spec in self._manifest.tensors])
+            indices = [*self._plan.on_compute, *self._plan.on_side]
+            specs = [self._manifest.tensors[index] for index in indices]
+            views = slot_views(slot.tensor, [(spec, spec.offset) for spec in specs])
+            whole = dict(zip(indices, views, strict=True))
             with torch.inference_mode(False):
                 spans = [slot.tensor[s.slot : s.slot + s.nbytes] for s in self._plan.spans]
-            self._targets[slot.index] = _Targets(views, spans)
+                split = {index: tuple(pieces(view, PIECE_BYTES)) for index, view in whole.items()}
+            self._targets[slot.index] = _Targets(whole, split, spans)
         return self._targets[slot.index]
+
+
+def _by_dtype(manifest: Manifest, plan: CopyPlan, scratch: Tensor) -> list[_Gathered]:
+    """The gathered tensors, those of one dtype together: one call can copy them."""
+    places = [(manifest.tensors[index], start) for index, start in plan.gathered]
+    groups: dict[torch.dtype, _Gathered] = {}
+    for (index, _), target in zip(plan.gathered, slot_views(scratch, places), strict=True):
+        group = groups.setdefault(target.dtype, _Gathered([], [], []))
+        group.indices.append(index)
+        group.targets.append(target)
+        group.strides.append(target.stride())
+    return list(groups.values())
