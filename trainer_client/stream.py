@@ -88,6 +88,7 @@ class Stream:
         self._wait_s = settings.wait_timeout_s if settings.when_behind is WhenBehind.WAIT else 0.0
         self._counters = worker.counters
         self._warned: set[Skip] = set()
+        self._last_skip: Skip | None = None
         roles = [spec.role for spec in plan.manifest.tensors]
         trained = [each for each, role in zip(plan.tensors(), roles, strict=True) if role is Role.PARAM]
         self._watch = Watch(trained, steps)
@@ -208,7 +209,7 @@ class Stream:
             return
         sent = not self._is_stopped() and self._snapshot(model, self.steps, self._wait_s, overlap=overlap)
         if not sent and self._has_peers:
-            self._worker.skip(self.steps, self.stopped or "nothing was sent, see its log")
+            self._worker.skip(self.steps, self.stopped or f"{self._last_skip}, see its log")
 
     def stop(self, reason: str) -> None:
         """Send nothing more, and count each snapshot that is due, beginning with the one that failed."""
@@ -306,7 +307,7 @@ class Stream:
         return Skip.STOPPED if state in (SenderState.FAILED.value, SenderState.CLOSED.value) else Skip.OFFLINE
 
     def _skip_none(self, step: int) -> Skip:
-        reason = self._why_none()
+        reason = self._last_skip = self._why_none()
         if reason is Skip.BUSY:
             self._skip(
                 reason,
@@ -321,6 +322,7 @@ class Stream:
 
     def _skip(self, reason: Skip, text: str, error: Exception | None = None) -> None:
         self._counters.skipped[reason] += 1
+        self._last_skip = reason
         if reason not in self._warned:
             log.warning("ema: %s. Further ones are only counted, in stats()['skipped']", text, exc_info=error)
         self._warned.add(reason)

@@ -228,10 +228,12 @@ def take_step(model: Any, optimizer: torch.optim.Optimizer, given: dict[str, Any
     optimizer.zero_grad()
 
 
-def wait_at(folder: Path, rank: int) -> None:
-    """Say in `folder` that this rank has come so far, and wait until the test lets it go on."""
-    (folder / f"reached-{rank}").touch()
-    while not (folder / f"go-{rank}").exists():
+def wait_at(folder: str, point: object, rank: int, ema: EmaClient | None) -> None:
+    """Say in `folder` that this rank has come to `point`, if given once all is sent, and wait until it may go on."""
+    assert ema is None or ema.flush()
+    name = f"{point}-{rank}"
+    Path(folder, f"reached-{name}").touch()
+    while not Path(folder, f"go-{name}").exists():
         time.sleep(0.01)
 
 
@@ -261,6 +263,8 @@ def train(given: dict[str, Any], rank: int) -> dict[str, Any]:
         # The ranks of tensor parallelism train on the same samples.
         torch.manual_seed(1000 * step + (rank // 2 if kind in ("tensor-parallel", "uneven") else rank))
         take_step(model, optimizer, given, rank)
+        if step in given.get("wait_at", ()):
+            wait_at(given["folder"], step, rank, ema if step == 1 else None)
         for local, before in restored:
             local.copy_(before)
         restored.clear()
@@ -279,9 +283,8 @@ def train(given: dict[str, Any], rank: int) -> dict[str, Any]:
             step, rewind = rewind[1], None
             ema.load_state_dict({"run": run, "step": step})
             twin.load(step)
-    if "before_finish" in given:
-        assert ema.flush()
-        wait_at(Path(given["before_finish"]), rank)
+    if "end" in given.get("wait_at", ()):
+        wait_at(given["folder"], "end", rank, ema)
     end = "finish" if given.get("finish", True) else "flush"
     done = getattr(ema, end)() and twin.call(end)
     stats = ema.stats()

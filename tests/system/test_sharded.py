@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from support.command import ema
 from support.forwarder import Forwarder
 from support.oracle import bound, largest_difference, ledger_steps, replay
 from support.processes import Process, ServerProcess
@@ -106,14 +109,14 @@ def test_killed_rank_costs_its_step_and_a_restarted_job_goes_on(tmp_path: Path) 
 def test_rank_without_a_connection_at_the_end_learns_that_the_run_is_finished(tmp_path: Path) -> None:
     with ServerProcess(tmp_path / "data") as server, Forwarder(int(server.zmq.rpartition(":")[2])) as link:
         given = {"endpoint": server.zmq, "run": "sharded", "kind": "fsdp", "world": 2, "steps": 2, "twin": False}
-        given |= {"endpoint_of": {"1": f"tcp://127.0.0.1:{link.port}"}, "before_finish": str(tmp_path)}
+        given |= {"endpoint_of": {"1": f"tcp://127.0.0.1:{link.port}"}, "folder": str(tmp_path), "wait_at": ["end"]}
         with Process(SCRIPT, json.dumps(given)) as process:
             eventually(lambda: len(list(tmp_path.glob("reached-*"))) == 2, "both ranks have trained", timeout_s=60.0)
             link.cut()
-            (tmp_path / "go-0").touch()
+            (tmp_path / "go-end-0").touch()
             assert json.loads(process.wait_line(lambda line: '"rank": 0' in line))["done"] is True
             link.restore()
-            (tmp_path / "go-1").touch()
+            (tmp_path / "go-end-1").touch()
             assert json.loads(process.wait_line(lambda line: '"rank": 1' in line))["done"] is True, process.errors
             assert process.wait() == 0
         run = server.get("/v1/runs/sharded")
@@ -147,6 +150,50 @@ def test_rank_that_holds_nothing_counts_steps_and_finishes(tmp_path: Path) -> No
         assert [each["steps"] for each in ranks] == [4] * 4
         assert _files(tmp_path / "data", "sharded") == _files(tmp_path / "data", "sharded-twin")
         assert _ledger(tmp_path / "data", "sharded") == _ledger(tmp_path / "data", "sharded-twin")
+
+
+def test_step_that_one_rank_skips_because_the_server_is_slow_is_one_gap_and_reported_at_once(tmp_path: Path) -> None:
+    """The server is stopped; rank 0 waits for a slot at step 4, and rank 1 skips that step."""
+    with ServerProcess(tmp_path / "data") as server:
+        given = {"endpoint": server.zmq, "run": "sharded", "kind": "fsdp", "world": 2, "steps": 5, "twin": False}
+        given |= {"folder": str(tmp_path), "wait_at": [1, 4], "weights": str(tmp_path / "weights.pt")}
+        given |= {"client_of": {"1": {"when_behind": "skip"}}}
+        with Process(SCRIPT, json.dumps(given)) as process:
+
+            def shown() -> Any:
+                return server.get("/v1/runs/sharded")
+
+            def let_go(step: int) -> None:
+                for rank in range(2):
+                    (tmp_path / f"go-{step}-{rank}").touch()
+
+            eventually(lambda: len(list(tmp_path.glob("reached-1-*"))) == 2, "both ranks are at step 1", timeout_s=60.0)
+            server.send(signal.SIGSTOP)
+            let_go(1)
+            eventually((tmp_path / "reached-4-1").exists, "rank 1 has skipped step 4")
+            assert not (tmp_path / "reached-4-0").exists()
+            server.send(signal.SIGCONT)
+            # Both ranks stay at step 4: nothing but SKIP can have told the server.
+            ranks = eventually(lambda: shown()["ranks"]["dropped_steps"] and shown()["ranks"], "step 4 is dropped")
+            assert ranks["dropped"] == [{"rank": 1, "reason": "skipped", "steps": 1}]
+            assert ranks["last_dropped"]["text"] == "rank 1 skipped it: busy, see its log"
+            let_go(4)
+            assert process.wait(60.0) == 0, "\n".join(process.errors)
+            lines = sorted((json.loads(line) for line in process.lines), key=lambda each: int(each["rank"]))
+        assert [(each["done"], each["committed"]) for each in lines] == [(True, 4)] * 2
+        assert [each["dropped"] for each in lines] == [{"dropped": 1}, {}]
+        assert [(each["skipped"]["busy"], sum(each["skipped"].values())) for each in lines] == [(0, 0), (1, 1)]
+        assert (shown()["step"], shown()["gap_steps"]) == (5, 1)
+        assert "rank 1 skipped: 1\n  the last one is step 4: rank 1 skipped it: busy" in _status(server)
+        metrics = httpx2.get(f"{server.http}/metrics").text
+        assert 'ema_run_dropped_steps_total{rank="1",reason="skipped",run="sharded"} 1.0' in metrics
+    _check_replay(tmp_path / "data", torch.load(tmp_path / "weights.pt"), [1, 2, 3, 5])
+
+
+def _status(server: ServerProcess) -> str:
+    shown = ema("status", "sharded", "--url", server.http)
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
 
 
 def _check_replay(data: Path, weights: dict[int, dict[str, Tensor]], steps: list[int]) -> None:
