@@ -18,7 +18,11 @@ from trainer_client.model.wrappers import Stages
 
 def is_sharded(tensor: object) -> bool:
     """Whether the tensor is a DTensor: a tensor of a device mesh, of which this rank has a local part."""
-    return type(tensor).__name__ == "DTensor" and hasattr(tensor, "device_mesh")
+    return _is_sharded_type(type(tensor)) and hasattr(tensor, "device_mesh")
+
+
+def _is_sharded_type(kind: type) -> bool:
+    return kind.__name__ == "DTensor"
 
 
 def holds_part(model: nn.Module) -> bool:
@@ -43,6 +47,13 @@ def local_of(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return local
+
+
+def locals_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As `local_of` of each; the sequence itself if none is sharded, which costs a few ns for each tensor."""
+    if not any(map(_is_sharded_type, set(map(type, tensors)))):
+        return tensors
+    return [local_of(tensor) for tensor in tensors]
 
 
 def box_of(name: str, tensor: Tensor) -> Box | None:

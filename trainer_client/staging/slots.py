@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import mmap
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from torch import Tensor
 from trainer_client.staging.device import Device
 
 log = logging.getLogger("ema")
+
+# Huge pages make the copy faster. Without DONTFORK, each write to a slot after a fork would first copy a page, and a
+# device would go on writing to the old one.
+_ADVICE: Final = ("MADV_HUGEPAGE", "MADV_DONTFORK")
 
 # Locked memory must not be returned to the system: what could not be unlocked is kept until the process ends.
 _kept: list[Tensor] = []
@@ -27,12 +32,24 @@ class Slot:
     __slots__ = ("index", "tensor", "view")
 
     def __init__(self, index: int, nbytes: int) -> None:
-        memory = mmap.mmap(-1, nbytes)
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for name in _ADVICE:
+            _advise(memory, name)
         self.index = index
         # Filled once, so that its pages are there before the first snapshot: mapping them costs as much as copying.
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8).zero_()
         # A memoryview holds the mapping's export: it cannot be unmapped while a frame of it is being sent.
         self.view = memoryview(memory)
+
+
+def _advise(memory: mmap.mmap, name: str) -> None:
+    advice = getattr(mmap, name, None)
+    if advice is None:
+        return
+    try:
+        memory.madvise(advice)
+    except OSError as error:  # a kernel without huge pages, for example; all is correct without
+        log.debug("ema: slots are used without %s: %s", name, error)
 
 
 def make_slots(nbytes: int, count: int) -> tuple[Slot, ...]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 from support.snapshots import decode
 from trainer_client.model.plan import Plan
-from trainer_client.staging.cpu import CpuStager
+from trainer_client.staging.cpu import LARGE_BYTES, CpuStager, slot_views
 from trainer_client.staging.slots import Slot, make_slots
 
 
@@ -126,8 +129,169 @@ def test_tensor_after_2_gib_is_staged_at_its_offset() -> None:
     plan = Plan.of(wide)
     (slot,) = make_slots(plan.manifest.nbytes, 1)
 
-    view = CpuStager(plan.manifest)._views_of(slot)[1]
+    (_, view) = slot_views(slot.tensor, [(spec, spec.offset) for spec in plan.manifest.tensors])
     view.copy_(last)
 
     assert plan.manifest.tensors[1].offset == 2**31 + 5
     assert bytes(slot.view[2**31 + 5 :]) == b"\x07\x07\x07"
+
+
+_LARGE = LARGE_BYTES // 4  # elements of float32
+_KINDS = {"large": (_LARGE,), "in a run": (3, 5), "alone": (7,)}
+
+
+def _every_way() -> nn.ParameterDict:
+    """Parameters that are copied in each of the three ways, on the CPU."""
+    model = nn.ParameterDict({"large": torch.randn(_LARGE), "alone": torch.randn(7)})
+    model.update({f"run {index}": torch.randn(3, 5) for index in range(5)})
+    model["in a run"] = torch.randn(3, 5)
+    return model
+
+
+def _assert_staged(model: nn.Module, plan: Plan, stager: CpuStager, slot: Slot) -> None:
+    slot.tensor.fill_(255)
+    stager.stage(plan.renewed(model).tensors(), slot)
+    staged = decode(plan.manifest, slot.view)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(staged[name], tensor), name
+
+
+def _assign_data(model: nn.Module, name: str) -> None:
+    parameter = model.get_parameter(name)
+    parameter.data = torch.randn(parameter.shape)
+
+
+def _assign_data_of_another_layout(model: nn.Module, name: str) -> None:
+    parameter = model.get_parameter(name)
+    parameter.data = torch.randn(*parameter.shape, 2)[..., 1]
+
+
+def _expand_the_first_value(model: nn.Module, name: str) -> None:
+    parameter = model.get_parameter(name)
+    parameter.data = parameter.data[(0,) * parameter.dim()].expand(parameter.shape)
+
+
+def _load_by_assignment(model: nn.Module, name: str) -> None:
+    state = model.state_dict()
+    model.load_state_dict(state | {name: torch.randn(state[name].shape)}, assign=True)
+
+
+def _resize_there_and_back(model: nn.Module, name: str) -> None:
+    with torch.no_grad():
+        parameter, shape = model.get_parameter(name), model.get_parameter(name).shape
+        parameter.data.resize_(16 * parameter.numel()).resize_(shape)
+        parameter.normal_()
+
+
+def _free_and_fill_the_storage(model: nn.Module, name: str) -> None:
+    parameter = model.get_parameter(name)
+    storage, nbytes = parameter.untyped_storage(), parameter.untyped_storage().nbytes()
+    storage.resize_(0)
+    torch.empty(nbytes)  # another address for the next one
+    storage.resize_(nbytes)
+    nn.init.normal_(parameter)
+
+
+def _swap(model: nn.Module, name: str) -> None:
+    torch.utils.swap_tensors(model.get_parameter(name), nn.Parameter(torch.randn(model.get_parameter(name).shape)))
+
+
+def _replace_the_parameter(model: nn.Module, name: str) -> None:
+    model._parameters[name] = nn.Parameter(torch.randn(model.get_parameter(name).shape))
+
+
+def _negate_lazily(model: nn.Module, name: str) -> None:
+    model.get_parameter(name).data = torch._neg_view(torch.randn(model.get_parameter(name).shape))
+
+
+@pytest.mark.parametrize("name", _KINDS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        _assign_data,
+        _assign_data_of_another_layout,
+        _expand_the_first_value,
+        _load_by_assignment,
+        _resize_there_and_back,
+        _free_and_fill_the_storage,
+        _swap,
+        _replace_the_parameter,
+        _negate_lazily,
+    ],
+)
+def test_tensors_that_moved_between_two_snapshots_are_read_where_they_are(
+    name: str, change: Callable[[nn.Module, str], None]
+) -> None:
+    model = _every_way()
+    plan, stager, slot = _filled(model)
+
+    change(model, name)
+
+    _assert_staged(model, plan, stager, slot)
+
+
+@pytest.mark.parametrize("name", _KINDS)
+def test_weights_tied_after_the_first_snapshot_are_read_where_they_are(name: str) -> None:
+    model = _every_way()
+    model["other"] = torch.randn(_KINDS[name])
+    plan, stager, slot = _filled(model)
+
+    model._parameters["other"] = model._parameters[name]
+
+    _assert_staged(model, plan, stager, slot)
+
+
+def test_memory_that_was_freed_is_an_error_and_not_read() -> None:
+    model = _every_way()
+    plan, stager, slot = _filled(model)
+    model.get_parameter("large").untyped_storage().resize_(0)
+
+    with pytest.raises(RuntimeError, match="has 0 in memory"):
+        stager.stage(plan.tensors(), slot)
+
+
+@pytest.mark.parametrize("name", _KINDS)
+def test_subclass_of_a_parameter_is_copied_by_its_own_rules(name: str) -> None:
+    class Counting(nn.Parameter):
+        """Has no address that may be read."""
+
+        def data_ptr(self) -> int:
+            raise AssertionError("its address was read")
+
+    model = _every_way()
+    model._parameters[name] = Counting(torch.randn(_KINDS[name]))
+
+    plan, stager, slot = _filled(model)
+
+    _assert_staged(model, plan, stager, slot)
+
+
+def test_large_tensors_are_copied_by_the_calling_thread_alone() -> None:
+    model = nn.ParameterList([torch.randn(1 << 20) for _ in range(8)])
+    plan, stager, slot = _filled(model)
+    tensors, targets = plan.tensors(), slot_views(slot.tensor, [(s, s.offset) for s in plan.manifest.tensors])
+    threads = torch.get_num_threads()
+
+    def by_torch() -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(targets, tensors)
+
+    torch.set_num_threads(4)
+    try:
+        used = {
+            name: _other_threads_s(copy)
+            for name, copy in (("torch", by_torch), ("ours", partial(stager.stage, tensors, slot)))
+        }
+    finally:
+        torch.set_num_threads(threads)
+
+    assert used["ours"] <= 0.1 * used["torch"]
+
+
+def _other_threads_s(copy: Callable[[], None]) -> float:
+    """CPU seconds of all other threads of the process while this one copies, 20 times."""
+    copy()
+    begin = time.process_time() - time.thread_time()
+    for _ in range(20):
+        copy()
+    return time.process_time() - time.thread_time() - begin
