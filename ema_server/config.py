@@ -99,6 +99,16 @@ class ServerConfig:
     token: str | None = field(
         default=None, repr=False, metadata=_setting("Secret that trainers and readers must present.", "TOKEN")
     )
+    allowed_hosts: str = field(
+        default="",
+        metadata=_setting(
+            "Names by which requests may address the server, separated by commas; *.DOMAIN: all below it, *: any. "
+            "Default: with a token any; without one only addresses, names without a dot, and this machine's names, so "
+            "that no web page can read under a name of its own.",
+            "NAMES",
+            form=(r"|\*|(\*\.)?[\w.-]+(,(\*\.)?[\w.-]+)*", "names such as ema.example.org,*.example.org, or *"),
+        ),
+    )
     insecure: bool = field(default=False, metadata=_setting("Allow other machines to connect without a token."))
     publish_every_seconds: float = field(
         default=300.0, metadata=_setting("Publish each changed run at least this often; 0: no timer.", "SECONDS")

@@ -6,6 +6,7 @@ Modules, from the outside of a request to its inside:
 - `app`: the ASGI application: routes, errors and middleware
 - `openapi`: writes the description of the API
 - `routes`: one module per resource
+- `browsers`: middleware against web pages of other sites
 - `middleware`: a bearer token, a limit on bodies, a count of responses
 - `services`: what the routes work with
 - `resolve`: from the names in a path to what they name; links

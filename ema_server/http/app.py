@@ -10,7 +10,8 @@ from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
 from ema_server.http import problems
-from ema_server.http.middleware import BearerAuth, BodyLimit, HostHeader, RequestCounter
+from ema_server.http.browsers import AllowedHosts, HostHeader, SameSite, SecurityHeaders
+from ema_server.http.middleware import BearerAuth, BodyLimit, RequestCounter
 from ema_server.http.routes import (
     averages,
     blend,
@@ -98,9 +99,12 @@ def create_app(services: Services) -> FastAPI:
     api = create_api()
     api.state.services = services
     api.add_middleware(BodyLimit)
-    if services.token is not None:
-        api.add_middleware(BearerAuth, token=services.token)
-    api.add_middleware(HostHeader)
+    config = services.config
+    if config.token is not None:
+        api.add_middleware(BearerAuth, token=config.token)
+    api.add_middleware(SameSite)
+    api.add_middleware(HostHeader, allowed=AllowedHosts.of(config.allowed_hosts, config.token))
+    api.add_middleware(SecurityHeaders)
     api.add_middleware(RequestCounter, counter=services.telemetry.http_requests)  # outermost: counts refusals too
     return api
 

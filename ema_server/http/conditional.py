@@ -17,7 +17,7 @@ _RANGE = re.compile(r"([0-9]{0,20})\s*-\s*([0-9]{0,20})")
 
 def immutable_headers(services: Services, etag: str) -> dict[str, str]:
     """`ETag` and `Cache-Control` of an immutable representation; shared caches must not keep what needs a token."""
-    scope = "public" if services.token is None else "private"
+    scope = "public" if services.config.token is None else "private"
     return {"ETag": etag, "Cache-Control": f"{scope}, max-age={YEAR_S}, immutable"}
 
 

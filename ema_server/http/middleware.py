@@ -72,22 +72,6 @@ class BodyLimit:
         await self._app(scope, bounded, send)
 
 
-class HostHeader:
-    """Answers 400 to an HTTP/1.1 request without exactly one Host header (RFC 9112, section 3.2)."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["http_version"] == "1.1":
-            count = len(Headers(scope=scope).getlist("host"))
-            if count != 1:
-                problem = Problem(Code.BAD_REQUEST, f"the request has {count} Host headers: send one")
-                await problem_response(problem, scope)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
 class RequestCounter:
     """Counts each response under its route's template, never under the path: labels must stay bounded."""
 

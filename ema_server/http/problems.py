@@ -25,6 +25,8 @@ class Code(Enum):
     BAD_REQUEST = ("bad_request", 400, "The request is malformed")
     BAD_RANGE = ("bad_range", 400, "The Range header is malformed")
     UNAUTHORIZED = ("unauthorized", 401, "A token is required")
+    HOST_NOT_ALLOWED = ("host_not_allowed", 403, "The server does not answer to this name")
+    CROSS_SITE = ("cross_site", 403, "Web pages of other sites may not write")
     NOT_FOUND = ("not_found", 404, "No such address")
     RUN_NOT_FOUND = ("run_not_found", 404, "No such run")
     RUN_UNREADABLE = ("run_unreadable", 404, "The run has no generation that can be read")

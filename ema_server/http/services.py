@@ -6,13 +6,13 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from ema_server.averager.jobs import Job
 from ema_server.compute.device import Device
+from ema_server.config import ServerConfig
 from ema_server.derived.queue import DerivationQueue
 from ema_server.evaluation.metric_store import MetricStore
 from ema_server.evaluation.scheduler import Validations
@@ -42,8 +42,7 @@ class Services:
         ranks: the ranks of sharded trainers.
         submit: hands a job to the averager; never blocks.
         has_folder: whether the data folder has one of this run.
-        data: the data folder.
-        token: what a client must send; None if none is needed.
+        config: the settings.
         stopping: set when the server has begun to stop.
         device: where the averages are kept.
         kernel: what averages are computed with, `torch` or `compiled`.
@@ -61,8 +60,7 @@ class Services:
     ranks: RanksStore
     submit: Callable[[Job], None]
     has_folder: Callable[[str], bool]
-    data: Path
-    token: str | None = field(repr=False)
+    config: ServerConfig
     stopping: threading.Event
     device: Device
     kernel: str

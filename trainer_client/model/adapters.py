@@ -119,6 +119,9 @@ class Adapter:
         config = copy.deepcopy(self.model.peft_config[self.name])
         mapping = self._complete(config) if self.is_peft_model else None
         config.inference_mode = True
+        for name, value in vars(config).items():
+            if isinstance(value, set):  # in a fixed order the content is the same after a restart
+                setattr(config, name, sorted(value))
         try:
             with tempfile.TemporaryDirectory(prefix="ema-") as folder:
                 config.save_pretrained(folder, auto_mapping_dict=mapping)

@@ -91,7 +91,7 @@ def busy(detail: str) -> Problem:
 
 def _check_room(services: Services, nbytes: int) -> None:
     """A derived version must not take the space that the next generations need."""
-    short = shortage(services.data, services.needed_bytes() + nbytes)
+    short = shortage(services.config.data, services.needed_bytes() + nbytes)
     if short is not None:
         detail = (
             f"{short}: {nbytes} for the version, the rest must stay free for the runs: delete what is not needed, for "

@@ -42,10 +42,10 @@ async def ready(services: ServicesDep) -> ReadyOut:
 async def _check_all(services: Services) -> dict[str, CheckOut]:
     needed = services.needed_bytes()
     checks = {name: _thread(services, name) for name in THREADS}
-    checks["data"] = await anyio.to_thread.run_sync(_writable, services.data)
+    checks["data"] = await anyio.to_thread.run_sync(_writable, services.config.data)
     checks["device"] = await anyio.to_thread.run_sync(_answers, services.device)
     checks["publishing"] = _publishing(services)
-    checks["disk"] = await anyio.to_thread.run_sync(_room, services.data, needed)
+    checks["disk"] = await anyio.to_thread.run_sync(_room, services.config.data, needed)
     if services.stopping.is_set():
         checks["stopping"] = CheckOut(ok=False, detail="the server is stopping")
     return checks
