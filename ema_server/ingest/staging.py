@@ -89,7 +89,8 @@ class Staging:
     ) -> None:
         self.run = run
         self.slots = tuple(Slot(manifest.nbytes) for _ in range(slots))
-        self._checks = [FiniteCheck(Manifest(part.tensors)).exempt(exempt) for part in parts]
+        self._checks: dict[int, FiniteCheck] = {}  # by rank; made when needed, since ranks may be many
+        self._exempt = exempt
         self._parts = parts
         self._buffer = buffer
         self._tensors = {tensor.name: tensor for tensor in manifest.tensors}
@@ -113,15 +114,23 @@ class Staging:
 
     def received(self, target: e.Payload, place: Place) -> None:
         """The chunk is in its place: check it, and copy it into the slot."""
-        not_finite = self._checks[target.rank].check(target.offset, place.data)
+        not_finite = self._check_of(target.rank).check(target.offset, place.data)
         self.slots[target.slot].note(target.rank, target.attempt, not_finite)
         for there, here in place.copies:
             there.copy_(here)
 
     def exempt(self, names: Iterable[str]) -> None:
         """Do not check these tensors from now on."""
-        names = frozenset(names)
-        self._checks = [check.exempt(names) for check in self._checks]
+        exempt = self._exempt | frozenset(names)
+        if exempt != self._exempt:
+            self._exempt = exempt
+            self._checks.clear()
+
+    def _check_of(self, rank: int) -> FiniteCheck:
+        check = self._checks.get(rank)
+        if check is None:
+            check = self._checks[rank] = FiniteCheck(Manifest(self._parts[rank].tensors), self._exempt)
+        return check
 
     def _find(self, target: e.Payload) -> Place:
         data = self._buffer.data[: target.length]

@@ -12,7 +12,7 @@ from ema_proto.averages.rules import check_matches
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError
 from ema_proto.receiver.assembly import Assembly
 from ema_proto.receiver.intake import Intake
-from ema_proto.receiver.merging import merge
+from ema_proto.receiver.merging import Merging
 from ema_proto.wire import messages as m
 from ema_proto.wire.manifest import Manifest
 from ema_proto.wire.parts import Part, part_of, to_ranges
@@ -68,6 +68,7 @@ class Gang:
     members: dict[int, Claim] = field(default_factory=dict)
     sessions: dict[int, bytes] = field(default_factory=dict)
     assembly: Assembly | None = None
+    merging: Merging | None = None  # while all ranks have joined and their manifests are being merged
     parts: tuple[Part, ...] = ()
     manifests: tuple[Manifest, ...] = ()
     senders: tuple[int, ...] = ()
@@ -105,21 +106,30 @@ class Gang:
         """Whether this session is one of this gang: a rank that has not joined yet, or one that returns."""
         return self.key == key and self.sessions.get(rank, session) == session
 
-    def merged_join(self) -> m.Join:
-        """One JOIN for the whole gang, of rank 0 with the merged manifest; sets `parts` and `senders`.
+    def merge(self, boxes: int) -> m.Join | None:
+        """Merge about this many boxes more of the manifests of all ranks, which have joined.
+
+        Returns:
+            Once complete, one JOIN for the whole gang, of rank 0 with the merged manifest; sets `parts` and `senders`.
 
         Raises:
             RemoteProtocolError: `ranks_differ`, `not_tiled`, `manifest_invalid` or `bad_average`.
         """
         joins = [self.members[rank].join for rank in range(self.world)]
         first = joins[0]
-        self.manifests = tuple(join.manifest for join in joins)
         if self.world == 1:
+            self.manifests = (first.manifest,)
             self.parts, self.senders = (part_of(first.manifest, range(len(first.manifest.tensors))),), (0,)
             return first
-        for join in joins[1:]:
-            _check_agreed(first, join)
-        merged = merge(self.manifests)
+        if self.merging is None:
+            for join in joins[1:]:
+                _check_agreed(first, join)
+            self.manifests = tuple(join.manifest for join in joins)
+            self.merging = Merging(self.manifests)
+        merged = self.merging.advance(boxes)
+        if merged is None:
+            return None
+        self.merging = None
         self.parts = merged.parts
         self.senders = tuple(rank for rank, part in enumerate(merged.parts) if part.nbytes)
         try:

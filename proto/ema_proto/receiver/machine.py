@@ -58,6 +58,11 @@ class Receiver:
         """How many connections have been answered by WELCOME so far."""
         return self._connections.greeted
 
+    @property
+    def is_merging(self) -> bool:
+        """Whether `tick` has work left: the manifests of many ranks are merged in pieces."""
+        return self._runs.is_merging
+
     def header(self, peer: bytes, frame: bytes, now: float) -> e.Target:
         """Take the header frame of a message from `peer`; returns where its body belongs."""
         self._now = now

@@ -16,6 +16,8 @@ from ema_proto.receiver.gang import Claim, ClaimState, Gang, Key, key_of
 from ema_proto.wire import messages as m
 from ema_proto.wire.body import shown
 
+_MERGED_AT_ONCE = 1 << 14  # boxes of the manifests of several ranks: about 50 ms, in which nothing else is received
+
 
 class Ownership:
     """The gangs of all runs: one owner and at most one rival, which waits for the owner's answers to a probe, each.
@@ -99,9 +101,16 @@ class Ownership:
         for gang in [gang for gang in self._owners.values() if gang.assembly is None and now >= gang.wait_until]:
             if not gang.is_complete:
                 self._refuse_incomplete(gang)
+        for gang in [gang for gang in self._owners.values() if gang.merging is not None]:
+            self._merge(gang)
         for key, (until, gang) in list(self._finished.items()):
             if now >= until and not gang.members:
                 del self._finished[key]
+
+    @property
+    def is_merging(self) -> bool:
+        """Whether `tick` has manifests to merge."""
+        return any(gang.merging is not None for gang in self._owners.values())
 
     def of_several_ranks(self) -> list[Gang]:
         """The owners that have more than one rank."""
@@ -203,15 +212,21 @@ class Ownership:
         self._by_peer[claim.peer] = gang, claim
 
     def _request(self, gang: Gang) -> None:
-        """Ask the averager for the run, once all ranks have joined."""
+        """Ask the averager for the run, once all ranks have joined and their manifests are merged."""
+        gang.merging = None  # the JOIN of a rank may have come again
+        self._merge(gang)
+
+    def _merge(self, gang: Gang) -> None:
         if not gang.is_complete:
+            gang.merging = None
             return
         try:
-            join = gang.merged_join()
+            join = gang.merge(_MERGED_AT_ONCE)
         except RemoteProtocolError as error:
             self.refuse(gang, error.code, error.text)
             return
-        self._events.append(e.JoinRequested(gang.run, gang.ticket, join, gang.parts))
+        if join is not None:
+            self._events.append(e.JoinRequested(gang.run, gang.ticket, join, gang.parts))
 
     def _owner_to_probe(self, gang: Gang, claim: Claim) -> Gang | None:
         """The owner that has to be probed before the gang may have the run; None when it may have it at once.

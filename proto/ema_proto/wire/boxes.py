@@ -43,6 +43,10 @@ def lies_within(box: Box, shape: Sequence[int]) -> bool:
     return all(low >= 0 and size >= 0 and low + size <= full for low, size, full in spans)
 
 
+def _place(box: Box) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return box.offsets, box.sizes
+
+
 def tiling_fault(shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
     """Describe the first overlap or hole of distinct boxes that should cover a tensor of `shape` exactly once.
 
@@ -51,7 +55,7 @@ def tiling_fault(shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
     Returns:
         None if each element lies in exactly one box.
     """
-    cuts = sorted(boxes)
+    cuts = sorted(boxes, key=_place)
     cut = [dimension for dimension, full in enumerate(shape) if any(box.sizes[dimension] < full for box in cuts)]
     if len(cut) > _CUT_DIMENSIONS_MAX:
         return f"boxes are cut along {len(cut)} dimensions, allowed are {_CUT_DIMENSIONS_MAX}"
@@ -86,12 +90,24 @@ def _fault_along(region: Box, boxes: list[Box], dimension: int) -> str | None:
             return f"{before} and {held[0]} overlap"
         if low > position:
             return f"{_slab(region, dimension, position, low - position)} is held by no rank"
-        fault = _fault(_slab(region, dimension, low, size), held)
+        fault = None if _is_slab(region, dimension, held) else _fault(_slab(region, dimension, low, size), held)
         if fault is not None:
             return fault
         position, before = low + size, held[0]
     end = region.offsets[dimension] + region.sizes[dimension]
     return f"{_slab(region, dimension, position, end - position)} is held by no rank" if position < end else None
+
+
+def _is_slab(region: Box, dimension: int, boxes: list[Box]) -> bool:
+    """Whether this is one box that is cut out of `region` along `dimension` alone."""
+    box, after = boxes[0], dimension + 1
+    return (
+        len(boxes) == 1
+        and box.sizes[after:] == region.sizes[after:]
+        and box.offsets[after:] == region.offsets[after:]
+        and box.sizes[:dimension] == region.sizes[:dimension]
+        and box.offsets[:dimension] == region.offsets[:dimension]
+    )
 
 
 def _slab(region: Box, dimension: int, low: int, size: int) -> Box:

@@ -167,7 +167,10 @@ def placed(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     for tensor in sorted(tensors, key=_layout_key):
         offsets[tensor.name] = position
         position += tensor.nbytes
-    return tuple(replace(tensor, offset=offsets[tensor.name]) for tensor in tensors)
+    return tuple(
+        tensor if tensor.offset == offsets[tensor.name] else replace(tensor, offset=offsets[tensor.name])
+        for tensor in tensors
+    )
 
 
 def from_json(value: object) -> Manifest:

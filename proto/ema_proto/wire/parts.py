@@ -27,6 +27,8 @@ def part_of(manifest: Manifest, indices: Sequence[int]) -> Part:
     """The part that holds these tensors of a rank's manifest."""
     if not indices:
         return Part((), (), 0)
+    if len(indices) == len(manifest.tensors):
+        return Part(tuple(indices), manifest.tensors, manifest.nbytes)
     tensors = placed([manifest.tensors[index] for index in indices])  # checked with the manifest: ranks have many
     return Part(tuple(indices), tensors, sum(tensor.nbytes for tensor in tensors))
 

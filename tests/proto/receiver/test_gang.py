@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from dataclasses import replace
 
 import pytest
 
+from ema_proto.averages.rules import Raw
 from ema_proto.errors import RejectCode
 from ema_proto.limits import CHUNK_BYTES_MIN, FINISHED_KEPT_S, RANKS_MAX, RANKS_WAIT_S, SERVER_SILENT_S
 from ema_proto.receiver import events as e
+from ema_proto.receiver import ownership
 from ema_proto.receiver.machine import Receiver
 from ema_proto.wire import messages as m
+from ema_proto.wire.boxes import Box
 from ema_proto.wire.codec import decode_frames, encode
+from ema_proto.wire.manifest import Role, TensorSpec, layout
 from support.memory_trainer import shard_manifest, small_join
-from support.peers import OTHER, Peer, accept, new_receiver
+from support.peers import JOIN, OTHER, Peer, accept, new_receiver
 
 WORLD = 2
 ALIVE = m.Heartbeat(reply=True)
@@ -286,3 +292,113 @@ def test_requests_after_the_run_is_finished_are_answered_at_once() -> None:
     assert (rejected.code, rejected.text) == (RejectCode.DROPPED, "step 8: rank 0 has finished the run")
     assert not receiver.events
     assert ranks[1].say(m.Finish(3))[-1] == m.Finished(3, 7, warning="short")
+
+
+def large_join(rank: int, world: int, tensors: int) -> m.Join:
+    """The JOIN of one rank of a model of so many sharded tensors."""
+    specs = [
+        TensorSpec(f"layer.{index}", "F32", (world, 4), Role.PARAM, 0, (), Box((rank, 0), (1, 4)))
+        for index in range(tensors)
+    ]
+    return m.Join(
+        run="run", first_step=1, manifest=layout(specs), averages=(Raw(),), rank=rank, world=world, gang="job"
+    )
+
+
+def ask_of_all(receiver: Receiver, world: int, tensors: int) -> list[float]:
+    """Have all ranks join; returns the CPU time of the last JOIN, and of each tick until the averager is asked."""
+    for rank in range(world):
+        message = large_join(rank, world, tensors)
+        peer = rank_peer(receiver, rank)
+        began = time.thread_time()
+        peer.say(message)
+        took = [time.thread_time() - began]
+    while receiver.is_merging:
+        assert not receiver.events
+        began = time.thread_time()
+        receiver.tick(1.0)
+        took.append(time.thread_time() - began)
+    assert [type(event) for event in receiver.events] == [e.JoinRequested]
+    return took
+
+
+def test_manifests_of_many_ranks_are_merged_in_pieces_between_which_others_are_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    longest = {}
+    gc.disable()
+    try:
+        for boxes in (1 << 10, 1 << 40):
+            monkeypatch.setattr(ownership, "_MERGED_AT_ONCE", boxes)
+            longest[boxes] = max(ask_of_all(new_receiver(), world=40, tensors=150))
+    finally:
+        gc.enable()
+
+    assert longest[1 << 10] < longest[1 << 40] / 3
+
+
+@pytest.fixture
+def merging(monkeypatch: pytest.MonkeyPatch) -> tuple[Receiver, list[Peer]]:
+    """Two ranks have joined, and the work on their manifests has begun."""
+    monkeypatch.setattr(ownership, "_MERGED_AT_ONCE", 1)
+    receiver = new_receiver()
+    ranks = [rank_peer(receiver, rank) for rank in range(WORLD)]
+    for rank, peer in enumerate(ranks):
+        peer.say(large_join(rank, WORLD, 5))
+    receiver.tick(0.1)
+    assert receiver.is_merging
+    assert not receiver.events
+    return receiver, ranks
+
+
+def merge_on(receiver: Receiver) -> None:
+    while receiver.is_merging:
+        receiver.tick(0.2)
+
+
+def test_other_runs_are_served_while_manifests_are_merged(merging: tuple[Receiver, list[Peer]]) -> None:
+    receiver, _ = merging
+    other = Peer(receiver, b"other", OTHER)
+    other.say(m.Hello())
+    other.say(replace(JOIN, run="other"))
+    accept(receiver)
+    answers = other.heard() + other.say(m.Begin(1, 1))
+
+    assert [type(message) for message in answers] == [m.Joined]
+    assert receiver.is_merging
+
+
+def test_rank_that_returns_while_manifests_are_merged_is_merged_as_it_is_then(
+    merging: tuple[Receiver, list[Peer]],
+) -> None:
+    receiver, _ = merging
+    rank_peer(receiver, 1, b" again").say(large_join(1, WORLD, 6))
+    merge_on(receiver)
+    assert not receiver.events
+    refused = [message for _, message in outgoing(receiver) if isinstance(message, m.Reject)]
+
+    assert [reject.code for reject in refused] == [RejectCode.NOT_TILED] * WORLD
+    assert "'layer.5'" in refused[0].text
+
+
+def test_rank_that_leaves_while_manifests_are_merged_is_waited_for(merging: tuple[Receiver, list[Peer]]) -> None:
+    receiver, ranks = merging
+    ranks[1].say(m.Bye())
+    merge_on(receiver)
+    assert not receiver.events
+    rank_peer(receiver, 1, b" again").say(large_join(1, WORLD, 5))
+    merge_on(receiver)
+
+    assert [type(event) for event in receiver.events] == [e.JoinRequested]
+
+
+def test_gang_that_loses_the_run_while_its_manifests_are_merged_asks_for_nothing(
+    merging: tuple[Receiver, list[Peer]],
+) -> None:
+    receiver, _ = merging
+    newer = Peer(receiver, b"newer", OTHER)
+    newer.say(m.Hello())
+    newer.say(replace(JOIN, run="run", incarnation=1))
+    merge_on(receiver)
+
+    assert [event.join.incarnation for event in receiver.events if isinstance(event, e.JoinRequested)] == [1]

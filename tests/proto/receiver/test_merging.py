@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ema_proto.errors import RejectCode, RemoteProtocolError
-from ema_proto.receiver.merging import merge
+from ema_proto.receiver.merging import Merged, Merging
 from ema_proto.wire.boxes import Box, whole
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, from_json, layout
+
+
+def merge(manifests: Sequence[Manifest]) -> Merged:
+    merged = Merging(manifests).advance(1 << 40)
+    assert merged is not None
+    return merged
 
 
 def _tensor(name: str, shape: tuple[int, ...], box: Box | None = None, role: Role = Role.PARAM) -> TensorSpec:
@@ -55,6 +62,25 @@ def test_every_element_is_sent_by_one_rank(rows: list[int], world: int, replicas
         for tensor in part.tensors:
             sent[tensor.name] += tensor.elements
     assert sent == Counter({tensor.name: math.prod(tensor.shape) for tensor in unsharded.tensors})
+
+
+@given(st.data())
+def test_pieces_of_any_size_give_the_same(data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    shards = [layout([_rows(f"p{index}", n, 2, rank % 2) for index, n in enumerate(rows)]) for rank in range(4)]
+    merging, merged, pieces = Merging(shards), None, 0
+    while merged is None:
+        merged = merging.advance(data.draw(st.integers(1, 5)))
+        pieces += 1
+    assert merged == merge(shards)
+    assert pieces > len(shards)
+
+
+def test_boxes_that_one_rank_holds_count_in_what_it_sends() -> None:
+    """Rank 0 alone holds a large tensor: rank 1 sends what both hold."""
+    both = _tensor("both", (4,))
+    merged = merge([layout([_tensor("large", (8,)), both]), layout([both])])
+    assert [[tensor.name for tensor in part.tensors] for part in merged.parts] == [["large"], ["both"]]
 
 
 def test_replicas_share_the_bytes_and_the_lowest_rank_sends_the_buffers() -> None:
