@@ -1,7 +1,10 @@
-"""The averager thread: the only writer of averages and of the status store.
+"""The averager: the only writer of averages and of the status store.
 
-It carries out one job after another, and in between begins the generations that the schedule asks for. It writes files
-only through the pool's pass over the averages.
+Its thread carries out one job after another, and in between begins the generations that the schedule asks for. It
+writes files only through the pool's pass over the averages.
+
+A small snapshot that finds nothing else to do is applied by the thread that submits it: handing it over and back would
+take longer than applying it. A lock admits one of the two threads at a time.
 """
 
 from __future__ import annotations
@@ -9,11 +12,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ema_server.averager.active_run import ActiveRun, PublishRequest, Resources
 from ema_server.averager.active_runs import ActiveRuns
@@ -35,6 +40,7 @@ from ema_server.averager.jobs import (
     Outcome,
     Publish,
     PublishDone,
+    PublishDue,
     RemoveAverage,
     Reply,
     Rewind,
@@ -47,7 +53,7 @@ from ema_server.averager.join import join
 from ema_server.averager.rewind import end_rewind, rewind
 from ema_server.compute.cuda import unusable
 from ema_server.compute.device import HOST, Device
-from ema_server.compute.pool import WorkerPool
+from ema_server.compute.pool import INLINE_BYTES, WorkerPool
 from ema_server.compute.select import choose
 from ema_server.config import ServerConfig
 from ema_server.publishing.publisher import Publisher
@@ -61,6 +67,7 @@ from ema_server.telemetry import Telemetry
 THREAD_NAME = "averager"
 
 _TICK_S = 0.5  # how late a heartbeat or a schedule may be
+_AT_ONCE_BYTES = 8 << 20  # of a run's averages: less than a millisecond on a thread that has other runs to serve
 _TICK_S_MIN = 0.01  # a schedule of nanoseconds must not keep a core busy
 
 logger = logging.getLogger("ema")
@@ -127,6 +134,7 @@ class Averager:
             )
         )
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
+        self._busy = threading.Lock()
         self._deadline = 0.0
 
     def is_alive(self) -> bool:
@@ -148,12 +156,15 @@ class Averager:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Any thread; never blocks. Its `reply` is called once, on the averager's thread."""
-        if isinstance(job, Leave | UseFiles):
-            self._queue.put(job)
-        else:
+        """Queue a job. Any thread; never waits. Its `reply` is called once, on the averager's thread.
+
+        A small snapshot may be applied, and answered, before this returns.
+        """
+        if not isinstance(job, Leave | UseFiles):
             reply: Reply[Any] = Reply(job.reply, self._telemetry.internal_errors.inc)
-            self._queue.put(replace(job, reply=reply))
+            job = replace(job, reply=reply)
+        if not (isinstance(job, Apply) and self._applied_at_once(job)):
+            self._queue.put(job)
 
     def stop(self, timeout_s: float) -> bool:
         """Publish every changed run and end both threads; returns whether all of that was done in time."""
@@ -165,20 +176,52 @@ class Averager:
         return in_time and not any(active.is_changed for active in self._runs.all())
 
     def _work(self) -> None:
+        torch.set_num_threads(1)  # of this thread: it computes small passes itself, as a thread of the pool would
         tick_s = max(min(_TICK_S, self._config.publish_every_seconds or _TICK_S), _TICK_S_MIN)
+        looked_at = self._clock()
         while True:
             self._telemetry.beat(THREAD_NAME)
             self._telemetry.inbox_jobs.set(len(self._queue))
             item = self._queue.take(tick_s)
             if isinstance(item, Stop):
                 break
+            with self._busy:
+                if item is not None:
+                    self._take(item)
+                now = self._clock()
+                if item is None or now - looked_at >= tick_s:
+                    self._publish_due(self._runs.all(), now)
+                    looked_at = now
+                elif (active := self._runs.get(item.run)) is not None:
+                    self._publish_due((active,), now)
             if item is not None:
-                self._take(item)
-            self._publish_due()
-        self._publish_all()
+                self._queue.finished()
+        with self._busy:
+            self._publish_all()
         self._pool.close()
 
-    def _take(self, item: Job | PublishDone) -> None:
+    def _applied_at_once(self, job: Apply) -> bool:
+        """Apply a snapshot on the caller's thread, if it is small, all jobs before it are done, and no file is open."""
+        if len(job.data) > INLINE_BYTES or not self._queue.is_idle or not self._busy.acquire(blocking=False):
+            return False
+        try:
+            active = self._runs.get(job.run)
+            if active is None or active.draft is not None or active.run.memory_bytes > _AT_ONCE_BYTES:
+                return False
+            if self._runs.hold_if_busy(job):
+                return True
+            self._carry_out(job)
+            with self._contained(job.run):
+                if active.due_reason(self._clock()) is not None or active.failure is not None:
+                    self._queue.put(PublishDue(job.run))
+            return True
+        finally:
+            self._busy.release()
+
+    def _take(self, item: Job | PublishDone | PublishDue) -> None:
+        if isinstance(item, PublishDue):
+            self._settle(item.run)
+            return
         if isinstance(item, PublishDone):
             with self._contained(item.run):
                 self._on_published(item)
@@ -275,9 +318,8 @@ class Averager:
         else:
             refuse(job, f"run {job.run!r} is not in memory: join it again")
 
-    def _publish_due(self) -> None:
-        now = self._clock()
-        for active in self._runs.all():
+    def _publish_due(self, runs: Iterable[ActiveRun], now: float) -> None:
+        for active in runs:
             with self._contained(active.name):
                 reason = active.due_reason(now)
                 if reason is not None:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from queue import Empty, SimpleQueue
 from typing import Generic, Literal, TypeAlias, TypeVar
 
 import torch
@@ -253,7 +254,7 @@ _Answer = TypeVar("_Answer")
 
 
 class Reply(Generic[_Answer]):
-    """Delivers the answer of one job, once. It runs on the averager's thread, so `deliver` must not block.
+    """Delivers the answer of one job, once. It runs on the thread that carries out the job: `deliver` must not block.
 
     A second answer is dropped: it is the failure of a job that had been answered before it failed. An error of
     `deliver` is logged, counted by `count_error`, and goes no further, because it says nothing about the run.
@@ -284,38 +285,60 @@ class PublishDone:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishDue:
+    """A generation of the run is due: a snapshot was applied on another thread, which must not wait for the disk."""
+
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Publish every run and end."""
 
 
-Item: TypeAlias = Job | PublishDone | Stop
+Item: TypeAlias = Job | PublishDone | PublishDue | Stop
 
 
 class JobQueue:
     """Items for the averager, from any thread. Its senders bound it: two snapshots and one request for each run."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._unfinished = 0
         self._items: deque[Item] = deque()
+        self._added: SimpleQueue[None] = SimpleQueue()  # one for each item: it waits with less work than a Condition
 
     def put(self, item: Item) -> None:
         """Add an item; never blocks for longer than the lock is held."""
-        with self._condition:
+        with self._lock:
             self._items.append(item)
-            self._condition.notify()
+            self._unfinished += 1
+        self._added.put(None)
 
     def take(self, timeout_s: float) -> Item | None:
-        """The oldest item, None if there is none within `timeout_s`."""
-        with self._condition:
-            self._condition.wait_for(lambda: bool(self._items), timeout_s)
-            return self._items.popleft() if self._items else None
+        """The oldest item, None if there is none within `timeout_s`. Only one thread may call it."""
+        try:
+            self._added.get(timeout=timeout_s)
+        except Empty:
+            return None
+        with self._lock:
+            return self._items.popleft()
+
+    def finished(self) -> None:
+        """The item that `take` returned last is dealt with."""
+        with self._lock:
+            self._unfinished -= 1
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every item that was put is dealt with."""
+        return not self._unfinished
 
     def snapshot_is_next(self, run: str) -> bool:
         """Whether the next job for `run`, requests to publish apart, is a snapshot."""
-        with self._condition:
+        with self._lock:
             items = (item for item in self._items if not isinstance(item, Stop | Publish) and item.run == run)
             return isinstance(next(items, None), Apply)
 
     def __len__(self) -> int:
-        with self._condition:
-            return len(self._items)
+        return len(self._items)

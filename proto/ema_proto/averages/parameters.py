@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast
 
 from ema_proto.errors import SHOWN_CHARS, LocalProtocolError
@@ -135,7 +136,7 @@ def of_kind(kind: Kind, key: str = "") -> Mapping[str, Any]:
 BUFFERS = of_kind(Word(("average", "copy")))
 
 
-class Rule(Protocol):
+class Rule(Hashable, Protocol):
     """A rule as this module needs it. `KEYWORD` begins its spec; `LEADING` is the field without a key."""
 
     KEYWORD: ClassVar[str]
@@ -179,13 +180,7 @@ class Treatment:
     @property
     def spec(self: Rule) -> str:
         """The rule as a string, without the name: what differs from the defaults, in a fixed order."""
-        parts: list[str] = []
-        for key, parameter in parameters_of(self).items():
-            value = getattr(self, parameter.name)
-            if value != parameter.default:
-                text = parameter.metadata["kind"].written(value)
-                parts.append(text if parameter.name == self.LEADING else f"{key}={text}")
-        return f"{self.KEYWORD}:{','.join(parts)}" if parts else self.KEYWORD
+        return _spec_of(self)
 
     def check_together(self) -> None:
         """Refuse combinations of parameters; most rules allow all."""
@@ -197,6 +192,17 @@ def parameters_of(rule: Rule | type[Rule]) -> dict[str, Field[Any]]:
     ours = [each for each in fields(rule) if "kind" in each.metadata]
     ordered = [each for each in ours if each.name not in common] + [each for each in ours if each.name in common]
     return {str(each.metadata["key"] or each.name): each for each in ordered}
+
+
+@lru_cache(maxsize=1024)  # a status shows it after every snapshot
+def _spec_of(rule: Rule) -> str:
+    parts: list[str] = []
+    for key, parameter in parameters_of(rule).items():
+        value = getattr(rule, parameter.name)
+        if value != parameter.default:
+            text = parameter.metadata["kind"].written(value)
+            parts.append(text if parameter.name == rule.LEADING else f"{key}={text}")
+    return f"{rule.KEYWORD}:{','.join(parts)}" if parts else rule.KEYWORD
 
 
 def _default_name(spec: str) -> str:

@@ -20,7 +20,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 def encode_body(values: Mapping[str, Any]) -> bytes:
     """The bytes of a JSON object: ASCII, no blanks."""
-    return json.dumps(values, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(values).encode()
 
 
 def decode_body(body: bytes) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def decode_body(body: bytes) -> dict[str, Any]:
     """
     try:
         text = body.decode()
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
+        value = _DECODER.decode(text)
         if _SURROGATE_ESCAPE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -61,6 +61,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         raise ValueError("a key appears twice in one object")
     return value
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
 
 
 @dataclass(frozen=True, slots=True)
