@@ -138,9 +138,9 @@ class MetricStore:
         """Store a report; True if it is the first of its version, task and worker, False if it replaced one."""
         return self.submit(insert_report, report)
 
-    def reports(self, run: str) -> Future[tuple[Report, ...]]:
-        """All reports of a run, by step, average, task and worker."""
-        return self.submit(_reports, run)
+    def reports(self, run: str, version: str | None = None) -> Future[tuple[Report, ...]]:
+        """All reports of a run, or those of one version, by step, average, task and worker."""
+        return self.submit(_reports, run, version)
 
     def newest(self) -> Future[tuple[Report, ...]]:
         """For each run, average and task the report of the newest step that is no error."""
@@ -196,12 +196,12 @@ def _find(db: sqlite3.Connection, run: str, average: str, version: str) -> Subje
     return Subject(run, average, version, row[0]) if row else None
 
 
-def _reports(db: sqlite3.Connection, run: str) -> tuple[Report, ...]:
+def _reports(db: sqlite3.Connection, run: str, version: str | None) -> tuple[Report, ...]:
     query = (
         "SELECT average, version, step, task, worker, at, body FROM reports"
-        " WHERE run = ? ORDER BY step, average, task, worker"
+        " WHERE run = ? AND (? IS NULL OR version = ?) ORDER BY step, average, task, worker"
     )
-    return tuple(_report(run, *row) for row in db.execute(query, (run,)))
+    return tuple(_report(run, *row) for row in db.execute(query, (run, version, version)))
 
 
 def _newest(db: sqlite3.Connection) -> tuple[Report, ...]:

@@ -9,6 +9,8 @@ Modules, from the outside of a request to its inside:
 - `browsers`: middleware against web pages of other sites
 - `middleware`: a bearer token, a limit on bodies, a count of responses
 - `services`: what the routes work with
+- `hub`: an average as a repository of the Hugging Face Hub
+- `download`: the response that sends one file of a version
 - `resolve`: from the names in a path to what they name; links
 - `conditional`: preconditions and byte ranges
 - `commands`: publish a run, add or remove an average, and wait for the averager's answer

@@ -18,6 +18,7 @@ from ema_server.http.routes import (
     derived,
     files,
     health,
+    hub,
     leases,
     ledgers,
     metrics,
@@ -47,6 +48,7 @@ _ROUTES = (
     metrics,
     validations,
     leases,
+    hub,
 )
 _PROBLEM = {"model": ProblemOut, "description": "Any error, as RFC 9457 problem+json"}
 
@@ -115,7 +117,13 @@ def _answer_head(api: APIRouter, router: APIRouter) -> None:
     heads = {route.path for route, methods in routes if "HEAD" in methods}
     for route, methods in routes:
         if "GET" in methods and route.path not in heads:
-            api.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+            api.add_api_route(
+                route.path,
+                route.endpoint,
+                methods=["HEAD"],
+                include_in_schema=False,
+                response_model_exclude_none=route.response_model_exclude_none,
+            )
 
 
 def _set_problem_type(responses: dict[str, dict[str, Any]]) -> None:

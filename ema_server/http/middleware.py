@@ -30,7 +30,10 @@ class BearerAuth:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._admits(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
-        detail = "send the header 'Authorization: Bearer TOKEN' (clients of this project: --token or EMA_TOKEN)"
+        detail = (
+            "send the header 'Authorization: Bearer TOKEN' (clients of this project: --token or EMA_TOKEN; of the "
+            "Hugging Face Hub: HF_TOKEN)"
+        )
         problem = Problem(Code.UNAUTHORIZED, detail, headers={"WWW-Authenticate": "Bearer"})
         await problem_response(problem, scope)(scope, receive, send)
 

@@ -1,7 +1,11 @@
-"""Errors as RFC 9457 problems: every code with its status and title, and the handlers that answer them."""
+"""Errors as RFC 9457 problems: every code with its status and title, and the handlers that answer them.
+
+Clients of the Hugging Face Hub read errors from headers: at the addresses of its protocol, problems have these too.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -16,6 +20,7 @@ from starlette.types import Scope
 
 MEDIA_TYPE = "application/problem+json"
 _DETAIL_CHARS_MAX = 2000
+_HUB_MESSAGE_CHARS_MAX = 1000
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -71,6 +76,18 @@ class Code(Enum):
         self.title = title
 
 
+# What clients of the Hub distinguish. A missing token has no word: they show the text then, which says what to send.
+_HUB_CODES = {
+    Code.NOT_FOUND: "RepoNotFound",
+    Code.RUN_NOT_FOUND: "RepoNotFound",
+    Code.RUN_UNREADABLE: "RepoNotFound",
+    Code.AVERAGE_NOT_FOUND: "RepoNotFound",
+    Code.VERSION_NOT_FOUND: "RevisionNotFound",
+    Code.NO_VERSION_YET: "RevisionNotFound",
+    Code.FILE_NOT_FOUND: "EntryNotFound",
+}
+
+
 class Problem(HTTPException):
     """An error and its answer. An HTTPException, because FastAPI passes on only those while it reads a body.
 
@@ -106,7 +123,8 @@ def problem_response(problem: Problem, scope: Scope) -> JSONResponse:
         "code": code.word,
         **(problem.extra or {}),
     }
-    return JSONResponse(body, status_code=code.status, headers=dict(problem.headers or {}), media_type=MEDIA_TYPE)
+    headers = {**_hub_headers(problem, scope["path"]), **(problem.headers or {})}
+    return JSONResponse(body, status_code=code.status, headers=headers, media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -133,11 +151,28 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, on_failure)
 
 
+def _hub_headers(problem: Problem, path: str) -> dict[str, str]:
+    """The headers that clients of the Hub read, at an address of its protocol."""
+    if not _is_of_hub(path):
+        return {}
+    text = problem.detail[:_HUB_MESSAGE_CHARS_MAX].replace("…", "...")
+    headers = {"X-Error-Message": re.sub(r"[^ -~]", "?", text)}
+    if problem.code in _HUB_CODES:
+        headers["X-Error-Code"] = _HUB_CODES[problem.code]
+    return headers
+
+
+def _is_of_hub(path: str) -> bool:
+    return path.startswith("/api/") or ("/resolve/" in path and not path.startswith("/v1/"))
+
+
 def _from_http(error: HTTPException, scope: Scope) -> JSONResponse:
     """The framework's own errors: an unknown path, a wrong method, a malformed body."""
     known = {code.status: code for code in (Code.BAD_REQUEST, Code.NOT_FOUND, Code.METHOD_NOT_ALLOWED)}
     code = known.get(error.status_code, Code.INTERNAL)
     detail = f"{scope['method']} {scope['path']}: {error.detail}; GET openapi.json lists the addresses"
+    if _is_of_hub(scope["path"]) and code is Code.NOT_FOUND:
+        detail = f"{scope['path']}: the repositories of this server are models, RUN/AVERAGE; HF_ENDPOINT sends all here"
     headers = {"Allow": _allowed(scope)} if code is Code.METHOD_NOT_ALLOWED else error.headers
     return problem_response(Problem(code, detail, headers=headers), scope)
 

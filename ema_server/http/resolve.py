@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import quote
 
 from starlette.datastructures import Headers
@@ -17,7 +19,8 @@ from ema_server.http.conditional import parse_ranges
 from ema_server.http.problems import Code, Problem
 from ema_server.http.services import Services
 from ema_server.runs.status_store import AverageStatus, RunStatus
-from ema_server.storage.catalog import FileEntry, Version
+from ema_server.storage.catalog import FileEntry, Version, VersionGone
+from ema_server.storage.records import VERSION_FILE, BrokenGeneration
 
 RETRY_AFTER_S = 5
 _NAMES_SHOWN = 20
@@ -107,6 +110,21 @@ def is_alias(rev: str) -> bool:
     return _ID.fullmatch(rev) is None
 
 
+@contextmanager
+def reading(services: Services, version: Version) -> Iterator[None]:
+    """Hold a version while its `version.json` is read; a problem if it is gone, or the content is not valid."""
+    try:
+        with services.catalog.hold(version):
+            yield
+    except VersionGone:
+        raise version_gone(services, version) from None
+    except OSError as error:
+        detail = f"{VERSION_FILE} of version {version.id} could not be read: {error.strerror or error}"
+        raise Problem(Code.DAMAGED, detail) from None
+    except (BrokenGeneration, KeyError, TypeError, ValueError) as error:
+        raise Problem(Code.DAMAGED, f"{VERSION_FILE} of version {version.id} has no valid ledger: {error!r}") from None
+
+
 def redirect(request: Request, version: Version, path: str) -> Response:
     """Send the client from an alias to an immutable path of `version`."""
     query = f"?{request.url.query}" if request.url.query else ""
@@ -115,18 +133,24 @@ def redirect(request: Request, version: Version, path: str) -> Response:
     return Response(status_code=307, headers=headers)
 
 
-def refuse_resume(version: Version, entry: FileEntry, headers: Headers) -> None:
+def refuse_resume(address: str, headers: Headers, *, parts: bool = False) -> None:
     """Refuse to continue a download through an alias, unless the request says of which file it has a part.
 
     All versions of an average have the same length: if the alias has moved in between, the client would join the
     parts of two of them, and most clients cannot notice. Only 409 makes curl, wget and aria2 all stop with an error
     and leave their partial file alone. With `If-Range` or `If-Match` the immutable address tells them apart.
+
+    Args:
+        address: that of the file in the version that the alias names now, for the message.
+        headers: of the request.
+        parts: allow ranges with an end, which clients that resume do not send.
     """
     ranges = parse_ranges(headers.get("range", "")) or ()
-    if all(first == 0 for first, _ in ranges) or "if-range" in headers or "if-match" in headers:
+    resumes = any(first != 0 and not (parts and last is not None) for first, last in ranges)
+    if not resumes or "if-range" in headers or "if-match" in headers:
         return
     detail = (
         f"the alias may have moved since the first part was downloaded: resume from the address of one version "
-        f"(…/versions/{version.id}/files/{entry.name} is the current one), or begin again"
+        f"({address} is the current one), or begin again"
     )
     raise Problem(Code.ALIAS_RANGE, detail)

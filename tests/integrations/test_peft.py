@@ -18,6 +18,7 @@ from torch.optim import SGD
 from ema_reader import Reader
 from support.fake_worker import OfflineClient
 from support.processes import ServerProcess
+from support.small_llama import write_small_llama
 from trainer_client import EmaClient, PlanError
 from trainer_client.model.adapters import Adapter
 from trainer_client.model.plan import Plan
@@ -36,13 +37,9 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
 )
@@ -71,15 +68,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small base model with its files, as `save_pretrained` writes them."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=20, max_position_embeddings=32, tie_word_embeddings=False, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(19)} | {"[UNK]": 19}, "[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="w0").save_pretrained(folder)
-    return folder
+    return write_small_llama(tmp_path_factory.mktemp("base"))
 
 
 def base(folder: Path) -> Any:

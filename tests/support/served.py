@@ -163,7 +163,9 @@ def _write(
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
     listed = [{**asdict(_entry(folder / name)), "name": name} for name in ("model.safetensors", *companions)]
-    about = {"id": version_id, "run": run, "average": average, "step": step, "files": listed}
+    ledger = {"origin": 0, "set": [1], "ranges": [[1, step, 1]]}
+    names_of = {"id": version_id, "run": run, "average": average, "step": step}
+    about = {**names_of, "ledger": ledger, "paces": [], "files": listed}
     (folder / "version.json").write_text(json.dumps(about))
     names = ("model.safetensors", "version.json", *companions)
     files = tuple(replace(_entry(folder / name), name=name) for name in names)

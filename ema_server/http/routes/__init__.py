@@ -14,4 +14,5 @@
 - `metrics`: evaluation metrics: report them, list them
 - `validations`: ask for an evaluation and wait for its result
 - `leases`: what evaluation workers call
+- `hub`: the read routes of the Hugging Face Hub
 """

@@ -20,13 +20,13 @@ from ema_proto.averages.step_units import StepUnits
 from ema_proto.limits import STEP_MAX
 from ema_server.http.conditional import immutable_headers
 from ema_server.http.problems import Code, Problem
-from ema_server.http.resolve import find_version, is_alias, path_of, redirect
+from ema_server.http.resolve import find_version, is_alias, path_of, reading, redirect
 from ema_server.http.schemas import Out
-from ema_server.http.services import ServicesDep
+from ema_server.http.services import Services, ServicesDep
 from ema_server.rules.contributions import shares_of
 from ema_server.rules.ledger import Ledger
-from ema_server.storage.catalog import Catalog, Version, VersionGone
-from ema_server.storage.records import VERSION_FILE, BrokenGeneration, StepUnitsRecord, newest_step_units, read_json
+from ema_server.storage.catalog import Version
+from ema_server.storage.records import VERSION_FILE, StepUnitsRecord, newest_step_units, read_json
 
 _PIECE = 1000  # steps
 _ROUNDING = 1e-9  # by which ten million shares that add up to 1 may miss it
@@ -69,13 +69,13 @@ async def ledger(
     if is_alias(rev):
         return redirect(request, version, f"{path_of(version)}/ledger")
     headers = immutable_headers(services, f'"{version.id}-ledger"')
-    pieces = await anyio.to_thread.run_sync(_ledger_json, services.catalog, version, tail)
+    pieces = await anyio.to_thread.run_sync(_ledger_json, services, version, tail)
     if request.method == "HEAD":
         pieces = iter(())
     return StreamingResponse(pieces, media_type="application/json", headers=headers)
 
 
-def _ledger_json(catalog: Catalog, version: Version, tail: int | None) -> Iterator[str]:
+def _ledger_json(services: Services, version: Version, tail: int | None) -> Iterator[str]:
     """The ledger of a version as one JSON object in pieces: `steps` has step and share, newest first.
 
     `rest` is the share of what `tail` left out: steps beyond the newest `tail` ones. It may be negative in a blend with
@@ -85,20 +85,8 @@ def _ledger_json(catalog: Catalog, version: Version, tail: int | None) -> Iterat
     Raises:
         Problem: the version has none, since it was made of other versions; or it is gone, or damaged.
     """
-    try:
-        return _render(version, _read(catalog, version), tail)
-    except VersionGone as error:
-        raise Problem(Code.VERSION_NOT_FOUND, str(error)) from None
-    except (BrokenGeneration, KeyError, TypeError, ValueError) as error:
-        raise Problem(Code.DAMAGED, f"{VERSION_FILE} of version {version.id} has no valid ledger: {error!r}") from None
-    except OSError as error:
-        detail = f"{VERSION_FILE} of version {version.id} could not be read: {error.strerror or error}"
-        raise Problem(Code.DAMAGED, detail) from None
-
-
-def _read(catalog: Catalog, version: Version) -> dict[str, Any]:
-    with catalog.hold(version):
-        return read_json((version.folder / VERSION_FILE).read_bytes())
+    with reading(services, version):
+        return _render(version, read_json((version.folder / VERSION_FILE).read_bytes()), tail)
 
 
 def _render(version: Version, written: Mapping[str, Any], tail: int | None) -> Iterator[str]:

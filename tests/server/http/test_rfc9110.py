@@ -25,6 +25,7 @@ def version(served: Served) -> Version:
 
 def _filled(path: str, version: Version) -> str:
     names = {"run": "digits", "average": "ema-0.9", "rev": version.id, "name": "version.json", "id": "0" * 32}
+    names["path"] = names["name"]
     return re.sub(r"{(\w+)}", lambda match: names[match[1]], path)
 
 

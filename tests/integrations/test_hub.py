@@ -1,0 +1,272 @@
+"""Clients of the Hugging Face Hub, unmodified, with HF_ENDPOINT at a real server: they load what was averaged."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+
+from ema_reader import File, Reader
+from support.hub_clients import digests
+from support.processes import SUPPORT, Process, ServerProcess
+from support.recording_proxy import Recorded, recording
+from support.small_llama import write_small_llama
+from support.small_unet import small_unet
+from trainer_client import EmaClient
+
+pytest.importorskip("huggingface_hub")
+
+_SCRIPT = str(SUPPORT / "hub_clients.py")
+_NOWHERE = "http://127.0.0.1:9"  # what is not sent to HF_ENDPOINT fails
+
+
+def publish(server: ServerProcess, run: str, model: Any, token: str | None = None, **given: Any) -> None:
+    """Stream three steps of a model, and publish the second and the third."""
+    averages = ["raw", "ema:0.5,name=ema"]
+    with (
+        EmaClient(server.zmq, run=run, averages=averages, token=token, when_behind="wait", **given) as client,
+        torch.no_grad(),
+    ):
+        for step in (1, 2, 3):
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter))
+            client.update(model, step)
+            if step == 2:
+                client.checkpoint(step)
+        client.finish()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with the run `plain`, whose weights take 1 MB."""
+    with ServerProcess(tmp_path_factory.mktemp("hub") / "data") as process:
+        publish(process, "plain", torch.nn.Linear(512, 512), config={"own": 1})
+        yield process
+
+
+@pytest.fixture
+def proxy(server: ServerProcess) -> Iterator[Recorded]:
+    with recording(server.http) as recorded:
+        yield recorded
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "hf"
+
+
+def started(url: str, home: Path, *command: str, token: str | None = None) -> Process:
+    variables = {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "TRANSFORMERS_OFFLINE": "0",
+        "HTTP_PROXY": _NOWHERE,
+        "HTTPS_PROXY": _NOWHERE,
+        "NO_PROXY": "127.0.0.1",
+        **({} if token is None else {"HF_TOKEN": token}),
+    }
+    return Process(*command, env=variables)
+
+
+def result(url: str, home: Path, *arguments: str) -> Any:
+    """What a client of `support.hub_clients` returns."""
+    with started(url, home, _SCRIPT, *arguments) as process:
+        line = process.wait_line(lambda line: line.startswith('{"result"'))
+        return json.loads(line)["result"]
+
+
+def loaded(server: ServerProcess, run: str, average: str, rev: str) -> dict[str, str]:
+    """The digests of the tensors of a version, read without the Hub's protocol."""
+    with Reader(server.http) as reader:
+        return digests(reader.load(reader.version(run, average, rev)))
+
+
+def version_id(server: ServerProcess, run: str, average: str, rev: str = "latest") -> str:
+    with Reader(server.http) as reader:
+        return reader.version(run, average, rev).id
+
+
+def file_of(server: ServerProcess, run: str, name: str) -> File:
+    """A file of the newest version of the average `ema`."""
+    with Reader(server.http) as reader:
+        found = reader.version(run, "ema").file(name)
+    assert found is not None
+    return found
+
+
+def test_calls_of_the_api_describe_the_average(server: ServerProcess, home: Path) -> None:
+    newest, older = (version_id(server, "plain", "ema", rev) for rev in ("latest", "step-2"))
+    wanted = file_of(server, "plain", "config.json")
+    body = {"metrics": {"accuracy": 0.75}}
+    path = f"/v1/runs/plain/averages/ema/versions/{newest}/metrics"
+    httpx2.post(f"{server.http}{path}", json=body).raise_for_status()
+
+    found = result(server.http, home, "api", "plain/ema")
+
+    files = {"README.md", "config.json", "model.safetensors", "version.json"}
+    assert (found["sha"], found["branches"]) == (newest, {"main": newest})
+    assert found["tags"] == {"step-3": newest, "step-2": older}
+    assert set(found["files"]) == set(found["siblings"]) == set(found["tree"]) == files
+    assert found["siblings"]["config.json"] == wanted.size
+    assert found["paths_info"] == ["config.json"]
+    assert (found["tensors"], found["parameters"]) == (["bias", "weight"], 512 * 513)
+    assert found["scores"] == {"accuracy": 0.75}
+    assert found["exist"] == [True, False, True, False, True, False]
+    assert found["errors"] == [
+        "RepositoryNotFoundError",
+        "RevisionNotFoundError",
+        "EntryNotFoundError",
+        "EntryNotFoundError",
+    ]
+
+
+def test_file_is_downloaded_once_and_by_the_version(server: ServerProcess, proxy: Recorded, home: Path) -> None:
+    sha = version_id(server, "plain", "ema")
+    arguments = ("download", "plain/ema", "model.safetensors")
+
+    path = Path(result(proxy.url, home, *arguments, "main"))
+    first = [request[:2] for request in proxy.requests]
+    proxy.requests.clear()
+    again = Path(result(proxy.url, home, *arguments, "main"))
+    second = [request[:2] for request in proxy.requests]
+    proxy.requests.clear()
+    by_version = Path(result(proxy.url, home, *arguments, sha))
+
+    alias, fixed = (f"/plain/ema/resolve/{rev}/model.safetensors" for rev in ("main", sha))
+    assert [request for request in first if "/resolve/" in request[1]] == [
+        ("HEAD", alias),
+        ("HEAD", fixed),
+        ("GET", fixed),
+    ]
+    assert [request for request in second if "/resolve/" in request[1]] == [("HEAD", alias), ("HEAD", fixed)]
+    assert [request for request in proxy.requests if "/resolve/" in request[1]] == []
+    assert path == again == by_version
+    assert path.parent.name == sha
+    wanted = file_of(server, "plain", "model.safetensors")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == wanted.sha256
+
+
+def test_broken_download_is_resumed_from_the_version(server: ServerProcess, proxy: Recorded, home: Path) -> None:
+    publish(server, "large", torch.nn.Linear(1700, 1700))  # more than one piece of 10 MiB, which clients write
+    sha = version_id(server, "large", "ema")
+    proxy.break_after = 11_000_000
+
+    path = Path(result(proxy.url, home, "download", "large/ema", "model.safetensors", "main"))
+
+    gets = [request for request in proxy.requests if request[0] == "GET" and "/resolve/" in request[1]]
+    assert {request[1] for request in gets} == {f"/large/ema/resolve/{sha}/model.safetensors"}
+    assert [request[2] for request in gets] == [None, f"bytes={10 << 20}-"]
+    assert proxy.statuses[-1] == 206
+    wanted = file_of(server, "large", "model.safetensors")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == wanted.sha256
+
+
+def test_snapshot_follows_main_and_keeps_the_files_of_each_version(server: ServerProcess, home: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    with EmaClient(server.zmq, run="moving", averages=["raw"], when_behind="wait") as client:
+        client.update(model, 1)
+        client.checkpoint(1)
+        first = Path(result(server.http, home, "snapshot", "moving/raw", "main"))
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        client.update(model, 2)
+        client.checkpoint(2)
+        second = Path(result(server.http, home, "snapshot", "moving/raw", "main"))
+    again = Path(result(server.http, home, "snapshot", "moving/raw", "step-1"))
+
+    assert first == again != second
+    assert second.name == version_id(server, "moving", "raw")
+    names = {"README.md", "model.safetensors", "version.json"}
+    assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()} == names
+    assert (first / "model.safetensors").read_bytes() != (second / "model.safetensors").read_bytes()
+
+
+def test_command_line_downloads_with_the_token(tmp_path: Path, home: Path) -> None:
+    with ServerProcess(tmp_path / "data", "--token", "secret") as server:
+        publish(server, "plain", torch.nn.Linear(4, 4), token="secret")
+        command = ("-m", "huggingface_hub.cli.hf", "download", "plain/ema", "--local-dir")
+        with started(server.http, home, *command, str(tmp_path / "with"), token="secret") as process:
+            assert process.wait() == 0, "\n".join(process.errors)
+        with started(server.http, home, *command, str(tmp_path / "without"), token="hf_other") as process:
+            assert process.wait() != 0
+            output = "\n".join([*process.lines, *process.errors])
+
+    assert (tmp_path / "with" / "model.safetensors").stat().st_size > 0
+    assert not (tmp_path / "without" / "model.safetensors").exists()
+    assert "HF_TOKEN" in output
+
+
+@pytest.fixture(scope="module")
+def language_model(server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The run of a causal language model with its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    folder = write_small_llama(tmp_path_factory.mktemp("llama"))
+    publish(server, "lm", transformers.AutoModelForCausalLM.from_pretrained(folder), files=folder)
+    return "lm"
+
+
+@pytest.mark.parametrize("rev", ["main", "step-2"])
+def test_transformers_loads_model_and_tokenizer(
+    server: ServerProcess, language_model: str, home: Path, rev: str
+) -> None:
+    found = result(server.http, home, "transformers", f"{language_model}/ema", rev)
+
+    assert found["digests"] == loaded(server, language_model, "ema", "latest" if rev == "main" else rev)
+    assert found["tokens"] == [3, 5]
+
+
+def test_inference_engines_find_and_download_the_weights(
+    server: ServerProcess, language_model: str, home: Path
+) -> None:
+    found = result(server.http, home, "engine", f"{language_model}/ema", "step-2")
+
+    assert found["digests"] == loaded(server, language_model, "ema", "step-2")
+    names = {name.rpartition("/")[2] for name in found["listed"]}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+
+
+def test_peft_loads_an_adapter_over_a_base_from_the_same_server(
+    server: ServerProcess, language_model: str, home: Path, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM.from_pretrained(write_small_llama(tmp_path / "base"))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    publish(server, "adapter", peft.get_peft_model(base, config))
+
+    found = result(server.http, home, "peft", f"{language_model}/raw", "adapter/ema", "step-2")
+
+    assert found["digests"] == loaded(server, "adapter", "ema", "step-2")
+
+
+def test_diffusers_loads_a_model(server: ServerProcess, home: Path) -> None:
+    pytest.importorskip("diffusers")
+    model = small_unet()
+    publish(server, "unet", model, config=json.loads(model.to_json_string()))
+
+    found = result(server.http, home, "diffusers", "unet/ema", "step-2")
+
+    assert found["digests"] == loaded(server, "unet", "ema", "step-2")
+
+
+def test_timm_creates_a_model(server: ServerProcess, home: Path) -> None:
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("timm requires torchvision")
+    create: Callable[..., Any] = pytest.importorskip("timm").create_model
+    publish(
+        server, "vision", create("test_resnet", num_classes=3), config={"architecture": "test_resnet", "num_classes": 3}
+    )
+
+    found = result(server.http, home, "timm", "vision/ema", "step-2")
+
+    assert found["digests"] == loaded(server, "vision", "ema", "step-2")
