@@ -9,6 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ema_proto.errors import RejectCode
+from ema_proto.limits import CHUNK_BYTES_MIN
+from ema_proto.receiver import streaming
+from support import memory_server
 from support.examples import examples
 from support.pair import Faults, Trainer, World
 
@@ -107,6 +110,20 @@ def test_parts_of_two_starts_of_a_job_are_never_mixed(seed: int, faults: Faults,
                 trainer.train(world.now)
         world.turn(faults, seconds=rng.choice([0.01, 0.1, 0.5]))
     world.calm()
+    _check(world)
+
+
+def test_ranks_that_get_smaller_chunks_send_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_server, "CHUNK_BYTES", 4 * CHUNK_BYTES_MIN)
+    monkeypatch.setattr(streaming, "GANG_WINDOW_BYTES", 3 * 2 * CHUNK_BYTES_MIN)
+    world = World(rng=random.Random(1))
+    for rank in range(3):
+        world.rank(rank, 3)
+    world.calm()
+    for _ in range(5):
+        _train(world, 3, world.rng, 0.0)
+        world.calm()
+    assert [step for step, _ in world.server.applied] == list(range(1, 6))
     _check(world)
 
 

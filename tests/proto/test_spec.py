@@ -55,7 +55,7 @@ def test_message_table_names_every_key_of_every_body() -> None:
         if isinstance(message, m.Join):  # what is None is left out of the body
             message = replace(message, publish_every_steps=100, host="machine", pid=1, files=(), gang="job")
         if isinstance(message, m.Joined):
-            message = replace(message, set_aside="run-20260101", missing_files=(), send=((0, 0),))
+            message = replace(message, set_aside="run-20260101", missing_files=(), send=((0, 0),), chunk_bytes=65536)
         if isinstance(message, m.Finished):
             message = replace(message, warning="an average is too long")
         if not isinstance(message, m.Chunk | m.File):

@@ -6,7 +6,13 @@ from collections import deque
 from typing import TypeAlias
 
 from ema_proto.errors import RejectCode
-from ema_proto.limits import CREDIT_WINDOW_CHUNKS, PART_WAIT_S, SERVER_SILENT_S
+from ema_proto.limits import (
+    CHUNK_BYTES_MIN,
+    CREDIT_WINDOW_CHUNKS,
+    GANG_WINDOW_BYTES,
+    PART_WAIT_S,
+    SERVER_SILENT_S,
+)
 from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connection, Connections
 from ema_proto.receiver.gang import Claim, ClaimState, Gang
@@ -17,7 +23,7 @@ from ema_proto.wire.files import by_digest
 
 Session: TypeAlias = tuple[Gang, Claim, Intake]
 
-_GANG_WINDOW_CHUNKS = 64  # on their way from all ranks of a trainer together, at least two from each
+_CHUNKS_MIN = 2  # on their way from each rank, so that one is sent while another is received
 
 
 class Streaming:
@@ -135,13 +141,14 @@ class Streaming:
         claim.state = ClaimState.STREAMING
         assembly.joined(claim.rank, claim.join.first_step)
         files = claim.join.files if claim.rank == 0 else None
+        window, chunk_bytes = _share(len(gang.senders), self._chunk_bytes)
         claim.intake = Intake(
             assembly,
             claim.rank,
             nbytes=gang.parts[claim.rank].nbytes,
-            chunk_bytes=self._chunk_bytes,
+            chunk_bytes=chunk_bytes,
             checksum=claim.join.checksum,
-            window=min(CREDIT_WINDOW_CHUNKS, max(2, _GANG_WINDOW_CHUNKS // len(gang.senders))),
+            window=window,
             files=tuple(files[place] for place in by_digest(files, gang.missing_files)) if files else (),
         )
         joined = m.Joined(
@@ -153,6 +160,7 @@ class Streaming:
             set_aside=set_aside,
             missing_files=None if files is None else gang.missing_files,
             send=gang.send_of(claim.rank),
+            chunk_bytes=None if chunk_bytes == self._chunk_bytes else chunk_bytes,
         )
         self._connections.send(claim.peer, joined)
 
@@ -181,6 +189,18 @@ class Streaming:
         if tuple(missing) != gang.missing_senders:
             gang.missing_senders = tuple(missing)
             self._events.append(e.RanksMissing(gang.run, gang.ticket, gang.missing_senders))
+
+
+def _share(ranks: int, chunk_bytes: int) -> tuple[int, int]:
+    """How many chunks each of so many ranks may have on their way, and their size, by default `chunk_bytes`.
+
+    All together have at most `GANG_WINDOW_BYTES`, except that a chunk has no less than `CHUNK_BYTES_MIN`.
+    """
+    share = GANG_WINDOW_BYTES // ranks
+    if share < _CHUNKS_MIN * chunk_bytes:
+        power_of_two = 1 << (share // _CHUNKS_MIN).bit_length() - 1
+        chunk_bytes = min(chunk_bytes, max(power_of_two, CHUNK_BYTES_MIN))
+    return max(_CHUNKS_MIN, min(CREDIT_WINDOW_CHUNKS, share // chunk_bytes)), chunk_bytes
 
 
 def _intakes(gang: Gang) -> list[tuple[Claim, Intake]]:

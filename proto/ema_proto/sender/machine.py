@@ -274,6 +274,8 @@ class Sender:
                 self._stream.nbytes = part_of(manifest, from_ranges(joined.send, len(manifest.tensors))).nbytes
             except LocalProtocolError as error:
                 raise RemoteProtocolError(RejectCode.BAD_MESSAGE, str(error)) from None
+        if joined.chunk_bytes is not None:
+            self._stream.chunk_bytes = joined.chunk_bytes
         self.state = SenderState.STREAMING
         self._joined_before = True
         self._timeouts.progressed(now)

@@ -104,6 +104,7 @@ _CHECKSUM = Kind(
 _RANGE = Kind(_read_range, list)
 _MANIFEST = Kind(manifests.from_json, Manifest.to_json)
 _FILES = Kind(companions.from_json, companions.to_json)
+_CHUNK_BYTES = integer(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)
 _DIGESTS = list_of(companions.SHA256, FILES_MAX)
 
 _Byte: TypeAlias = Annotated[int, integer(0, _U8)]
@@ -289,7 +290,7 @@ class Welcome(WithBody):
     epoch: _InHeader
     major: _Byte = field(default=VERSION_MAJOR, kw_only=True)
     minor: _Byte = field(default=VERSION_MINOR, kw_only=True)
-    chunk_bytes: Annotated[int, integer(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX)]
+    chunk_bytes: Annotated[int, _CHUNK_BYTES]
     capabilities: _Capabilities = (CRC32,)
 
 
@@ -301,7 +302,7 @@ class Joined(WithBody):
     it was not applied. `set_aside` is the name under which an earlier run of this name is kept from now on.
     `missing_files` has the sha256 of the JOIN's companion files that are to be sent; None if the JOIN has no `files`.
     `send` are ranges of indices, first and last, of the JOIN's tensors that this rank is to send, packed by the layout
-    rule; None stands for all of them.
+    rule; None stands for all of them. `chunk_bytes` replaces that of WELCOME, unless it is None.
     """
 
     type: ClassVar[int] = 66
@@ -314,6 +315,7 @@ class Joined(WithBody):
     set_aside: Annotated[str | None, optional(text(NAME_CHARS_MAX), omit_none=True)] = None
     missing_files: Annotated[tuple[str, ...] | None, optional(_DIGESTS, omit_none=True)] = None
     send: Annotated[tuple[tuple[int, int], ...] | None, optional(list_of(_RANGE, TENSORS_MAX), omit_none=True)] = None
+    chunk_bytes: Annotated[int | None, optional(_CHUNK_BYTES, omit_none=True)] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,26 @@ import pytest
 
 from ema_proto.averages.rules import Raw
 from ema_proto.errors import RejectCode
-from ema_proto.limits import CHUNK_BYTES_MIN, FINISHED_KEPT_S, RANKS_MAX, RANKS_WAIT_S, SERVER_SILENT_S
+from ema_proto.limits import (
+    CHUNK_BYTES_DEFAULT,
+    CHUNK_BYTES_MAX,
+    CHUNK_BYTES_MIN,
+    CREDIT_WINDOW_CHUNKS,
+    FINISHED_KEPT_S,
+    GANG_WINDOW_BYTES,
+    RANKS_MAX,
+    RANKS_WAIT_S,
+    SERVER_SILENT_S,
+)
 from ema_proto.receiver import events as e
-from ema_proto.receiver import ownership
+from ema_proto.receiver import ownership, streaming
 from ema_proto.receiver.machine import Receiver
 from ema_proto.wire import messages as m
 from ema_proto.wire.boxes import Box
 from ema_proto.wire.codec import decode_frames, encode
 from ema_proto.wire.manifest import Role, TensorSpec, layout
 from support.memory_trainer import shard_manifest, small_join
-from support.peers import JOIN, OTHER, Peer, accept, new_receiver
+from support.peers import EPOCH, JOIN, OTHER, Peer, accept, new_receiver
 
 WORLD = 2
 ALIVE = m.Heartbeat(reply=True)
@@ -402,3 +412,31 @@ def test_gang_that_loses_the_run_while_its_manifests_are_merged_asks_for_nothing
     merge_on(receiver)
 
     assert [event.join.incarnation for event in receiver.events if isinstance(event, e.JoinRequested)] == [1]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 9, 10, 32, 33, 100, 1000, RANKS_MAX])
+@pytest.mark.parametrize("chunk_bytes", [CHUNK_BYTES_MIN, CHUNK_BYTES_DEFAULT, CHUNK_BYTES_MAX])
+def test_all_ranks_together_have_a_bounded_number_of_bytes_on_their_way(ranks: int, chunk_bytes: int) -> None:
+    window, size = streaming._share(ranks, chunk_bytes)
+
+    assert 2 <= window <= CREDIT_WINDOW_CHUNKS
+    assert CHUNK_BYTES_MIN <= size <= chunk_bytes
+    assert size % 8 == 0
+    if size > CHUNK_BYTES_MIN:
+        assert ranks * window * size <= GANG_WINDOW_BYTES
+    else:
+        assert ranks * window * size <= max(GANG_WINDOW_BYTES, ranks * 2 * CHUNK_BYTES_MIN)
+
+
+def test_joined_names_the_chunk_size_if_it_is_another_than_in_welcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "GANG_WINDOW_BYTES", WORLD * 2 * CHUNK_BYTES_MIN)
+    for factor in (1, 4):
+        receiver = Receiver(epoch=EPOCH, token=None, nonce=lambda: "n", chunk_bytes=factor * CHUNK_BYTES_MIN)
+        peers = [rank_peer(receiver, rank) for rank in range(WORLD)]
+        for rank, peer in enumerate(peers):
+            peer.say(join_of(rank))
+        accept(receiver)
+        for peer in peers:
+            joined = peer.heard()[-1]
+            assert isinstance(joined, m.Joined)
+            assert joined.chunk_bytes == (None if factor == 1 else CHUNK_BYTES_MIN)
