@@ -1,52 +1,54 @@
 """Averages in memory that the host cannot address, on a device behind a `Backend`.
 
-The device's memory is read and written through one bounce buffer in host memory. A snapshot is brought there batch by
-batch, in two stages: while one is filled, the other is moved or computed with. Work on the device is queued in streams;
-all waiting between streams, and of the host for a stream, is in this file.
+The device's memory is read and written through a bounce buffer in host memory, and `upload` brings snapshots there.
+Work on the device is queued in streams; all waiting between streams, and of the host for a stream, is in these files.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
 
 import torch
 
-from ema_proto.dtypes import ITEM_BYTES
-from ema_server.compute.backend import Backend, Stream
-from ema_server.compute.device import Feed
-from ema_server.compute.memory import Piece
-from ema_server.tensors.dtypes import view
-from ema_server.tensors.layout import Segment
+from ema_server.compute.backend import Backend, Mark
+from ema_server.compute.device import HOST, Feed
+from ema_server.compute.memory import HostMemory, Piece
+from ema_server.compute.upload import Copiers, Upload
 
 # 4 MiB of float32: a few hundred microseconds to move, a few dozen for the calls that compute with it.
 BLOCK_ELEMENTS = 1 << 20
-BOUNCE_BYTES = 8 << 20
+BOUNCE_BYTES = 4 << 20
 
-_STAGES = 2
-_ITEM_BYTES_MAX = max(ITEM_BYTES.values())
+_HALVES = 2
 
 
 class Accelerator:
     """A `Device` with memory of its own.
 
-    One thread does a pass: it only copies and queues, and copies faster than a snapshot can arrive. `block_elements`
-    are queued at a time; `bounce_bytes`, a multiple of 8, are read or written at a time.
+    One thread does a pass: it queues work, `block_elements` at a time, while `copiers` (a thread for each core, up
+    to 8) bring the snapshot to pinned memory. `bounce_bytes`, a multiple of 16, are the bounce buffer's.
     """
 
     workers = 1
 
     def __init__(
-        self, name: str, backend: Backend, block_elements: int = BLOCK_ELEMENTS, bounce_bytes: int = BOUNCE_BYTES
+        self,
+        name: str,
+        backend: Backend,
+        block_elements: int = BLOCK_ELEMENTS,
+        bounce_bytes: int = BOUNCE_BYTES,
+        copiers: Copiers | None = None,
     ) -> None:
         self.name = name
         self.block_elements = block_elements
         self.torch_device = backend.device
         self._backend = backend
         self._bounce = _Bounce(backend, bounce_bytes)
+        self._copiers = Copiers(HOST.workers) if copiers is None else copiers
 
     def allocate(self, nbytes: int) -> DeviceMemory:
         free_bytes = self._backend.free_bytes()
@@ -55,7 +57,7 @@ class Accelerator:
         return DeviceMemory(self._bounce.allocate(nbytes), self._bounce)
 
     def feed(self, block_elements: int) -> Feed:
-        return Upload(self._backend, block_elements)
+        return Upload(self._backend, block_elements, self._copiers)
 
     def trim(self) -> None:
         self._backend.trim()
@@ -82,17 +84,26 @@ class DeviceMemory:
         self._bounce.up(self.data, begin, end, give)
 
 
+@dataclass(slots=True)
+class _Half:
+    """Half of the bounce buffer. `mark` is reached when the device has read or written what was requested last."""
+
+    host: HostMemory
+    mark: Mark
+
+
 class _Bounce:
     """A buffer in host memory for copies from and to the device, and the stream that makes them.
 
-    It needs no mark against computing streams: a pass waits for its own end, and shows a block before it queues the
-    change of the block.
+    The device copies one half while the host reads or writes the other. The stream needs no mark against computing
+    streams: a pass waits for its own end, and shows a block before it queues the change of the block.
     """
 
     def __init__(self, backend: Backend, nbytes: int) -> None:
         self._backend = backend
-        self._host = backend.host(nbytes)
         self._stream = backend.stream()
+        self._nbytes = nbytes // _HALVES
+        self._halves = tuple(_Half(backend.host(self._nbytes), self._stream.mark()) for _ in range(_HALVES))
         self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -103,90 +114,34 @@ class _Bounce:
         return data
 
     def down(self, data: torch.Tensor, begin: int, end: int, take: Piece) -> None:
-        for first in range(begin, end, self._host.nbytes):
-            count = min(self._host.nbytes, end - first)
-            with self._lock:
-                with self._stream.current():
-                    self._host.data.narrow(0, 0, count).copy_(data.narrow(0, first, count), non_blocking=True)
-                self._stream.mark().wait()
-                take(self._host.view[:count], first)
+        requested: deque[tuple[_Half, int, int]] = deque()
+
+        def deliver() -> None:
+            half, first, count = requested.popleft()
+            half.mark.wait()
+            take(half.host.view[:count], first)
+
+        with self._lock, self._stream.current():
+            for half, first, count in self._pieces(begin, end):
+                half.host.data.narrow(0, 0, count).copy_(data.narrow(0, first, count), non_blocking=True)
+                half.mark = self._stream.mark()
+                requested.append((half, first, count))
+                if len(requested) == _HALVES:
+                    deliver()
+            while requested:
+                deliver()
 
     def up(self, data: torch.Tensor, begin: int, end: int, give: Piece) -> None:
-        for first in range(begin, end, self._host.nbytes):
-            count = min(self._host.nbytes, end - first)
-            with self._lock:
-                give(self._host.view[:count], first)
-                with self._stream.current():
-                    data.narrow(0, first, count).copy_(self._host.data.narrow(0, 0, count), non_blocking=True)
-                self._stream.mark().wait()
+        with self._lock, self._stream.current():
+            for half, first, count in self._pieces(begin, end):
+                half.mark.wait()
+                give(half.host.view[:count], first)
+                data.narrow(0, first, count).copy_(half.host.data.narrow(0, 0, count), non_blocking=True)
+                half.mark = self._stream.mark()
+            self._stream.mark().wait()
 
-
-class _Stage:
-    """A buffer in host memory that the device copies from by itself, and one on the device.
-
-    `moved` is reached when the host's buffer may be written again, `used` when the device's may be.
-    """
-
-    __slots__ = ("data", "host", "moved", "used")
-
-    def __init__(self, backend: Backend, nbytes: int, moving: Stream, computing: Stream) -> None:
-        with computing.current():
-            self.data = backend.allocate(nbytes)
-        self.host = backend.host(nbytes).data
-        self.moved, self.used = moving.mark(), computing.mark()
-
-
-class Upload:
-    """The `Feed` of one thread; no block has more than `block_elements`."""
-
-    def __init__(self, backend: Backend, block_elements: int) -> None:
-        self._nbytes = block_elements * _ITEM_BYTES_MAX
-        self._moving, self._computing = backend.stream(), backend.stream()
-        stages = (_Stage(backend, self._nbytes, self._moving, self._computing) for _ in range(_STAGES))
-        self._stages = cycle(tuple(stages))
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        try:
-            with self._computing.current():
-                yield
-        finally:
-            self._computing.mark().wait()
-
-    def blocks(self, snapshot: torch.Tensor, blocks: Iterable[Segment]) -> Iterator[tuple[Segment, torch.Tensor]]:
-        for batch in _batches(blocks, self._nbytes):
-            begin, end = batch[0].wire_offset, batch[-1].wire_end
-            stage = next(self._stages)
-            self._move(stage, snapshot.narrow(0, begin, end - begin))
-            stage.moved.hold()
-            for block in batch:
-                yield block, view(stage.data, block.dtype, block.wire_offset - begin, block.count)
-            stage.used = self._computing.mark()
-
-    def _move(self, stage: _Stage, source: torch.Tensor) -> None:
-        count = source.numel()
-        stage.moved.wait()
-        host = stage.host.narrow(0, 0, count).copy_(source)
-        with self._moving.current():
-            stage.used.hold()
-            stage.data.narrow(0, 0, count).copy_(host, non_blocking=True)
-        stage.moved = self._moving.mark()
-
-
-def _batches(blocks: Iterable[Segment], nbytes_max: int) -> Iterator[list[Segment]]:
-    """Blocks within `nbytes_max` bytes of the snapshot, so that many small ones are moved at once.
-
-    Each begins a multiple of its item size after the first one of its batch.
-    """
-    batch: list[Segment] = []
-    for block in blocks:
-        if batch and not _fits(block, batch[0].wire_offset, nbytes_max):
-            yield batch
-            batch = []
-        batch.append(block)
-    if batch:
-        yield batch
-
-
-def _fits(block: Segment, begin: int, nbytes_max: int) -> bool:
-    return block.wire_end - begin <= nbytes_max and (block.wire_offset - begin) % ITEM_BYTES[block.dtype] == 0
+    def _pieces(self, begin: int, end: int) -> Iterator[tuple[_Half, int, int]]:
+        """The halves in turn, each with the first byte that it takes and their number."""
+        halves = cycle(self._halves)
+        for first in range(begin, end, self._nbytes):
+            yield next(halves), first, min(self._nbytes, end - first)

@@ -10,13 +10,16 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ema_server.compute.backend import Mark
 from ema_server.compute.memory import HostMemory, allocate
+from ema_server.compute.upload import Copiers
 
 _CPU = torch.device("cpu")
 
@@ -172,6 +175,36 @@ class _Queueing(TorchDispatchMode):
 
         self._stream.queue(work)
         return args[0]
+
+
+class LateCopiers(Copiers):
+    """Copies each part when it is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.parts: list[LatePart] = []
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Mark, nbytes_max: int) -> list[Future[None]]:
+        def work() -> None:
+            after.wait()
+            target[: len(source)].copy_(source)
+
+        self.parts.append(LatePart(work))
+        return [self.parts[-1]]
+
+
+class LatePart(Future[None]):
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__()
+        self._work = work
+
+    def result(self, timeout: float | None = None) -> None:
+        if not self.done():
+            self._work()
+            self.set_result(None)
+
+    def exception(self, timeout: float | None = None) -> None:
+        self.result()
 
 
 _thread: Any = threading.local()

@@ -45,6 +45,11 @@ class CudaRuntime:
     def record(self, stream: object) -> None:
         """An event's."""
 
+    def query(self) -> bool:
+        """An event's, which is not reached."""
+        self.contexts.add(self.current)
+        return False
+
     def cudart(self) -> CudaRuntime:
         return self
 

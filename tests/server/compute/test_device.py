@@ -22,14 +22,15 @@ from ema_proto.errors import RejectCode
 from ema_proto.wire.manifest import Manifest, Role
 from ema_reader import Reader
 from ema_server.averager.jobs import Applied, Changed, Durable, Publish, Quarantined, Refused, Rewound
-from ema_server.compute.accelerator import Accelerator, Upload
+from ema_server.compute.accelerator import Accelerator
 from ema_server.compute.backend import Backend
 from ema_server.compute.cuda import CudaBackend, CudaStream, DeviceError, open_device
 from ema_server.compute.device import HOST, Device
 from ema_server.compute.kernel import Target
 from ema_server.compute.pool import WorkerPool
+from ema_server.compute.upload import Copiers, Upload
 from ema_server.tensors.layout import Form, held_nbytes
-from support.backends import InlineBackend, LateBackend
+from support.backends import InlineBackend, LateBackend, LateCopiers
 from support.cuda_runtime import GPU, CudaRuntime
 from support.processes import ServerProcess
 from support.server_core import ServerCore, all_segments, durable, encode, joined, manifest_of, running_core
@@ -57,7 +58,9 @@ _BACKENDS: dict[str, Callable[[], Backend]] = {
 @pytest.fixture(params=_BACKENDS)
 def device(request: pytest.FixtureRequest) -> Device:
     """Blocks and pieces so small that each buffer is used many times over."""
-    return Accelerator("test:0", _BACKENDS[request.param](), block_elements=16, bounce_bytes=64)
+    backend = _BACKENDS[request.param]()
+    copiers = LateCopiers() if request.param == "late" else Copiers(3)
+    return Accelerator("test:0", backend, block_elements=16, bounce_bytes=64, copiers=copiers)
 
 
 @cache
@@ -170,7 +173,7 @@ def test_many_small_tensors_are_moved_in_few_batches() -> None:
     pool.close()
 
     assert len(all_segments(manifest)) == 1000
-    assert backend.moves - before == math.ceil(manifest.nbytes / (512 * 8))
+    assert backend.moves - before == math.ceil(manifest.nbytes / (512 * 8 * 2))
     assert torch.equal(data, encode(manifest, tensors))
 
 
@@ -190,13 +193,13 @@ def test_device_memory_of_a_pool_is_independent_of_the_model(workers: int) -> No
         taken.append(before - backend.room_bytes - data.numel())
         assert torch.equal(data, encode(manifest, tensors))
 
-    assert taken == [workers * 2 * 64 * 8] * 2
+    assert taken == [workers * 2 * 2 * 64 * 8] * 2
 
 
-def test_failed_pass_leaves_the_stages_usable() -> None:
+def test_failed_pass_leaves_the_stages_usable_and_the_snapshot_unread() -> None:
     manifest, tensors = _tiny(100)
-    backend = LateBackend()
-    upload = Upload(backend, 16)
+    backend, copiers = LateBackend(), LateCopiers()
+    upload = Upload(backend, 16, copiers)
     snapshot = encode(manifest, tensors)
 
     def fail_half_way() -> None:
@@ -207,6 +210,7 @@ def test_failed_pass_leaves_the_stages_usable() -> None:
 
     with pytest.raises(RuntimeError, match="half-way"):
         fail_half_way()
+    assert all(part.done() for part in copiers.parts), "none reads the snapshot later"
     taken = backend.allocate(manifest.nbytes)
     with upload.turn():
         for block, elements in upload.blocks(snapshot, all_segments(manifest)):
@@ -234,8 +238,44 @@ def test_memory_is_shown_and_filled_in_order_and_errors_propagate(device: Device
     shown = bytearray(1000)
     memory.show(3, 997, lambda piece, at: shown.__setitem__(slice(at, at + len(piece)), bytes(piece)))
 
-    assert begun == list(range(8, 1000, 64))
+    assert begun == list(range(8, 1000, 32))
     assert bytes(shown) == bytes(8) + content[8:997] + bytes(3)
+
+
+def test_filled_memory_can_be_computed_with() -> None:
+    backend = LateBackend()
+    memory = Accelerator("test:0", backend, block_elements=16, bounce_bytes=64).allocate(100)
+    memory.fill(0, 100, lambda piece, at: piece.__setitem__(slice(None), bytes([7] * len(piece))))
+    stream, shown = backend.stream(), bytearray(100)
+
+    with stream.current():
+        memory.data.add_(1)
+    stream.mark().wait()
+    memory.show(0, 100, lambda piece, at: shown.__setitem__(slice(at, at + len(piece)), bytes(piece)))
+
+    assert shown == bytes([8] * 100)
+
+
+@pytest.mark.parametrize("nbytes", [1, 255, 256, 1000])
+def test_copiers_share_the_copy_and_begin_once_the_memory_is_free(nbytes: int) -> None:
+    backend = LateBackend()
+    stream, target, source = (
+        backend.stream(),
+        torch.zeros(1000, dtype=torch.uint8),
+        torch.full((nbytes,), 9, dtype=torch.uint8),
+    )
+    device = backend.allocate(1000)
+    with stream.current():
+        device.copy_(target, non_blocking=True)  # reads the target once the stream gets there
+
+    parts = Copiers(4).copy(target, source, stream.mark(), 1000)
+    for part in parts:
+        part.result(timeout=30)
+    stream.mark().wait()
+
+    assert len(parts) == (0 if nbytes <= 250 else 4 if nbytes == 1000 else 2)
+    assert torch.equal(target[:nbytes], source)
+    assert not device.any()
 
 
 def test_run_too_large_for_the_device_is_refused_and_others_continue(tmp_path: Path) -> None:
