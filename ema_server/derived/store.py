@@ -22,7 +22,7 @@ from ema_proto.names import check_name
 from ema_server.storage.catalog import Catalog, FileEntry, Version, VersionGone
 from ema_server.storage.companions import Sources, folders_in, place
 from ema_server.storage.datadir import TEMPORARY, DataDir, delete_whole, next_seq_in
-from ema_server.storage.disk import sync_folders, write_durably
+from ema_server.storage.disk import make_folder, sync_folders, write_durably
 from ema_server.storage.generation import check_sizes, entry_of, folder_name, is_folder_name, seq_in, version_of
 from ema_server.storage.records import CONFIG_FILE, VERSION_FILE, BrokenGeneration, identified, read_json, rfc3339
 from ema_server.tensors.file_plan import MODEL_FILE
@@ -110,7 +110,7 @@ class DerivedStore:
         check_name("average", what.average)
         parent = self._data_dir.derived_folder(what.run)
         try:
-            self._create(parent)
+            make_folder(parent)  # in the run's own folder, which is gone if the run was deleted meanwhile
             folder = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=parent))
         except FileNotFoundError:
             raise _gone(what) from None
@@ -169,11 +169,6 @@ class DerivedStore:
             self.catalog.add_derived(open_derived(run, folder))
         except BrokenGeneration as error:
             self._data_dir.set_bad(folder, error)
-
-    def _create(self, folder: Path) -> None:
-        if not folder.exists():
-            folder.mkdir(exist_ok=True)  # not the run's own folder, which is gone if the run was deleted meanwhile
-            sync_folders([folder.parent])
 
     def _fill(
         self, folder: Path, what: Derivation, pieces: Iterable[Piece], config: bytes | None, companions: Sources

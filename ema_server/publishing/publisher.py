@@ -23,6 +23,7 @@ from ema_server.publishing.writer import GenerationWriter
 from ema_server.storage.catalog import Catalog, Generation, content_nbytes
 from ema_server.storage.companions import CompanionStore
 from ema_server.storage.datadir import DataDir
+from ema_server.storage.disk import sync_folders
 from ema_server.storage.records import BrokenGeneration, GenerationInfo, RunRecord
 from ema_server.storage.usage import DiskUsage
 from ema_server.telemetry import Telemetry
@@ -300,7 +301,15 @@ class Publisher:
 
 
 def _delete(folders: list[Path]) -> None:
-    """Delete folders that were set aside; what the disk does not delete is swept at the next start."""
+    """Delete folders that were set aside; what the disk does not delete is swept at the next start.
+
+    Their new names are made durable first: a power loss could leave an old name and not all files.
+    """
+    try:
+        sync_folders({folder.parent for folder in folders})
+    except OSError as error:  # also if the run was set aside meanwhile
+        logger.warning("expired generations are deleted at the next start: %s", error)
+        return
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 

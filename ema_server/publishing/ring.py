@@ -23,7 +23,7 @@ from ema_server.publishing.retention import thinned
 from ema_server.publishing.ring_snapshot import RingSnapshot, powers_of, read_snapshot, write_snapshot
 from ema_server.storage.catalog import Generation, content_nbytes
 from ema_server.storage.datadir import TEMPORARY, DataDir, delete_whole
-from ema_server.storage.disk import replace_durably, shortage, sync_folders
+from ema_server.storage.disk import make_folder, replace_durably, shortage, sync_folders
 from ema_server.storage.generation import is_folder_name, step_in
 from ema_server.storage.records import BrokenGeneration
 from ema_server.tensors.safetensors_file import BadModelFile
@@ -223,7 +223,7 @@ class Ring:
         folder = parent / generation.folder.name
         if any(step_in(path.name) == generation.step for path in self._folders(generation.run)):
             return
-        parent.mkdir(exist_ok=True)  # not the run's own folder, which is gone if the run was deleted meanwhile
+        make_folder(parent)  # in the run's own folder, which is gone if the run was deleted meanwhile
         temporary = parent / (TEMPORARY + folder.name)
         shutil.rmtree(temporary, ignore_errors=True)  # of a run that was set aside meanwhile
         try:
@@ -231,7 +231,7 @@ class Ring:
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # renamed, where all went well
-        sync_folders([parent, parent.parent])
+        sync_folders([parent])
 
     def _thin_out(self, run: str) -> None:
         with self._lock:

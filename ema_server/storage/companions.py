@@ -21,7 +21,7 @@ from typing import TypeAlias
 from ema_proto.names import OWN_FILES
 from ema_server.storage.catalog import FileEntry, Version
 from ema_server.storage.datadir import TEMPORARY, DataDir
-from ema_server.storage.disk import link_or_copy, sha256, shortage, sync_folders
+from ema_server.storage.disk import link_or_copy, make_folder, sha256, shortage, sync_folders
 from ema_server.storage.records import ADAPTER_CONFIG, ADAPTER_FILE, CONFIG_FILE, DIFFUSERS_FILE, DIFFUSERS_KEY
 
 Sources: TypeAlias = Mapping[FileEntry, Path]
@@ -90,7 +90,7 @@ class CompanionStore:
                 continue
             whole.append(file)
             if not _has(self._path(run, file), file):
-                self._make_folder(run)
+                make_folder(self._folder(run))  # in the run's own folder, which is gone if the run was deleted
                 self._path(run, file).unlink(missing_ok=True)
                 link_or_copy(version.folder / file.name, self._path(run, file))
         return tuple(whole)
@@ -101,14 +101,8 @@ class CompanionStore:
         Raises:
             OSError: the disk refuses, or the run was deleted.
         """
-        self._make_folder(run)
+        make_folder(self._folder(run))  # in the run's own folder, which is gone if the run was deleted
         return Draft(self._path(run, file), file)
-
-    def _make_folder(self, run: str) -> None:
-        folder = self._folder(run)
-        if not folder.exists():
-            folder.mkdir(exist_ok=True)  # not the run's own folder, which is gone if the run was deleted
-            sync_folders([folder.parent])
 
     def _folder(self, run: str) -> Path:
         return self._data_dir.files_folder(run)

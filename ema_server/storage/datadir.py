@@ -24,7 +24,7 @@ from pathlib import Path
 from ema_proto.limits import NAME_CHARS_MAX
 from ema_proto.names import is_name
 from ema_server.storage.catalog import Generation
-from ema_server.storage.disk import probe_write, replace_durably, sync_folders
+from ema_server.storage.disk import make_folder, probe_write, replace_durably, sync_folders
 from ema_server.storage.generation import is_folder_name, open_generation, seq_in
 from ema_server.storage.records import FORMAT, BrokenGeneration
 
@@ -87,10 +87,8 @@ class DataDir:
 
     def create_run(self, run: str) -> None:
         """Create the folder of a run durably if it does not exist."""
-        folder = self.generations_folder(run)
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            sync_folders([folder.parent, self._runs])
+        make_folder(self.run_folder(run))
+        make_folder(self.generations_folder(run))
 
     def whole_generations(self, run: str) -> Iterator[Generation]:
         """The whole generations of a run. The others are renamed by `set_bad`."""
@@ -174,13 +172,14 @@ class DataDir:
 
 
 def delete_whole(folder: Path) -> None:
-    """Delete a folder of a run, so that a crash leaves nothing under its name.
+    """Delete a folder of a run, so that a crash or power loss leaves all or nothing under its name.
 
     Raises:
         OSError: it cannot be renamed. Files that cannot be deleted after that are deleted at the next start.
     """
     aside = folder.with_name(f"{TEMPORARY}old-{folder.name}")
     folder.rename(aside)
+    sync_folders([folder.parent])  # or a power loss could leave the old name and not all files
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -204,6 +203,7 @@ def open_data_dir(root: Path) -> DataDir:
     made = tuple(folder for folder in (root, *root.parents) if not folder.exists())
     try:
         (root / "runs").mkdir(parents=True, exist_ok=True)
+        sync_folders([*(folder.parent for folder in made), root])
         data_dir = DataDir(root, _lock(root / _LOCK_FILE), made)
     except OSError as error:
         raise DataDirError(

@@ -74,6 +74,15 @@ def replace_durably(path: Path, data: bytes) -> None:
     sync_folders([path.parent])
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder in an existing one if it is missing, and make its name durable.
+
+    The name is synced although the folder exists: a process that was killed may have created it a moment before.
+    """
+    folder.mkdir(exist_ok=True)
+    sync_folders([folder.parent])
+
+
 def sync_folders(folders: Iterable[Path]) -> None:
     """Make the names in these folders durable."""
     for folder in folders:
