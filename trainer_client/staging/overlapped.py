@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ema_proto.wire.manifest import Manifest
-from trainer_client.model.shards import local_of
+from trainer_client.model.shards import locals_of
 from trainer_client.model.sources import version_of
 from trainer_client.staging.copy_plan import CopyPlan, pieces
 from trainer_client.staging.cpu import slot_views
@@ -116,25 +116,24 @@ class OverlappedStager:
         plan, targets = self._plan, self._targets_of(slot)
         # Aliases, which share versions: after `p.data = x` the old memory must live until it is copied. What the
         # current stream copies needs none: freed memory is used again in the order of that stream.
-        aliases = [(index, tensors[index].detach()) for index in plan.on_side]
-        watched = [(alias, version_of(alias)) for _, alias in aliases]
+        aliases = [tensors[index].detach() for index in plan.on_side]
         # Of a sharded tensor the optimizer raises the version of the whole, so that is watched and its part copied.
-        aside = [(index, local_of(alias)) for index, alias in aliases]
+        watched = [(alias, version_of(alias)) for alias in aliases]
         if previous is not None:
             previous.hold_back(compute)  # its copies read the scratch
         self._gather(tensors)
-        self._send([(index, local_of(tensors[index])) for index in plan.on_compute], targets)
+        self._send(plan.on_compute, locals_of([tensors[index] for index in plan.on_compute]), targets)
         self._ready.record(compute)
         self._ready.wait(self._side)
         with self._device.issue_to(self._side):
             self._device.copy(targets.spans, self._spans)
-            self._send(aside, targets)
+            self._send(plan.on_side, locals_of(aliases), targets)
             copy.record(self._side, watched, [self._scratch, *self._bounce])
 
     def _gather(self, tensors: Sequence[Tensor]) -> None:
         """Copy into the scratch, in one call for all tensors of a dtype whose strides are those of the scratch."""
         for group in self._gathered:
-            sources = [local_of(tensors[index]) for index in group.indices]
+            sources = list(locals_of([tensors[index] for index in group.indices]))
             strides = [source.stride() for source in sources]
             if strides == group.strides:
                 self._device.copy(group.targets, sources)
@@ -144,10 +143,10 @@ class OverlappedStager:
                 chosen = [number for number, is_similar in enumerate(similar) if is_similar is wanted]
                 self._device.copy([group.targets[n] for n in chosen], [sources[n] for n in chosen])
 
-    def _send(self, sources: Iterable[tuple[int, Tensor]], targets: _Targets) -> None:
-        """Copy tensors, each with its index, to the slot without the scratch, on the current stream."""
+    def _send(self, indices: Iterable[int], sources: Iterable[Tensor], targets: _Targets) -> None:
+        """Copy tensors to the slot without the scratch, on the current stream."""
         direct: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for index, source in sources:
+        for index, source in zip(indices, sources, strict=True):
             there = targets.pieces[index]
             if not source.is_contiguous():
                 self._send_bounced(source, targets.whole[index])
