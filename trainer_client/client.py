@@ -384,6 +384,8 @@ class EmaClient:
             than 0 and after a newer client of this process took its run over. `stopped`: why nothing is sent since the
             model has changed. `skipped`: due snapshots that were not sent, by reason; `torn`: those whose weights were
             written meanwhile. `blocked_s_total`, `blocked_s_max`: seconds of the training loop in this client's code.
+            What its threads and the server take from the loop meanwhile (cores, memory bandwidth, Python's lock) is not
+            in them.
             `state` of the connection: `disconnected`, `greeting`, `greeted`, `joining`, `streaming`, `closed`, or
             `failed`: the server refused for good. `reconnects`: how often it came back.
             `offered`, `committed` (also what a killed server had applied and lost), `dropped` (by reject code), and the

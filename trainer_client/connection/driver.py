@@ -1,7 +1,10 @@
-"""The thread that owns the connection: it drives the sender machine and the link.
+"""The thread of the connection: it drives the sender machine and the link.
 
 The training thread gives it commands, and reads in `Shared` what became of them. It never touches a tensor, so the
 interpreter may end while it runs.
+
+Small snapshots are sent by the thread that offers them, while that of the connection rests. In a loop of pure Python
+another thread gets the interpreter's lock once in 5 ms, and would need it many times for each snapshot.
 """
 
 from __future__ import annotations
@@ -31,6 +34,10 @@ logger = logging.getLogger("ema")
 _TICK_S = 0.25  # heartbeats are 2 s apart: fine enough, and an idle client wakes four times a second
 _REAP_S = 0.002  # a committed slot is released by ZeroMQ's own thread a moment later
 _REOPEN_S = 1.0
+_HERE_BYTES = (
+    1 << 20
+)  # up to this size the thread that offers a snapshot sends it: copying it is cheaper than a hand-over
+_REST_S = 0.02  # after such a turn; a loop with longer steps leaves the interpreter's lock to this thread often enough
 
 
 @dataclass(slots=True, eq=False)
@@ -41,13 +48,21 @@ class Pending:
 
 
 class Driver:
-    """One session's connection. From now on only this thread touches `sender` and `link`; it writes to `shared`."""
+    """One session's connection. From now on only this object uses `sender` and `link`; it writes to `shared`.
+
+    Whichever thread holds `_turning` acts.
+    """
 
     def __init__(self, sender: Sender, link: Link, shared: Shared) -> None:
         self._sender = sender
         self._link = link
         self._shared = shared
         self._commands: deque[Callable[[float], None]] = deque()
+        self._turning = threading.Lock()
+        self._acts_here = False  # whether snapshots are small enough to be sent by the thread that offers them
+        self._rests_until = 0.0
+        self._failure: Exception | None = None  # of another thread's turn
+        self._interrupted = False  # another thread's turn
         self._stopping = False
         self._slots: tuple[Slot, ...] = ()
         self._files: tuple[bytes, ...] = ()
@@ -64,13 +79,41 @@ class Driver:
         self._thread.start()
 
     def do(self, command: Callable[[float], None]) -> None:
-        """Run `command(now)` on the driver's thread. Any thread; never blocks."""
+        """Run `command(now)`: in the calling thread, if snapshots are small, or in the driver's. Never blocks."""
         self._commands.append(command)
+        if not self.act_here():
+            self.attend()
+
+    def act_here(self) -> bool:
+        """Exchange messages in the calling thread, if snapshots are small and no other thread does; never blocks."""
+        is_streaming = self._sender.state is SenderState.STREAMING
+        if not (self._acts_here and is_streaming and self._turning.acquire(blocking=False)):
+            return False
+        try:
+            now = time.monotonic()
+            self._rests_until = now + _REST_S
+            self._run_commands(now)
+            self._exchange(now)
+        except Exception as error:  # noqa: BLE001  the driver's thread raises it again
+            self._failure = error
+        except BaseException:  # such as KeyboardInterrupt: a message may be half written
+            self._interrupted = True
+            raise
+        finally:
+            self._turning.release()
+            if self._failure is not None or self._interrupted or self._sender.state is not SenderState.STREAMING:
+                self.attend()
+        return True
+
+    def attend(self) -> None:
+        """Have the driver's thread act now, because another one waits for it."""
+        self._rests_until = 0.0
         self._link.wake()
 
     def lend(self, slots: tuple[Slot, ...], files: tuple[bytes, ...] = ()) -> None:
         """Set the memory of offered snapshots, by slot index, and of the JOIN's files; before the JOIN."""
         self._slots, self._files = slots, files
+        self._acts_here = bool(slots) and len(slots[0].view) <= _HERE_BYTES
 
     def ask(self, request: Callable[[], int], pending: Pending | None = None) -> Pending:
         """Make a request of the machine; the answer appears in `pending`, by default a new one, which is returned."""
@@ -85,17 +128,20 @@ class Driver:
     def stop(self, timeout_s: float) -> bool:
         """Run the pending commands, write what can be written, end the thread and ZeroMQ; whether they ended."""
         self._stopping = True
-        self._link.wake()
+        self.attend()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._turn()
-            self._run_commands(time.monotonic())
-            self._write()
-            self._settle()
+                with self._turning:
+                    self._turn()
+                self._pause()
+            with self._turning:
+                self._run_commands(time.monotonic())
+                self._write()
+                self._settle()
         except Exception:
             # The training goes on whatever happens here; the state and this line say that the session has ended.
             logger.exception("ema: the connection's thread failed; no more snapshots are sent")
@@ -104,25 +150,45 @@ class Driver:
                 self._shared.state = SenderState.FAILED
                 self._shared.changed.notify_all()
         finally:
-            self._link.terminate()
-            self._slots, self._draining = (), []
+            with self._turning:
+                self._acts_here = False
+                self._link.terminate()
+                self._slots, self._draining = (), []
 
     def _turn(self) -> None:
         now = time.monotonic()
+        if self._failure is not None:
+            raise self._failure
+        if self._interrupted:
+            self._interrupted = False
+            self._sender.lost(now, "a message was interrupted")
+            self._settle()
         self._run_commands(now)
         if self._sender.state is SenderState.DISCONNECTED and now >= self._retry_at:
             self._open(now)
-        self._sender.tick(now)
         self.when_turning(now)
-        self._write()
-        self._settle()
-        received = self._link.wait(self._pause_s(now), writable=self._outgoing is not None)
-        now = time.monotonic()
-        for frames in received.messages:
-            self._sender.receive(frames, now)
-        if received.broken:
-            self._sender.lost(now, "the connection broke")
-        self._settle()
+        self._exchange(now)
+        if self._link.is_broken():
+            self._sender.lost(time.monotonic(), "the connection broke")
+            self._settle()
+
+    def _exchange(self, now: float) -> None:
+        """Write what can be written and take what has come, until there is neither."""
+        self._sender.tick(now)
+        while True:
+            self._write()
+            messages = self._link.receive()
+            for frames in messages:
+                self._sender.receive(frames, now)
+            self._settle()
+            if not messages and (self._outgoing is None or not self._link.can_write()):
+                return
+
+    def _pause(self) -> None:
+        """Wait for something to do; longer while other threads act."""
+        self._link.wait(self._pause_s(time.monotonic()))
+        while (rest_s := self._rests_until - time.monotonic()) > 0:
+            self._link.wait(rest_s, only_wake=True)
 
     def _run_commands(self, now: float) -> None:
         while self._commands:
@@ -164,7 +230,7 @@ class Driver:
         source = self._files[payload.file] if isinstance(payload, FilePayload) else self._slots[payload.slot].view
         view = memoryview(source)[payload.offset : payload.offset + payload.length]
         header = codec.with_crc32(out.header, zlib.crc32(view)) if out.checksum else out.header
-        if isinstance(payload, FilePayload):
+        if isinstance(payload, FilePayload) or self._acts_here:
             return self._link.send(header, view)
         return self._link.send_payload(header, view, payload.slot)
 

@@ -1,4 +1,6 @@
-"""The DEALER socket: the only file of the trainer's side that imports ZeroMQ. One thread may use a link.
+"""The DEALER socket: the only file of the trainer's side that imports ZeroMQ.
+
+One thread at a time may use a link; `wake` may be called by any, and `wait` while another thread uses it.
 
 Payloads are sent from where they are, without a copy. A socket is not reused after its connection broke: a DEALER keeps
 its queue across reconnections, and stale frames with it.
@@ -7,11 +9,14 @@ its queue across reconnections, and stale frames with it.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import select
 import socket
 import time
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import zmq
 import zmq.utils.garbage  # loaded now, so that its exit function, which ends sending, runs after that of any client
@@ -28,14 +33,6 @@ _FAREWELL_MS = 200  # how long a BYE may take to leave the process
 _KEEPALIVE_IDLE_S = 30  # finds half-open connections of hosts that vanished
 
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    """What one wait brought: whole messages, and whether the connection broke or was refused meanwhile."""
-
-    messages: tuple[list[bytes], ...] = ()
-    broken: bool = False
 
 
 class Link:
@@ -62,6 +59,7 @@ class Link:
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
+        self._signals: tuple[int, ...] = ()  # readable when a socket may have something; closed with it
         self._descriptors: set[int] = set()
         self._trackers: dict[int, list[zmq.MessageTracker]] = {}
         self._wake_reader, self._wake_writer = socket.socketpair()
@@ -106,6 +104,7 @@ class Link:
         events = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
         self._monitor = dealer.get_monitor_socket(events)
         self._socket = dealer
+        self._signals = (int(dealer.getsockopt(zmq.FD)), int(self._monitor.getsockopt(zmq.FD)))
         try:
             dealer.connect(address)
         except zmq.ZMQError as error:
@@ -120,6 +119,7 @@ class Link:
         if self._monitor is not None:
             self._monitor.close(linger=0)
         self._socket = self._monitor = None
+        self._signals = ()
         self._descriptors.clear()
 
     def terminate(self) -> None:
@@ -157,17 +157,31 @@ class Link:
         self._trackers[slot] = unfinished
         return bool(unfinished)
 
-    def wait(self, timeout_s: float, *, writable: bool) -> Received:
-        """Wait for messages, for room to write (`writable`), for the connection to break, or for `wake`."""
-        poller = zmq.Poller()
-        poller.register(self._wake_reader, zmq.POLLIN)
-        if self._socket is not None and self._monitor is not None:
-            poller.register(self._socket, zmq.POLLIN | (zmq.POLLOUT if writable else 0))
-            poller.register(self._monitor, zmq.POLLIN)
-        poller.poll(max(0, round(timeout_s * 1000)))
+    def wait(self, timeout_s: float, *, only_wake: bool = False) -> None:
+        """Wait until something may have come, room to write included, or until `wake`; no socket is used meanwhile.
+
+        Args:
+            timeout_s: for how long at most.
+            only_wake: end at nothing but `wake`.
+        """
+        poller = select.poll()
+        poller.register(self._wake_reader, select.POLLIN)
+        for descriptor in () if only_wake else self._signals:
+            poller.register(descriptor, select.POLLIN)
+        poller.poll(max(0, math.ceil(timeout_s * 1000)))
         with contextlib.suppress(BlockingIOError):
             self._wake_reader.recv(4096)
-        return Received(tuple(self._read()), self._is_broken())
+
+    def receive(self) -> list[list[bytes]]:
+        """The messages that have come. `wait` reports later ones only after this has returned none."""
+        messages: list[list[bytes]] = []
+        while self._socket is not None and self._is_ready(zmq.POLLIN):
+            messages.append(self._socket.recv_multipart(flags=zmq.NOBLOCK))
+        return messages
+
+    def can_write(self) -> bool:
+        """Whether the socket takes a message now."""
+        return self._is_ready(zmq.POLLOUT)
 
     def wake(self) -> None:
         """End a `wait`, now or the next one. Any thread may call it."""
@@ -181,19 +195,14 @@ class Link:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
-    def _read(self) -> list[list[bytes]]:
-        messages: list[list[bytes]] = []
-        while self._socket is not None:
-            try:
-                messages.append(self._socket.recv_multipart(flags=zmq.NOBLOCK))
-            except zmq.Again:
-                break
-        return messages
+    def _is_ready(self, event: int) -> bool:
+        # An exception for each empty queue would cost more than this question.
+        return self._socket is not None and bool(int(self._socket.getsockopt(zmq.EVENTS)) & event)
 
-    def _is_broken(self) -> bool:
+    def is_broken(self) -> bool:
+        """Whether the connection broke since the last call; one that was refused is tried at the next address."""
         broken, retrying = False, False
-        while self._monitor is not None and self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)
+        while (event := self._next_event()) is not None:
             if event["event"] == zmq.EVENT_CONNECTED:
                 self.refused, self._reached, retrying = False, True, False
                 self._descriptors.add(int(event["value"]))
@@ -206,6 +215,14 @@ class Link:
         if retrying and not broken:
             self._try_next_address()
         return broken
+
+    def _next_event(self) -> Mapping[str, Any] | None:
+        if self._monitor is None:
+            return None
+        try:
+            return recv_monitor_message(self._monitor, flags=zmq.NOBLOCK)
+        except zmq.Again:
+            return None
 
     def _try_next_address(self) -> None:
         """The current address refused: go on to the next one, at once in the first round, and then at intervals."""

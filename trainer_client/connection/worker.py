@@ -174,8 +174,11 @@ class Worker:
 
         if reconnecting:
             self._wait(settled, wait_s)
+        elif not settled():
+            self._driver.act_here()  # the answer to an earlier snapshot may have come
         with shared.changed:
-            if wait_s > 0 and not reconnecting:
+            if wait_s > 0 and not reconnecting and not settled():
+                self._driver.attend()
                 shared.wait(settled, wait_s)
             return shared.free.pop() if shared.free and shared.streaming else None
 
@@ -205,6 +208,7 @@ class Worker:
         shared = self._shared
         with shared.changed:
             newest = shared.last_offered
+            self._driver.attend()
             shared.wait(lambda: shared.in_flight == 0 or shared.refused is not None, seconds_left(deadline))
             if newest is not None and shared.last_committed != newest:
                 return False
@@ -291,6 +295,7 @@ class Worker:
         shared = self._shared
         with shared.changed:
             if shared.streaming:
+                self._driver.attend()
                 shared.wait(lambda: shared.in_flight == 0 or not shared.streaming, timeout_s)
         self._driver.do(lambda _: self._sender.bye())
         ended = self._driver.stop(max(0.5, seconds_left(deadline)))
