@@ -10,6 +10,7 @@ Start at `Reader`. The package imports nothing of the server and of ZeroMQ.
 - `averages`, `derived`: averages of a run, and versions made from other versions
 - `leases`: which worker evaluates which version
 - `evaluation`: the evaluation worker
+- `watching`: a folder that is kept at the newest version
 - `cli`: the commands
 """
 

@@ -52,7 +52,8 @@ class Partial:
         self._path = path
         self._progress = progress
         self._stack = contextlib.ExitStack()
-        self._file = self._stack.enter_context(_exclusive(path))
+        refusal = f"another download is writing {path}: wait for it, or choose another folder"
+        self._file = self._stack.enter_context(exclusive(path, refusal))
         self._digest = self._stack.enter_context(_Digest())
         self.size = 0
 
@@ -149,13 +150,17 @@ class _Digest:
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[BufferedRandom]:
-    """The file, open for reading and appending, locked against a second download into the same folder."""
+def exclusive(path: Path, refusal: str) -> Iterator[BufferedRandom]:
+    """The file, open for reading and appending, locked against another process.
+
+    Raises:
+        ReaderError: another process has it; `refusal` is the text.
+    """
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ReaderError(f"another download is writing {path}: wait for it, or choose another folder") from None
+            raise ReaderError(refusal) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

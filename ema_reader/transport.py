@@ -154,6 +154,16 @@ class Transport:
             self._check(response)
         return response.status_code, self._decode(response)
 
+    def exchange(self, path: str, body: Mapping[str, Any], *, answer_s: float) -> tuple[int, str]:
+        """Status and text that answer a POST, whatever the status. For servers that are no ema servers.
+
+        Raises:
+            Unreachable: no answer.
+        """
+        with self._mapped():
+            response = self._client.post(path, json=body, timeout=_timeout(answer_s))
+            return response.status_code, response.text
+
     @contextmanager
     def stream(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
         """A successful response whose body is read in pieces; raises as `get` does."""

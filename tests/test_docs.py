@@ -174,6 +174,7 @@ def test_every_documented_variable_is_read_by_the_code() -> None:
     read = set(re.findall(r"\"(EMA_[A-Z_]+)\"", "\n".join(sources)))
     read |= {param.envvar for command in _commands().values() for param in command.params if param.envvar}
     tables = reference.server_settings() + reference.trainer_settings() + reference.reader_settings()
+    tables += reference.commands()
 
     assert set(re.findall(r"`(EMA_[A-Z_]+)`", tables)) == read
     mentioned = {found for document in _DOCUMENTS for found in re.findall(r"`(EMA_[A-Z_]+)`", document.read_text())}

@@ -20,6 +20,7 @@ from ema_reader.cli.evaluate import evaluate, recalibrate, validate
 from ema_reader.cli.metrics import best, metrics
 from ema_reader.cli.options import Json, Long, RunName, Target, Token, Url, exits
 from ema_reader.cli.synthesize import synthesize
+from ema_reader.cli.watch import watch
 from ema_reader.errors import NotFound, ReaderError, RunUnreadable, UsageError
 from ema_reader.reader import DEFAULT_URL, Reader
 from ema_reader.scores import Score, scores_of
@@ -30,7 +31,7 @@ from ema_reader.values import Run
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     commands: tuple[Callable[..., None], ...] = (
-        *(status, versions, metrics, best, download),
+        *(status, versions, metrics, best, download, watch),
         *(evaluate, validate, recalibrate),
         *(averages, ledger, synthesize, blend, delete, healthcheck),
     )

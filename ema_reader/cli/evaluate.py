@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ema_reader.cli import render
-from ema_reader.cli.options import Json, Target, Token, Url, check_label, exits, log_to_stderr, parse_averages
+from ema_reader.cli.options import (
+    Json,
+    Target,
+    Token,
+    Url,
+    check_label,
+    exits,
+    log_to_stderr,
+    parse_averages,
+    terminated,
+)
 from ema_reader.errors import ReaderError, RecalibrationFailed
 from ema_reader.evaluation.user_function import Evaluate, check_device, import_function
 from ema_reader.evaluation.worker import EvaluationWorker
@@ -67,7 +77,7 @@ def evaluate(
     Without --run it does not end by itself.
     """
     log_to_stderr()
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, terminated)
     if until_eof:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     with exits(), Reader(url, token) as reader:
@@ -159,11 +169,6 @@ def _recomputed(state: dict[str, Tensor], name: str, loader: Loader) -> dict[str
     except RecalibrationFailed as failure:
         log.error("%s could not be used", name, exc_info=failure.__cause__)
         raise
-
-
-def _terminated(number: int, frame: object) -> None:
-    """On SIGTERM, exit through the `finally` blocks that give leases back."""
-    raise SystemExit(128 + number)
 
 
 def _end_with_stdin() -> None:

@@ -77,3 +77,8 @@ def log_to_stderr() -> None:
     """Log what a long command does, with times."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs each poll
+
+
+def terminated(number: int, frame: object) -> None:
+    """On SIGTERM, exit through the `finally` blocks, which give leases back and end children."""
+    raise SystemExit(128 + number)

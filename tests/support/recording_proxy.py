@@ -1,4 +1,4 @@
-"""A proxy that records requests, and can break one response off."""
+"""A proxy that records requests, and can break one response off, or hold it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ _PIECE = 1 << 16
 
 @dataclass
 class Recorded:
-    """The requests, as method, path and Range header; `break_after` bytes of its body the next response ends, once."""
+    """The requests, as method, path and Range header.
+
+    The next response ends after `break_after` bytes of its body, once; if `holds` is set, it stops there, and `held` is
+    set, until `released` is.
+    """
 
     url: str
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     break_after: int | None = None
+    holds: bool = False
+    held: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
@@ -50,6 +57,9 @@ def recording(upstream: str) -> Iterator[Recorded]:
             if limit is not None and int(answer.headers.get("Content-Length", 0)) > limit and self.command == "GET":
                 recorded.break_after = None
                 self.wfile.write(answer.read(limit))
+                if recorded.holds:
+                    recorded.held.set()
+                    recorded.released.wait(_WAIT_S)
                 self.close_connection = True
                 return
             while piece := answer.read(_PIECE):
@@ -67,5 +77,6 @@ def recording(upstream: str) -> Iterator[Recorded]:
         try:
             yield recorded
         finally:
+            recorded.released.set()
             server.shutdown()
             thread.join(_WAIT_S)
