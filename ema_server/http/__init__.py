@@ -3,6 +3,7 @@
 Modules, from the outside of a request to its inside:
 
 - `listener`: a uvicorn server inside the caller's event loop
+- `connection`: one connection, within bounds of size and time
 - `app`: the ASGI application: routes, errors and middleware
 - `openapi`: writes the description of the API
 - `routes`: one module per resource

@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from ema_server.addresses import bind_all, bracketed, numeric_hosts
+from ema_server.http.connection import BoundedConnection
 
 KEEP_ALIVE_S = 75  # above the usual polling intervals, so that a poll does not meet a connection being closed
 GRACEFUL_S = 8  # below the ten seconds after which containers are killed
@@ -107,6 +108,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def _config(app: ASGIApp, graceful_s: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=BoundedConnection,
         lifespan="off",  # the composition root starts and stops the parts
         ws="none",
         log_config=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 
 from prometheus_client import Counter
@@ -13,6 +14,8 @@ from ema_server.http.problems import Code, Problem, problem_response
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 BODY_BYTES_MAX = 1 << 20  # a thousand metrics with long names are under 300 KiB
+BODY_S = 30.0
+UPLOAD_S = 120.0  # 16 MiB at 140 kB/s
 UPLOAD = "recalibrate"  # the last segment of the only path that accepts tensors
 
 
@@ -46,8 +49,16 @@ def body_bytes_max(path: str) -> int:
     return BUFFERS_BYTES_MAX if path.endswith(f"/{UPLOAD}") else BODY_BYTES_MAX
 
 
+def body_s_max(path: str) -> float:
+    return UPLOAD_S if path.endswith(f"/{UPLOAD}") else BODY_S
+
+
 class BodyLimit:
-    """Answers 413 to a body above `body_bytes_max`, by its Content-Length or once that much has been received."""
+    """Bounds the bodies of requests.
+
+    Answers 413 to a body above `body_bytes_max`, by its Content-Length or once that much has been received, and 408 to
+    one that has not arrived `body_s_max` after it is first read.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -64,9 +75,22 @@ class BodyLimit:
             await problem_response(too_large, scope)(scope, receive, send)
             return
 
+        deadline: float | None = None
+        complete = False
+
         async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, deadline, complete
+            if complete:  # what comes next is the end of the connection
+                return await receive()
+            if deadline is None:
+                deadline = asyncio.get_running_loop().time() + body_s_max(scope["path"])
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"the body has not arrived after {body_s_max(scope['path']):g} s: send it again"
+                raise Problem(Code.UPLOAD_TIMEOUT, detail) from None
+            complete = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > allowed:
                 raise too_large

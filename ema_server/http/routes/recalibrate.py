@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from functools import partial
 
 from fastapi import APIRouter, Request
@@ -20,7 +18,6 @@ from ema_server.http.schemas import ProblemOut, VersionOut
 from ema_server.http.services import UPLOADS_MAX, Services, ServicesDep
 from ema_server.storage.catalog import Version, content_nbytes
 
-BODY_S = 120.0  # 16 MiB at 140 kB/s
 _TENSORS = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 router = APIRouter(prefix="/v1/runs/{run}", tags=["derived versions"])
@@ -52,21 +49,12 @@ async def upload(
     if services.uploads.locked():
         raise busy(f"{UPLOADS_MAX} uploads, the maximum, are being received or processed: try again later")
     async with services.uploads:
-        version, is_new = await _recalibrate(services, base, await received(request.body))
+        version, is_new = await _recalibrate(services, base, await request.body())
     response.headers["Location"] = relative_link(request, path_of(version))
     if not is_new:
         response.status_code = 200
     shown: VersionOut = VersionOut.model_validate(version)
     return shown
-
-
-async def received(body: Callable[[], Awaitable[bytes]]) -> bytes:
-    """The body of a request, or the problem that it has not arrived in `BODY_S`."""
-    try:
-        async with asyncio.timeout(BODY_S):
-            return await body()
-    except TimeoutError:
-        raise Problem(Code.UPLOAD_TIMEOUT, f"the body has not arrived after {BODY_S:g} s: send it again") from None
 
 
 async def _recalibrate(services: Services, base: Version, data: bytes) -> tuple[Version, bool]:

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from starlette.testclient import TestClient
 
 from ema_server.derived.queue import QUEUE_MAX, Busy
-from ema_server.http.routes import recalibrate
+from ema_server.http import middleware
 from ema_server.http.services import UPLOADS_MAX
 from support.served import WAIT_S, Served, weights
 
@@ -101,7 +101,7 @@ def test_number_of_concurrent_uploads_is_bounded(begin: Send, address: str) -> N
 
 
 def test_body_that_does_not_arrive_times_out(begin: Send, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recalibrate, "BODY_S", 0.05)
+    monkeypatch.setattr(middleware, "UPLOAD_S", 0.05)
 
     status, problem = _answer(begin(address))
 
