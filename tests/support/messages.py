@@ -62,6 +62,7 @@ EXAMPLES: dict[str, m.Message] = {
     "joined anew": m.Joined(None, None, (), "new", 8),
     "joined and continued": m.Joined(1000, 900, (998, 999, 1000), "continued", 8),
     "joined as one rank of several": m.Joined(None, None, (), "new", 4, send=((0, 1), (3, 3))),
+    "joined as one rank of many": m.Joined(None, None, (), "new", 2, send=((0, 1),), chunk_bytes=65_536),
     "credit": m.Credit(16),
     "committed": m.Committed(1001, 1),
     "published": m.Published(1000),
