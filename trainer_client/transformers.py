@@ -33,6 +33,7 @@ from ema_proto.averages.rules import AverageSpec
 from trainer_client.client import EmaClient
 from trainer_client.errors import EmaClientError, PlanError, SettingsError
 from trainer_client.lifecycle import State
+from trainer_client.model.shards import holds_part
 from trainer_client.pulling.average_reader import open_reader
 from trainer_client.pulling.scores import ScoreReader, Scores
 from trainer_client.settings import Settings, check_timeout
@@ -44,7 +45,7 @@ _NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9_.-]+")
 _TRAINERS_OWN: Final = ("step", "rank")  # arguments of EmaClient that the Trainer decides
 _REFUSED: Final = {
     DistributedType.DEEPSPEED: "DeepSpeed",
-    DistributedType.FSDP: "FSDP",
+    DistributedType.FSDP: "FSDP 1",
     DistributedType.MEGATRON_LM: "Megatron-LM",
 }
 
@@ -57,7 +58,8 @@ class EmaCallback(TrainerCallback):
     go back to the checkpoint's step. A training that raises leaves the run open, to be resumed. A second `train()`
     without `resume_from_checkpoint` begins a new run; the earlier one is kept under a dated name.
 
-    Only the process of rank 0 streams.
+    Only the process of rank 0 streams; with FSDP 2 every rank streams its shards, and the run needs a name. Add the
+    callback on every rank.
 
     Args:
         endpoint: the server's address, `tcp://HOST:PORT`; default `EMA_ENDPOINT`.
@@ -129,7 +131,7 @@ class EmaCallback(TrainerCallback):
         """Join the run.
 
         Raises:
-            PlanError: the model cannot be streamed, or is sharded.
+            PlanError: the model cannot be streamed, or is sharded in another way than by FSDP 2.
             JoinError: the server refuses the run.
             SettingsError: the optimizer's steps cannot be followed, or an average lacks samples or epochs.
             ConnectError: the server cannot be reached.
@@ -200,8 +202,10 @@ class EmaCallback(TrainerCallback):
     ) -> None:
         """Join the run; `found` are arguments of the client that follow from the Trainer's."""
         self._stop_scores()
-        arguments: dict[str, Any] = found | self._arguments
-        arguments |= {"run": self._run_of(state), "rank": args.process_index}
+        run = self._run_of(state)
+        if args.world_size > 1 and holds_part(model) and self._run_generated and run.startswith(self._run):
+            raise SettingsError("the ranks of a sharded model must know the run: pass run=, or set EMA_RUN")
+        arguments: dict[str, Any] = found | self._arguments | {"run": run, "rank": args.process_index}
         if state.global_step > 0:
             arguments["step"] = state.global_step
         if self._trainings == 1 and self._client.streams == state.is_world_process_zero:
@@ -209,11 +213,12 @@ class EmaCallback(TrainerCallback):
         else:
             self._client.close()  # of a training that ended with an error, or made before the ranks were known
             self._client = _Client(**arguments)
-        # A plain entry and not an `ExportableState`: with restore_callback_states_from_checkpoint the Trainer would
-        # replace this object by one made of the arguments in the checkpoint, an old address among them.
+        # A plain entry and not an `ExportableState`: with restore_callback_states_from_checkpoint the Trainer replaces
+        # such a callback by a new object, which it makes of what is in the checkpoint. An object made of the arguments
+        # there would connect to an old address, and one made of none would not know the script's.
         state.stateful_callbacks[_STATE] = {"run": self._client.run}
         self._client.attach(model, optimizer)
-        if self._url is not None and self._client.streams:
+        if self._url is not None and state.is_world_process_zero:
             token = self._arguments.get("token")
             self._scores = ScoreReader(self._url, token, self._client.run, skip_known=state.global_step > 0)
 
@@ -256,7 +261,7 @@ class _Client(EmaClient):
 
     @property
     def streams(self) -> bool:
-        """Whether this process streams, and not another rank."""
+        """Whether this process streams; a rank that holds shards does so from `attach` on."""
         return not self._is_other_rank
 
     @property
@@ -282,12 +287,12 @@ class _Client(EmaClient):
 
 
 def _refuse_sharded() -> None:
-    kind = AcceleratorState().distributed_type
-    if kind in _REFUSED:
+    state = AcceleratorState()
+    kind, plugin = state.distributed_type, getattr(state, "fsdp_plugin", None)
+    if kind in _REFUSED and not (kind == DistributedType.FSDP and getattr(plugin, "fsdp_version", 1) == 2):
         raise PlanError(
-            f"{_REFUSED[kind]} distributes the weights of the model over the processes, and EmaCallback streams from "
-            "one of them: train with DDP, average the saved checkpoints with `ema average`, or with FSDP 2 attach an "
-            "EmaClient on every rank, as the guide to sharded training shows (docs/guides/sharding.md)"
+            f"{_REFUSED[kind]} distributes the weights of the model over the processes in a form that is not streamed: "
+            "train with DDP or FSDP 2 (fsdp_version: 2), or average the saved checkpoints with `ema average`"
         )
 
 
@@ -316,7 +321,8 @@ def _arguments_of(args: TrainingArguments, model: nn.Module, loader: Any) -> dic
     with contextlib.suppress(TypeError):  # an iterable dataset has no length
         found["steps_per_epoch"] = math.ceil(len(loader) / args.gradient_accumulation_steps)
     if isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):  # PEFT saves an adapter without it
-        saved = {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+        architecture = type(model).__name__.removeprefix("FSDP")  # FSDP 2 makes a class of its own
+        saved = {"architectures": [architecture], "dtype": str(model.dtype).removeprefix("torch.")}
         found["config"] = json.loads(model.config.to_json_string()) | saved
     return found
 

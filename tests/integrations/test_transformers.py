@@ -491,6 +491,36 @@ def test_rank_0_streams_the_weights_of_two_ranks(
     assert {4, 6} <= set(_steps_of(reader, run))
 
 
+def test_every_rank_streams_its_shards_with_fsdp_2_and_a_killed_training_resumes(
+    server: ServerProcess, reader: Reader, run: str, tmp_path: Path
+) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", _SCRIPT, server.zmq, run)
+    given = ('save_strategy="steps"', "save_steps=3", 'ddp_backend="gloo"', "sharded=true")
+    for is_killed in (True, False):
+        more = ["kill_at=5"] if is_killed else []
+        with Process(*launch, str(tmp_path), "8", *given, *more) as ranks:
+            assert (ranks.wait(_WAIT_S) != 0) == is_killed, list(ranks.errors)
+
+    assert json.loads(next(line for line in ranks.lines if line.startswith("{") and "world" in line))["first"] == 4
+    _check_replayed(reader, run, recorded(tmp_path), list(range(1, 9)), tmp_path)
+    assert {3, 6, 8} <= set(_steps_of(reader, run))
+    config = json.loads(
+        reader.download(reader.version(run, "ema"), tmp_path / "ema").joinpath("config.json").read_text()
+    )
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    shown = reader.run(run)
+    assert shown.ranks is not None
+    assert (shown.state, shown.gap_steps, shown.ranks.world, shown.ranks.dropped_steps) == ("finished", 0, 2, 0)
+
+
+def test_ranks_of_fsdp_2_must_know_the_run(server: ServerProcess, tmp_path: Path) -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", _SCRIPT, server.zmq, "")
+    with Process(*launch, str(tmp_path), "2", 'ddp_backend="gloo"', "sharded=true") as ranks:
+        assert ranks.wait(_WAIT_S) != 0
+    assert any("SettingsError: the ranks of a sharded model must know the run" in line for line in ranks.errors)
+    assert not any("JoinError" in line for line in ranks.errors), "no rank has waited for the others"
+
+
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_sharded_training_is_refused_by_name_before_its_first_step(
     server: ServerProcess, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DistributedType

@@ -20,6 +20,7 @@ _REMEMBERED = 64  # dropped steps, so that each is counted once; ranks are at mo
 
 _Key: TypeAlias = tuple[int, bool]  # step, and whether it is a `set`: that comes after the update of the same step
 _NOTHING: _Key = (-1, False)
+_LAST: _Key = (STEP_MAX, True)
 
 
 @dataclass(slots=True, eq=False)
@@ -91,11 +92,12 @@ class Assembly:
         lost, why = self._lost
         if key > lost and passed is None:
             return None
+        how = "" if passed is None else f"rank {passed} {'has ended' if self._begun[passed] == _LAST else 'passed it'}"
         if passed is not None:
-            self._report(None, key, passed, "passed", f"rank {passed} passed it")
+            self._report(None, key, passed, "passed", how)
         if key <= lost:
-            return why if key == lost or lost == (STEP_MAX, True) else "it was dropped"
-        return f"rank {passed} passed it"
+            return why if key == lost or lost == _LAST else "it was dropped"
+        return how
 
     def skip(self, rank: int, step: int, why: str) -> None:
         """A rank sends no part of this step."""
@@ -104,6 +106,16 @@ class Assembly:
         self._pass(rank, (step, True), "skipped", text)
         self._remember(key, text)
         self._report(None, key, rank, "skipped", text)
+
+    def ended(self, rank: int) -> None:
+        """A rank has sent its last step: no later one can be whole, unless it is `resumed`."""
+        self._pass(rank, _LAST, "passed", f"rank {rank} has ended")
+        self._begun[rank] = _LAST
+
+    def resumed(self, rank: int) -> None:
+        """A rank that had ended goes on."""
+        if self._begun.get(rank) == _LAST:
+            del self._begun[rank]
 
     def whole(self, rank: int, slot: int) -> bool:
         """The part of a rank is whole; True if it was the last one."""
@@ -149,7 +161,8 @@ class Assembly:
         why = f"rank {rank} has finished the run"
         for pending in [each for each in self._pending if len(each.whole) < self._world]:
             self._drop(pending, rank, "passed", why)
-        self._remember((STEP_MAX, True), why)
+        self._begun.clear()
+        self._remember(_LAST, why)
 
     def drop_overdue(self, before: float) -> None:
         """Drop the steps that were begun before this time, and of which a rank has not begun its part."""

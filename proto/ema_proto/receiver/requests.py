@@ -82,6 +82,8 @@ class Requests:
             self._answer_finish(gang, claim, replace(gang.finished, request=finish.request))
         elif claim.rank == gang.lead:
             self._events.append(e.FinishRequested(gang.run, gang.ticket, finish.request))
+        elif gang.assembly is not None:
+            gang.assembly.ended(claim.rank)
 
     def finished(self, gang: Gang, answer: m.Finished, now: float) -> None:
         """The run is finished and durable, which ends the gang; or (`error`) it is not, and the gang goes on."""
@@ -123,5 +125,7 @@ class Requests:
         claim.finish = None
         if answer.error is None:
             self._runs.drop_member(gang, claim)
-        else:
-            claim.state = ClaimState.STREAMING
+            return
+        claim.state = ClaimState.STREAMING
+        if gang.assembly is not None:
+            gang.assembly.resumed(claim.rank)

@@ -287,6 +287,40 @@ def test_finished_gang_is_kept_for_a_minute_and_while_it_has_a_rank() -> None:
     assert "attach" not in reject.text
 
 
+def test_step_after_the_last_one_of_another_rank_is_dropped_at_once() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    ranks[0].say(m.Begin(1, 1))
+    assert ranks[1].say(m.Finish(1)) == []
+    (pending,) = ranks[0].heard()
+    (later,) = ranks[0].say(m.Begin(2, 2))
+    dropped = [event for event in receiver.events if isinstance(event, e.StepDropped)]
+    assert isinstance(pending, m.Reject)
+    assert isinstance(later, m.Reject)
+
+    assert (pending.code, pending.text) == (RejectCode.DROPPED, "step 1: rank 1 has ended")
+    assert (later.code, later.text) == (RejectCode.DROPPED, "step 2: rank 1 has ended")
+    assert [(event.step, event.rank, event.reason) for event in dropped] == [(1, 1, "passed"), (2, 1, "passed")]
+    receiver.events.clear()
+    finish(receiver, ranks[0])
+    assert ranks[1].heard() == [m.Finished(1, 7, warning="short")]
+
+
+def test_ranks_go_on_if_the_run_could_not_be_finished() -> None:
+    receiver = new_receiver()
+    ranks = joined_ranks(receiver)
+    for peer in ranks:
+        peer.say(m.Finish(1))
+    event = receiver.events.pop()
+    assert isinstance(event, e.FinishRequested)
+    receiver.finished("run", event.ticket, event.request, None, "the disk is full")
+    for peer in ranks:
+        assert peer.heard() == [m.Finished(1, None, "the disk is full")]
+
+    for peer in ranks:
+        assert peer.say(m.Begin(1, 1)) == []
+
+
 def test_requests_after_the_run_is_finished_are_answered_at_once() -> None:
     receiver = new_receiver()
     ranks = joined_ranks(receiver)
