@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 
@@ -16,7 +17,7 @@ from benchmarks.result import Row, Section, Spread, interleaved
 from ema_proto.limits import CHUNK_BYTES_DEFAULT
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec
 from ema_server.compute.arithmetic import Arithmetic, ByTorch
-from ema_server.compute.kernel import Target
+from ema_server.compute.kernel import Move, Target
 from ema_server.compute.memory import allocate
 from ema_server.compute.pool import WorkerPool
 from ema_server.compute.select import KernelUnavailableError, choose
@@ -46,7 +47,9 @@ def measure(*, quick: bool) -> Section:
         seconds = _seconds(elements, threads, kernels, rounds=2 if quick else 9)
         for kernel in kernels:
             rows += _rows(f"{what}, {kernel.name}", elements, seconds, kernel.name)
-        if threads == 1:  # the server's check always has one thread
+            if f"{kernel.name} move one" in seconds:
+                rows += _checked_rows(f"{what}, {kernel.name}", seconds, kernel.name)
+        if threads == 1:  # the server's check of chunks always has one thread
             rows.append(_row(f"{what}: finite check", seconds["finite"], seconds["torch one"], "one average", "none"))
     torch.set_num_threads(before)
     note = "bf16 is compared by bytes moved per second. The finite check reads memory here, cache in the server."
@@ -74,6 +77,11 @@ def _seconds(elements: int, threads: int, kernels: Sequence[Arithmetic], rounds:
             stack.callback(pool.close)
             for arm, dtype, number in zip(_ARMS, ("F32", "F32", "BF16"), (1, 3, 1), strict=True):
                 arms[f"{kernel.name} {arm}"] = _timed(_pass(pool, elements, dtype, slots[dtype], averages[:number]))
+                if pool.can_move and dtype == "F32":
+                    arms[f"{kernel.name} move {arm}"] = _timed(_move(pool, elements, slots[dtype], averages[:number]))
+            if pool.can_move:
+                check = FiniteCheck(_manifest(elements, "F32"))
+                arms[f"{kernel.name} check"] = _timed(partial(pool.not_finite, check, slots["F32"].tensor))
         return interleaved(rounds, **arms)
 
 
@@ -94,6 +102,17 @@ def _rows(what: str, elements: int, seconds: Seconds, kernel: str) -> list[Row]:
     ]
 
 
+def _checked_rows(what: str, seconds: Seconds, kernel: str) -> list[Row]:
+    """A pass that checks the snapshot as it reads it, against a pass that does not, and a check before such a pass."""
+    rows = list[Row]()
+    for number in ("one", "three"):
+        checked, plain, check = (seconds[f"{kernel} {arm}"] for arm in (f"move {number}", number, "check"))
+        both = [first + then for first, then in zip(check, plain, strict=True)]
+        rows.append(_row(f"{what}: {number}, checked in the pass", checked, plain, "not checked", "≤ 1.1"))
+        rows.append(_row(f"{what}: {number}, checked in the pass", checked, both, "checked before", "< 1"))
+    return rows
+
+
 def _row(name: str, ours: list[float], rival: list[float], against: str, aim: str) -> Row:
     shown = f"{Spread.of(rival).show('ms', 1e3)}, {against}"
     return Row(name, Spread.of(ours).show("ms", 1e3), shown, Spread.ratio(ours, rival), aim)
@@ -105,6 +124,20 @@ def _pass(
     targets = [Target(average, Form.WIDE, _WEIGHT) for average in averages]
     blocks = segments(_manifest(elements, dtype), lambda _: -1)
     return lambda: pool.update(blocks, slot.tensor, targets, None)
+
+
+def _move(pool: WorkerPool, elements: int, slot: Slot, averages: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """A pass that checks, and writes the averages elsewhere; each pass begins where the one before it ended."""
+    manifest = _manifest(elements, "F32")
+    blocks, check = segments(manifest, lambda _: -1), FiniteCheck(manifest)
+    places = [(average, allocate(4 * elements).data) for average in averages]
+
+    def work() -> None:
+        moves = [Move(Target(old, Form.WIDE, _WEIGHT), new) for old, new in places]
+        pool.move(blocks, slot.tensor, moves, check, None)
+        places[:] = [(new, old) for old, new in places]
+
+    return work
 
 
 def _checks(elements: int, slot: Slot) -> Callable[[], None]:

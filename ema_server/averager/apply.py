@@ -40,6 +40,9 @@ def apply(active: ActiveRun, job: Apply) -> None:
         return
     objected, not_finite = _wrong_step(run, job), frozenset[str]()
     if objected is None:
+        if job.not_finite is None and _applied_if_finite(active, job):
+            job.reply(Applied(job.step, run.exempt))
+            return
         found = run.not_finite(active.resources.pool, job.data) if job.not_finite is None else job.not_finite
         not_finite = frozenset(found) - run.exempt
         objected = _unclean(run, job.step, not_finite)
@@ -72,19 +75,34 @@ def _unclean(run: Run, step: int, not_finite: frozenset[str]) -> Objection | Non
     return Objection(text, tuple(unclean[:_TENSORS_KEPT]))
 
 
-def _apply(active: ActiveRun, job: Apply, nonfinite_buffers: frozenset[str]) -> None:
+def _applied_if_finite(active: ActiveRun, job: Apply) -> bool:
+    """Check and apply a snapshot in one pass; False if it has to be checked before, and nothing has changed."""
     run, resources, started = active.run, active.resources, time.perf_counter()
     last_step = run.last_step
-    kept = run.apply(resources.pool, job.step, job.mode, job.data, active.draft, nonfinite_buffers)
+    if not run.apply_if_finite(resources.pool, resources.device, job.step, job.mode, job.data, active.draft):
+        return False
+    _note_applied(active, job.step, last_step, frozenset(), started)
+    return True
+
+
+def _apply(active: ActiveRun, job: Apply, nonfinite_buffers: frozenset[str]) -> None:
+    run, started = active.run, time.perf_counter()
+    last_step = run.last_step
+    kept = run.apply(active.resources.pool, job.step, job.mode, job.data, active.draft, nonfinite_buffers)
+    _note_applied(active, job.step, last_step, kept, started)
+
+
+def _note_applied(active: ActiveRun, step: int, last_step: int | None, kept: frozenset[str], started: float) -> None:
+    resources = active.resources
     active.commit_draft()
     resources.telemetry.updates.inc()
     resources.telemetry.update_seconds.inc(time.perf_counter() - started)
     if active.refused:
         text = "run %s: step %d is applied; %d snapshots before it were refused"
-        logger.warning(text, run.name, job.step, active.refused)
+        logger.warning(text, active.name, step, active.refused)
         active.refused = 0
-    active.nonfinite_buffers = _track_nonfinite(active, job.step, last_step, sorted(kept))
-    active.rate.add(resources.clock(), job.step)
+    active.nonfinite_buffers = _track_nonfinite(active, step, last_step, sorted(kept))
+    active.rate.add(resources.clock(), step)
     active.show()
 
 

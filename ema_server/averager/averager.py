@@ -297,7 +297,7 @@ class Averager:
             case AddAverage() | RemoveAverage() if active.departed:
                 refuse(job, _not_streaming(job), WhyNot.NOT_STREAMING)
             case AddAverage():
-                add_average(active, job)
+                add_average(self._runs, active, job)
             case RemoveAverage():
                 remove_average(active, job)
 

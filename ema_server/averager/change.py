@@ -7,13 +7,14 @@ from ema_proto.averages.step_units import check_step_units
 from ema_proto.errors import LocalProtocolError
 from ema_proto.limits import AVERAGES_MAX
 from ema_server.averager.active_run import ActiveRun, PublishRequest
+from ema_server.averager.active_runs import ActiveRuns
 from ema_server.averager.jobs import AddAverage, Changed, Durable, Outcome, RemoveAverage, Unchanged, WhyNot
 from ema_server.rules.ledger import Ledger
 from ema_server.runs.average import Average, needed_nbytes, new_average
 from ema_server.runs.run import Run
 
 
-def add_average(active: ActiveRun, job: AddAverage) -> None:
+def add_average(runs: ActiveRuns, active: ActiveRun, job: AddAverage) -> None:
     """Add an average that begins with the next snapshot."""
     run, rule, resources = active.run, job.rule, active.resources
     conflict = _conflict(run, rule, resources.catalog.derived_averages(run.name))
@@ -21,7 +22,12 @@ def add_average(active: ActiveRun, job: AddAverage) -> None:
         job.reply(Unchanged(WhyNot.CONFLICT, conflict))
         return
     try:
-        added = new_average(run.manifest, rule, Ledger(run.last_step or 0), resources.device)
+        try:
+            added = new_average(run.manifest, rule, Ledger(run.last_step or 0), resources.device)
+        except MemoryError:
+            if not runs.drop_spares():
+                raise
+            added = new_average(run.manifest, rule, Ledger(run.last_step or 0), resources.device)
     except MemoryError as error:
         needed = needed_nbytes(run.manifest, rule)
         text = f"average {rule.name!r} of run {run.name!r} needs {needed} bytes of memory: {error}"

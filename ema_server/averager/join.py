@@ -23,7 +23,12 @@ from ema_server.storage.records import BrokenGeneration, RunRecord, newest_step_
 
 def join(runs: ActiveRuns, job: Join) -> None:
     try:
-        _join(runs, job)
+        try:
+            _join(runs, job)
+        except MemoryError:
+            if not runs.drop_spares():
+                raise
+            _join(runs, job)
     except MemoryError as error:
         text = f"run {job.run!r} does not fit into the server: {error}"
         job.reply(Refused(RejectCode.OUT_OF_MEMORY, text))

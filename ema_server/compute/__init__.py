@@ -8,6 +8,7 @@
 - `cuda`: a CUDA device as a backend
 - `arithmetic`: how averages take in a block of elements, by torch
 - `compiled`: the same arithmetic in loops that numba compiles
+- `checked`: such a loop that finds NaN and Inf in the same pass, and writes elsewhere
 - `select`: chooses between these two
 - `kernel`: one thread's pass over the blocks of a snapshot
 - `pool`: the threads that share a pass

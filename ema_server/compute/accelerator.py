@@ -56,6 +56,9 @@ class Accelerator:
             raise MemoryError(f"cannot allocate {nbytes} bytes on {self.name}: only {free_bytes} are available")
         return DeviceMemory(self._bounce.allocate(nbytes), self._bounce)
 
+    def spare(self, nbytes: int) -> None:
+        """None: a snapshot is checked in host memory, before it is moved."""
+
     def feed(self, block_elements: int) -> Feed:
         return Upload(self._backend, block_elements, self._copiers)
 

@@ -7,8 +7,13 @@ from typing import Protocol, TypeAlias
 
 import torch
 
+from ema_server.tensors.finite import is_finite
+
 Weighted: TypeAlias = tuple[torch.Tensor, float]
 """The elements of an average (1-D, contiguous, float32 or float64), and the weight of the new elements in it."""
+
+Moved: TypeAlias = tuple[torch.Tensor, torch.Tensor, float]
+"""The elements of an average as in `Weighted`, where the updated ones are written, and the weight of the new ones."""
 
 
 class Elements:
@@ -40,6 +45,10 @@ class Arithmetic(Protocol):
     def name(self) -> str:
         """As in the settings."""
 
+    @property
+    def can_move(self) -> bool:
+        """Whether `lerp_into` costs no more than `lerp`. It is not called otherwise."""
+
     def lerp(self, elements: Elements, averages: Sequence[Weighted]) -> None:
         """`average += weight * (elements - average)` for each, in its own dtype.
 
@@ -47,15 +56,27 @@ class Arithmetic(Protocol):
         factors do not add up to 1.
         """
 
+    def lerp_into(self, elements: Elements, averages: Sequence[Moved]) -> bool:
+        """Write what `lerp` computes elsewhere; returns whether all new elements are finite.
+
+        At least one average has a weight; `old` and `new` do not overlap.
+        """
+
 
 class ByTorch:
     """`torch.lerp_`, one average at a time."""
 
     name = "torch"
+    can_move = False  # it would read what it overwrites, which costs as much as a check beforehand
 
     def lerp(self, elements: Elements, averages: Sequence[Weighted]) -> None:
         for average, weight in averages:
             average.lerp_(elements.to(average.dtype), weight)
+
+    def lerp_into(self, elements: Elements, averages: Sequence[Moved]) -> bool:
+        for old, new, weight in averages:
+            torch.lerp(old, elements.to(old.dtype), weight, out=new)
+        return is_finite(elements.source)
 
 
 BY_TORCH = ByTorch()

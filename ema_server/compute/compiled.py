@@ -6,7 +6,9 @@ float32 in a register, where torch writes it out as float32 first. Importing thi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numba
@@ -14,7 +16,10 @@ import numpy as np
 import torch
 from numba.core.errors import NumbaError
 
-from ema_server.compute.arithmetic import BY_TORCH, Elements, Weighted
+from ema_server.compute.arithmetic import BY_TORCH, Elements, Moved, Weighted
+from ema_server.compute.checked import lerp_into
+
+logger = logging.getLogger(__name__)
 
 GROUP_MAX = 4  # averages per loop: each number is compiled on its own, and LLVM does not vectorise 8 or more
 
@@ -43,14 +48,35 @@ class ByLoops:
         if average.tolist() != [0.25, 0.5, 1.0]:
             raise RuntimeError(f"numba {numba.__version__} computes {average.tolist()} where [0.25, 0.5, 1.0] is right")
 
+    @cached_property
+    def can_move(self) -> bool:
+        """Whether the loop of `lerp_into` works here; it is compiled at the first question."""
+        old, new = torch.zeros(64), torch.zeros(64)
+        try:
+            return lerp_into(torch.ones(64), [(old, new, 0.25)]) and bool((new == 0.25).all())
+        except (NumbaError, RuntimeError) as error:  # LLVM's errors are RuntimeErrors
+            logger.warning("snapshots are checked before they are averaged, which takes longer: %s", error)
+            return False
+
     def lerp(self, elements: Elements, averages: Sequence[Weighted]) -> None:
-        source = elements.source
-        if source.dtype is torch.float16:
-            source = elements.to(torch.float32)
+        source = _source(elements)
         small = [pair for pair in averages if abs(pair[1]) < _LARGE_WEIGHT]
         _lerp(source, small)
         if len(small) < len(averages):
             BY_TORCH.lerp(elements, [pair for pair in averages if abs(pair[1]) >= _LARGE_WEIGHT])
+
+    def lerp_into(self, elements: Elements, averages: Sequence[Moved]) -> bool:
+        small = [each for each in averages if abs(each[2]) < _LARGE_WEIGHT]
+        finite = not small or lerp_into(_source(elements), small)
+        if len(small) < len(averages):
+            large = [each for each in averages if abs(each[2]) >= _LARGE_WEIGHT]
+            finite &= BY_TORCH.lerp_into(elements, large)
+        return finite
+
+
+def _source(elements: Elements) -> torch.Tensor:
+    """The elements in a dtype that the loops read: they have no float16."""
+    return elements.to(torch.float32) if elements.source.dtype is torch.float16 else elements.source
 
 
 def _lerp(source: torch.Tensor, averages: Sequence[Weighted]) -> None:

@@ -11,12 +11,14 @@ from typing import Protocol
 
 import torch
 
-from ema_server.compute.memory import HostMemory, Memory, allocate
+from ema_server.compute.memory import HostMemory, Memory, allocate, available_bytes
 from ema_server.tensors.dtypes import view
 from ema_server.tensors.layout import Segment
 
 # 2 MiB of float32: a block's work dwarfs the Python around it, and the block stays in cache for all averages.
 BLOCK_ELEMENTS = 512 << 10
+
+_SPARE_SHARE = 8  # spare memory is at most one part in this many of what is available
 
 WORKERS_MAX = 8  # memory is saturated by then, and the interpreter lock is not
 
@@ -61,6 +63,9 @@ class Device(Protocol):
             MemoryError: the device has not enough; the text says how much is left.
         """
 
+    def spare(self, nbytes: int) -> Memory | None:
+        """Memory that only makes passes faster; None where there is too little for that, or passes cannot use it."""
+
     def feed(self, block_elements: int) -> Feed:
         """A feed for one thread."""
 
@@ -88,6 +93,16 @@ class Host:
 
     def allocate(self, nbytes: int) -> HostMemory:
         return allocate(nbytes, touch=True)
+
+    def spare(self, nbytes: int) -> HostMemory | None:
+        """A part of what is available that leaves enough for others, and for the runs to come."""
+        available = available_bytes()
+        if available is None or nbytes * _SPARE_SHARE > available:
+            return None
+        try:
+            return allocate(nbytes)
+        except MemoryError:  # a limit of the process
+            return None
 
     def feed(self, block_elements: int) -> Feed:
         return _InPlace()

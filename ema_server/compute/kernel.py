@@ -12,8 +12,9 @@ from typing import Protocol
 import torch
 
 from ema_proto.dtypes import ITEM_BYTES
-from ema_server.compute.arithmetic import Arithmetic, Elements, Weighted
+from ema_server.compute.arithmetic import Arithmetic, Elements, Moved, Weighted
 from ema_server.tensors.dtypes import view
+from ema_server.tensors.finite import FiniteCheck
 from ema_server.tensors.layout import Form, Segment, held_dtype
 
 
@@ -49,6 +50,14 @@ class Target:
     mix: tuple[Source, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A target without a `mix`, and where its updated bytes are written; None leaves it as it is (weight 0)."""
+
+    target: Target
+    into: torch.Tensor | None
+
+
 class Kernel:
     """One thread's pass over blocks, with scratch in which a block's floats are widened once for all averages."""
 
@@ -81,6 +90,40 @@ class Kernel:
                 else:
                     averaged.append((held, target.weight))
             self._arithmetic.lerp(Elements(source, self._scratch), averaged)
+
+    def move(
+        self,
+        block: Segment,
+        snapshot: torch.Tensor,
+        moves: Sequence[Move],
+        check: FiniteCheck,
+        sink: BlockSink | None = None,
+    ) -> bool:
+        """Write one block of every target, updated, to where it moves; returns whether the snapshot's block is finite.
+
+        Args:
+            block: of at most the kernel's number of elements.
+            snapshot: uint8, 1-D, in host memory, as the targets are.
+            moves: what to write where. The targets do not change.
+            check: says which tensors are to be finite. Those that an average averages are among them.
+            sink: sees each target's block.
+        """
+        source, moved = view(snapshot, block.dtype, block.wire_offset, block.count), list[Moved]()
+        for index, move in enumerate(moves):
+            target = move.target
+            begin, dtype = block.offset(target.form), held_dtype(target.form, block.dtype)
+            if sink is not None:
+                sink.write(index, begin, begin + block.count * ITEM_BYTES[dtype])
+            if move.into is None:
+                continue
+            new = view(move.into, dtype, begin, block.count)
+            if target.weight is None or not block.averaged >> target.number & 1:
+                new.copy_(source)
+            else:
+                moved.append((view(target.data, dtype, begin, block.count), new, target.weight))
+        if moved:
+            return self._arithmetic.lerp_into(Elements(source, self._scratch), moved)
+        return not check.check(block.wire_offset, snapshot[block.wire_offset : block.wire_end])
 
     def _blend(self, held: torch.Tensor, block: Segment, snapshot: torch.Tensor, mix: Sequence[Source]) -> None:
         for index, source in enumerate(mix):

@@ -19,7 +19,7 @@ import torch
 
 from ema_server.compute.arithmetic import BY_TORCH, Arithmetic
 from ema_server.compute.device import BLOCK_ELEMENTS, HOST, Device, Feed
-from ema_server.compute.kernel import BlockSink, Kernel, Target, show
+from ema_server.compute.kernel import BlockSink, Kernel, Move, Target, show
 from ema_server.tensors.finite import FiniteCheck
 from ema_server.tensors.layout import Form, Segment, cut
 
@@ -50,6 +50,8 @@ class WorkerPool:
         arithmetic: Arithmetic = BY_TORCH,
     ) -> None:
         self._block_elements = block_elements
+        self._arithmetic = arithmetic
+        self._can_address = device.torch_device.type == "cpu"
         self._workers = tuple(
             _Worker(Kernel(block_elements, device.torch_device, arithmetic), device.feed(block_elements))
             for _ in range(workers)
@@ -66,6 +68,35 @@ class WorkerPool:
                 worker.kernel.update(worker.feed.blocks(snapshot, blocks), targets, sink)
 
         self._share(cut(segments, self._block_elements), update, len(snapshot))
+
+    @property
+    def can_move(self) -> bool:
+        """Whether `move` costs no more than `update`. It is not called otherwise."""
+        return self._can_address and self._arithmetic.can_move
+
+    def move(
+        self,
+        segments: Sequence[Segment],
+        snapshot: torch.Tensor,
+        moves: Sequence[Move],
+        check: FiniteCheck,
+        sink: BlockSink | None,
+    ) -> bool:
+        """Write every target, updated, to where it moves, as `Kernel.move` does; returns whether all blocks are finite.
+
+        If it is not, the pass ends early, and what was written is of no use.
+        """
+        unclean = threading.Event()
+
+        def move(worker: _Worker, blocks: Iterator[Segment]) -> None:
+            for block in blocks:
+                if unclean.is_set():
+                    return
+                if not worker.kernel.move(block, snapshot, moves, check, sink):
+                    unclean.set()
+
+        self._share(cut(segments, self._block_elements), move, len(snapshot))
+        return not unclean.is_set()
 
     def write(self, segments: Sequence[Segment], forms: Sequence[Form], sink: BlockSink) -> None:
         """Show every block of every average to `sink` without a change."""

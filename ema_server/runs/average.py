@@ -11,7 +11,7 @@ from ema_proto.averages.rules import AverageSpec, Bema, Window
 from ema_proto.averages.step_units import StepUnits
 from ema_proto.wire.manifest import Manifest
 from ema_server.compute.device import Device
-from ema_server.compute.kernel import Source, Target
+from ema_server.compute.kernel import Move, Source, Target
 from ema_server.compute.memory import Memory
 from ema_server.rules.correction import begins, correction_of, factor_at
 from ema_server.rules.ledger import Ledger
@@ -41,7 +41,8 @@ class Average:
     say which; those of a `bema` hold its initial weights, which are the only entry, and its moving average.
     `age_steps` is the mean age of the weights inside (for a `bema`, inside its moving average); `initial_share` the
     share of the weights that it began from: of the last snapshot that it copied because it did not average yet, or of
-    the last `set`. With `is_removed` it is still updated, but no longer recorded.
+    the last `set`. With `is_removed` it is still updated, but no longer recorded. `spare` is memory in which the next
+    state can be written while this one stays.
     """
 
     rule: AverageSpec
@@ -57,6 +58,7 @@ class Average:
     age_steps: float = 0.0
     initial_share: float = 1.0
     is_removed: bool = False
+    spare: Memory | None = None
 
     @property
     def form(self) -> Form:
@@ -69,7 +71,8 @@ class Average:
 
     @property
     def nbytes(self) -> int:
-        return self.memory.nbytes + sum(slot.nbytes for slot in self.slots)
+        spare = 0 if self.spare is None else self.spare.nbytes
+        return self.memory.nbytes + spare + sum(slot.nbytes for slot in self.slots)
 
     @property
     def holdings(self) -> tuple[Holding, ...]:
@@ -112,7 +115,7 @@ class Average:
         elif isinstance(self.rule, Bema):
             targets = self._correct(self.rule, number, previous, step)
         else:
-            span = None if previous is None else Span(previous, step, self.ledger.origin)
+            span = self._span(previous, step)
             weight = None if span is None else weight_of(self.rule, span, units)
             left = 0.0 if weight is None else 1.0 - weight
             begins = span is None or is_copied(self.rule, span)
@@ -120,6 +123,22 @@ class Average:
             self.age_steps = 0.0 if previous is None else left * (self.age_steps + step - previous)
             targets = (Target(self.memory.data, self.form, weight, number),)
         return targets
+
+    def move(self, number: int, step: int, units: StepUnits, *, replaces: bool) -> Move:
+        """What the kernel is to do with the snapshot of `step` instead of what `advance` says; nothing is recorded.
+
+        The next state is written to the spare memory, which `has_moved` makes the average's own. Only for an average
+        with spare memory and one target. The arguments are those of `advance`.
+        """
+        span = self._span(None if replaces else self.ledger.last_step, step)
+        weight = None if span is None else weight_of(self.rule, span, units)
+        target = Target(self.memory.data, self.form, weight, number)
+        return Move(target, None if weight == 0.0 or self.spare is None else self.spare.data)
+
+    def has_moved(self) -> None:
+        """The next state is in the spare memory: the average is there from now on."""
+        if self.spare is not None:
+            self.memory, self.spare = self.spare, self.memory
 
     def keep(self, targets: tuple[Target, ...], donor: Average) -> tuple[Target, ...]:
         """Returns what the kernel is to do with tensors of the snapshot that are not finite.
@@ -156,6 +175,10 @@ class Average:
             window=tuple((entry.step, entry.count) for entry in self.entries),
             ledger=self.ledger.to_json(),
         )
+
+    def _span(self, previous: int | None, step: int) -> Span | None:
+        """The steps that the snapshot stands for, None if it begins the average."""
+        return None if previous is None else Span(previous, step, self.ledger.origin)
 
     def _slide(self, rule: Window, number: int, previous: int | None, step: int) -> tuple[Target, ...]:
         """Put a snapshot that is due into a slot, and compute the mean again. Before the first one, copy the snapshot.
@@ -230,13 +253,14 @@ def new_average(
     Raises:
         MemoryError: the device has not enough.
     """
+    spare: Memory | None = None
     if old is not None and old.rule.spec == rule.spec:
-        memory, slots = old.memory, old.slots
+        memory, slots, spare = old.memory, old.slots, old.spare
     else:
         memory = device.allocate(held_nbytes(manifest, form_of(rule)))
         slots = tuple(map(device.allocate, _slot_sizes(manifest, rule)))
     averaged, files = averaged_names(manifest, rule), files_of(manifest, form_of(rule))
-    return Average(rule, averaged, memory, files, _slot_files(manifest, rule), slots, ledger)
+    return Average(rule, averaged, memory, files, _slot_files(manifest, rule), slots, ledger, spare=spare)
 
 
 def _slot_sizes(manifest: Manifest, rule: AverageSpec) -> tuple[int, ...]:

@@ -28,6 +28,9 @@ from ema_server.tensors.layout import Form, Segment, take_out
 from ema_server.tensors.selection import segments_for
 
 REMOVED_MAX = 1000  # every generation records them, and few trainers still list one
+SPARES_MAX = 2  # with three averages, a check before the pass takes only an eighth longer
+SPARE_FROM_BYTES = 8 << 20  # a smaller snapshot is still in cache after the check
+
 STEP_UNITS_MAX = 1000  # every generation records them, and few sessions change them
 
 
@@ -51,6 +54,8 @@ class Run:
         removed: averages that the run had.
         edits: changes of its averages since it came into memory.
         refused_step: the highest step quarantined since then, 0 without any.
+
+    `_spares` is how many averages may have spare memory; `_is_suspect`: the last checked snapshot was not finite.
     """
 
     name: str
@@ -71,6 +76,8 @@ class Run:
     refused_step: int = 0
     segments: tuple[Segment, ...] = field(init=False)
     _check: FiniteCheck | None = field(init=False)
+    _spares: int = SPARES_MAX
+    _is_suspect: bool = False
 
     def __post_init__(self) -> None:
         self._lay_out()
@@ -154,9 +161,9 @@ class Run:
 
     def not_finite(self, pool: WorkerPool, snapshot: torch.Tensor) -> tuple[str, ...]:
         """Names of the averaged float tensors with NaN or Inf in a snapshot, without those that are exempt."""
-        if self._check is None:
-            self._check = FiniteCheck(self.manifest, self.exempt)
-        return pool.not_finite(self._check, snapshot)
+        found = pool.not_finite(self._finite_check(), snapshot)
+        self._is_suspect = bool(found)
+        return found
 
     def apply(
         self,
@@ -205,6 +212,38 @@ class Run:
         pool.update(alone, snapshot, list(chain(*kept_targets)), sink)
         return kept
 
+    def apply_if_finite(
+        self, pool: WorkerPool, device: Device, step: int, mode: Mode, snapshot: torch.Tensor, sink: BlockSink | None
+    ) -> bool:
+        """Do as `apply` does in a pass that also checks the snapshot.
+
+        Returns:
+            False if that is not possible, or the snapshot is not finite: then the averages are what they were. What the
+            sink has seen is still true.
+        """
+        if self._is_suspect or not pool.can_move or not self._has_spares(device):
+            return False
+        moves = [
+            average.move(number, step, self.step_units, replaces=mode == "set")
+            for number, average in enumerate(self.averages)
+        ]
+        if not pool.move(self.segments, snapshot, moves, self._finite_check(), sink):
+            self._is_suspect = True
+            return False
+        self._advance(step, replaces=mode == "set")
+        for average, move in zip(self.averages, moves, strict=True):
+            if move.into is not None:
+                average.has_moved()
+        return True
+
+    def drop_spares(self) -> bool:
+        """Free memory that only makes passes faster; returns whether there was any. None is taken from now on."""
+        had = any(average.spare is not None for average in self.averages)
+        for average in self.averages:
+            average.spare = None
+        self._spares = 0
+        return had
+
     def refuse(self, step: int, mode: Mode) -> None:
         """Count a snapshot that is not applied. The step of an update is a gap."""
         self.quarantined += 1
@@ -239,6 +278,23 @@ class Run:
             average.advance(number, step, missing, self.step_units, replaces=replaces)
             for number, average in enumerate(self.averages)
         ]
+
+    def _finite_check(self) -> FiniteCheck:
+        if self._check is None:
+            self._check = FiniteCheck(self.manifest, self.exempt)
+        return self._check
+
+    def _has_spares(self, device: Device) -> bool:
+        """Whether each average has spare memory; what is missing is taken, if there is enough and it is of use."""
+        if self.manifest.nbytes < SPARE_FROM_BYTES or len(self.averages) > self._spares:
+            return False
+        for average in self.averages:
+            if average.spare is None and not average.slots:
+                average.spare = device.spare(average.memory.nbytes)
+            if average.spare is None:
+                self.drop_spares()
+                return False
+        return True
 
     def _due_until(self, step: int) -> int:
         return 0 if self.last_step is None else points(self.every, self.last_step, step)

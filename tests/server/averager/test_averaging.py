@@ -18,13 +18,16 @@ from ema_proto.wire.manifest import Role
 from ema_server.averager.jobs import Applied, Quarantined
 from ema_server.runs.status_store import NonFiniteBuffers
 from ema_server.storage.catalog import Version
+from support.arithmetics import check_in_the_pass
 from support.oracle import bound, largest_difference, ledger_steps, replay
 from support.server_core import ServerCore, durable, joined, manifest_of, running_core, versions_by_average
 
 
-@pytest.fixture(params=[True, False], ids=["checked before", "checked by the averager"])
-def core(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[ServerCore]:
-    with running_core(tmp_path, checks_first=request.param) as core:
+@pytest.fixture(params=["before", "by the averager", "in the pass"], ids=lambda when: f"checked {when}")
+def core(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerCore]:
+    if request.param == "in the pass":
+        check_in_the_pass(monkeypatch)
+    with running_core(tmp_path, checks_first=request.param == "before") as core:
         yield core
 
 

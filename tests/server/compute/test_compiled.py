@@ -175,3 +175,50 @@ def test_loops_with_wrong_results_are_not_used(monkeypatch: pytest.MonkeyPatch) 
 
     with pytest.raises(RuntimeError, match=r"computes \[0.0, 0.0, 0.0\] where \[0.25, 0.5, 1.0\] is right"):
         compiled.ByLoops()
+
+
+def _moved(source: Tensor, averages: list[Weighted], skipped: int = 0) -> tuple[bool, list[Tensor]]:
+    """What `lerp_into` returns and writes, `skipped` elements into memory that is aligned to a cache line."""
+    room = [torch.empty(len(source) + 64, dtype=average.dtype) for average, _ in averages]
+    starts = [skipped + -memory.data_ptr() % 64 // memory.itemsize for memory in room]
+    news = [memory[start : start + len(source)] for memory, start in zip(room, starts, strict=True)]
+    moves = [(old, new, weight) for (old, weight), new in zip(averages, news, strict=True)]
+    return compiled.ByLoops().lerp_into(_elements(source), moves), news
+
+
+@_pairs
+@pytest.mark.parametrize("number", [1, 2, compiled.GROUP_MAX + 1])
+def test_loops_that_check_give_the_same_bits_elsewhere(wire: torch.dtype, held: torch.dtype, number: int) -> None:
+    weights = itertools.cycle(_WEIGHTS)
+    for skipped, count in itertools.product((0, 1, 3, 7), (1, 15, 16, 31, 32, 33, 65, 1000)):
+        source = _values(count, count, wire)
+        averages = [(_values(k, count, held), next(weights)) for k in range(number)]
+        before = [average.clone() for average, _ in averages]
+        finite, news = _moved(source, averages, skipped)
+
+        assert finite
+        assert all(torch.equal(average, other) for (average, _), other in zip(averages, before, strict=True))
+        compiled.ByLoops().lerp(_elements(source), averages)
+        assert _equal(averages, news), f"{count} elements, {skipped} elements past a cache line"
+
+
+@_pairs
+def test_loops_that_check_find_nan_and_inf_everywhere(wire: torch.dtype, held: torch.dtype) -> None:
+    count, largest = 83, torch.finfo(wire).max
+    for weight, bad in itertools.product((0.1, 0.75), (float("nan"), float("inf"), -float("inf"))):
+        for index in range(count):
+            source = torch.full((count,), largest, dtype=wire)
+            source[index] = bad
+            assert not _moved(source, [(torch.zeros(count, dtype=held), weight)])[0], (index, bad)
+    assert _moved(torch.full((count,), largest, dtype=wire), [(torch.zeros(count, dtype=held), 0.1)])[0]
+    assert _moved(torch.full((count,), -largest, dtype=wire), [(torch.zeros(count, dtype=held), 0.1)])[0]
+
+
+def test_checks_are_made_beforehand_where_the_loop_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bool:
+        raise RuntimeError("LLVM ERROR: no such instruction")
+
+    loops = compiled.ByLoops()
+    monkeypatch.setattr(compiled, "lerp_into", broken)
+
+    assert not loops.can_move
