@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer_client.errors import PlanError
-from trainer_client.model.wrappers import canonical_name, wrapped_attribute
+from trainer_client.model.wrappers import canonical_names, wrapped_attribute
 
 log = logging.getLogger("ema")
 
@@ -149,8 +149,8 @@ def with_weights(module: nn.Module, weights: Sequence[Tensor]) -> nn.Module:
         value = nn.Parameter(weight.detach().to(own.dtype), requires_grad=own.requires_grad)
         values |= dict.fromkeys(group, value)
     made = nn.Module()
-    for key, held in module.state_dict().items():
-        name = canonical_name(module, key)
+    entries = module.state_dict()
+    for name, held in zip(canonical_names(module, entries), entries.values(), strict=True):
         if name in values:
             _set_parameter(made, name, values[name])
         elif isinstance(held, Tensor):
@@ -162,8 +162,9 @@ def with_weights(module: nn.Module, weights: Sequence[Tensor]) -> nn.Module:
 def _names_of(module: nn.Module) -> dict[Names, torch.Size]:
     names: dict[int, list[str]] = {}
     shapes: dict[int, torch.Size] = {}
-    for name, tensor in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(tensor), []).append(canonical_name(module, name))
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for name, tensor in zip(canonical_names(module, parameters), parameters.values(), strict=True):
+        names.setdefault(id(tensor), []).append(name)
         shapes[id(tensor)] = tensor.shape
     return {tuple(each): shapes[key] for key, each in names.items()}
 

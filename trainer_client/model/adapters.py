@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trainer_client.errors import PlanError
 from trainer_client.model.sources import Source
-from trainer_client.model.wrappers import canonical_name, wrapped_attribute
+from trainer_client.model.wrappers import canonical_names, wrapped_attribute
 
 CONFIG_FILE: Final = "adapter_config.json"
 
@@ -146,7 +146,8 @@ def adapter_names(model: nn.Module) -> dict[str, str]:
         tensors = {} if adapter is None else adapter.tensors()
     except PlanError:
         return {}
-    names = {id(tensor): canonical_name(model, key) for key, tensor in model.state_dict(keep_vars=True).items()}
+    entries = model.state_dict(keep_vars=True)
+    names = dict(zip(map(id, entries.values()), canonical_names(model, entries), strict=True))
     return {name: names[id(tensor)] for name, tensor in tensors.items() if id(tensor) in names}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -177,11 +178,18 @@ def _required(source: Source) -> Tensor:
 def _tied(sources: tuple[Source, ...], tied: Mapping[str, str] | None) -> list[list[Source]]:
     """Group the sources that are one tensor, in the order of their first names; only those in `tied`, if given."""
     groups: dict[tuple[Identity | str, str | None], list[Source]] = {}
-    for source in sources:
-        key = identity(_required(source))
+    addresses = [_address(_required(source)) for source in sources]
+    counts = Counter(addresses)
+    for source, address in zip(sources, addresses, strict=True):
+        key = identity(_required(source)) if counts[address] > 1 else None
         was = None if tied is None else tied.get(source.name, source.name)
         groups.setdefault((source.name if key is None else key, was), []).append(source)
     return list(groups.values())
+
+
+def _address(tensor: Tensor) -> int:
+    """A number that two tensors share if they are one, and maybe also if they are not."""
+    return id(tensor) if is_sharded(tensor) else tensor.data_ptr()
 
 
 def _spec(group: list[Source], dtype: str) -> TensorSpec:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer_client.errors import PlanError
 from trainer_client.model.shards import is_sharded, local_of
-from trainer_client.model.wrappers import Stages, canonical_name, wrapped_attribute
+from trainer_client.model.wrappers import Stages, canonical_names, wrapped_attribute
 
 Identity: TypeAlias = tuple[object, ...]
 
@@ -124,8 +124,8 @@ def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: boo
         PlanError: an entry of the state dict is not one of the tensors, or one of them is missing there.
     """
     missing, extra_state = dict(tensors), list[str]()
-    for key, value in model.state_dict().items():
-        name = canonical_name(model, key)
+    entries = model.state_dict()
+    for name, value in zip(canonical_names(model, entries), entries.values(), strict=True):
         if not whole and name not in tensors:
             continue
         if name not in tensors and name.rpartition(".")[2] == EXTRA_STATE:
@@ -147,6 +147,8 @@ def check_state_dict(model: nn.Module, tensors: dict[str, Tensor], *, whole: boo
 
 def _is_same(entry: Tensor, tensor: Tensor) -> bool:
     """Whether an entry of a state dict is this tensor, detached."""
+    if type(entry) is Tensor and type(tensor) in (Tensor, nn.Parameter) and entry.dtype == tensor.dtype:
+        return entry.is_set_to(tensor)  # the same memory, shape and strides
     if is_sharded(entry) and is_sharded(tensor):
         return entry.shape == tensor.shape and identity(local_of(entry)) == identity(local_of(tensor))
     return identity(entry) == identity(tensor)

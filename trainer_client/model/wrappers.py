@@ -7,7 +7,7 @@ are imported already: a class that was never imported has no instances, and impo
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from torch import nn
@@ -54,11 +54,18 @@ def wrapped_attribute(module: nn.Module, name: str) -> str | None:
     return next((attribute for file, cls, attribute in _WRAPPERS if _is(module, file, cls)), None)
 
 
-def canonical_name(model: nn.Module, key: str) -> str:
-    """The name of a state-dict key without the prefixes of wrappers.
+def canonical_names(model: nn.Module, keys: Iterable[str]) -> Iterator[str]:
+    """The names of state-dict keys without the prefixes of wrappers; each module is found once for its tensors."""
+    prefixes: dict[str, str] = {}
+    for key in keys:
+        owner, _, attribute = key.rpartition(".")
+        if owner not in prefixes:
+            prefixes[owner] = _canonical_name(model, key).removesuffix(attribute)
+        yield prefixes[owner] + attribute
 
-    Some wrappers drop their own prefix from the state dict and some do not, so the key is followed through the modules.
-    """
+
+def _canonical_name(model: nn.Module, key: str) -> str:
+    # Some wrappers drop their own prefix from the state dict, so the key is followed through the modules.
     module, rest, parts = model, key, list[str]()
     while True:
         attribute = wrapped_attribute(module, ".".join(parts))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer_client.errors import PlanError
 from trainer_client.model.adapters import adapter_names
-from trainer_client.model.wrappers import canonical_name, wrapped_attribute
+from trainer_client.model.wrappers import canonical_names, wrapped_attribute
 from trainer_client.pulling.tensors import renamed
 
 _PREFIX = "module."
@@ -51,7 +51,8 @@ class ModuleCopy:
 
     def take(self, model: nn.Module) -> None:
         """Make the copy equal to `model`."""
-        self.fill({canonical_name(model, key): value for key, value in model.state_dict().items()})
+        entries = model.state_dict()
+        self.fill(dict(zip(canonical_names(model, entries), entries.values(), strict=True)))
 
     def fill(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights into the existing tensors. Of a model with adapters, weights of the active one are enough.
@@ -62,8 +63,8 @@ class ModuleCopy:
         names = adapter_names(self.module)
         weights = renamed(weights, names)
         with torch.no_grad():
-            for key, held in self.module.state_dict().items():
-                name = canonical_name(self.module, key)
+            entries = self.module.state_dict()
+            for name, held in zip(canonical_names(self.module, entries), entries.values(), strict=True):
                 if names and name not in weights and name not in names.values():
                     continue
                 if name not in weights or weights[name].shape != held.shape:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trainer_client.errors import PlanError
-from trainer_client.model.wrappers import canonical_name
+from trainer_client.model.wrappers import canonical_names
 
 log = logging.getLogger("ema")
 
@@ -24,9 +24,9 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     Raises:
         PlanError: one of them cannot be written as a whole: it is sharded, or has no values (meta device).
     """
-    found = {
-        canonical_name(module, key): value for key, value in module.state_dict().items() if isinstance(value, Tensor)
-    }
+    entries = module.state_dict()
+    named = zip(canonical_names(module, entries), entries.values(), strict=True)
+    found = {name: value for name, value in named if isinstance(value, Tensor)}
     for name, tensor in found.items():
         if tensor.is_meta or _is_wrapper(tensor):
             kind = "on the meta device" if tensor.is_meta else f"a {type(tensor).__name__}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -22,6 +23,7 @@ from ema_proto.wire.body import shown
 from ema_proto.wire.boxes import Box, lies_within
 
 _DTYPE_ORDER = {dtype: index for index, dtype in enumerate(ITEM_BYTES)}
+_LAYOUT_KEYS = {dtype: (-nbytes, _DTYPE_ORDER[dtype]) for dtype, nbytes in ITEM_BYTES.items()}
 _BYTES_MAX = (1 << 63) - 1
 
 
@@ -156,7 +158,7 @@ def layout(tensors: Iterable[TensorSpec]) -> Manifest:
     try:
         for tensor in given:
             _check_tensor(tensor)
-        return _checked(Manifest(placed(given)))
+        return _checked_whole(Manifest(placed(given)))
     except RemoteProtocolError as error:
         raise LocalProtocolError(error.text) from None
 
@@ -191,7 +193,7 @@ def _names(names: tuple[str, ...]) -> str:
 
 
 def _layout_key(tensor: TensorSpec) -> tuple[int, int]:
-    return -ITEM_BYTES[tensor.dtype], _DTYPE_ORDER[tensor.dtype]
+    return _LAYOUT_KEYS[tensor.dtype]
 
 
 def _tensor_from_json(item: object) -> TensorSpec:
@@ -248,21 +250,28 @@ def _check_tensor(tensor: TensorSpec) -> None:
 
 
 def _checked(manifest: Manifest) -> Manifest:
-    if not manifest.tensors or len(manifest.tensors) > TENSORS_MAX:
-        raise _invalid(f"a snapshot has 1 to {TENSORS_MAX} tensors, this one {len(manifest.tensors)}")
-    seen: set[str] = set()
     for tensor in manifest.tensors:
         _check_tensor(tensor)
-        for name in tensor.names:
-            if name in seen:
-                raise _invalid(f"tensor name {name!r} appears twice")
-            seen.add(name)
+    return _checked_whole(manifest)
+
+
+def _checked_whole(manifest: Manifest) -> Manifest:
+    """The manifest of tensors each of which is valid."""
+    tensors = manifest.tensors
+    if not tensors or len(tensors) > TENSORS_MAX:
+        raise _invalid(f"a snapshot has 1 to {TENSORS_MAX} tensors, this one {len(tensors)}")
+    names = [name for tensor in tensors for name in tensor.names]
+    if len(set(names)) < len(names):
+        name, _ = Counter(names).most_common(1)[0]
+        raise _invalid(f"tensor name {name!r} appears twice")
     position = 0
-    for tensor in sorted(manifest.tensors, key=_layout_key):
+    for tensor in sorted(tensors, key=_layout_key):
         if tensor.offset != position:
             raise _invalid(f"tensor {tensor.name!r} is at byte {tensor.offset}, the layout puts it at {position}")
-        position = tensor.end
-    if position == 0 and all(tensor.box is None for tensor in manifest.tensors):
+        position += tensor.nbytes
+    if position > _BYTES_MAX:
+        raise _invalid(f"the snapshot has {position} bytes, over the address space")
+    if position == 0 and all(tensor.box is None for tensor in tensors):
         raise _invalid("the snapshot has no elements: there is nothing to average")
     return manifest
 
