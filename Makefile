@@ -5,6 +5,8 @@
 #   make integrations  the tests with real frameworks (transformers, Lightning, ...), after installing those
 #   make compat  those of quick on every Python from 3.11 to 3.14 that is found, and on the oldest torch
 #   make check   format, lint, types, import contracts       make fix   format and repair what can be repaired
+#   make gpu     tests and measures on the CUDA device of this machine, with PYTHON as it is: its torch needs CUDA
+#   make gpu-bundle  the wheels that this needs on a machine without network access (ARGS="--python 3.12")
 #   make docs    the docs site, in site/                 make bench   the benchmarks
 # PYTHON: the interpreter to build .venv from (3.11 or newer).  TORCH: the torch release to install.  VENV: where to.
 # WORKERS: tests at a time.
@@ -24,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # pytest keeps the tests as it has rewritten them: to do that again takes it several seconds at each start.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test quick integrations compat check fix docs bench clean
+.PHONY: demo test quick integrations compat check fix docs bench gpu gpu-bundle clean
 
 demo: $(STAMP)
 	$(BIN)/ema demo $(ARGS)
@@ -57,6 +59,12 @@ docs: $(STAMP) $(VENV)/.installed-docs
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+gpu:
+	$(PYTHON) scripts/gpu.py $(ARGS)
+
+gpu-bundle: $(BIN)/python
+	$(BIN)/python scripts/gpu.py --gather gpu-bundle $(ARGS)
 
 clean:
 	rm -rf .venv .venv-compat
