@@ -24,7 +24,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or the 
 COMMANDS_OF: Mapping[str, tuple[str, ...]] = {
     "ema_server.cli": ("serve",),
     "ema_reader.cli.commands": (
-        *("status", "versions", "metrics", "best", "download", "watch"),
+        *("status", "versions", "metrics", "best", "download", "push", "watch"),
         *("evaluate", "validate", "recalibrate"),
         *("averages", "ledger", "synthesize", "blend", "delete", "healthcheck"),
     ),

@@ -8,7 +8,9 @@ EXIT_INTERRUPTED = 130
 
 _EXTRA_OF = {
     "fastapi": "server",
+    "fsspec": "push",
     "httpx2": "reader",
+    "huggingface_hub": "push",
     "numpy": "server",
     "prometheus_client": "server",
     "rich": "reader",

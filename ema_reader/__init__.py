@@ -10,7 +10,9 @@ Start at `Reader`. The package imports nothing of the server and of ZeroMQ.
 - `averages`, `derived`: averages of a run, and versions made from other versions
 - `leases`: which worker evaluates which version
 - `evaluation`: the evaluation worker
+- `card`: the model card
 - `watching`: a folder that is kept at the newest version
+- `pushing`: copies of a version in other stores
 - `cli`: the commands
 """
 

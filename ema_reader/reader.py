@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ema_reader.averages import ANSWER_S, Averages
+from ema_reader.card import card_with_scores
 from ema_reader.derived import Derived
 from ema_reader.download import Silent, default_progress, download_version
 from ema_reader.errors import NotFound, ReaderError, Unreachable, UsageError, WaitTimeout
@@ -219,6 +220,23 @@ class Reader:
                 self._transport, replace(wanted, files=(weights,)), Path(folder), progress or Silent()
             )
             return load_file(path / WEIGHTS, device=device)
+
+    def card(self, version: Version | str) -> str:
+        """The model card of a version in Markdown, with its scores so far: rule, step, ledger digest, sha256.
+
+        A `README.md` among the trainer's files is returned as it is.
+
+        Raises:
+            NotFound: the server does not have the version.
+        """
+        of = self._version(version)
+        repository = f"{of.run}/{of.average}"
+        info = self._transport.get(f"/api/models/{repository}/revision/{of.id}")
+        with self._transport.stream(f"/{repository}/resolve/{of.id}/README.md", {}) as response:
+            readme = response.read().decode()
+        if of.file("README.md") is not None:
+            return readme
+        return self._transport.read(info, lambda answer: card_with_scores(readme, answer["cardData"]))
 
     def report(
         self,

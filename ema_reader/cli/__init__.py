@@ -2,6 +2,7 @@
 
 - `commands`: registers all commands; `status`, `versions`, `download`, `healthcheck`
 - `metrics`: `metrics` and `best`
+- `push`: `push`
 - `watch`: `watch`
 - `evaluate`: `evaluate`, `validate` and `recalibrate`
 - `averages`: `averages` and `ledger`

@@ -19,6 +19,7 @@ from ema_reader.cli.blend import blend
 from ema_reader.cli.evaluate import evaluate, recalibrate, validate
 from ema_reader.cli.metrics import best, metrics
 from ema_reader.cli.options import Json, Long, RunName, Target, Token, Url, exits
+from ema_reader.cli.push import push
 from ema_reader.cli.synthesize import synthesize
 from ema_reader.cli.watch import watch
 from ema_reader.errors import NotFound, ReaderError, RunUnreadable, UsageError
@@ -31,7 +32,7 @@ from ema_reader.values import Run
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     commands: tuple[Callable[..., None], ...] = (
-        *(status, versions, metrics, best, download, watch),
+        *(status, versions, metrics, best, download, push, watch),
         *(evaluate, validate, recalibrate),
         *(averages, ledger, synthesize, blend, delete, healthcheck),
     )
