@@ -11,7 +11,8 @@ RUN pip wheel --quiet --no-cache-dir --no-deps --wheel-dir /wheel /src
 
 FROM ${BASE_IMAGE}
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp ema \
- && install --directory --owner=10001 --group=10001 /data
+ && install --directory --owner=10001 --group=10001 /data \
+ && install --directory --owner=10001 --group=10001 --mode=0700 /run/ema
 
 # torch first: this layer is reused when the project changes. Headers and tests are removed.
 ARG TORCH_VERSION=2.13.0
@@ -31,7 +32,8 @@ RUN pip --python /opt/ema/bin/python install --quiet --no-cache-dir "$(echo /whe
 ENV PATH=/opt/ema/bin:$PATH \
     EMA_ZMQ=tcp://0.0.0.0:5555 \
     EMA_HTTP=0.0.0.0:8080 \
-    EMA_DATA=/data
+    EMA_DATA=/data \
+    EMA_SHM_FOLDER=/run/ema
 EXPOSE 5555 8080
 USER 10001:10001
 WORKDIR /tmp

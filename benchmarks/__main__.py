@@ -16,13 +16,27 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import device, download, error, gpu_step, ingest, kernel, machine, memory, sharded, step_time, synthesis
+from benchmarks import (
+    device,
+    download,
+    error,
+    gpu_step,
+    ingest,
+    kernel,
+    machine,
+    memory,
+    sharded,
+    shared,
+    step_time,
+    synthesis,
+)
 from benchmarks.result import Section
 
 BENCHMARKS: dict[str, Callable[..., Section]] = {
     "step_time": step_time.measure,
     "gpu_step": gpu_step.measure,
     "ingest": ingest.measure,
+    "shared": shared.measure,
     "sharded": sharded.measure,
     "kernel": kernel.measure,
     "device": device.measure,

@@ -46,7 +46,7 @@ def measure(*, quick: bool) -> Section:
 @contextmanager
 def _streaming(endpoint: str, model: nn.Module) -> Iterator[Callable[[int], float]]:
     """A function that streams a number of snapshots, and returns the seconds until the last one was applied."""
-    client = EmaClient(endpoint, run="ingest", averages=["ema:0.9999"], when_behind="wait")
+    client = EmaClient(endpoint, run="ingest", averages=["ema:0.9999"], when_behind="wait", lane="zmq")
 
     def stream(snapshots: int) -> float:
         started = time.perf_counter()

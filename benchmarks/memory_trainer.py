@@ -32,7 +32,7 @@ def main() -> None:
         torch._foreach_mul_(list(model.parameters()), 1.0)
     idle = {"server": pss_bytes(server), "trainer": pss_bytes(os.getpid())}
     with _highest(server=server, trainer=os.getpid()) as highest:
-        client = EmaClient(endpoint, run="memory", averages=AVERAGES, when_behind="wait")
+        client = EmaClient(endpoint, run="memory", averages=AVERAGES, when_behind="wait", lane="zmq")
         for _ in range(_SNAPSHOTS):
             client.update(model)
         if not client.flush(durable=True):

@@ -188,7 +188,8 @@ class Run:
     `disk_bytes` is what its files take on the server's disk, None before the server has measured it.
     `publish_every_seconds` and `publish_every_steps` are how often it is published while it changes, None if the time
     or the steps do not count, or no trainer streams it. `ranks` is None unless several ranks have streamed it since the
-    server's start.
+    server's start. `lane` says how its trainer sends snapshots: `shm` through memory that it shares with the server,
+    `zmq` through the server's socket; None without a trainer.
     """
 
     run: str
@@ -208,6 +209,7 @@ class Run:
     publish_every_seconds: float | None = None
     publish_every_steps: int | None = None
     ranks: Ranks | None = None
+    lane: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -235,6 +237,7 @@ class Run:
             publish_every_seconds=value.get("publish_every_seconds"),
             publish_every_steps=value.get("publish_every_steps"),
             ranks=None if value.get("ranks") is None else Ranks.from_json(value["ranks"]),
+            lane=value.get("lane"),
         )
         return cls(**made)
 

@@ -173,6 +173,21 @@ class ServerConfig:
         default=CHUNK_BYTES_DEFAULT,
         metadata=_setting("Size of the chunks that trainers send.", "BYTES", low=CHUNK_BYTES_MIN, high=CHUNK_BYTES_MAX),
     )
+    shm_folder: str = field(
+        default="auto",
+        metadata=_setting(
+            "Folder of the socket by which trainers on this machine share memory; auto: one of this user, off: none.",
+            "DIR",
+        ),
+    )
+    shm_uids: str | None = field(
+        default=None,
+        metadata=_setting(
+            "Ids of other users whose trainers may do so; the server's own user and root may.",
+            "UID,UID,...",
+            form=(r"[0-9]{1,10}(,[0-9]{1,10})*", "user ids, for example 1000,1001"),
+        ),
+    )
     device: str = field(
         default="cpu",
         metadata=_setting(

@@ -35,6 +35,7 @@ from ema_server.http.services import Services
 from ema_server.ingest.ingest import Ingest
 from ema_server.publishing.publisher import EraseRun, Publisher
 from ema_server.publishing.ring import Ring
+from ema_server.runs.lanes import LaneStore
 from ema_server.runs.ranks import RanksStore
 from ema_server.runs.status_store import StatusStore
 from ema_server.storage.catalog import Catalog
@@ -136,7 +137,7 @@ def build(
         metrics = MetricStore(config.data / _METRICS_FILE)
         undo.callback(metrics.close)
         catalog, statuses, telemetry, stopping = Catalog(clock), StatusStore(), Telemetry(), threading.Event()
-        usage, companions, ranks = DiskUsage(data_dir), CompanionStore(data_dir), RanksStore()
+        usage, companions, ranks, lanes = DiskUsage(data_dir), CompanionStore(data_dir), RanksStore(), LaneStore()
         ring = Ring(data_dir, config.ring_size, config.ring_every_steps, config.ring_dtype)
         deriving = DerivationQueue(DerivedStore(data_dir, catalog, on_change=usage.measure), ring, stopping)
         undo.callback(deriving.stop)
@@ -146,7 +147,7 @@ def build(
         parts = (config, data_dir, catalog, companions, publisher, ring, statuses, telemetry)
         erase = partial(erase_run, validations, publisher, ranks)
         averager = Averager(*parts, erase=erase, device=device, clock=clock, wall=wall)
-        ingest = Ingest(config, averager, companions, telemetry, ranks)
+        ingest = Ingest(config, averager, companions, telemetry, ranks, lanes)
         undo.callback(ingest.stop, INGEST_STOP_S)
         ring.listen(deriving.store.supersede)
         catalog.listen(ring.rename, metrics.rename, ranks.rename)
@@ -160,6 +161,7 @@ def build(
             deriving=deriving,
             usage=usage,
             ranks=ranks,
+            lanes=lanes,
             submit=averager.submit,
             has_folder=data_dir.has_folder,
             config=config,

@@ -28,6 +28,9 @@ class Telemetry:
         self.ingest_bytes = Counter("ema_ingest_bytes", "Snapshot bytes received", registry=registry)
         self.snapshots = Counter("ema_snapshots", "Whole snapshots received", registry=registry)
         self.slot_bytes = Gauge("ema_slot_bytes", "Memory held by slots", registry=registry)
+        self.shared_slot_bytes = Gauge(
+            "ema_shared_slot_bytes", "Memory of trainers that the server reads in place", registry=registry
+        )
         self.inbox_jobs = Gauge("ema_inbox_jobs", "Jobs waiting for the averager", registry=registry)
         self.updates = Counter("ema_updates", "Snapshots applied to the averages", registry=registry)
         self.update_seconds = Counter("ema_update_seconds", "Time spent applying snapshots", registry=registry)

@@ -33,7 +33,7 @@ _GPU: Any = yaml.safe_load((_ROOT / "docker-compose.gpu.yml").read_text())
 _CHECK = _ROOT / "scripts" / "compose-check.sh"
 _CONTAINERS = (_ROOT / "docs" / "guides" / "containers.md").read_text()
 _PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())
-_OF_THE_IMAGE = {"EMA_ZMQ", "EMA_HTTP", "EMA_DATA"}
+_OF_THE_IMAGE = {"EMA_ZMQ", "EMA_HTTP", "EMA_DATA", "EMA_SHM_FOLDER"}
 
 
 def _compose() -> tuple[str, ...] | None:
@@ -86,12 +86,17 @@ def test_ports_are_those_of_the_image_and_local() -> None:
     assert [name for name, service in _ALL.items() if "ports" in service] == ["ema"]
 
 
-def test_volume_is_the_data_folder() -> None:
-    data = _image_environment()["EMA_DATA"]
+def test_volumes_are_the_data_folder_and_that_of_the_socket() -> None:
+    environment = _image_environment()
+    data, sockets = environment["EMA_DATA"], environment["EMA_SHM_FOLDER"]
 
-    assert _SERVICES["ema"]["volumes"] == [f"ema-data:{data}"]
-    assert list(_COMPOSE["volumes"]) == ["ema-data"]
-    assert f"--owner=10001 --group=10001 {data}\n" in _DOCKERFILE  # a new volume takes its owner from there
+    assert _SERVICES["ema"]["volumes"] == [f"ema-data:{data}", f"ema-sockets:{sockets}"]
+    assert list(_COMPOSE["volumes"]) == ["ema-data", "ema-sockets"]
+    assert _ALL["trainer"]["volumes"] == [f"ema-sockets:{sockets}"]
+    assert f"- ema-sockets:{sockets} " in _CONTAINERS
+    # A new volume takes its owner from there.
+    assert f"--owner=10001 --group=10001 {data} " in _DOCKERFILE
+    assert f"--owner=10001 --group=10001 --mode=0700 {sockets}\n" in _DOCKERFILE
 
 
 @pytest.mark.parametrize("name", _ALL)

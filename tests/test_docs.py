@@ -129,6 +129,7 @@ def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:
     subject = Subject("run", version.average, version.id, version.step)
     served.services.usage.measure("run")
     served.services.ranks.joined("run", 2, is_new=True)
+    served.services.lanes.joined("run", "shm")
     served.services.ranks.dropped("run", LastDropped(3, 1, "lost", "rank 1 is lost", "2026-01-01T00:00:00Z"))
     served.telemetry.http_requests.labels("/v1/runs", "200").inc()
 

@@ -70,6 +70,9 @@ class EmaClient:
         wait_timeout_s: how long `when_behind="wait"` waits at most.
         overlap: let snapshots of a model on a CUDA device be copied while training goes on; without it, as with
             `update`, they are copied when the step's hook returns.
+        lane: how snapshots reach the server; default `EMA_LANE`, else `"auto"`: through shared memory if the server is
+            on this machine and offers it, else through its socket. `"shm"` fails to join without shared memory, and
+            `"zmq"` does not use it.
         incarnation: a higher one takes the run over from a lower one; default `TORCHELASTIC_RESTART_COUNT`, else 0.
         rank: only rank 0 streams, unless the model is sharded; the clients of other ranks count steps, and their other
             methods do nothing and return True or None. Default: torch.distributed's if initialised, else `RANK` where
@@ -112,6 +115,7 @@ class EmaClient:
         connect_timeout_s: float = 5.0,
         wait_timeout_s: float = 30.0,
         overlap: bool = True,
+        lane: Literal["auto", "shm", "zmq"] | None = None,
         incarnation: int | None = None,
         rank: int | None = None,
     ) -> None:
@@ -386,8 +390,10 @@ class EmaClient:
             written meanwhile. `blocked_s_total`, `blocked_s_max`: seconds of the training loop in this client's code.
             What its threads and the server take from the loop meanwhile (cores, memory bandwidth, Python's lock) is not
             in them.
-            `state` of the connection: `disconnected`, `greeting`, `greeted`, `joining`, `streaming`, `closed`, or
-            `failed`: the server refused for good. `reconnects`: how often it came back.
+            `lane`: `shm` where the server reads snapshots in memory that it shares with this process, `zmq` where they
+            go through its socket, None before joining. `state` of the connection: `disconnected`, `greeting`,
+            `greeted`, `joining`, `streaming`, `closed`, or `failed`: the server refused for good. `reconnects`: how
+            often it came back.
             `offered`, `committed` (also what a killed server had applied and lost), `dropped` (by reject code), and the
             newest steps sent, applied and published, as `last_offered_step` and so on.
             `pulls`: for each call of `pull`, the `average`, the `step` and `version` that the module holds, how often

@@ -40,7 +40,7 @@ _streaming: weakref.WeakSet[Session] = weakref.WeakSet()  # sessions of this pro
 
 def connect(settings: Settings) -> Worker:
     """Connect as `Worker.connect` does."""
-    return Worker.connect(settings.endpoint, settings.token, settings.connect_timeout_s)
+    return Worker.connect(settings.endpoint, settings.token, settings.connect_timeout_s, lane=settings.lane)
 
 
 class Session:

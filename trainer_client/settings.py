@@ -54,6 +54,14 @@ class OnChange(StrEnum):
     RESTART = "restart"
 
 
+class Lane(StrEnum):
+    """How snapshots reach the server: through shared memory, in chunks through its socket, or as is possible."""
+
+    AUTO = "auto"
+    SHM = "shm"
+    ZMQ = "zmq"
+
+
 def check_step(name: str, value: SupportsIndex, low: int) -> int:
     """Return `value` as an int in [low, the protocol's highest step).
 
@@ -173,6 +181,10 @@ def _choice(name: str, value: object, *, allowed: tuple[str, ...]) -> str:
     raise SettingsError(f"{name}={value!r} is unknown: use one of {', '.join(allowed)}")
 
 
+def _lane(name: str, value: object) -> str:
+    return Lane.AUTO if value is None else _choice(name, value, allowed=tuple(Lane))
+
+
 def _config(_: str, config: Mapping[str, Any] | str | PathLike[str] | None) -> str | None:
     return None if config is None else config_text(config)
 
@@ -238,6 +250,7 @@ class Settings:
     connect_timeout_s: float = field(metadata=_setting(check_timeout))
     wait_timeout_s: float = field(metadata=_setting(check_timeout))
     overlap: bool = field(metadata=_setting(lambda _, value: bool(value)))
+    lane: Lane = field(metadata=_setting(_lane, "EMA_LANE"))
     incarnation: int = field(metadata=_setting(_incarnation, "TORCHELASTIC_RESTART_COUNT"))
     rank: int | None = field(metadata=_setting(lambda name, rank: None if rank is None else check_step(name, rank, 0)))
     run_generated: bool

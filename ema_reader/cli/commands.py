@@ -62,7 +62,12 @@ def status(
         if json:
             typer.echo(render.as_json({"runs": [_with_metrics(found, newest)]}))
         else:
-            lines = (render.status_text([found], long=long), render.publishing_text(found), render.ranks_text(found))
+            lines = (
+                render.status_text([found], long=long),
+                render.publishing_text(found),
+                render.lane_text(found),
+                render.ranks_text(found),
+            )
             shown = "\n".join(filter(None, lines))
             typer.echo(f"{shown}\n\n{render.newest_metrics_text(found, newest, long=long)}")
 

@@ -58,6 +58,14 @@ def publishing_text(run: Run) -> str | None:
     return f"published {' and '.join([*seconds, *steps]) or 'on request only'}"
 
 
+def lane_text(run: Run) -> str | None:
+    """How the snapshots of a run reach the server; None without a trainer."""
+    if run.lane is None:
+        return None
+    ways = {"shm": "shared memory", "zmq": "the server's socket"}
+    return f"snapshots come through {ways.get(run.lane, run.lane)}"
+
+
 def ranks_text(run: Run) -> str | None:
     """The ranks of a sharded trainer, and which steps were dropped because of whom; None for other trainers."""
     ranks = run.ranks

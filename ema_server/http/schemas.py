@@ -150,7 +150,8 @@ class RunOut(Out):
     `disk_bytes` is what its files take on the server's disk, each hard-linked file once; null until it is measured.
     `publish_every_seconds` and `publish_every_steps`: how often it is published while it changes, whichever comes
     first; null if the time or the steps do not count, or the run is not in memory. `ranks` is null unless several ranks
-    have streamed it since the server's start.
+    have streamed it since the server's start. `lane` says how its trainer sends snapshots: `shm` through memory that it
+    shares with the server, `zmq` through the server's socket; null without a trainer.
     """
 
     run: str
@@ -178,6 +179,7 @@ class RunOut(Out):
     publish_every_seconds: float | None = None
     publish_every_steps: int | None = None
     ranks: RanksOut | None = None
+    lane: Literal["shm", "zmq"] | None = None
 
 
 class RunsOut(Out):

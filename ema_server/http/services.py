@@ -17,6 +17,7 @@ from ema_server.derived.queue import DerivationQueue
 from ema_server.evaluation.metric_store import MetricStore
 from ema_server.evaluation.scheduler import Validations
 from ema_server.evaluation.worker import Evaluator
+from ema_server.runs.lanes import LaneStore
 from ema_server.runs.ranks import RanksStore
 from ema_server.runs.status_store import StatusStore
 from ema_server.storage.catalog import Catalog
@@ -40,6 +41,7 @@ class Services:
         deriving: makes derived versions.
         usage: disk space of the runs.
         ranks: the ranks of sharded trainers.
+        lanes: how the trainers send their snapshots.
         submit: hands a job to the averager; never blocks.
         has_folder: whether the data folder has one of this run.
         config: the settings.
@@ -58,6 +60,7 @@ class Services:
     deriving: DerivationQueue
     usage: DiskUsage
     ranks: RanksStore
+    lanes: LaneStore
     submit: Callable[[Job], None]
     has_folder: Callable[[str], bool]
     config: ServerConfig

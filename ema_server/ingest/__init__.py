@@ -2,6 +2,7 @@
 
 - `ingest`: the ingest thread: frames in, jobs for the averager out
 - `link`: the ROUTER socket
+- `local_socket`: the unix socket on which trainers of the same machine pass their slots
 - `companion_files`: the thread that stores companion files
 - `staging`: the slots of a trainer, and the way of each rank's chunks into them
 """

@@ -1,7 +1,7 @@
 """The ingest thread: it owns the socket, the receiver machine and the slots.
 
 Frames become jobs for the averager, whose answers come back through an inbox. Each chunk is received straight into its
-slot and checked for NaN and Inf while it is in cache.
+slot and checked for NaN and Inf while it is in cache; the averager checks a snapshot in shared memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -21,13 +22,16 @@ from ema_proto.errors import RejectCode
 from ema_proto.limits import SLOTS
 from ema_proto.receiver import events as e
 from ema_proto.receiver import machine
+from ema_proto.wire.messages import SHM, ZMQ
 from ema_server.averager import jobs
 from ema_server.averager.averager import Averager
 from ema_server.compute.memory import allocate
 from ema_server.config import ServerConfig
 from ema_server.ingest.companion_files import FileWriter, entry_of_spec
 from ema_server.ingest.link import RouterLink
+from ema_server.ingest.local_socket import LocalSocket, SharedSlots
 from ema_server.ingest.staging import Staging
+from ema_server.runs.lanes import LaneStore
 from ema_server.runs.ranks import LastDropped, RanksStore, ranks_text
 from ema_server.storage.companions import CompanionStore
 from ema_server.storage.records import rfc3339
@@ -52,20 +56,18 @@ class Ingest:
         companions: CompanionStore,
         telemetry: Telemetry,
         ranks: RanksStore,
+        lanes: LaneStore,
     ) -> None:
         self._config = config
         self._averager = averager
         self._telemetry = telemetry
         self._ranks = ranks
+        self._lanes = lanes
         self._link = RouterLink()
+        self._local = LocalSocket(() if config.shm_uids is None else tuple(map(int, config.shm_uids.split(","))))
+        self._look_at = 0.0  # when to look at the local socket again
         self._files = FileWriter(companions, lambda part, problem: self._post(lambda: self._take_file(part, problem)))
-        self._receiver = machine.Receiver(
-            epoch=secrets.randbits(63) | 1,
-            token=config.token,
-            nonce=lambda: secrets.token_hex(NONCE_BYTES),
-            chunk_bytes=config.chunk_bytes,
-            lost_after_s=config.lost_after_seconds,
-        )
+        self._receiver = self._new_receiver(None)
         self._staging: dict[int, Staging] = {}  # by ticket
         self._buffer = allocate(config.chunk_bytes)
         self._inbox: deque[Callable[[], None]] = deque()
@@ -80,6 +82,7 @@ class Ingest:
             OSError: the address is in use, or not one of this machine.
         """
         endpoint = self._link.bind(self._config.zmq)
+        self._receiver = self._new_receiver(self._local.listen(self._config.shm_folder))
         self._thread.start()
         return endpoint
 
@@ -105,6 +108,16 @@ class Ingest:
         if threading.get_ident() != self._thread.ident:  # this thread looks at the inbox before it waits
             self._link.wake()
 
+    def _new_receiver(self, shm: str | None) -> machine.Receiver:
+        return machine.Receiver(
+            epoch=secrets.randbits(63) | 1,
+            token=self._config.token,
+            nonce=lambda: secrets.token_hex(NONCE_BYTES),
+            chunk_bytes=self._config.chunk_bytes,
+            lost_after_s=self._config.lost_after_seconds,
+            shm=shm,
+        )
+
     def _run(self) -> None:
         # One thread sums a chunk in cache as fast as two (53 and 51 us for 4 MiB), and torch's threads wait for each
         # other if the cores are busy. The setting applies to this thread only.
@@ -114,6 +127,7 @@ class Ingest:
                 self._turn()
         finally:
             self._link.close()
+            self._local.close()
 
     def _turn(self) -> None:
         self._telemetry.beat("ingest")
@@ -127,6 +141,9 @@ class Ingest:
             self._forward()
         self._receiver.tick(now)
         self._forward()
+        if now >= self._look_at:
+            self._local.receive(now)
+            self._look_at = now + _TICK_S
 
     def _take_message(self, now: float) -> bool:
         message = self._link.next_header()
@@ -171,9 +188,8 @@ class Ingest:
 
     def _take_event(self, event: e.ReceiverEvent) -> None:
         match event:
-            case e.JoinRequested(run, _, message):
-                self._telemetry.joins.inc()
-                self._averager.submit(jobs.Join(run, message, self._reply(self._take_joined, event)))
+            case e.JoinRequested():
+                self._take_join(event)
             case e.FileReceived():
                 self._files.put(event)
                 self._telemetry.ingest_bytes.inc(event.file.nbytes if event.offset == 0 else 0)
@@ -195,6 +211,7 @@ class Ingest:
                 logger.info("run %s: the trainer %s", run, "is lost" if lost else "has left")
                 self._staging.pop(ticket, None)
                 self._ranks.left(run)
+                self._lanes.left(run)
                 self._files.drop(run)
                 self._averager.submit(jobs.Leave(run, lost))
 
@@ -202,13 +219,24 @@ class Ingest:
         """A job's reply: this thread calls `take(event, answer)`."""
         return lambda answer: self._post(lambda: take(event, answer))
 
-    def _take_joined(self, event: e.JoinRequested, outcome: jobs.Joined | jobs.Refused) -> None:
+    def _take_join(self, event: e.JoinRequested) -> None:
+        self._telemetry.joins.inc()
+        self._local.receive(time.monotonic())  # the trainer passes its slots before it asks to join
+        shared = self._local.slots_of(event.sessions[0]) if len(event.parts) == 1 else None
+        if shared is not None and shared.nbytes < event.join.manifest.nbytes:
+            shared = None
+        reply = self._reply(partial(self._take_joined, shared=shared), event)
+        self._averager.submit(jobs.Join(event.run, event.join, reply))
+
+    def _take_joined(
+        self, event: e.JoinRequested, outcome: jobs.Joined | jobs.Refused, *, shared: SharedSlots | None
+    ) -> None:
         if isinstance(outcome, jobs.Refused):
             logger.warning("run %s: refused: %s", event.run, outcome.text)
             self._receiver.refuse_join(event.run, event.ticket, outcome.code, outcome.text)
             return
         try:
-            staging = Staging(event.run, outcome.manifest, event.parts, outcome.exempt, SLOTS, self._buffer)
+            staging = Staging(event.run, outcome.manifest, event.parts, outcome.exempt, SLOTS, self._buffer, shared)
         except MemoryError as error:
             text = f"the server cannot allocate {SLOTS} slots of {outcome.manifest.nbytes} bytes: {error}"
             self._receiver.refuse_join(event.run, event.ticket, RejectCode.OUT_OF_MEMORY, text)
@@ -224,14 +252,17 @@ class Ingest:
             slots=SLOTS,
             set_aside=outcome.set_aside,
             missing_files=outcome.missing_files,
+            shared={} if shared is None else {0: len(shared.tensors)},
         )
         if accepted:
             self._drop_staging(event.run)
             self._staging[event.ticket] = staging
+            lane = ZMQ if shared is None else SHM
+            self._lanes.joined(event.run, lane)
             self._ranks.joined(event.run, len(event.parts), is_new=outcome.continuation == "new")
             place = "to" if outcome.continuation == "rewound" else "at"
             where = "" if outcome.last_step is None else f" {place} step {outcome.last_step}"
-            logger.info("run %s: %s%s", event.run, outcome.continuation, where)
+            logger.info("run %s: %s%s, lane %s", event.run, outcome.continuation, where, lane)
             if outcome.set_aside is not None:
                 logger.info("run %s: the earlier run of this name is now %s", event.run, outcome.set_aside)
         self._gauge()
@@ -252,9 +283,13 @@ class Ingest:
 
     def _submit_apply(self, event: e.SnapshotReady) -> None:
         self._telemetry.snapshots.inc()
-        slot = self._staging[event.ticket].slots[event.slot]
-        reply = self._reply(self._take_applied, event)
-        self._averager.submit(jobs.Apply(event.run, event.step, event.mode, slot.tensor, slot.not_finite, reply))
+        staging, reply = self._staging[event.ticket], self._reply(self._take_applied, event)
+        if event.source is None:
+            data, not_finite = staging.slots[event.slot].tensor, staging.slots[event.slot].not_finite
+        else:
+            data, not_finite = staging.shared[event.source], None
+            self._telemetry.ingest_bytes.inc(len(data))
+        self._averager.submit(jobs.Apply(event.run, event.step, event.mode, data, not_finite, reply))
 
     def _take_applied(
         self, event: e.SnapshotReady, outcome: jobs.Applied | jobs.Quarantined | jobs.NotInMemory
@@ -286,6 +321,7 @@ class Ingest:
         if error is None:
             self._staging.pop(event.ticket, None)
             self._ranks.left(event.run)
+            self._lanes.left(event.run)
             self._gauge()
 
     def _log_missing(self, run: str, before: tuple[int, ...], missing: tuple[int, ...]) -> None:
@@ -304,6 +340,7 @@ class Ingest:
     def _gauge(self) -> None:
         self._telemetry.sessions.set(len(self._staging))
         self._telemetry.slot_bytes.set(sum(staging.nbytes for staging in self._staging.values()))
+        self._telemetry.shared_slot_bytes.set(sum(staging.shared_nbytes for staging in self._staging.values()))
 
 
 def _step_or_error(outcome: jobs.Durable | jobs.Rewound | jobs.Failed) -> tuple[int | None, str | None]:

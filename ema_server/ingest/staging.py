@@ -2,7 +2,7 @@
 
 The chunks of a trainer that is not sharded have the layout of the slot, and are received straight into it. The part of
 a rank has its own layout: a chunk that lies in one stretch of the slot is received there, others in a buffer from which
-they are copied to their places while they are in cache.
+they are copied to their places while they are in cache. Snapshots in shared memory are read where they are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ema_proto.wire.boxes import pieces, whole
 from ema_proto.wire.manifest import Manifest, TensorSpec
 from ema_proto.wire.parts import Part
 from ema_server.compute.memory import HostMemory, allocate
+from ema_server.ingest.local_socket import SharedSlots
 from ema_server.tensors.finite import FiniteCheck
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # copied as bits, whatever the dtype
@@ -73,6 +74,7 @@ class Staging:
         exempt: tensors that need no finite check.
         slots: their number.
         buffer: at least as long as a chunk; it may be shared by all trainers, since one chunk is received at a time.
+        shared: the trainer's own slots, in which its snapshots lie; None if they come in chunks.
 
     Raises:
         MemoryError: the system has not enough memory for the slots.
@@ -86,9 +88,11 @@ class Staging:
         exempt: frozenset[str],
         slots: int,
         buffer: HostMemory,
+        shared: SharedSlots | None = None,
     ) -> None:
         self.run = run
-        self.slots = tuple(Slot(manifest.nbytes) for _ in range(slots))
+        self.shared = () if shared is None else tuple(tensor[: manifest.nbytes] for tensor in shared.tensors)
+        self.slots = tuple(Slot(manifest.nbytes) for _ in range(slots)) if shared is None else ()
         self._checks: dict[int, FiniteCheck] = {}  # by rank; made when needed, since ranks may be many
         self._exempt = exempt
         self._parts = parts
@@ -99,7 +103,13 @@ class Staging:
 
     @property
     def nbytes(self) -> int:
+        """Memory of the server's own."""
         return sum(len(slot.view) for slot in self.slots)
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Memory of the trainer that is read in place."""
+        return sum(map(len, self.shared))
 
     def place(self, target: e.Payload) -> Place:
         """Where to receive this chunk."""

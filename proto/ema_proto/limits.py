@@ -47,6 +47,7 @@ QUANTITY_MAX = 1e15  # likewise; larger values make no difference in any run
 CREDIT_WINDOW_CHUNKS = 8  # 2 to 4 already saturate loopback; twice that covers scheduling
 GANG_WINDOW_BYTES = 256 << 20  # on their way from all ranks of a trainer: what the server may have to hold of them
 SLOTS = 2  # one is averaged while the other fills
+SHARED_SLOTS_MAX = 8  # that a trainer passes: no more than it may have unanswered
 ATTEMPTS_MAX = 3  # a snapshot that fails three times in a row is not the network's fault
 
 HEARTBEAT_S = 2.0

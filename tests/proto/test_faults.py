@@ -21,14 +21,23 @@ faults = st.builds(
     reorder=st.sampled_from([0.0, 0.05, 0.3]),
     truncate=st.sampled_from([0.0, 0.02, 0.05]),
     stale=st.sampled_from([0.0, 0.2, 1.0]),
+    unshared=st.sampled_from([0.0, 0.3]),
 )
 
 
 @settings(max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(seed=st.integers(0, 2**32), faults=faults, restarts=st.integers(0, 3), chunks=st.sampled_from([0.5, 2.5, 12.0]))
-def test_both_ends_agree_under_any_network_fault(seed: int, faults: Faults, restarts: int, chunks: float) -> None:
+@given(
+    seed=st.integers(0, 2**32),
+    faults=faults,
+    restarts=st.integers(0, 3),
+    chunks=st.sampled_from([0.5, 2.5, 12.0]),
+    shm=st.booleans(),
+)
+def test_both_ends_agree_under_any_network_fault(
+    seed: int, faults: Faults, restarts: int, chunks: float, shm: bool
+) -> None:
     rng = random.Random(seed)
-    world = World(rng=rng)
+    world = World(rng=rng, shm=shm)
     files = {f"{number}.json": rng.randbytes(rng.randrange(200_000)) for number in range(rng.randrange(4))}
     trainer = world.trainer(chunks=chunks, files=files or None)
     restart_at = {rng.randrange(120) for _ in range(restarts)}
@@ -51,10 +60,10 @@ def test_both_ends_agree_under_any_network_fault(seed: int, faults: Faults, rest
 
 
 @settings(max_examples=examples(30), suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 2**32), faults=faults)
-def test_competing_trainers_never_mix_their_bytes(seed: int, faults: Faults) -> None:
+@given(seed=st.integers(0, 2**32), faults=faults, shm=st.booleans())
+def test_competing_trainers_never_mix_their_bytes(seed: int, faults: Faults, shm: bool) -> None:
     rng = random.Random(seed)
-    world = World(rng=rng)
+    world = World(rng=rng, shm=shm)
     world.trainer("a")
     for turn in range(80):
         if turn == 30:
@@ -72,11 +81,13 @@ def test_competing_trainers_never_mix_their_bytes(seed: int, faults: Faults) -> 
 
 
 @settings(max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 2**32), faults=faults, restarts=st.integers(0, 2))
-def test_both_ends_agree_on_every_step_after_repeated_rewinds(seed: int, faults: Faults, restarts: int) -> None:
+@given(seed=st.integers(0, 2**32), faults=faults, restarts=st.integers(0, 2), shm=st.booleans())
+def test_both_ends_agree_on_every_step_after_repeated_rewinds(
+    seed: int, faults: Faults, restarts: int, shm: bool
+) -> None:
     """A step number then names several snapshots, and each answer has to be about the right one."""
     rng = random.Random(seed)
-    world = World(rng=rng)
+    world = World(rng=rng, shm=shm)
     trainer = world.trainer(chunks=1.5)
     restart_at = {rng.randrange(120) for _ in range(restarts)}
     for turn in range(120):

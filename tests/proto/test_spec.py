@@ -16,6 +16,7 @@ from ema_proto.receiver.gang import ClaimState
 from ema_proto.sender.events import SenderState
 from ema_proto.wire import codec
 from ema_proto.wire import messages as m
+from ema_proto.wire.slot_offer import SLOT_OFFER_BYTES, SlotOffer
 from support.messages import EXAMPLES
 from support.peers import RECEIVER_STATES, receiver_after, sender_after
 from support.stage import TYPES
@@ -56,6 +57,10 @@ def test_message_table_names_every_key_of_every_body() -> None:
             message = replace(message, publish_every_steps=100, host="machine", pid=1, files=(), gang="job")
         if isinstance(message, m.Joined):
             message = replace(message, set_aside="run-20260101", missing_files=(), send=((0, 0),), chunk_bytes=65536)
+        if isinstance(message, m.Begin):
+            message = replace(message, slot=0)
+        if isinstance(message, m.Welcome):
+            message = replace(message, shm="/run/ema/socket")
         if isinstance(message, m.Finished):
             message = replace(message, warning="an average is too long")
         if not isinstance(message, m.Chunk | m.File):
@@ -100,6 +105,19 @@ def test_header_table_agrees_with_the_codec() -> None:
     expected = {"type": 4, "epoch": 5, "length": 6, "step": 7, "attempt": 8, "offset": 9, "crc32": 10}
     expected |= {"major": 11, "minor": 12, "flags": 1, "reserved": 0}
     assert {field: read[field] for field in expected} == expected
+
+
+def test_slot_offer_table_agrees_with_the_codec() -> None:
+    rows = table("## 17.", "offset")
+    packet = SlotOffer(bytes(range(16)), 7, 8).encode()
+    at = {row["field"]: slice(int(row["offset"]), int(row["offset"]) + int(row["bytes"])) for row in rows}
+
+    assert sum(int(row["bytes"]) for row in rows) == SLOT_OFFER_BYTES == len(packet)
+    assert packet[at["magic"]] == limits.MAGIC
+    assert packet[at["session"]] == bytes(range(16))
+    read = {field: int.from_bytes(packet[where], "little") for field, where in at.items()}
+    assert {"major": 1, "minor": 0, "slots": 7, "bytes": 8}.items() <= read.items()
+    assert f"1 … {limits.SHARED_SLOTS_MAX}" in next(row["meaning"] for row in rows if row["field"] == "slots")
 
 
 def test_limits_table_equals_limits_py_and_gives_reasons() -> None:

@@ -1,12 +1,14 @@
 """A receiver with a minimal model of a core: the applied snapshots, and a durable copy of their list.
 
 A restart falls back to the durable copy. `files` has the companion files that are whole, by sha256; with `damages`, the
-next one arrives damaged. `refusal` and `quarantine` are the core's answers to the next JOIN and the next snapshot. It
-is used by tests only.
+next one arrives damaged. `refusal` and `quarantine` are the core's answers to the next JOIN and the next snapshot. With
+`shm`, slots can be passed; `reads_late` leaves the snapshots in them to `read`. It is used by tests only.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
 from hashlib import sha256
 
 from ema_proto.errors import RejectCode
@@ -21,8 +23,10 @@ CHUNK_BYTES = CHUNK_BYTES_MIN
 class Server:
     """A receiver with slots and a minimal core; `restart` drops what was not durable."""
 
-    def __init__(self, *, token: str | None = None) -> None:
+    def __init__(self, *, token: str | None = None, shm: str | None = None) -> None:
         self.token = token
+        self.shm = shm
+        self.reads_late = False
         self.refusal: tuple[RejectCode, str] | None = None
         self.quarantine: str | None = None
         self.damages = False
@@ -39,8 +43,16 @@ class Server:
         self.epoch = len(self.lives) + 1
         self.lives.append(list(self.durable))
         self.receiver = r.Receiver(
-            epoch=self.epoch, token=self.token, nonce=lambda: "nonce", chunk_bytes=CHUNK_BYTES, lost_after_s=60.0
+            epoch=self.epoch,
+            token=self.token,
+            nonce=lambda: "nonce",
+            chunk_bytes=CHUNK_BYTES,
+            lost_after_s=60.0,
+            shm=self.shm,
         )
+        self.passed: dict[bytes, Sequence[bytes]] = {}  # by session: the slots of trainers, as they are now
+        self.shared: dict[int, Sequence[bytes]] = {}  # the same by ticket
+        self.unread: deque[e.SnapshotReady] = deque()
         self.parts: dict[int, bytes] = {}
         self.slots: dict[int, list[list[bytearray]]] = {}  # by ticket, slot and rank
 
@@ -86,9 +98,9 @@ class Server:
                     self.receiver.quarantined(event.run, event.ticket, event.slot, self.quarantine)
                     self.quarantine = None
                 case e.SnapshotReady():
-                    self.applied.append((event.step, b"".join(self.slots[event.ticket][event.slot])))
-                    self.history.append(self.applied[-1])
-                    self.receiver.applied(event.run, event.ticket, event.slot)
+                    self.unread.append(event)
+                    if event.source is None or not self.reads_late:
+                        self.read()
                 case e.PublishRequested():
                     self.publish()
                     self.receiver.publish_answered(
@@ -105,6 +117,19 @@ class Server:
                     self.missing.append(event.ranks)
                 case e.SessionEnded():
                     pass
+
+    def read(self) -> None:
+        """Apply the snapshots that are committed."""
+        while self.unread:
+            event = self.unread.popleft()
+            if event.source is None:
+                content = b"".join(self.slots[event.ticket][event.slot])
+            else:
+                content = self.shared[event.ticket][event.source]
+            if self.last_step is None or event.step > self.last_step:
+                self.applied.append((event.step, content))
+                self.history.append(self.applied[-1])
+            self.receiver.applied(event.run, event.ticket, event.slot)
 
     def _store(self, event: e.FileReceived) -> None:
         known = self.parts.pop(event.ticket, b"") if event.offset else b""
@@ -141,6 +166,10 @@ class Server:
         self.durable = list(self.lives[-1])
 
     def _join(self, event: e.JoinRequested) -> None:
+        self.unread.clear()  # of earlier sessions
+        passed = self.passed.pop(event.sessions[0], None)
+        if passed is not None:
+            self.shared[event.ticket] = passed
         last = self.last_step
         if not event.join.reconnect and last is not None and event.join.first_step <= last:
             self._go_back(event.join.first_step - 1)
@@ -158,4 +187,5 @@ class Server:
             missing_files=tuple(
                 dict.fromkeys(file.sha256 for file in event.join.files or () if file.sha256 not in self.files)
             ),
+            shared={} if passed is None else {0: len(passed)},
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from zlib import crc32
@@ -79,7 +79,11 @@ class Connection:
 
 
 class Trainer:
-    """A sender with two slots; records what it offered and the outcome. With `files`, it supports companion files."""
+    """A sender with two slots; records what it offered and the outcome.
+
+    With `files`, it supports companion files; with `share`, shared memory: it is called with the session and the slots
+    when the server takes them.
+    """
 
     def __init__(
         self,
@@ -93,15 +97,18 @@ class Trainer:
         rank: int = 0,
         world: int = 1,
         gang: str | None = None,
+        share: Callable[[bytes, Sequence[bytes]], None] | None = None,
     ) -> None:
         self.name = name
+        self._session = name.encode().ljust(16, b".")
+        self._share = share
         self.manifest = manifest
         self.files = [] if files is None else list(files.values())
         self.sender = s.Sender(
-            name.encode().ljust(16, b"."),
+            self._session,
             token=token,
             jitter=lambda: 0.5,
-            capabilities=("crc32",) if files is None else ("crc32", "files"),
+            capabilities=("crc32", *(("files",) if files is not None else ()), *(("shm",) if share else ())),
         )
         self.slots = [bytes(manifest.nbytes)] * 2
         self.free = [0, 1]
@@ -221,5 +228,6 @@ class Trainer:
                         self._part_bytes = part_of(self.manifest, indices).nbytes
                 case e.PublishedAt(step):
                     self.published.append(step)
-                case e.Greeted():
-                    pass
+                case e.Greeted(_, shm):
+                    if shm is not None and self._share is not None:
+                        self._share(self._session, self.slots)

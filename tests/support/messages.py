@@ -88,6 +88,11 @@ EXAMPLES: dict[str, m.Message] = {
     "joined with missing files": m.Joined(None, None, (), "new", 8, missing_files=("ab" * 32,)),
     "file": m.File(0, 4 << 20, len(PAYLOAD)),
     "file with checksum": m.File(1, 0, len(PAYLOAD), 0x6B7EE9F7),
+    "hello of a trainer with shared slots": m.Hello(capabilities=("crc32", "shm")),
+    "welcome that takes shared slots": m.Welcome(EPOCH, 4 << 20, ("crc32", "shm"), "/run/ema/0123456789abcdef.sock"),
+    "joined with shared slots": m.Joined(None, None, (), "new", 8, lane="shm"),
+    "begin in a shared slot": m.Begin(1001, 1, slot=1),
+    "commit in a shared slot": m.Commit(1001, 1, 0, 100_000_000),
 }
 
 CONTROL: dict[str, m.ControlMessage] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ema_proto.errors import RejectCode
@@ -23,16 +23,19 @@ class Faults:
     reorder: float = 0.0
     truncate: float = 0.0
     stale: float = 0.0
+    unshared: float = 0.0  # for each connection: the slots do not reach the server
 
 
 class World:
-    """A server, trainers, a wire with faults, and a clock."""
+    """A server, trainers, a wire with faults, and a clock. With `shm`, trainers and server share memory."""
 
-    def __init__(self, *, token: str | None = None, rng: random.Random | None = None) -> None:
+    def __init__(self, *, token: str | None = None, rng: random.Random | None = None, shm: bool = False) -> None:
         self.now = 0.0
         self.rng = rng or random.Random(0)
-        self.server = Server(token=token)
+        self.server = Server(token=token, shm="/run/ema/socket" if shm else None)
+        self.server.reads_late = shm
         self.trainers: list[Trainer] = []
+        self._faults = Faults()
 
     def trainer(
         self,
@@ -44,7 +47,9 @@ class World:
         files: Mapping[str, bytes] | None = None,
     ) -> Trainer:
         """Add a trainer."""
-        trainer = Trainer(name, small_manifest(chunks), token=token, incarnation=incarnation, files=files)
+        share = None if self.server.shm is None else self._share
+        manifest = small_manifest(chunks)
+        trainer = Trainer(name, manifest, token=token, incarnation=incarnation, files=files, share=share)
         self.trainers.append(trainer)
         return trainer
 
@@ -59,6 +64,9 @@ class World:
     def turn(self, faults: Faults | None = None, *, seconds: float = 0.05) -> None:
         """Let time pass, then move every message in transit one hop."""
         self.now += seconds
+        self._faults = faults or Faults()
+        if faults is None or self.rng.random() < 0.5:
+            self.server.read()
         for trainer in self.trainers:
             if trainer.sender.state is SenderState.DISCONNECTED and self.now >= trainer.retry_at:
                 trainer.open(self.now)
@@ -91,6 +99,10 @@ class World:
             if not busy and not waiting:
                 break
         self.run(4, seconds=seconds)  # answers to requests that waited for the last snapshot
+
+    def _share(self, session: bytes, slots: Sequence[bytes]) -> None:
+        if self.rng.random() >= self._faults.unshared:
+            self.server.passed[session] = slots
 
     def _deliver_up(self, connection: Connection, faults: Faults | None, *, current: bool) -> None:
         if not current and (faults is None or self.rng.random() >= faults.stale):

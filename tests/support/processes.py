@@ -117,9 +117,16 @@ class ServerProcess(Process):
 
     def get(self, path: str) -> Any:
         """JSON of a GET."""
+        return self._response(path).json()
+
+    def text(self, path: str) -> str:
+        """Text of a GET."""
+        return self._response(path).text
+
+    def _response(self, path: str) -> httpx2.Response:
         response = httpx2.get(f"{self.http}{path}", timeout=30.0)
         response.raise_for_status()
-        return response.json()
+        return response
 
 
 def _import_path() -> str:

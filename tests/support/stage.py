@@ -2,6 +2,7 @@
 
     > trainer NAME [token=T] [incarnation=N] [first_step=N]   a trainer connects and asks for the run
               [files=NAME:BYTES,...]                          with companion files of this many zero bytes
+              [shm=yes]                                       it passes its slots if the server takes any
     > trainer NAME rank=R world=W [gang=TEXT] …               one of its ranks, which holds a block of rows
     > NAME skips                                              it takes a step that it does not offer
     > NAME steps [N]                                          it takes N steps, and offers each if a slot is free
@@ -9,9 +10,10 @@
     > NAME is cut off | dies                                  its connection breaks; its process is killed
     > NAME loses TYPE                                         the next message of this type to it is lost
     > stranger NAME                                           a connection whose frames the transcript writes itself
+    > NAME passes slots                                      two of eight bytes
     > NAME says TYPE [field=value]... [BODY]                  one message, with these fields of the header
     > NAME says hex HEADER [BODY]                             two frames as they are
-    > server has token T                                      before anything else
+    > server has token T | listens at PATH                    before anything else
     > server restarts | publishes | quarantines | refuses CODE | damages files
     > wait SECONDS                                            the clock advances
 
@@ -22,6 +24,7 @@ and the JSON body as it was sent.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 from ema_proto.errors import RejectCode
 from ema_proto.sender.events import SenderState
@@ -41,9 +44,9 @@ _SETTLED_AFTER = 50  # rounds without silence mean an endless exchange
 class Stage:
     """Server, trainers and strangers of one transcript."""
 
-    def __init__(self, *, token: str | None = None) -> None:
+    def __init__(self, *, token: str | None = None, shm: str | None = None) -> None:
         self.now = 0.0
-        self.server = Server(token=token)
+        self.server = Server(token=token, shm=shm)
         self.trainers: dict[str, Trainer] = {}
         self.strangers: dict[str, Connection] = {}
         self.lost: dict[str, str] = {}
@@ -60,6 +63,8 @@ class Stage:
                 self._direct_server(what)
             case "wait":
                 self._wait(float(what))
+            case _ if who in self.strangers and what == "passes slots":
+                self._share(who.encode().ljust(16, b"."), [bytes(8)] * 2)
             case _ if who in self.strangers:
                 self._say(who, what.removeprefix("says "))
             case _:
@@ -84,9 +89,13 @@ class Stage:
             rank=rank,
             world=world,
             gang=None if world == 1 else given.get("gang", "job"),
+            share=self._share if "shm" in given else None,
         )
         self.trainers[name] = trainer
         trainer.open(self.now)
+
+    def _share(self, session: bytes, slots: Sequence[bytes]) -> None:
+        self.server.passed[session] = slots
 
     def _direct_server(self, what: str) -> None:
         match what.split():
@@ -223,11 +232,15 @@ def speech(frames: tuple[bytes, ...]) -> str:
 def play(text: str) -> str:
     """The transcript replayed: comments and commands are kept, messages are regenerated."""
     script = [line for line in text.splitlines() if not line or line.startswith(("#", "> "))]
-    tokens = [line.removeprefix("> server has token ") for line in script if line.startswith("> server has token ")]
-    stage = Stage(token=tokens[0] if tokens else None)
+    stage = Stage(token=_given(script, "> server has token "), shm=_given(script, "> server listens at "))
     out: list[str] = []
     for line in script:
         out.append(line)
-        if line.startswith("> ") and not line.startswith("> server has token "):
+        if line.startswith("> ") and not line.startswith(("> server has token ", "> server listens at ")):
             out += stage.direct(line.removeprefix("> "))
     return "\n".join(out) + "\n"
+
+
+def _given(script: Sequence[str], beginning: str) -> str | None:
+    """What the first line with this beginning says."""
+    return next((line.removeprefix(beginning) for line in script if line.startswith(beginning)), None)

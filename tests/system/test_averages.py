@@ -94,6 +94,7 @@ def test_averages_are_added_and_removed_across_a_kill_while_streaming(tmp_path: 
     assert [line.split()[0] for line in listed[:4]] == ["name", "ema-0.5", "ema-0.9", "swa"]
 
 
+@pytest.mark.usefixtures("lane")
 def test_every_rule_continues_bit_for_bit_after_a_kill_and_equals_its_ledger(tmp_path: Path) -> None:
     """Rebuilt in float64 from what `ema ledger --json` prints and the trainer's own snapshots."""
     before, after = (1, 2, 3, 4, 7, 8), (9, 11, 12)

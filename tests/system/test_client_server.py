@@ -60,6 +60,7 @@ def _closed_port() -> int:
         return port
 
 
+@pytest.mark.usefixtures("lane")
 def test_weights_of_the_last_step_arrive_bit_for_bit(server: ServerProcess, run: str) -> None:
     model = Toy()
     with _client(server, run) as client:
@@ -75,6 +76,7 @@ def test_weights_of_the_last_step_arrive_bit_for_bit(server: ServerProcess, run:
         assert torch.equal(weights[name], tensor), name
 
 
+@pytest.mark.usefixtures("lane")
 def test_weights_written_after_update_do_not_reach_the_server(server: ServerProcess, run: str) -> None:
     model = nn.Linear(512, 512)
     with _client(server, run) as client:
@@ -183,6 +185,7 @@ def test_state_dict_resumes_the_next_process_at_its_checkpoint(server: ServerPro
     assert (version.step, version.updates) == (5, 5)
 
 
+@pytest.mark.usefixtures("lane")
 def test_rewind_uses_the_newest_generation_up_to_the_step(server: ServerProcess, run: str) -> None:
     model = Toy()
     with _client(server, run) as client:
@@ -203,6 +206,7 @@ def test_rewind_uses_the_newest_generation_up_to_the_step(server: ServerProcess,
     assert (version.step, version.updates, version.gap_steps) == (6, 4, 2)
 
 
+@pytest.mark.usefixtures("lane")
 def test_client_reconnects_to_a_restarted_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = Toy()
     with ServerProcess(tmp_path / "data") as first:
@@ -229,6 +233,7 @@ def test_client_reconnects_to_a_restarted_server(tmp_path: Path, caplog: pytest.
     assert [text.split(";")[0] for text in warnings] == ["ema: the connection broke", "ema: connected again"]
 
 
+@pytest.mark.usefixtures("lane")
 def test_steps_that_a_killed_server_had_applied_are_reported_as_lost(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -252,6 +257,7 @@ def test_steps_that_a_killed_server_had_applied_are_reported_as_lost(
     assert [text in message for message in caplog.messages if "connected again" in message] == [True]
 
 
+@pytest.mark.usefixtures("lane")
 @pytest.mark.parametrize("ending", ["checkpoint", "finish"])
 def test_last_step_is_sent_after_the_server_returns(
     tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture
@@ -330,6 +336,7 @@ def test_server_is_reached_over_either_address_family(tmp_path: Path, listening:
         EmaClient(server.zmq, "r", connect_timeout_s=20.0).close()
 
 
+@pytest.mark.usefixtures("lane")
 @pytest.mark.parametrize("fate", ["stopped", "killed"])
 def test_silent_server_adds_nothing_to_the_time_in_the_loop(tmp_path: Path, fate: str) -> None:
     model = nn.Linear(1024, 1024)

@@ -14,7 +14,7 @@ from support.processes import SUPPORT, Process, ServerProcess
 from support.toy import check_version
 from support.waiting import eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lane")]
 
 KILLS = 20
 

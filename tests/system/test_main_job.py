@@ -38,6 +38,7 @@ def download(server: ServerProcess, run: str, average: str, to: Path) -> tuple[P
     return folder, json.loads((folder / "version.json").read_text())
 
 
+@pytest.mark.usefixtures("lane")
 def test_1000_steps_equal_a_float64_replay_of_the_ledger(server: ServerProcess, tmp_path: Path) -> None:
     """The trainer is a process of its own; `wait` leaves no gap; chunks carry checksums."""
     script = str(SUPPORT / "toy_trainer.py")
@@ -84,6 +85,7 @@ def test_steps_skipped_by_every_are_no_gap_and_keep_the_decay_per_step(server: S
     assert about["gap_steps"] == 0
 
 
+@pytest.mark.usefixtures("lane")
 def test_two_concurrent_runs_are_independent(server: ServerProcess, tmp_path: Path) -> None:
     def train(run: str, shift: int) -> None:
         with EmaClient(server.zmq, run, ["ema:0.9", "raw"], when_behind="wait") as client:
@@ -102,6 +104,7 @@ def test_two_concurrent_runs_are_independent(server: ServerProcess, tmp_path: Pa
         assert about["step"] == last
 
 
+@pytest.mark.usefixtures("lane")
 def test_thousand_tensors_stream_like_one(server: ServerProcess, tmp_path: Path) -> None:
     model = nn.ParameterDict({f"tensor_{index}": nn.Parameter(torch.zeros(3, 5)) for index in range(1000)})
     with EmaClient(server.zmq, "many", ["ema:0.5"], when_behind="wait") as client:
@@ -162,6 +165,7 @@ def test_schedule_publishes_by_steps(tmp_path: Path) -> None:
         eventually(lambda: client.stats()["last_published_step"] is not None, "the trainer has the acknowledgement")
 
 
+@pytest.mark.usefixtures("lane")
 def test_snapshots_with_nan_change_nothing_and_are_logged_once(
     server: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -192,6 +196,7 @@ def test_snapshots_with_nan_change_nothing_and_are_logged_once(
     assert (about["updates"], about["gap_steps"]) == (2, 3)
 
 
+@pytest.mark.usefixtures("lane")
 def test_batch_norm_statistics_with_nan_stop_no_average(
     server: ServerProcess, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

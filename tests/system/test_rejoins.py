@@ -57,6 +57,7 @@ def _break(monkeypatch: pytest.MonkeyPatch, times: int) -> list[None]:
     return failed
 
 
+@pytest.mark.usefixtures("lane")
 def test_run_goes_on_from_its_newest_generation_after_an_internal_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

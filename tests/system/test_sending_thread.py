@@ -65,7 +65,7 @@ def test_small_snapshots_leave_in_the_thread_that_offers_them(client: EmaClient,
         eventually(lambda: client.stats()["last_committed_step"] == client.steps, "it is applied", every_s=0.05)
 
     # The other one may be busy with an answer, or with a heartbeat.
-    assert writers[threading.current_thread().name] >= 3 * 8
+    assert writers[threading.current_thread().name] >= 2 * 8  # BEGIN and COMMIT
 
 
 def test_large_snapshots_leave_in_the_thread_of_the_connection(client: EmaClient, writers: Counter[str]) -> None:

@@ -5,5 +5,6 @@
 - `shared_state`: what the training thread and the connection's thread both see
 - `driver`: the thread that owns the connection
 - `link`: the ZeroMQ socket
+- `local_socket`: the unix socket of a server on the same machine, which gets the slots by it
 - `addresses`: the addresses behind an endpoint, and what listens there
 """

@@ -24,8 +24,9 @@ from ema_proto.sender.file_queue import FilePayload
 from ema_proto.sender.machine import Sender
 from ema_proto.sender.send_queue import Outgoing
 from ema_proto.wire import codec
-from ema_proto.wire.messages import Joined
+from ema_proto.wire.messages import SHM, Joined
 from trainer_client.connection.link import Link
+from trainer_client.connection.local_socket import LocalSocket
 from trainer_client.connection.shared_state import Shared
 from trainer_client.staging.slots import Slot
 
@@ -48,14 +49,16 @@ class Pending:
 
 
 class Driver:
-    """One session's connection. From now on only this object uses `sender` and `link`; it writes to `shared`.
+    """One session's connection. From now on only this object uses what it is given; it writes to `shared`.
 
     Whichever thread holds `_turning` acts.
     """
 
-    def __init__(self, sender: Sender, link: Link, shared: Shared) -> None:
+    def __init__(self, sender: Sender, link: Link, local: LocalSocket, shared: Shared) -> None:
         self._sender = sender
         self._link = link
+        self._local = local
+        self._local_path: str | None = None  # where the server takes slots, until it has got them
         self._shared = shared
         self._commands: deque[Callable[[float], None]] = deque()
         self._turning = threading.Lock()
@@ -153,6 +156,7 @@ class Driver:
             with self._turning:
                 self._acts_here = False
                 self._link.terminate()
+                self._local.close()
                 self._slots, self._draining = (), []
 
     def _turn(self) -> None:
@@ -176,6 +180,7 @@ class Driver:
         """Write what can be written and take what has come, until there is neither."""
         self._sender.tick(now)
         while True:
+            self._pass_slots()
             self._write()
             messages = self._link.receive()
             for frames in messages:
@@ -213,6 +218,13 @@ class Driver:
             self._problem = ""
             self._sender.opened(now)
 
+    def _pass_slots(self) -> None:
+        """Give the server shared slots, before the JOIN is written on this connection."""
+        if self._local_path is not None and self._slots:
+            path, self._local_path = self._local_path, None
+            if self._slots[0].descriptor is not None:
+                self._local.offer(path, self._slots)
+
     def _write(self) -> None:
         while True:
             out = self._outgoing or self._sender.next_frame()
@@ -247,8 +259,9 @@ class Driver:
 
     def _take(self, event: e.Event) -> None:
         match event:
-            case e.Greeted(capabilities):
+            case e.Greeted(capabilities, shm):
                 self._shared.greeted = True
+                self._shared.shm = self._local_path = shm
                 self._shared.capabilities = capabilities
                 self._link.prefer()
             case e.JoinAccepted(joined):
@@ -270,12 +283,26 @@ class Driver:
                     pending.answer = event
 
     def _take_joined(self, joined: Joined) -> None:
+        self._take_lane(joined.lane)
         if self._shared.joined is not None:
             self._shared.reconnects += 1
             self._log_reconnect(joined.last_step, self._shared.last_committed)
             self._shared.outage, self._shared.outage_logged = None, False
         self._shared.joined = joined
         self._shared.last_published = joined.published_step
+
+    def _take_lane(self, lane: str) -> None:
+        """Note how snapshots are sent from now on, and why not through shared memory if they could be."""
+        shared = self._shared
+        if lane != SHM and self._slots and self._slots[0].descriptor is not None:
+            shared.lane_problem = "the server does not offer it" if shared.shm is None else self._local.read_problem()
+            if shared.lane == SHM:
+                text = "ema: snapshots go through the socket from now on, not through shared memory: %s"
+                logger.warning(text, shared.lane_problem)
+        elif shared.joined is not None and lane != shared.lane:
+            logger.info("ema: snapshots go through shared memory again")
+        shared.lane = lane
+        self._local.close()
 
     def _log_reconnect(self, at: int | None, committed: int | None) -> None:
         """A server that was killed continues from its newest generation, which may be behind what it had applied."""
@@ -297,6 +324,8 @@ class Driver:
 
     def _take_lost(self, event: e.ConnectionLost) -> None:
         self._link.close()
+        self._local.close()
+        self._local_path = None
         self._outgoing = None
         self._retry_at = event.retry_at
         self._shared.hung_up = self._shared.hung_up or not self._shared.greeted

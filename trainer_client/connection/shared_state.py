@@ -18,7 +18,7 @@ from trainer_client.staging.slots import Slot
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
-    """What became of the snapshots. Steps are None before the first."""
+    """What became of the snapshots. Steps are None before the first; `lane` is before the run is joined."""
 
     state: str
     offered: int
@@ -28,6 +28,7 @@ class WorkerStats:
     last_offered_step: int | None
     last_committed_step: int | None
     last_published_step: int | None
+    lane: str | None = None
 
 
 class Shared:
@@ -39,6 +40,9 @@ class Shared:
         self.outage_logged = False
         self.greeted = False
         self.capabilities: tuple[str, ...] = ()  # of both sides
+        self.shm: str | None = None  # where the server that greeted last takes slots in shared memory
+        self.lane: str | None = None  # how snapshots are sent, since the run is joined
+        self.lane_problem: str | None = None  # why the server did not take the slots in shared memory
         self.hung_up = False  # a connection ended before the server had greeted
         self.joined: Joined | None = None
         self.refused: Refused | None = None

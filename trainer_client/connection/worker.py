@@ -22,10 +22,13 @@ from ema_proto.wire.parts import from_ranges, part_of
 from trainer_client.connection.addresses import described, first_bytes, is_http
 from trainer_client.connection.driver import Driver, Pending
 from trainer_client.connection.link import Link
+from trainer_client.connection.local_socket import LocalSocket, why_unreachable
 from trainer_client.connection.shared_state import Shared, WorkerStats
 from trainer_client.connection.transfers import TransferQueue
 from trainer_client.counters import Counters
 from trainer_client.errors import ConnectError, JoinError, RewindError
+from trainer_client.settings import Lane
+from trainer_client.staging import shared_memory
 from trainer_client.staging.device import DeviceOf, device_of
 from trainer_client.staging.slots import Pins, Slot, make_slots
 from trainer_client.staging.transfer import AsyncCopy
@@ -42,6 +45,7 @@ class Worker:
         endpoint: where the server listens for trainers.
         token: shared secret, or None.
         device_of: the device behind a torch device, None where copies cannot go on while training does.
+        lane: how snapshots are sent: `shm` through shared memory, `zmq` through the socket, `auto` chooses.
 
     Attributes:
         counters: of this session; `torn` and `failed` are written where copies end, the rest by the training thread.
@@ -50,33 +54,45 @@ class Worker:
         slots: all of them, once a run is joined and until the worker is closed.
     """
 
-    def __init__(self, endpoint: str, *, token: str | None, device_of: DeviceOf = device_of) -> None:
+    def __init__(
+        self, endpoint: str, *, token: str | None, device_of: DeviceOf = device_of, lane: Lane = Lane.AUTO
+    ) -> None:
         self.counters = Counters()
         self.device_of = device_of
         self.pins = Pins()
         self.slots: tuple[Slot, ...] = ()
         self._endpoint = endpoint
+        self._lane = lane
+        self._may_share = lane is not Lane.ZMQ and shared_memory.is_available()
         self._copies = TransferQueue(self._send, self.give_back, self._say_skipped, self.counters)
         self._shared = Shared()
         self._publishing: Pending | None = None  # the last request of `publish_soon`
         self._link = Link(endpoint)
+        session = secrets.token_bytes(16)
         self._sender = Sender(
-            secrets.token_bytes(16),
+            session,
             token=token,
             jitter=random.Random().random,  # not the seeded one of the training
-            capabilities=(m.CRC32, m.FILES),
+            capabilities=(m.CRC32, m.FILES, m.SHM) if self._may_share else (m.CRC32, m.FILES),
         )
-        self._driver = Driver(self._sender, self._link, self._shared)
+        self._driver = Driver(self._sender, self._link, LocalSocket(session), self._shared)
         self._driver.start()
 
     @classmethod
-    def connect(cls, endpoint: str, token: str | None, timeout_s: float, device_of: DeviceOf = device_of) -> Self:
+    def connect(
+        cls,
+        endpoint: str,
+        token: str | None,
+        timeout_s: float,
+        device_of: DeviceOf = device_of,
+        lane: Lane = Lane.AUTO,
+    ) -> Self:
         """Connect, and wait until the server has accepted the connection.
 
         Raises:
             ConnectError: the server did not answer in time, or refused version or token.
         """
-        worker = cls(endpoint, token=token, device_of=device_of)
+        worker = cls(endpoint, token=token, device_of=device_of, lane=lane)
         try:
             worker.greet(timeout_s)
         except BaseException:
@@ -129,12 +145,14 @@ class Worker:
             files: the content of the companion files that `join` lists, kept until the worker is closed.
 
         Raises:
-            JoinError: the server refused (`code` says why), did not answer in time, or the slots do not fit in memory.
+            JoinError: the server refused (`code` says why), did not answer in time, the slots do not fit in memory, or
+                shared memory is asked for and cannot be used.
         """
         shared = self._shared
         self._driver.lend((), files)
+        can_share = self._can_share(join)
         if join.world == 1:
-            self._make_slots(join.manifest.nbytes, files)
+            self._make_slots(join, join.manifest.nbytes, files, shared=can_share)
         self._driver.do(lambda _: self._sender.join(join))
         with shared.changed:
             shared.wait(lambda: shared.joined or shared.refused or shared.is_down_for(timeout_s), _RESTORE_S)
@@ -142,10 +160,12 @@ class Worker:
                 raise JoinError(f"run {join.run!r} was refused: {shared.refused.text}", shared.refused.code)
             if shared.joined is None:
                 raise JoinError(f"run {join.run!r}: the server at {self._endpoint} has not answered")
-            joined, capabilities = shared.joined, shared.capabilities
+            joined, capabilities, problem = shared.joined, shared.capabilities, shared.lane_problem
+        if problem is not None:
+            self._report_no_sharing(join, problem)
         if joined.send is not None:
             nbytes = part_of(join.manifest, from_ranges(joined.send, len(join.manifest.tensors))).nbytes
-            self._make_slots(nbytes, files)
+            self._make_slots(join, nbytes, files, shared=can_share)
         if join.files and m.FILES not in capabilities:
             text = "ema: the server at %s takes no companion files: the versions of run %s are without them; upgrade it"
             log.warning(text, self._endpoint, join.run)
@@ -265,6 +285,7 @@ class Worker:
                 last_offered_step=shared.last_offered,
                 last_committed_step=shared.last_committed,
                 last_published_step=shared.last_published,
+                lane=shared.lane,
             )
 
     def _send(self, slot: Slot, step: int, mode: m.Mode) -> None:
@@ -277,17 +298,55 @@ class Worker:
     def _say_skipped(self, step: int, why: str) -> None:
         self._driver.do(lambda _: self._sender.skip(step, why))
 
-    def _make_slots(self, nbytes: int, files: tuple[bytes, ...]) -> None:
+    def _can_share(self, join: m.Join) -> bool:
+        """Whether to make slots that a server on this machine can map.
+
+        Raises:
+            JoinError: they are asked for, and it cannot.
+        """
+        if self._lane is Lane.ZMQ:
+            return False
+        with self._shared.changed:
+            path = self._shared.shm
+        if not self._may_share:
+            problem: str | None = "this system has no memory of that kind: it needs Linux"
+        elif join.world > 1:
+            problem = "the ranks of a sharded model send their shards through the socket"
+        elif join.checksum:
+            problem = "checksums are asked for, and there are none"
+        elif path is None:
+            problem = "the server does not offer it"
+        else:
+            problem = why_unreachable(path)
+        if problem is not None:
+            self._report_no_sharing(join, problem)
+        return problem is None
+
+    def _report_no_sharing(self, join: m.Join, problem: str) -> None:
+        """Snapshots cannot go through shared memory: log it, or raise if that is asked for."""
+        if self._lane is Lane.SHM:
+            raise JoinError(f"run {join.run!r} cannot be streamed through shared memory (lane='shm'): {problem}")
+        log.info("ema: snapshots go through the socket, not through shared memory: %s", problem)
+
+    def _make_slots(self, join: m.Join, nbytes: int, files: tuple[bytes, ...], *, shared: bool) -> None:
         if not nbytes:
             return
         try:
-            self.slots = make_slots(nbytes, SLOTS)
+            self.slots = self._make_shared_slots(join, nbytes) if shared else make_slots(nbytes, SLOTS)
         except (OSError, MemoryError) as error:
             text = f"cannot allocate {SLOTS} slots of {nbytes} bytes: {error}"
             raise JoinError(text, RejectCode.OUT_OF_MEMORY) from None
         self._driver.lend(self.slots, files)
         with self._shared.changed:
             self._shared.free = list(self.slots)
+
+    def _make_shared_slots(self, join: m.Join, nbytes: int) -> tuple[Slot, ...]:
+        """Slots that the server can map; private ones where the system refuses (a sandbox may)."""
+        try:
+            return make_slots(nbytes, SLOTS, shared=True)
+        except OSError as error:
+            self._report_no_sharing(join, f"the system gives no memory for it: {error.strerror}")
+            return make_slots(nbytes, SLOTS)
 
     def _disconnect(self, timeout_s: float) -> bool:
         """Say goodbye, end the driver and let go of the slots; False while the driver may still read them."""

@@ -2,6 +2,7 @@
 
 - `stagers`: chooses the way: one synchronous copy, or one that overlaps training
 - `slots`: the host memory that snapshots are copied into, and locking it for a device
+- `shared_memory`: memory that a server on the same machine maps too
 - `cpu`: the synchronous copy
 - `overlapped`: the copy from a CUDA device while training goes on
 - `copy_plan`: which way each tensor takes from the device into the slot

@@ -1,13 +1,17 @@
 """The host memory that snapshots are copied into. Slots are made once, exactly one snapshot long, and never resized.
 
-Anonymous mappings rather than an allocator's blocks: their size is exact, their pages are returned when the last view
+They are the same for the whole session, whatever connections and servers it has: views and locks of them stay valid.
+Mappings rather than an allocator's blocks: their size is exact, their pages are returned when the last view
 goes, and a `memoryview` of one can be sent without a copy.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
+import os
+import weakref
 from collections.abc import Sequence
 from typing import Final
 
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer_client.staging.device import Device
+from trainer_client.staging.shared_memory import map_shared
 
 log = logging.getLogger("ema")
 
@@ -22,24 +27,50 @@ log = logging.getLogger("ema")
 # device would go on writing to the old one.
 _ADVICE: Final = ("MADV_HUGEPAGE", "MADV_DONTFORK")
 
+_private: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # the memory of slots that are not shared
+
 # Locked memory must not be returned to the system: what could not be unlocked is kept until the process ends.
 _kept: list[Tensor] = []
 
 
 class Slot:
-    """One slot: its `index`, its bytes as a tensor (uint8, 1-D) and as a memoryview of the same memory."""
+    """One slot: its `index`, its bytes as a tensor (uint8, 1-D) and as a memoryview of the same memory.
 
-    __slots__ = ("index", "tensor", "view")
+    `descriptor` is that of the file behind shared memory, by which the server maps it too; None if it is private.
+    """
 
-    def __init__(self, index: int, nbytes: int) -> None:
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for name in _ADVICE:
-            _advise(memory, name)
+    __slots__ = ("descriptor", "index", "tensor", "view")
+
+    def __init__(self, index: int, memory: mmap.mmap | ctypes.Array[ctypes.c_char], descriptor: int | None) -> None:
         self.index = index
-        # Filled once, so that its pages are there before the first snapshot: mapping them costs as much as copying.
-        self.tensor = torch.frombuffer(memory, dtype=torch.uint8).zero_()
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
         # A memoryview holds the mapping's export: it cannot be unmapped while a frame of it is being sent.
-        self.view = memoryview(memory)
+        self.view = memoryview(memory).cast("B")
+        self.descriptor = descriptor
+
+
+def make_slots(nbytes: int, count: int, *, shared: bool = False) -> tuple[Slot, ...]:
+    """`count` slots of `nbytes` bytes each, of memory that can be `shared` with a server on the same machine.
+
+    Their pages are present before the first snapshot: mapping them costs as much as copying.
+
+    Raises:
+        OSError, MemoryError: the system has not enough memory.
+    """
+    if shared:
+        memories = [map_shared(nbytes) for _ in range(count)]
+        return tuple(Slot(index, each.buffer, each.descriptor) for index, each in enumerate(memories))
+    return tuple(_private_slot(index, nbytes) for index in range(count))
+
+
+def _private_slot(index: int, nbytes: int) -> Slot:
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for name in _ADVICE:
+        _advise(memory, name)
+    _private.add(memory)
+    slot = Slot(index, memory, None)
+    slot.tensor.zero_()
+    return slot
 
 
 def _advise(memory: mmap.mmap, name: str) -> None:
@@ -52,9 +83,14 @@ def _advise(memory: mmap.mmap, name: str) -> None:
         log.debug("ema: slots are used without %s: %s", name, error)
 
 
-def make_slots(nbytes: int, count: int) -> tuple[Slot, ...]:
-    """`count` slots of `nbytes` bytes each."""
-    return tuple(Slot(index, nbytes) for index in range(count))
+def _leave_to_parent() -> None:
+    """A forked child lacks the mappings, and other memory may have their place: they must not be unmapped."""
+    for memory in _private:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class Pins:

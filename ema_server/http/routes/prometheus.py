@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
+from ema_proto.wire.messages import SHM, ZMQ
 from ema_server.evaluation.metric_store import MetricStoreError, Report
 from ema_server.http.services import Services, ServicesDep
 from ema_server.publishing.ring import Ring
@@ -62,6 +63,7 @@ class _Statuses(Collector):
         yield from _runs(statuses)
         on_disk = {status.run: self._services.usage.get(status.run) for status in statuses}
         yield _by_run("ema_run_disk_bytes", "Disk space of the run's files, as last measured", on_disk)
+        yield _lanes({status.run: self._services.lanes.get(status.run) for status in statuses})
         yield from _ranks({status.run: self._services.ranks.get(status.run) for status in statuses})
         yield from _rings(statuses, self._services.deriving.ring)
         yield from _averages(statuses)
@@ -126,6 +128,16 @@ def _runs(statuses: tuple[RunStatus, ...]) -> Iterator[Metric]:
     yield _by_run("ema_run_applied_snapshots", "Snapshots applied since it began", {s.run: s.applied for s in statuses})
     yield _by_run("ema_run_gap_steps", "Steps that were due and not applied", {s.run: s.gap_steps for s in statuses})
     yield _by_run("ema_run_quarantined_snapshots", "Snapshots refused", {s.run: s.quarantined for s in statuses})
+
+
+def _lanes(found: Mapping[str, str | None]) -> Metric:
+    text = "1 for the lane by which the trainer sends snapshots: shared memory, or the socket"
+    family = GaugeMetricFamily("ema_run_lane", text, labels=["run", "lane"])
+    for run, lane in found.items():
+        for each in (SHM, ZMQ):
+            if lane is not None:
+                family.add_metric([run, each], int(lane == each))
+    return family
 
 
 def _ranks(found: Mapping[str, RanksStatus | None]) -> Iterator[Metric]:

@@ -47,4 +47,4 @@ def _shown(services: Services, status: RunStatus) -> RunOut:
     ranks = services.ranks.get(status.run)
     shown_ranks = None if ranks is None else RanksOut.model_validate(ranks)
     update = {"derived": derived, "ring": shown_ring, "disk_bytes": disk_bytes, "ranks": shown_ranks}
-    return shown.model_copy(update=update)
+    return shown.model_copy(update=update | {"lane": services.lanes.get(status.run)})

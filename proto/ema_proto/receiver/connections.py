@@ -33,7 +33,9 @@ class Connection:
 class Connections:
     """All connections, the longest silent one first. The arguments are those of `Receiver`."""
 
-    def __init__(self, *, epoch: int, token: str | None, nonce: Callable[[], str], chunk_bytes: int) -> None:
+    def __init__(
+        self, *, epoch: int, token: str | None, nonce: Callable[[], str], chunk_bytes: int, shm: str | None = None
+    ) -> None:
         self.outbox: deque[tuple[bytes, tuple[bytes, bytes]]] = deque()
         self.rejects: Counter[RejectCode] = Counter()
         self.greeted = 0
@@ -41,6 +43,7 @@ class Connections:
         self._token = token
         self._nonce = nonce
         self._chunk_bytes = chunk_bytes
+        self._shm = shm
         self._by_peer: OrderedDict[bytes, Connection] = OrderedDict()
 
     def __len__(self) -> int:
@@ -97,9 +100,11 @@ class Connections:
         if self._token is None or connection.welcomed or self._is_proven(connection, self._token, hello.proof):
             self.greeted += not connection.welcomed
             connection.welcomed = True
-            # Files are offered only to a sender that has them: what others receive does not change.
-            capabilities = (m.CRC32, m.FILES) if m.FILES in hello.capabilities else (m.CRC32,)
-            self.send(connection.peer, m.Welcome(self._epoch, self._chunk_bytes, capabilities))
+            # What came later is offered only to a sender that knows it: what others receive does not change.
+            offered = (m.FILES,) if self._shm is None else (m.FILES, m.SHM)
+            capabilities = (m.CRC32, *(name for name in offered if name in hello.capabilities))
+            shm = self._shm if m.SHM in capabilities else None
+            self.send(connection.peer, m.Welcome(self._epoch, self._chunk_bytes, capabilities, shm))
         else:
             connection.nonce = connection.nonce or self._nonce()
             self.send(connection.peer, m.Challenge(connection.nonce))

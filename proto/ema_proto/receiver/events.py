@@ -52,13 +52,14 @@ Target: TypeAlias = Payload | FileBody | Control | Discard
 class JoinRequested:
     """A trainer may have the run: create, continue or rewind it, then `accept_join` or `refuse_join`.
 
-    `join` is that of the whole trainer; `parts` says what each rank sends.
+    `join` is that of the whole trainer; `parts` says what each rank sends, and `sessions` names the ranks' sessions.
     """
 
     run: str
     ticket: int
     join: m.Join
     parts: tuple[Part, ...]
+    sessions: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +78,17 @@ class FileReceived:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotReady:
-    """A whole snapshot lies in the slot: apply it, then `applied` or `quarantined`."""
+    """A whole snapshot lies in the slot: apply it, then `applied` or `quarantined`.
+
+    `source` is the trainer's own slot that holds it, if that is shared.
+    """
 
     run: str
     ticket: int
     slot: int
     step: int
     mode: m.Mode
+    source: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

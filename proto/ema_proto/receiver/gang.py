@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TypeAlias
@@ -76,6 +77,7 @@ class Gang:
     left_at: dict[int, float] = field(default_factory=dict)
     published_step: int | None = None
     missing_files: tuple[str, ...] = ()  # sha256 of the companion files that rank 0 still has to send
+    shared: Mapping[int, int] = field(default_factory=dict)  # slots of each rank that streams through shared memory
     rewinds: dict[int, deque[m.Rewind]] = field(default_factory=dict)
     rewind_until: float = math.inf
     rewinding: dict[int, dict[int, m.Rewind]] = field(default_factory=dict)

@@ -31,7 +31,8 @@ class Intake:
     """One rank's end of an assembly: parts of `nbytes` bytes each.
 
     With `checksum`, chunks carry a CRC-32 that must match. `window` is the number of chunks that may be on their way.
-    `files` are companion files that come first: before they are whole, no credit is given for snapshots.
+    `files` are companion files that come first: before they are whole, no credit is given for snapshots. With
+    `shared_slots`, snapshots come in so many slots of the rank's, which the server has mapped, and not in chunks.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Intake:
         checksum: bool,
         window: int = CREDIT_WINDOW_CHUNKS,
         files: tuple[FileSpec, ...] = (),
+        shared_slots: int = 0,
     ) -> None:
         self.replies: deque[m.Committed | m.Credit | m.Reject] = deque()
         self.files = FileIntake(files, chunk_bytes=chunk_bytes, checksum=checksum)
@@ -53,6 +55,7 @@ class Intake:
         self._chunk_bytes = chunk_bytes
         self._checksum = checksum
         self._window = window
+        self._shared_slots = shared_slots
         self._filling: _Filling | None = None
         self._held: dict[int, m.Begin] = {}
         self._rewinds: set[int] = set()  # requests that are not answered
@@ -60,7 +63,15 @@ class Intake:
         self.credit_limit = self._allowance()
 
     def begin(self, begin: m.Begin, now: float = 0.0) -> None:
-        """A snapshot starts; one still filling is abandoned. A step that can no longer count gets no slot."""
+        """A snapshot starts; one still filling is abandoned. A step that can no longer count gets no slot.
+
+        Raises:
+            RemoteProtocolError: `bad_message`; its slot is not one of this rank's shared ones.
+        """
+        if not self._is_of_lane(begin.slot):
+            named = "no slot" if begin.slot is None else f"slot {begin.slot}"
+            text = f"BEGIN names {named}, and this session shares {self._shared_slots} slots"
+            raise RemoteProtocolError(RejectCode.BAD_MESSAGE, text)
         if self._rewinds or not self._can_count(begin):
             return
         self._filling = None
@@ -182,6 +193,10 @@ class Intake:
         self._grant()
         return True
 
+    def _is_of_lane(self, slot: int | None) -> bool:
+        """Whether a BEGIN is one of this session's lane: with a shared slot, or without if there are none."""
+        return slot is None if self._shared_slots == 0 else slot is not None and slot < self._shared_slots
+
     def _can_count(self, begin: m.Begin) -> bool:
         """Whether the step is above all before it; a `set` may also repeat the newest."""
         lowest = begin.step + (begin.mode == "set")
@@ -220,7 +235,8 @@ class Intake:
         self.replies.append(m.Reject(code, text, what.step, what.attempt))
 
     def _coverage(self) -> Coverage:
-        return Coverage(self._nbytes, self._chunk_bytes)
+        """No chunks come of a snapshot in a shared slot."""
+        return Coverage(0 if self._shared_slots else self._nbytes, self._chunk_bytes)
 
     def _allowance(self) -> int:
         """Chunks that may be sent now: as many as the slots have room for, at most a window; or parts of files."""

@@ -8,7 +8,8 @@ buffer (`Control`, `FileBody`), or nowhere (`Discard`). `events` ask the average
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError, Scope
 from ema_proto.limits import CHUNK_BYTES_DEFAULT, SESSION_LOST_S, SLOTS
@@ -31,6 +32,7 @@ class Receiver:
         nonce: returns fresh random text for a challenge.
         chunk_bytes: how snapshots are to be cut.
         lost_after_s: silence after which a session is lost.
+        shm: path of the socket on which the caller takes shared slots, None without one.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class Receiver:
         nonce: Callable[[], str],
         chunk_bytes: int = CHUNK_BYTES_DEFAULT,
         lost_after_s: float = SESSION_LOST_S,
+        shm: str | None = None,
     ) -> None:
-        self._connections = Connections(epoch=epoch, token=token, nonce=nonce, chunk_bytes=chunk_bytes)
+        self._connections = Connections(epoch=epoch, token=token, nonce=nonce, chunk_bytes=chunk_bytes, shm=shm)
         self.outbox = self._connections.outbox
         self.rejects = self._connections.rejects
         self.events: deque[e.ReceiverEvent] = deque()
@@ -146,16 +149,18 @@ class Receiver:
         slots: int = SLOTS,
         set_aside: str | None = None,
         missing_files: tuple[str, ...] = (),
+        shared: Mapping[int, int] = MappingProxyType({}),
     ) -> bool:
         """The run is ready and has `slots` slots; False when the session that asked has ended.
 
-        `missing_files` are the sha256 of the JOIN's companion files that are to be sent before snapshots.
+        `missing_files` are the sha256 of the JOIN's companion files that are to be sent before snapshots. `shared` is
+        the number of slots of each rank whose slots the caller has mapped, and reads its snapshots from.
         """
         gang = self._runs.by_ticket(run, ticket)
         if gang is None or gang.assembly is not None:
             return False
         gang.start(slots, last_step, recent, published_step)
-        gang.missing_files = missing_files
+        gang.missing_files, gang.shared = missing_files, shared
         self._streaming.start(gang, continuation, set_aside)
         return True
 
@@ -281,7 +286,8 @@ class Receiver:
                 whole = intake.commit(message)
                 if whole is not None:
                     slot, begin = whole
-                    self.events.append(e.SnapshotReady(gang.run, gang.ticket, slot, begin.step, begin.mode))
+                    ready = e.SnapshotReady(gang.run, gang.ticket, slot, begin.step, begin.mode, begin.slot)
+                    self.events.append(ready)
             case m.Skip():
                 intake.skip(message)
             case m.Publish():

@@ -226,7 +226,8 @@ class Ownership:
             self.refuse(gang, error.code, error.text)
             return
         if join is not None:
-            self._events.append(e.JoinRequested(gang.run, gang.ticket, join, gang.parts))
+            sessions = tuple(gang.members[rank].session for rank in range(gang.world))
+            self._events.append(e.JoinRequested(gang.run, gang.ticket, join, gang.parts, sessions))
 
     def _owner_to_probe(self, gang: Gang, claim: Claim) -> Gang | None:
         """The owner that has to be probed before the gang may have the run; None when it may have it at once.

@@ -150,6 +150,7 @@ class Streaming:
             checksum=claim.join.checksum,
             window=window,
             files=tuple(files[place] for place in by_digest(files, gang.missing_files)) if files else (),
+            shared_slots=gang.shared.get(claim.rank, 0),
         )
         joined = m.Joined(
             assembly.last_step,
@@ -157,6 +158,7 @@ class Streaming:
             tuple(assembly.recent),
             continuation,
             claim.intake.credit_limit,
+            lane=m.SHM if claim.rank in gang.shared else m.ZMQ,
             set_aside=set_aside,
             missing_files=None if files is None else gang.missing_files,
             send=gang.send_of(claim.rank),

@@ -24,9 +24,13 @@ class SenderState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Greeted:
-    """The server accepted the connection; version and token are right. `capabilities` are those of both sides."""
+    """The server accepted the connection; version and token are right. `capabilities` are those of both sides.
+
+    `shm` is the path of the socket on which the server takes shared slots: pass them before the JOIN is written.
+    """
 
     capabilities: tuple[str, ...] = ()
+    shm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

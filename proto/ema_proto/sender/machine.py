@@ -247,7 +247,8 @@ class Sender:
         self._epoch = welcome.epoch
         self._welcome = welcome
         self._stream.chunk_bytes = welcome.chunk_bytes
-        self.events.append(e.Greeted(tuple(name for name in self._capabilities if name in welcome.capabilities)))
+        both = tuple(name for name in self._capabilities if name in welcome.capabilities)
+        self.events.append(e.Greeted(both, welcome.shm if m.SHM in both else None))
         if self._join is not None:
             self._send_join(self._join, welcome)
 

@@ -1,4 +1,7 @@
-"""Unanswered snapshots and requests in order; snapshots are cut into chunks as credit allows."""
+"""Unanswered snapshots and requests in order; snapshots are cut into chunks as credit allows.
+
+On the lane `shm` a snapshot has no chunks: the server reads it in its slot.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +97,7 @@ class StreamQueue:
         self.checksum = False
         self.chunk_bytes = 1
         self.credit_limit = 0
+        self.is_shared = False  # whether the server has mapped the slots
         self.files = FileQueue()
         self._last_step = 0
         self._items: deque[Snapshot | Request | Skip] = deque()
@@ -179,7 +183,7 @@ class StreamQueue:
     def _next_of(self, snapshot: Snapshot, session: bytes, epoch: int) -> Outgoing | None:
         if snapshot.sent_bytes == self.nbytes:
             snapshot.phase = Phase.AWAITING
-            chunks = count_chunks(self.nbytes, self.chunk_bytes)
+            chunks = 0 if self.is_shared else count_chunks(self.nbytes, self.chunk_bytes)
             commit = m.Commit(snapshot.step, snapshot.attempt, chunks, self.nbytes)
             return Outgoing(*encode(commit, session=session, epoch=epoch))
         if self._chunks_sent >= self.credit_limit:
@@ -187,7 +191,9 @@ class StreamQueue:
         if snapshot.phase is Phase.BEGIN:
             self._attempts = self._attempts % _ATTEMPT_MAX + 1
             snapshot.phase, snapshot.attempt, snapshot.tries = Phase.CHUNKS, self._attempts, snapshot.tries + 1
-            begin = m.Begin(snapshot.step, snapshot.attempt, snapshot.mode)
+            if self.is_shared:
+                snapshot.sent_bytes = self.nbytes
+            begin = m.Begin(snapshot.step, snapshot.attempt, snapshot.mode, snapshot.slot if self.is_shared else None)
             return Outgoing(*encode(begin, session=session, epoch=epoch))
         offset = snapshot.sent_bytes
         length = min(self.chunk_bytes, self.nbytes - offset)
@@ -263,8 +269,9 @@ class StreamQueue:
         self.files.clear()
 
     def settle(self, joined: m.Joined) -> list[Snapshot]:
-        """Take the credit of a JOINED; remove and return the snapshots it answers, `dropped` if not applied."""
+        """Take credit and lane of a JOINED; remove and return the snapshots it answers, `dropped` if not applied."""
         self.credit_limit, self._chunks_sent = joined.credit, 0
+        self.is_shared = joined.lane == m.SHM
         last = joined.last_step
         if last is None or joined.continuation == "new":
             return []

@@ -54,6 +54,8 @@ from ema_proto.wire.manifest import Manifest
 
 CRC32 = "crc32"  # capability: chunks may carry a checksum
 FILES = "files"  # capability: a run may have companion files
+ZMQ = "zmq"  # the lane of snapshots that are sent in chunks
+SHM = "shm"  # capability, and the lane: snapshots lie in memory that both ends have mapped
 
 Mode: TypeAlias = Literal["update", "set"]
 Resume: TypeAlias = Literal["auto", "never", "must"]
@@ -61,8 +63,10 @@ Continuation: TypeAlias = Literal["new", "continued", "rewound"]
 
 _RUN_CHARS_MAX = 1024  # far over a name's limit, so that a name that is too long is refused as a name
 _LANE_CHARS_MAX = 16
+_PATH_CHARS_MAX = 255
 _HOST_CHARS_MAX = 255
 _U8 = (1 << 8) - 1
+_U16 = (1 << 16) - 1
 _U32 = (1 << 32) - 1
 _U63 = (1 << 63) - 1
 _U64 = (1 << 64) - 1
@@ -173,12 +177,16 @@ class Join(WithBody):
 
 @dataclass(frozen=True, slots=True)
 class Begin(WithBody):
-    """A snapshot follows. `set` replaces the averages instead of updating them."""
+    """A snapshot follows. `set` replaces the averages instead of updating them.
+
+    `slot` says in which of the sender's shared slots it lies; None where chunks follow.
+    """
 
     type: ClassVar[int] = 3
     step: _InHeader
     attempt: _InHeader
     mode: Annotated[Mode, choice("update", "set")] = "update"
+    slot: Annotated[int | None, optional(integer(0, _U16), omit_none=True)] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +203,7 @@ class Chunk(WithBody):
 
 @dataclass(frozen=True, slots=True)
 class Commit(WithBody):
-    """All chunks of the snapshot have been sent: how many, and how many bytes."""
+    """The snapshot is complete: in how many chunks it was sent, none if it lies in shared memory, and its bytes."""
 
     type: ClassVar[int] = 5
     step: _InHeader
@@ -284,7 +292,10 @@ class Challenge(WithBody):
 
 @dataclass(frozen=True, slots=True)
 class Welcome(WithBody):
-    """The connection is accepted; the header's epoch identifies this start of the server."""
+    """The connection is accepted; the header's epoch identifies this start of the server.
+
+    `shm` is the path of the unix socket on which the server takes shared slots, None without one.
+    """
 
     type: ClassVar[int] = 65
     epoch: _InHeader
@@ -292,6 +303,7 @@ class Welcome(WithBody):
     minor: _Byte = field(default=VERSION_MINOR, kw_only=True)
     chunk_bytes: Annotated[int, _CHUNK_BYTES]
     capabilities: _Capabilities = (CRC32,)
+    shm: Annotated[str | None, optional(text(_PATH_CHARS_MAX), omit_none=True)] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +312,7 @@ class Joined(WithBody):
 
     `recent` names the newest applied steps: a sender whose COMMITTED was lost finds its snapshot there, or learns that
     it was not applied. `set_aside` is the name under which an earlier run of this name is kept from now on.
+    `lane` says how snapshots are sent: `zmq` in chunks, `shm` through the slots that the session has passed.
     `missing_files` has the sha256 of the JOIN's companion files that are to be sent; None if the JOIN has no `files`.
     `send` are ranges of indices, first and last, of the JOIN's tensors that this rank is to send, packed by the layout
     rule; None stands for all of them. `chunk_bytes` replaces that of WELCOME, unless it is None.
@@ -311,7 +324,7 @@ class Joined(WithBody):
     recent: Annotated[tuple[int, ...], list_of(integer(0, STEP_MAX), RECENT_STEPS)]
     continuation: Annotated[Continuation, choice("new", "continued", "rewound")]
     credit: Annotated[int, integer(0, _U64)]
-    lane: Annotated[str, text(_LANE_CHARS_MAX)] = "zmq"
+    lane: Annotated[str, text(_LANE_CHARS_MAX)] = ZMQ
     set_aside: Annotated[str | None, optional(text(NAME_CHARS_MAX), omit_none=True)] = None
     missing_files: Annotated[tuple[str, ...] | None, optional(_DIGESTS, omit_none=True)] = None
     send: Annotated[tuple[tuple[int, int], ...] | None, optional(list_of(_RANGE, TENSORS_MAX), omit_none=True)] = None
