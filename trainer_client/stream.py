@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +32,10 @@ from trainer_client.model.plan import Plan
 from trainer_client.model.selection import Selection
 from trainer_client.model.sources import version_of
 from trainer_client.ranks import Place, place_of
-from trainer_client.settings import Settings, WhenBehind
+from trainer_client.settings import Lane, Settings, WhenBehind
 from trainer_client.staging.stagers import Stagers
 from trainer_client.steps.watch import Watch
+from trainer_client.throughput import Throughput
 
 log = logging.getLogger("ema")
 
@@ -89,13 +91,16 @@ class Stream:
         self._counters = worker.counters
         self._warned: set[Skip] = set()
         self._last_skip: Skip | None = None
+        tensors = plan.tensors()
         roles = [spec.role for spec in plan.manifest.tensors]
-        trained = [each for each, role in zip(plan.tensors(), roles, strict=True) if role is Role.PARAM]
+        trained = [each for each, role in zip(tensors, roles, strict=True) if role is Role.PARAM]
         self._watch = Watch(trained, steps)
         worker.watch(self._watch.look)
         self._counted = False  # a step whose snapshot is still to be taken
         self._missed: _Missed | None = None
-        self._stagers.prepare(plan.tensors())  # memory is locked now and not at the first step
+        self._stagers.prepare(tensors)  # memory is locked now and not at the first step
+        lane = worker.stats().lane or Lane.ZMQ
+        self._throughput = Throughput(plan.manifest.nbytes, settings.every, lane) if place.rank == 0 else None
 
     @classmethod
     def join(cls, worker: Worker, model: nn.Module, settings: Settings, steps: int, resume: Resume) -> Stream:
@@ -207,6 +212,10 @@ class Stream:
         counted, self._counted = self._counted, False
         if not counted or self.steps % self._every or self.sends_nothing:
             return
+        if self._throughput is not None:
+            self._throughput.due(time.perf_counter(), self._counters.blocked_s_total)
+            if self._throughput.log(self._worker.applying_s()):
+                self._throughput = None
         sent = not self._is_stopped() and self._snapshot(model, self.steps, self._wait_s, overlap=overlap)
         if not sent and self._has_peers:
             self._worker.skip(self.steps, self.stopped or f"{self._last_skip}, see its log")
@@ -270,6 +279,7 @@ class Stream:
                     self._missed = _Missed(model, step, versions, reason)
                 return False
             try:
+                began = time.perf_counter()
                 self._plan = self._plan.renewed(model)
                 transfer = self._stagers.stage(self._plan.tensors(), slot)
                 if transfer is not None and not overlap:
@@ -278,6 +288,8 @@ class Stream:
                 self._worker.give_back(slot)
                 raise
             self._worker.offer(slot, step, mode, transfer)
+            if self._throughput is not None:
+                self._throughput.copied(time.perf_counter() - began)
         except GatheredError as error:
             text = f"step {step} was not sent, because FSDP has gathered parameter {error} for a forward pass"
             self._skip(Skip.GATHERED, f"{text}: call update() after optimizer.step(), or model.reshard() before it")

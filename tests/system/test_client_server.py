@@ -76,6 +76,22 @@ def test_weights_of_the_last_step_arrive_bit_for_bit(server: ServerProcess, run:
         assert torch.equal(weights[name], tensor), name
 
 
+def test_first_snapshots_are_measured_and_reported_once(
+    server: ServerProcess, run: str, lane: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ema")
+    model = nn.Linear(64, 64)
+    with _client(server, run) as client:
+        for _ in range(60):
+            client.update(model)
+        assert client.flush()
+
+    lines = [record for record in caplog.records if "a snapshot has" in record.getMessage()]
+    assert [record.levelno for record in lines] == [logging.INFO]
+    assert "a snapshot has 0.0166 MB" in lines[0].getMessage()
+    assert f"sending it over {lane}" in lines[0].getMessage()
+
+
 @pytest.mark.usefixtures("lane")
 def test_weights_written_after_update_do_not_reach_the_server(server: ServerProcess, run: str) -> None:
     model = nn.Linear(512, 512)

@@ -3,8 +3,8 @@
 The training thread gives it commands, and reads in `Shared` what became of them. It never touches a tensor, so the
 interpreter may end while it runs.
 
-Small snapshots are sent by the thread that offers them, while that of the connection rests. In a loop of pure Python
-another thread gets the interpreter's lock once in 5 ms, and would need it many times for each snapshot.
+Small snapshots, and those in shared memory, are sent by the thread that offers them, while that of the connection
+rests. In a loop of pure Python another thread gets the interpreter's lock once in 5 ms, and would need it many times.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ logger = logging.getLogger("ema")
 _TICK_S = 0.25  # heartbeats are 2 s apart: fine enough, and an idle client wakes four times a second
 _REAP_S = 0.002  # a committed slot is released by ZeroMQ's own thread a moment later
 _REOPEN_S = 1.0
-_HERE_BYTES = (
-    1 << 20
-)  # up to this size the thread that offers a snapshot sends it: copying it is cheaper than a hand-over
+_SMALL_BYTES = 1 << 20  # up to this size, copying a snapshot into the socket is cheaper than handing it to the thread
 _REST_S = 0.02  # after such a turn; a loop with longer steps leaves the interpreter's lock to this thread often enough
 
 
@@ -62,10 +60,11 @@ class Driver:
         self._shared = shared
         self._commands: deque[Callable[[float], None]] = deque()
         self._turning = threading.Lock()
-        self._acts_here = False  # whether snapshots are small enough to be sent by the thread that offers them
+        self._is_small = False  # whether the bytes of a snapshot may be sent by the thread that offers it
         self._rests_until = 0.0
         self._failure: Exception | None = None  # of another thread's turn
         self._interrupted = False  # another thread's turn
+        self._ended = False
         self._stopping = False
         self._slots: tuple[Slot, ...] = ()
         self._files: tuple[bytes, ...] = ()
@@ -74,6 +73,7 @@ class Driver:
         self._outgoing: Outgoing | None = None
         self._retry_at = 0.0
         self._problem = ""  # why the last attempt to open the link failed
+        self._applied_at = 0.0  # when the newest snapshot was
         self._not_finite = 0  # snapshots refused for NaN or Inf since the last applied one
         self.when_turning: Callable[[float], None] = lambda now: None  # called several times a second
         self._thread = threading.Thread(target=self._run, name="ema-driver", daemon=True)
@@ -82,17 +82,19 @@ class Driver:
         self._thread.start()
 
     def do(self, command: Callable[[float], None]) -> None:
-        """Run `command(now)`: in the calling thread, if snapshots are small, or in the driver's. Never blocks."""
+        """Run `command(now)`, in the calling thread if it can act, else in the driver's. Never blocks."""
         self._commands.append(command)
         if not self.act_here():
             self.attend()
 
     def act_here(self) -> bool:
-        """Exchange messages in the calling thread, if snapshots are small and no other thread does; never blocks."""
-        is_streaming = self._sender.state is SenderState.STREAMING
-        if not (self._acts_here and is_streaming and self._turning.acquire(blocking=False)):
+        """Exchange messages in the calling thread, if they are small and no other thread does it; never blocks."""
+        are_small = self._is_small or self._shared.lane == SHM
+        if not (are_small and self._sender.state is SenderState.STREAMING and self._turning.acquire(blocking=False)):
             return False
         try:
+            if self._ended:
+                return False
             now = time.monotonic()
             self._rests_until = now + _REST_S
             self._run_commands(now)
@@ -116,7 +118,7 @@ class Driver:
     def lend(self, slots: tuple[Slot, ...], files: tuple[bytes, ...] = ()) -> None:
         """Set the memory of offered snapshots, by slot index, and of the JOIN's files; before the JOIN."""
         self._slots, self._files = slots, files
-        self._acts_here = bool(slots) and len(slots[0].view) <= _HERE_BYTES
+        self._is_small = bool(slots) and len(slots[0].view) <= _SMALL_BYTES
 
     def ask(self, request: Callable[[], int], pending: Pending | None = None) -> Pending:
         """Make a request of the machine; the answer appears in `pending`, by default a new one, which is returned."""
@@ -154,7 +156,7 @@ class Driver:
                 self._shared.changed.notify_all()
         finally:
             with self._turning:
-                self._acts_here = False
+                self._ended = True
                 self._link.terminate()
                 self._local.close()
                 self._slots, self._draining = (), []
@@ -242,7 +244,7 @@ class Driver:
         source = self._files[payload.file] if isinstance(payload, FilePayload) else self._slots[payload.slot].view
         view = memoryview(source)[payload.offset : payload.offset + payload.length]
         header = codec.with_crc32(out.header, zlib.crc32(view)) if out.checksum else out.header
-        if isinstance(payload, FilePayload) or self._acts_here:
+        if isinstance(payload, FilePayload) or self._is_small:
             return self._link.send(header, view)
         return self._link.send_payload(header, view, payload.slot)
 
@@ -335,7 +337,12 @@ class Driver:
     def _take_done(self, event: e.SnapshotDone) -> None:
         self._shared.in_flight -= 1
         self._draining.append(self._slots[event.slot])
+        sent_at = self._shared.sent_at.pop(event.slot, None)
         if event.code is None:
+            now = time.monotonic()
+            if sent_at is not None:
+                self._shared.applying_s.append(now - max(sent_at, self._applied_at))
+            self._applied_at = now
             self._shared.committed += 1
             self._shared.last_committed = event.step
             if self._not_finite:

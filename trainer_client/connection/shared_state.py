@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ema_proto.sender.events import Refused, SenderState
 from ema_proto.wire.messages import Joined
 from trainer_client.staging.slots import Slot
+
+_REMEMBERED = 16  # snapshots
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Shared:
         self.committed = 0
         self.reconnects = 0
         self.dropped: Counter[str] = Counter()
+        self.sent_at: dict[int, float] = {}  # by slot, in seconds
+        self.applying_s: deque[float] = deque(maxlen=_REMEMBERED)  # see `Worker.applying_s`
         self.last_offered: int | None = None
         self.last_committed: int | None = None
         self.last_published: int | None = None

@@ -288,11 +288,17 @@ class Worker:
                 lane=shared.lane,
             )
 
+    def applying_s(self) -> tuple[float, ...]:
+        """Of the newest snapshots, the time from sending one, or applying the one before, to its being applied."""
+        with self._shared.changed:
+            return tuple(self._shared.applying_s)
+
     def _send(self, slot: Slot, step: int, mode: m.Mode) -> None:
         with self._shared.changed:
             self._shared.in_flight += 1
             self._shared.offered += 1
             self._shared.last_offered = step
+            self._shared.sent_at[slot.index] = time.monotonic()
         self._driver.do(lambda now: self._sender.offer(slot.index, step, now, mode))
 
     def _say_skipped(self, step: int, why: str) -> None:
