@@ -131,7 +131,7 @@ class Ingest:
 
     def _turn(self) -> None:
         self._telemetry.beat("ingest")
-        self._link.wait(0.0 if self._receiver.is_merging else _TICK_S)
+        self._link.wait(0.0 if self._receiver.has_work else _TICK_S)
         now = time.monotonic()
         for _ in range(_BURST):
             if not self._take_message(now):

@@ -67,6 +67,10 @@ class Connections:
             forgotten.append(self._by_peer.popitem(last=False)[1])
         return forgotten
 
+    def is_current(self, connection: Connection) -> bool:
+        """Whether the connection is still known, greeted and not refused."""
+        return connection.welcomed and self._by_peer.get(connection.peer) is connection
+
     def is_silent(self, peer: bytes, before: float) -> bool:
         """Whether nothing was heard from this connection since this time."""
         connection = self._by_peer.get(peer)

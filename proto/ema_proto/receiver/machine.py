@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError, Scope
-from ema_proto.limits import CHUNK_BYTES_DEFAULT, SESSION_LOST_S, SLOTS
+from ema_proto.limits import CHUNK_BYTES_DEFAULT, CONTROL_BODY_BYTES_MAX, SESSION_LOST_S, SLOTS
 from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connection, Connections
 from ema_proto.receiver.ownership import Ownership
@@ -21,6 +21,8 @@ from ema_proto.receiver.streaming import Session, Streaming
 from ema_proto.wire import messages as m
 from ema_proto.wire.codec import Header, decode, decode_file, decode_header
 from ema_proto.wire.files import FileSpec
+
+_WAITING_BYTES_MAX = 64 << 20  # of JOINs that wait; further ones are read at once
 
 
 class Receiver:
@@ -55,6 +57,7 @@ class Receiver:
         self._requests = Requests(self._connections, self._runs, self._streaming, self.events)
         self._now = 0.0
         self._pending: tuple[Connection, Header] | None = None
+        self._joins: deque[tuple[Connection, Header, bytes]] = deque()  # large ones that are not read yet
 
     @property
     def greeted(self) -> int:
@@ -62,9 +65,9 @@ class Receiver:
         return self._connections.greeted
 
     @property
-    def is_merging(self) -> bool:
-        """Whether `tick` has work left: the manifests of many ranks are merged in pieces."""
-        return self._runs.is_merging
+    def has_work(self) -> bool:
+        """Whether `tick` has work left: large JOINs, or the manifests of many ranks, which are merged in pieces."""
+        return bool(self._joins) or self._runs.is_merging
 
     def header(self, peer: bytes, frame: bytes, now: float) -> e.Target:
         """Take the header frame of a message from `peer`; returns where its body belongs."""
@@ -120,6 +123,13 @@ class Receiver:
     def control(self, body: bytes) -> None:
         """A `Control` body (of any length: it is checked here)."""
         connection, header = self._take_pending()
+        waiting = sum(len(each) for _, _, each in self._joins)
+        if header.type == m.Join.type and CONTROL_BODY_BYTES_MAX < len(body) <= _WAITING_BYTES_MAX - waiting:
+            self._joins.append((connection, header, body))
+        else:
+            self._read(connection, header, body)
+
+    def _read(self, connection: Connection, header: Header, body: bytes) -> None:
         try:
             self._take(connection, header, decode(header, body))
         except RemoteProtocolError as error:
@@ -134,6 +144,7 @@ class Receiver:
         self._runs.tick(now)
         for connection in self._connections.forget_silent(now - self._lost_after_s):
             self._streaming.leave(connection, now, lost=True)
+        self._read_waiting_join()
         self._streaming.tick(now)
         self._requests.tick(now)
 
@@ -248,6 +259,14 @@ class Receiver:
         if gang is not None:
             self._requests.finished(gang, m.Finished(request, step, error, warning), self._now)
 
+    def _read_waiting_join(self) -> None:
+        """Read one large JOIN: when hundreds of ranks join at once, other runs are served in between."""
+        if not self._joins:
+            return
+        connection, header, body = self._joins.popleft()
+        if self._connections.is_current(connection):
+            self._read(connection, header, body)
+
     def _take(self, connection: Connection, header: Header, message: m.ControlMessage) -> None:
         match message:
             case m.Hello():
@@ -262,6 +281,7 @@ class Receiver:
                 if gang is not None:
                     self._streaming.admit_returned(gang)
             case m.Bye():
+                self._joins = deque(join for join in self._joins if join[0] is not connection)
                 self._streaming.leave(connection, self._now, lost=False)
             case m.Begin() | m.Commit() | m.Skip() | m.Publish() | m.Rewind() | m.Finish():
                 found = self._streaming.of(connection)

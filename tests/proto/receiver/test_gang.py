@@ -20,9 +20,10 @@ from ema_proto.limits import (
     RANKS_MAX,
     RANKS_WAIT_S,
     SERVER_SILENT_S,
+    SESSION_LOST_S,
 )
 from ema_proto.receiver import events as e
-from ema_proto.receiver import ownership, streaming
+from ema_proto.receiver import machine, ownership, streaming
 from ema_proto.receiver.machine import Receiver
 from ema_proto.wire import messages as m
 from ema_proto.wire.boxes import Box
@@ -357,7 +358,7 @@ def ask_of_all(receiver: Receiver, world: int, tensors: int) -> list[float]:
         began = time.thread_time()
         peer.say(message)
         took = [time.thread_time() - began]
-    while receiver.is_merging:
+    while receiver.has_work:
         assert not receiver.events
         began = time.thread_time()
         receiver.tick(1.0)
@@ -381,6 +382,58 @@ def test_manifests_of_many_ranks_are_merged_in_pieces_between_which_others_are_s
     assert longest[1 << 10] < longest[1 << 40] / 3
 
 
+def waiting_join(receiver: Receiver) -> Peer:
+    """A connection whose JOIN is too large to be read at once."""
+    peer = Peer(receiver)
+    peer.say(m.Hello())
+    tensors = [TensorSpec(f"layer.{index}", "F32", (4,), Role.PARAM, 0) for index in range(1000)]
+    assert peer.say(replace(JOIN, manifest=layout(tensors))) == []
+    assert receiver.has_work
+    assert not receiver.events
+    return peer
+
+
+def test_large_joins_are_read_one_at_a_time_and_other_runs_are_served_in_between() -> None:
+    receiver = new_receiver()
+    waiting_join(receiver)
+    other = Peer(receiver, b"other", OTHER)
+    other.say(m.Hello())
+    other.say(replace(JOIN, run="other"))
+    assert accept(receiver).run == "other"
+    assert other.say(m.Begin(1, 1))
+    receiver.tick(0.1)
+
+    assert not receiver.has_work
+    assert accept(receiver).run == "run"
+
+
+@pytest.mark.parametrize("ends", ["by BYE", "by a refusal", "because it is forgotten"])
+def test_large_join_of_a_connection_that_has_ended_is_not_read(ends: str) -> None:
+    receiver = new_receiver()
+    peer = waiting_join(receiver)
+    if ends == "by BYE":
+        peer.say(m.Bye())
+    elif ends == "by a refusal":
+        peer.send(b"no header", b"")
+    receiver.tick(SESSION_LOST_S + 1 if ends == "because it is forgotten" else 0.1)
+    receiver.tick(SESSION_LOST_S + 2)
+
+    assert not receiver.has_work
+    assert not receiver.events
+
+
+def test_joins_that_wait_take_a_bounded_amount_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_WAITING_BYTES_MAX", 100_000)
+    receiver = new_receiver()
+    waiting_join(receiver)
+    other = Peer(receiver, b"other", OTHER)
+    other.say(m.Hello())
+    other.say(replace(large_join(0, 1000, 700), run="other", rank=0, world=1000))
+    receiver.tick(0.1)
+
+    assert not receiver.has_work, "the second one was read at once"
+
+
 @pytest.fixture
 def merging(monkeypatch: pytest.MonkeyPatch) -> tuple[Receiver, list[Peer]]:
     """Two ranks have joined, and the work on their manifests has begun."""
@@ -390,13 +443,13 @@ def merging(monkeypatch: pytest.MonkeyPatch) -> tuple[Receiver, list[Peer]]:
     for rank, peer in enumerate(ranks):
         peer.say(large_join(rank, WORLD, 5))
     receiver.tick(0.1)
-    assert receiver.is_merging
+    assert receiver.has_work
     assert not receiver.events
     return receiver, ranks
 
 
 def merge_on(receiver: Receiver) -> None:
-    while receiver.is_merging:
+    while receiver.has_work:
         receiver.tick(0.2)
 
 
@@ -409,7 +462,7 @@ def test_other_runs_are_served_while_manifests_are_merged(merging: tuple[Receive
     answers = other.heard() + other.say(m.Begin(1, 1))
 
     assert [type(message) for message in answers] == [m.Joined]
-    assert receiver.is_merging
+    assert receiver.has_work
 
 
 def test_rank_that_returns_while_manifests_are_merged_is_merged_as_it_is_then(
