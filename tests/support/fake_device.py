@@ -85,6 +85,7 @@ class FakeDevice:
         self.pinned: list[int] = []
         self.copied: list[tuple[Tensor, Tensor]] = []
         self.allocated: list[int] = []
+        self.hosts = 0
         self.fail_after: int | None = None
         self.room: float = float("inf")  # bytes of its memory that are free
         self._owner = threading.get_ident()
@@ -139,6 +140,10 @@ class FakeDevice:
         self.room -= nbytes
         self._memory.append(torch.full((nbytes,), 0xA5, dtype=torch.uint8))
         return self._memory[-1]
+
+    def host(self, nbytes: int) -> Tensor:
+        self.hosts += 1
+        return torch.full((nbytes,), 0xA5, dtype=torch.uint8)
 
     def block_until(self, event: Any) -> None:
         """Advances the clock if the calling thread made the device."""

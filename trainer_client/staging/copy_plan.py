@@ -1,13 +1,14 @@
 """Which way each tensor takes from a device into the slot, decided once for a manifest.
 
-Small tensors are gathered in a scratch on the device, and each span of it is one copy; the others are copied from where
-they are.
+Small tensors are gathered in a scratch on the device. Each long span of it is one copy; all short spans are one copy to
+the host, which brings them to their places. The other tensors are copied from where they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from ema_proto.wire.manifest import Manifest, Role, TensorSpec
 # With the bounce buffer (see `overlapped`) 64 MiB, the most that we take of a trainer's GPU memory.
 SCRATCH_BYTES = 48 << 20
 SMALL_BYTES = 256 << 10  # a copy of its own costs as much as transferring this many bytes
+SCATTERED_BYTES = 8 << 20  # the most that the host brings to its places
 _ALIGNMENT = 64  # spans begin where wide loads can begin
 
 
@@ -35,12 +37,15 @@ class CopyPlan:
     Attributes:
         gathered: buffers and small parameters, with the offset of each in the scratch.
         spans: what is copied from the scratch to the slot.
+        scattered: what is copied with all between from the beginning of the scratch to the host, and from there to the
+            slot: fewer calls of the training thread, as in most models weights lie between small tensors.
         on_compute: buffers for which the scratch has no room: copied before forward can change them.
         on_side: parameters, which do not change until the next step.
     """
 
     gathered: tuple[tuple[int, int], ...]
     spans: tuple[Span, ...]
+    scattered: tuple[Span, ...]
     on_compute: tuple[int, ...]
     on_side: tuple[int, ...]
 
@@ -51,18 +56,23 @@ class CopyPlan:
         buffers = [item for item in numbered if _is_buffer(item[1])]
         small = [item for item in numbered if not _is_buffer(item[1]) and item[1].nbytes <= small_bytes]
         chosen = _fitting([*sorted(buffers, key=lambda item: item[1].nbytes), *small], scratch_bytes)
-        gathered, spans = _packed([item for item in numbered if item[0] in chosen])
+        gathered, spans, scattered = _packed([item for item in numbered if item[0] in chosen])
         rest = [item for item in numbered if item[0] not in chosen]
         return cls(
             gathered,
             spans,
+            scattered,
             tuple(index for index, spec in rest if _is_buffer(spec)),
             tuple(index for index, spec in rest if not _is_buffer(spec)),
         )
 
     @property
     def scratch_bytes(self) -> int:
-        return max((span.scratch + span.nbytes for span in self.spans), default=0)
+        return max((span.scratch + span.nbytes for span in (*self.spans, *self.scattered)), default=0)
+
+    @property
+    def scattered_bytes(self) -> int:
+        return max((span.scratch + span.nbytes for span in self.scattered), default=0)
 
 
 def pieces(tensor: Tensor, nbytes_max: int) -> Iterator[Tensor]:
@@ -92,17 +102,44 @@ def _fitting(candidates: Iterable[tuple[int, TensorSpec]], room: int) -> frozens
     return frozenset(chosen)
 
 
-def _packed(items: list[tuple[int, TensorSpec]]) -> tuple[tuple[tuple[int, int], ...], tuple[Span, ...]]:
-    """Make tensors that are neighbours in the slot neighbours in the scratch too."""
+_Item: TypeAlias = tuple[int, TensorSpec]
+_Places: TypeAlias = tuple[tuple[tuple[int, int], ...], tuple[Span, ...], tuple[Span, ...]]
+
+
+def _packed(items: list[_Item]) -> _Places:
+    """Make tensors that are neighbours in the slot neighbours in the scratch too, and short spans of them the first."""
+    runs = list(_runs(items))
+    scattered = _scattered([sum(spec.nbytes for _, spec in run) for run in runs])
     gathered: list[tuple[int, int]] = []
-    spans: list[Span] = []
-    for index, spec in sorted(items, key=lambda item: item[1].offset):
-        last = spans[-1] if spans else None
-        if last is not None and last.slot + last.nbytes == spec.offset:
-            gathered.append((index, last.scratch + last.nbytes))
-            spans[-1] = Span(last.scratch, last.slot, last.nbytes + spec.nbytes)
-            continue
-        start = 0 if last is None else -(-(last.scratch + last.nbytes) // _ALIGNMENT) * _ALIGNMENT
-        gathered.append((index, start))
-        spans.append(Span(start, spec.offset, spec.nbytes))
-    return tuple(gathered), tuple(spans)
+    spans: tuple[list[Span], list[Span]] = ([], [])
+    end = 0
+    for number in [*scattered, *(number for number in range(len(runs)) if number not in scattered)]:
+        begin = end = -(-end // _ALIGNMENT) * _ALIGNMENT
+        for index, spec in runs[number]:
+            gathered.append((index, end))
+            end += spec.nbytes
+        spans[number in scattered].append(Span(begin, runs[number][0][1].offset, end - begin))
+    return tuple(gathered), tuple(spans[False]), tuple(spans[True])
+
+
+def _runs(items: list[_Item]) -> Iterator[list[_Item]]:
+    """The items by rising offset, those without a gap between them together."""
+    run: list[_Item] = []
+    for item in sorted(items, key=lambda item: item[1].offset):
+        if run and run[-1][1].end != item[1].offset:
+            yield run
+            run = []
+        run.append(item)
+    if run:
+        yield run
+
+
+def _scattered(sizes: Sequence[int]) -> dict[int, None]:
+    """Which runs, of these sizes, the host brings to their places, in order: the shortest; none if it is only one."""
+    chosen, room = list[int](), SCATTERED_BYTES
+    for number in sorted(range(len(sizes)), key=lambda number: sizes[number]):
+        room -= sizes[number] + _ALIGNMENT
+        if sizes[number] > SMALL_BYTES or room < 0:
+            break
+        chosen.append(number)
+    return dict.fromkeys(sorted(chosen) if len(chosen) > 1 else ())

@@ -57,6 +57,9 @@ class Device(Protocol):
     def empty(self, nbytes: int) -> Tensor:
         """Memory of the device: uint8, 1-D."""
 
+    def host(self, nbytes: int) -> Tensor:
+        """Locked host memory: uint8, 1-D. It may be freed while a copy to it is in progress."""
+
     def block_until(self, event: DeviceEvent) -> None:
         """Block the calling thread until `event` has happened, without the interpreter's lock."""
 
@@ -107,6 +110,10 @@ class Cuda:
 
     def empty(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def host(self, nbytes: int) -> Tensor:
+        with torch.cuda.device(self._device):
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
     def block_until(self, event: Any) -> None:
         # A thread whose current device was never set would open a context on device 0.

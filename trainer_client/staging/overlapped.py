@@ -27,11 +27,15 @@ BOUNCE_BYTES = 16 << 20  # the buffer in which tensors become row-major, piece b
 
 @dataclass(frozen=True, slots=True)
 class _Targets:
-    """Views of a slot: each tensor that is not gathered, by its index, whole and in pieces, and one per span."""
+    """Views of a slot: each tensor that is not gathered, by its index, whole and in pieces, and one per span.
+
+    `scattered` are the places of what the host brings there, each with the host memory that it comes from.
+    """
 
     whole: dict[int, Tensor]
     pieces: dict[int, tuple[Tensor, ...]]
     spans: list[Tensor]
+    scattered: list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class OverlappedStager:
             self._scratch = device.empty(self._plan.scratch_bytes)
             self._gathered = _by_dtype(manifest, self._plan, self._scratch)
             self._spans = [self._scratch[s.scratch : s.scratch + s.nbytes] for s in self._plan.spans]
+            if self._plan.scattered:
+                self._spans.append(self._scratch[: self._plan.scattered_bytes])
         self._bounce: list[Tensor] = []  # one tensor, allocated when needed
         self._latest: AsyncCopy | None = None
 
@@ -113,7 +119,7 @@ class OverlappedStager:
         previous: AsyncCopy | None,
         compute: DeviceStream,
     ) -> None:
-        plan, targets = self._plan, self._targets_of(slot)
+        plan, targets = self._plan, self.prepare(slot)
         # Aliases, which share versions: after `p.data = x` the old memory must live until it is copied. What the
         # current stream copies needs none: freed memory is used again in the order of that stream.
         aliases = [tensors[index].detach() for index in plan.on_side]
@@ -128,7 +134,7 @@ class OverlappedStager:
         with self._device.issue_to(self._side):
             self._device.copy(targets.spans, self._spans)
             self._send(plan.on_side, locals_of(aliases), targets)
-            copy.record(self._side, watched, [self._scratch, *self._bounce])
+            copy.record(self._side, watched, [self._scratch, *self._bounce], targets.scattered)
 
     def _gather(self, tensors: Sequence[Tensor]) -> None:
         """Copy into the scratch, in one call for all tensors of a dtype whose strides are those of the scratch."""
@@ -167,7 +173,8 @@ class OverlappedStager:
             self._device.copy([row_major], [from_])
             self._device.copy([to], [row_major])
 
-    def _targets_of(self, slot: Slot) -> _Targets:
+    def prepare(self, slot: Slot) -> _Targets:
+        """Compute and allocate what copies into `slot` need; done at its first snapshot otherwise."""
         if slot.index not in self._targets:
             indices = [*self._plan.on_compute, *self._plan.on_side]
             specs = [self._manifest.tensors[index] for index in indices]
@@ -175,8 +182,14 @@ class OverlappedStager:
             whole = dict(zip(indices, views, strict=True))
             with torch.inference_mode(False):
                 spans = [slot.tensor[s.slot : s.slot + s.nbytes] for s in self._plan.spans]
+                if self._plan.scattered:
+                    spans.append(self._device.host(self._plan.scattered_bytes))
+                scattered = [
+                    (slot.tensor[s.slot : s.slot + s.nbytes], spans[-1][s.scratch : s.scratch + s.nbytes])
+                    for s in self._plan.scattered
+                ]
                 split = {index: tuple(pieces(view, PIECE_BYTES)) for index, view in whole.items()}
-            self._targets[slot.index] = _Targets(whole, split, spans)
+            self._targets[slot.index] = _Targets(whole, split, spans, scattered)
         return self._targets[slot.index]
 
 

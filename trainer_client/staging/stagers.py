@@ -80,7 +80,10 @@ class Stagers:
         if len(locations) == len(self._devices) == 1:
             try:
                 self._pins.pin(self._devices[0], self._slots)
-                self._overlapped = OverlappedStager(self._manifest, self._devices[0])
+                stager = OverlappedStager(self._manifest, self._devices[0])
+                for slot in self._slots:
+                    stager.prepare(slot)
+                self._overlapped = stager
             # The run is joined and training goes on: a broken device will raise there.
             except RuntimeError as error:
                 self._give_up(error)

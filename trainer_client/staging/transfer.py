@@ -5,6 +5,7 @@ A snapshot is torn when something wrote to its tensors while they were copied.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Sequence
 
@@ -33,6 +34,7 @@ class AsyncCopy:
         self._lock = threading.Lock()
         self._watched: list[tuple[Tensor, int]] = []
         self._memory: Sequence[Tensor] = ()
+        self._scattered: Sequence[tuple[Tensor, Tensor]] = ()
         self._side: DeviceStream | None = None
         self._is_torn: bool | None = None
         self.finished = False
@@ -45,15 +47,22 @@ class AsyncCopy:
         held = {storage_address(tensor) for tensor in self._tensors}
         return any((place := storage_address(tensor)) is not None and place in held for tensor in tensors)
 
-    def record(self, side: DeviceStream, watched: Sequence[tuple[Tensor, int]], memory: Sequence[Tensor]) -> None:
+    def record(
+        self,
+        side: DeviceStream,
+        watched: Sequence[tuple[Tensor, int]],
+        memory: Sequence[Tensor],
+        scattered: Sequence[tuple[Tensor, Tensor]],
+    ) -> None:
         """Note that all copies have been issued.
 
         Args:
             side: the stream that they were issued to.
             watched: the tensors that they read, with the version to be read.
             memory: the scratch memory that they use. All of it is kept alive until they are done.
+            scattered: places in the slot, each with the host memory that is copied there when they are done.
         """
-        self._watched, self._memory, self._side = list(watched), memory, side
+        self._watched, self._memory, self._side, self._scattered = list(watched), memory, side, scattered
         self._done.record(side)
         self._recorded.set()
 
@@ -80,11 +89,13 @@ class AsyncCopy:
             try:
                 self._device.block_until(self._done)
                 self.seal()
+                for there, here in self._scattered:
+                    ctypes.memmove(there.data_ptr(), here.data_ptr(), there.nbytes)
             except BaseException:
                 self._drain()
                 raise
             finally:
-                self._watched, self._tensors, self._memory = [], (), ()
+                self._watched, self._tensors, self._memory, self._scattered = [], (), (), ()
                 self.finished = True
         return not self._is_torn
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from support.fake_device import FakeDevice
 from trainer_client.model.plan import Plan
-from trainer_client.staging import overlapped
+from trainer_client.staging import copy_plan, overlapped
 from trainer_client.staging.copy_plan import SCRATCH_BYTES, SMALL_BYTES, CopyPlan, pieces
 from trainer_client.staging.cpu import CpuStager
 from trainer_client.staging.overlapped import OverlappedStager
@@ -49,7 +49,7 @@ def test_every_byte_is_copied_once_and_the_scratch_is_bounded(
     assert sorted(_all(copies)) == [index for index, spec in enumerate(manifest.tensors) if spec.nbytes]
     assert copies.scratch_bytes <= scratch_bytes
     covered: dict[int, int] = {}
-    for span in copies.spans:
+    for span in (*copies.spans, *copies.scattered):
         for offset in range(span.nbytes):
             assert span.slot + offset not in covered
             covered[span.slot + offset] = span.scratch + offset
@@ -77,7 +77,28 @@ def test_buffers_are_copied_before_forward(
 def test_thousand_small_tensors_are_one_copy() -> None:
     manifest = _manifest([("F32", [64], Role.PARAM)] * 1000)
 
-    assert len(CopyPlan.of(manifest).spans) == 1
+    copies = CopyPlan.of(manifest)
+    assert (len(copies.spans), len(copies.scattered)) == (1, 0)
+
+
+def test_short_spans_between_weights_are_one_copy_and_long_ones_one_each() -> None:
+    weight, bias, many = ("F32", [100_000], Role.PARAM), ("F32", [300], Role.PARAM), ("F32", [60_000], Role.PARAM)
+    manifest = _manifest([*[weight, bias, bias] * 50, *[weight, many, many] * 3])
+
+    copies = CopyPlan.of(manifest)
+
+    assert (len(copies.spans), len(copies.scattered), len(copies.on_side)) == (3, 50, 53)
+    assert copies.scattered_bytes <= 50 * (2 * 300 * 4 + 64)
+    assert all(span.scratch + span.nbytes <= copies.scattered_bytes for span in copies.scattered)
+    assert all(span.scratch >= copies.scattered_bytes for span in copies.spans)
+
+
+def test_bytes_that_the_host_brings_to_their_places_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_plan, "SCATTERED_BYTES", 10_000)
+    copies = CopyPlan.of(_manifest([("F32", [100_000], Role.PARAM), ("F32", [300], Role.PARAM)] * 50))
+
+    assert 0 < copies.scattered_bytes <= 10_000
+    assert len(copies.spans) + len(copies.scattered) == 50
 
 
 def test_at_most_64_mib_of_device_memory_are_used() -> None:

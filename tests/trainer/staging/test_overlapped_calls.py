@@ -19,7 +19,7 @@ from trainer_client.staging.slots import Slot, make_slots
 
 SMALL, LARGE = 10, 70_000  # floats; small ones are gathered
 FEW, MANY = 10, 110
-CALLS = ("issue_to", "copy", "new_event", "new_stream", "empty", "is_capturing", "pin")
+CALLS = ("issue_to", "copy", "new_event", "new_stream", "empty", "host", "is_capturing", "pin")
 
 
 class CountingDevice(FakeDevice):
@@ -86,6 +86,19 @@ class Snapshots:
 def _module(large: int, small: int = 0) -> nn.Module:
     sizes = [LARGE] * large + [SMALL] * small
     return nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in sizes])
+
+
+def test_small_tensors_between_large_ones_are_one_copy_to_the_host() -> None:
+    module = nn.ParameterList([nn.Parameter(torch.full((size,), float(size))) for size in [LARGE, SMALL] * 50])
+    snapshots = Snapshots(module)
+    before = len(snapshots.device.copied)
+
+    snapshots.stage()
+
+    assert len(snapshots.device.copied) - before == 50 + 1 + 50, "gathered, all small ones, large ones"
+    for spec in snapshots.manifest.tensors:
+        found = snapshots.slot.tensor[spec.offset : spec.offset + spec.nbytes].view(torch.float32)
+        assert found.unique().tolist() == [float(spec.shape[0])]
 
 
 def test_device_is_called_as_often_for_many_tensors_as_for_few() -> None:

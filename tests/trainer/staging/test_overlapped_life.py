@@ -98,15 +98,15 @@ def test_finished_client_holds_neither_the_model_nor_copy_resources() -> None:
     assert training.client.steps == 1
 
 
-def test_scratch_is_made_once() -> None:
+def test_memory_is_allocated_by_attach_and_not_by_steps() -> None:
     training = Training()
     training.attach()
-    training.train(3)
     allocated = list(training.device.allocated)
 
     training.train(5)
 
     assert training.device.allocated == allocated
+    assert training.device.hosts == 2, "one for each slot"
 
 
 def test_slots_are_pinned_when_joining_and_unpinned_after_the_last_read() -> None:

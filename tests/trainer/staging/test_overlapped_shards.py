@@ -83,9 +83,9 @@ def test_unannounced_write_is_sent_if_versions_of_the_local_memory_are_compared(
 ) -> None:
     """Why versions are those of the DTensors: their local tensors do not count the writes."""
 
-    def record(self: AsyncCopy, side: object, watched: list[tuple[Tensor, int]], memory: object) -> None:
+    def record(self: AsyncCopy, side: object, watched: list[tuple[Tensor, int]], *memory: object) -> None:
         local = [local_of(tensor) for tensor, _ in watched]
-        original(self, side, [(tensor, tensor._version) for tensor in local], memory)  # type: ignore[arg-type]
+        original(self, side, [(tensor, tensor._version) for tensor in local], *memory)  # type: ignore[arg-type]
 
     original = AsyncCopy.record
     monkeypatch.setattr(AsyncCopy, "record", record)
