@@ -21,6 +21,7 @@ from starlette.types import Scope
 MEDIA_TYPE = "application/problem+json"
 _DETAIL_CHARS_MAX = 2000
 _HUB_MESSAGE_CHARS_MAX = 1000
+_HUB_FILE = re.compile(r"/(?:resolve|raw)/")
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
@@ -163,7 +164,7 @@ def _hub_headers(problem: Problem, path: str) -> dict[str, str]:
 
 
 def _is_of_hub(path: str) -> bool:
-    return path.startswith("/api/") or ("/resolve/" in path and not path.startswith("/v1/"))
+    return path.startswith("/api/") or (bool(_HUB_FILE.search(path)) and not path.startswith("/v1/"))
 
 
 def _from_http(error: HTTPException, scope: Scope) -> JSONResponse:

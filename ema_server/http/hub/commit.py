@@ -6,12 +6,15 @@ A file on the server's disk is listed as git-lfs lists it, by its sha256. The ge
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
+from urllib.parse import parse_qs
 
 from ema_server.http.hub.card import README
 from ema_server.http.hub.schemas import (
     HubBlobLfsOut,
     HubEntryOut,
+    HubLastCommitOut,
     HubLfsOut,
     HubRefOut,
     HubRefsOut,
@@ -20,6 +23,7 @@ from ema_server.http.hub.schemas import (
 from ema_server.storage.catalog import FileEntry, Version
 
 MAIN = "main"
+NEWEST = (MAIN, "HEAD")  # what clients call the newest version, besides our `latest`
 
 
 def entries(version: Version, readme: bytes) -> tuple[HubEntryOut, ...]:
@@ -35,6 +39,27 @@ def below(listed: Iterable[HubEntryOut], folder: str, *, recursive: bool) -> tup
     prefix = f"{folder}/" if folder else ""
     inside = (entry for entry in listed if entry.path.startswith(prefix))
     return tuple(entry for entry in inside if recursive or "/" not in entry.path.removeprefix(prefix))
+
+
+def expanded(listed: Iterable[HubEntryOut], version: Version) -> tuple[HubEntryOut, ...]:
+    """The entries with the version as their last commit."""
+    last = HubLastCommitOut(id=version.id, title=f"step {version.step}", date=version.created)
+    return tuple(entry.model_copy(update={"last_commit": last}) for entry in listed)
+
+
+def paths_in(body: bytes, content_type: str) -> tuple[frozenset[str], bool]:
+    """The paths, and `expand`, in the body of a request for them, which is a form or JSON.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if content_type.partition(";")[0].strip() == "application/json":
+        value = json.loads(body)
+        if not isinstance(value, dict) or not isinstance(paths := value.get("paths"), list):
+            raise ValueError("paths is not a list")
+        return frozenset(map(str, paths)), value.get("expand") is True
+    form = parse_qs(body.decode())
+    return frozenset(form.get("paths", ())), form.get("expand", ["false"])[0].lower() == "true"
 
 
 def siblings(listed: Iterable[HubEntryOut], *, blobs: bool) -> tuple[HubSiblingOut, ...]:

@@ -24,14 +24,23 @@ class HubLfsOut(HubOut):
     pointer_size: int
 
 
+class HubLastCommitOut(HubOut):
+    """The version in which a file is listed."""
+
+    id: str
+    title: str
+    date: str
+
+
 class HubEntryOut(HubOut):
-    """A file or folder of a commit. `oid` is its object id in git, 40 hex digits."""
+    """A file or folder of a commit. `oid` is its object id in git, 40 hex digits; `lastCommit` only with `expand`."""
 
     type: Literal["file", "directory"]
     path: str
     size: int
     oid: str
     lfs: HubLfsOut | None = None
+    last_commit: HubLastCommitOut | None = None
 
 
 class HubBlobLfsOut(HubOut):

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 from typing import Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
 import anyio.to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ema_server.evaluation.metric_store import MetricStoreError
-from ema_server.http.conditional import immutable_headers, is_unmodified
+from ema_server.http.conditional import immutable_headers, is_unmodified, parse_ranges, satisfiable
 from ema_server.http.download import Download
 from ema_server.http.hub import commit
 from ema_server.http.hub.card import README, Card, model_index, read_card
@@ -30,7 +31,10 @@ from ema_server.storage.catalog import FileEntry, Version, content_nbytes
 
 _API = "/api/models/{run}/{average}"
 _FILE = "/{run}/{average}/resolve/{rev}/{path:path}"
+_RAW = "/{run}/{average}/raw/{rev}/{path:path}"  # the same; the client in JavaScript looks here whether a file exists
+_PREFIX = re.compile(r"(?:/[A-Za-z0-9_~.-]+)+/?")  # never `//HOST`, which would be another server
 _BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+_MARKDOWN = "text/markdown"
 _RESPONSES: dict[int | str, dict[str, object]] = {
     200: {"description": "The whole file", **_BYTES},
     206: {"description": "The ranges asked for", **_BYTES},
@@ -40,18 +44,15 @@ _RESPONSES: dict[int | str, dict[str, object]] = {
     412: {"model": ProblemOut, "description": "If-Match or If-Unmodified-Since is of another file"},
     416: {"model": ProblemOut, "description": "No range lies in the file: see Content-Range"},
 }
-_FORM = {
+_PATHS = {
+    "type": "object",
+    "required": ["paths"],
+    "properties": {"paths": {"type": "array", "items": {"type": "string"}}, "expand": {"type": "boolean"}},
+}
+_PATHS_BODY = {
     "requestBody": {
         "required": True,
-        "content": {
-            "application/x-www-form-urlencoded": {
-                "schema": {
-                    "type": "object",
-                    "required": ["paths"],
-                    "properties": {"paths": {"type": "array", "items": {"type": "string"}}},
-                }
-            }
-        },
+        "content": {kind: {"schema": _PATHS} for kind in ("application/x-www-form-urlencoded", "application/json")},
     }
 }
 
@@ -79,20 +80,21 @@ async def refs(run: str, average: str, services: ServicesDep) -> HubRefsOut:
 
 @router.get(f"{_API}/tree/{{rev}}", operation_id="hub_tree", response_model_exclude_none=True)
 async def tree(
-    run: str, average: str, rev: str, services: ServicesDep, recursive: bool = False
+    run: str, average: str, rev: str, services: ServicesDep, recursive: bool = False, expand: bool = False
 ) -> tuple[HubEntryOut, ...]:
     """The files and folders of a version; with `recursive` also those in its folders."""
-    listed = await _entries(services, _find(services, run, average, rev))
-    return commit.below(listed, "", recursive=recursive)
+    version = _find(services, run, average, rev)
+    return commit.below(await _entries(services, version, expand=expand), "", recursive=recursive)
 
 
 @router.get(f"{_API}/tree/{{rev}}/{{path:path}}", operation_id="hub_subtree", response_model_exclude_none=True)
 async def subtree(
-    run: str, average: str, rev: str, path: str, response: Response, services: ServicesDep, recursive: bool = False
+    run: str, average: str, rev: str, path: str, services: ServicesDep, recursive: bool = False, expand: bool = False
 ) -> tuple[HubEntryOut, ...]:
     """The files of one folder of a version."""
     version = _find(services, run, average, rev)
-    found = commit.below(await _entries(services, version), path.strip("/"), recursive=recursive)
+    listed = await _entries(services, version, expand=expand)
+    found = commit.below(listed, path.strip("/"), recursive=recursive)
     if not found:
         raise _no_entry(version, Problem(Code.FILE_NOT_FOUND, f"version {version.id} has no folder {path[:100]!r}"))
     return found
@@ -102,17 +104,22 @@ async def subtree(
     f"{_API}/paths-info/{{rev:path}}",
     operation_id="hub_paths_info",
     response_model_exclude_none=True,
-    openapi_extra=_FORM,
+    openapi_extra=_PATHS_BODY,
 )
 async def paths_info(
     run: str, average: str, rev: str, request: Request, services: ServicesDep
 ) -> tuple[HubEntryOut, ...]:
-    """Those files and folders of a version that the body names; paths that it lacks are left out."""
-    listed = await _entries(services, _find(services, run, average, rev))
-    paths = parse_qs((await request.body()).decode(errors="replace")).get("paths", [])
-    return tuple(entry for entry in listed if entry.path in paths)
+    """Those files and folders of a version that the body, a form or JSON, names; paths that it lacks are left out."""
+    version = _find(services, run, average, rev)
+    try:
+        paths, expand = commit.paths_in(await request.body(), request.headers.get("content-type", ""))
+    except ValueError as error:
+        raise Problem(Code.INVALID, f"the body is neither a form nor JSON with paths: {error}") from None
+    return tuple(entry for entry in await _entries(services, version, expand=expand) if entry.path in paths)
 
 
+@router.head(_RAW, include_in_schema=False, response_class=Response)
+@router.get(_RAW, include_in_schema=False, response_class=Response)
 @router.head(
     _FILE,
     operation_id="hub_head_file",
@@ -146,18 +153,31 @@ async def file(run: str, average: str, rev: str, path: str, request: Request, se
     if is_alias(rev):
         target = f"/{run}/{average}/resolve/{version.id}/{entry.name}"
         refuse_resume(f"…{target}", request.headers, parts=True)
-        link = {"Location": _link_from_root(request, target), "Cache-Control": "no-cache"}
+        link = {"Location": _address(request, target), "Cache-Control": "no-cache"}
         return Response(status_code=307, headers={**link, **headers})
     if readme is None:
         return Download(services, version, entry, headers)
-    headers |= immutable_headers(services, f'"{entry.sha256}"')
+    return _generated(readme, request, headers | immutable_headers(services, f'"{entry.sha256}"'))
+
+
+def _generated(content: bytes, request: Request, headers: dict[str, str]) -> Response:
+    """The response that sends a file which is made on request: whole, one range of it, or 304."""
     if is_unmodified(request.headers, headers["ETag"]):
         return Response(status_code=304, headers=headers)
-    return Response(readme, headers=headers, media_type="text/markdown")
+    headers["Accept-Ranges"] = "bytes"
+    wanted = request.headers.get("range")
+    ranges = None
+    if wanted is not None and request.method == "GET" and request.headers.get("if-range") in (None, headers["ETag"]):
+        ranges = parse_ranges(satisfiable(wanted, len(content)) or "")
+    if ranges is None or len(ranges) > 1:
+        return Response(content, headers=headers, media_type=_MARKDOWN)
+    first, last = ranges[0][0] or 0, ranges[0][1] or 0  # `satisfiable` gives both
+    headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+    return Response(content[first : last + 1], status_code=206, headers=headers, media_type=_MARKDOWN)
 
 
 def _find(services: Services, run: str, average: str, rev: str) -> Version:
-    return find_version(services, run, average, "latest" if rev == commit.MAIN else rev)
+    return find_version(services, run, average, "latest" if rev in commit.NEWEST else rev)
 
 
 def _no_entry(version: Version, problem: Problem) -> Problem:
@@ -169,15 +189,14 @@ def _entry_of(name: str, content: bytes) -> FileEntry:
     return FileEntry(name, len(content), hashlib.sha256(content).hexdigest())
 
 
-def _link_from_root(request: Request, path: str) -> str:
-    """`path` relative to the request's, by way of the root of the server.
+def _address(request: Request, path: str) -> str:
+    """`path` on this host, below the prefix that a reverse proxy says it removes (`X-Forwarded-Prefix`).
 
-    It holds behind a reverse proxy that adds a prefix. Old clients (huggingface_hub 0.36 and 1.0) put a relative link
-    in the place of the whole path instead of resolving it: the leading `..` lead to the root there too.
+    Clients of the Hub do not resolve a link against the address of the request, as the rest of the API relies on: they
+    put it in the place of the path (huggingface_hub 0.36 and 1.0, and the clients in Rust).
     """
-    raw_path: bytes = request.scope["raw_path"]
-    depth = raw_path.count(b"/") - 1
-    return "../" * depth + quote(path.removeprefix("/"))
+    prefix = request.headers.get("x-forwarded-prefix", "")
+    return quote(f"{prefix.rstrip('/') if _PREFIX.fullmatch(prefix) else ''}{path}")
 
 
 async def _card(services: Services, version: Version) -> Card:
@@ -188,8 +207,9 @@ async def _card(services: Services, version: Version) -> Card:
     return await anyio.to_thread.run_sync(read)
 
 
-async def _entries(services: Services, version: Version) -> tuple[HubEntryOut, ...]:
-    return commit.entries(version, (await _card(services, version)).text)
+async def _entries(services: Services, version: Version, *, expand: bool) -> tuple[HubEntryOut, ...]:
+    listed = commit.entries(version, (await _card(services, version)).text)
+    return commit.expanded(listed, version) if expand else listed
 
 
 async def _model(services: Services, version: Version, blobs: bool) -> HubModelOut:
