@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ema_server.config import ServerConfig, Setting, option_of, setting_types, variable_of
+from ema_server.priority import lower_priority
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -35,6 +36,7 @@ def serve(**settings: Any) -> None:
         typer.echo(f"ema serve: {error}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
     _log_to_stderr(logging.getLevelNamesMapping()[config.log_level.upper()])
+    lower_priority(config.nice)
     raise typer.Exit(_run(config))
 
 

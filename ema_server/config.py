@@ -200,6 +200,15 @@ class ServerConfig:
         default="auto",
         metadata=_setting("What computes the averages: torch, compiled (needs the extra fast), or the best of them."),
     )
+    nice: str = field(
+        default="auto",
+        metadata=_setting(
+            "Scheduling priority, 0 (normal) to 19 (lowest). auto: 10 where this process, by its affinity or its "
+            "container's quota, has fewer than 4 CPUs, else 0.",
+            "N",
+            form=(r"auto|1?[0-9]", "auto, or 0 to 19"),
+        ),
+    )
     evaluate: str | None = field(
         default=None,
         metadata=_setting(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
@@ -44,8 +45,9 @@ logger = logging.getLogger("ema")
 class Resources:
     """What the runs share. `clock` gives monotonic seconds, `wall` seconds since the epoch.
 
-    `announce(run, step)` is called for every generation that becomes durable. `erase(run, folder)` is called for every
-    deleted run, whose folder has been renamed to `folder`.
+    `unlocked()` is a context for long work on memory or files that no other thread knows: other runs are served
+    meanwhile. `announce(run, step)` is called for every generation that becomes durable. `erase(run, folder)` is called
+    for every deleted run, whose folder has been renamed to `folder`.
     """
 
     config: ServerConfig
@@ -61,6 +63,7 @@ class Resources:
     queue: JobQueue
     clock: Callable[[], float]
     wall: Callable[[], float]
+    unlocked: Callable[[], AbstractContextManager[None]]
     announce: Callable[[str, int], None]
     erase: Callable[[str, Path], None]
 

@@ -1,4 +1,7 @@
-"""The runs in memory, the jobs that wait for them, and the statuses of all runs. Only the averager's thread uses it."""
+"""The runs in memory, the jobs that wait for them, and the statuses of all runs.
+
+One of the averager's threads uses them at a time.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,14 @@ logger = logging.getLogger("ema")
 
 
 class ActiveRuns:
-    """The active runs by name. A run without an entry is on disk alone, or unknown."""
+    """The active runs by name. A run without an entry is on disk alone, or unknown.
+
+    `joining` has the runs whose JOIN another thread carries out; their other jobs are held.
+    """
 
     def __init__(self, resources: Resources) -> None:
         self.resources = resources
+        self.joining: set[str] = set()
         self._by_name: dict[str, ActiveRun] = {}
         self._held: dict[str, deque[Job]] = {}
 
@@ -47,6 +54,11 @@ class ActiveRuns:
             return False
         self._held.setdefault(job.run, deque()).append(job)
         return True
+
+    def is_next(self, job: Job) -> bool:
+        """Whether this job is the first of its run's held jobs."""
+        held = self._held.get(job.run)
+        return held is not None and len(held) > 0 and held[0] is job
 
     def released(self, name: str) -> Iterator[Job]:
         """The held jobs of a run in order, until one is held again."""
@@ -73,7 +85,8 @@ class ActiveRuns:
             OSError: the disk fails.
             MemoryError: the device has not enough.
         """
-        run = load_run(generation, {}, self.resources.device, record)
+        with self.resources.unlocked():
+            run = load_run(generation, {}, self.resources.device, record)
         for version in generation.versions[:1]:  # all of them have the same
             run.files = self.resources.companions.adopt(run.name, version)
         return self._add(run, generation)
@@ -85,7 +98,9 @@ class ActiveRuns:
             BrokenGeneration, OSError, MemoryError: as in `load`.
         """
         old = active.run
-        run = load_run(generation, {average.rule.name: average for average in old.averages}, self.resources.device)
+        memory = {average.rule.name: average for average in old.averages}
+        with self.resources.unlocked():  # the run's own jobs wait for the end of the rewind
+            run = load_run(generation, memory, self.resources.device)
         run.every, run.config, run.files = old.every, old.config, old.files
         run.set_step_units(old.step_units)
         active.run, active.saved, active.generation = run, run.mark, generation
@@ -94,7 +109,7 @@ class ActiveRuns:
 
     def settle(self, name: str) -> None:
         """Free the run's memory if its session is over and nothing is left to publish."""
-        active = self._by_name.get(name)
+        active = None if name in self.joining else self._by_name.get(name)
         if active is not None and active.is_idle and active.departed and not active.is_changed:
             self.forget(active)
 
@@ -180,6 +195,8 @@ class ActiveRuns:
         return active
 
     def _is_blocked(self, name: str) -> bool:
-        """Whether a rewind is in progress, or the publisher still works for a run that has failed."""
+        """Whether a JOIN or a rewind is in progress, or the publisher still works for a run that has failed."""
         active = self._by_name.get(name)
+        if name in self.joining:
+            return True
         return active is not None and (active.rewind is not None or active.failure is not None)

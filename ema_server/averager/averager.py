@@ -3,8 +3,10 @@
 Its thread carries out one job after another, and in between begins the generations that the schedule asks for. It
 writes files only through the pool's pass over the averages.
 
-A small snapshot that finds nothing else to do is applied by the thread that submits it: handing it over and back would
-take longer than applying it. A lock admits one of the two threads at a time.
+A small snapshot that finds the averager idle, or busy with another run, is applied by the thread that submits it: to
+hand it over and back would take longer, and it need not wait for the pass of a large run. JOINs are carried out by a
+thread of their own, as a large run takes long to allocate or to read. A lock admits one of these threads at a time; it
+is free while one of them waits for the pool, or works on what no other thread knows.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +39,7 @@ from ema_server.averager.jobs import (
     Job,
     JobQueue,
     Join,
+    JoinDone,
     Leave,
     Outcome,
     Publish,
@@ -67,7 +71,11 @@ from ema_server.telemetry import Telemetry
 THREAD_NAME = "averager"
 
 _TICK_S = 0.5  # how late a heartbeat or a schedule may be
-_AT_ONCE_BYTES = 8 << 20  # of a run's averages: less than a millisecond on a thread that has other runs to serve
+# The averages of a run whose snapshots are applied by the thread that submits them, which has other runs to serve: less
+# than a millisecond while the averager is idle, else some 20 ms where a large run's pass may take seconds.
+_AT_ONCE_BYTES = 8 << 20
+_BESIDE_BYTES = 16 << 20  # of a snapshot
+_MEMORY_BESIDE_BYTES = 64 << 20
 _TICK_S_MIN = 0.01  # a schedule of nanoseconds must not keep a core busy
 
 logger = logging.getLogger("ema")
@@ -107,11 +115,13 @@ class Averager:
         self._clock = clock
         self._publisher = publisher
         self._queue = JobQueue()
+        self._busy = threading.Lock()
+        self._joiner = ThreadPoolExecutor(1, "joining")
         self._listeners: list[Callable[[str, int], None]] = []
         arithmetic = choose(config.kernel, device.torch_device)
         self.kernel = arithmetic.name
         try:
-            self._pool = WorkerPool(device.workers, device.block_elements, device, arithmetic)
+            self._pool = WorkerPool(device.workers, device.block_elements, device, arithmetic, self._unlocked)
         except (RuntimeError, MemoryError) as error:
             raise unusable(device.name, error) from None
         self._runs = ActiveRuns(
@@ -127,6 +137,7 @@ class Averager:
                 device=device,
                 pool=self._pool,
                 queue=self._queue,
+                unlocked=self._unlocked,
                 clock=clock,
                 wall=wall,
                 announce=self._announce,
@@ -134,7 +145,6 @@ class Averager:
             )
         )
         self._thread = threading.Thread(target=self._work, name=THREAD_NAME, daemon=True)
-        self._busy = threading.Lock()
         self._deadline = 0.0
 
     def is_alive(self) -> bool:
@@ -195,18 +205,22 @@ class Averager:
                 elif (active := self._runs.get(item.run)) is not None:
                     self._publish_due((active,), now)
             if item is not None:
-                self._queue.finished()
+                self._queue.finished(item)
+        self._joiner.shutdown()
         with self._busy:
             self._publish_all()
         self._pool.close()
 
     def _applied_at_once(self, job: Apply) -> bool:
-        """Apply a snapshot on the caller's thread, if it is small, all jobs before it are done, and no file is open."""
-        if len(job.data) > INLINE_BYTES or not self._queue.is_idle or not self._busy.acquire(blocking=False):
+        """Apply a snapshot on the caller's thread, if it is small, the run's jobs are done, and no file is open."""
+        is_idle = self._queue.is_idle
+        if not self._pool.has_callers_worker or len(job.data) > (INLINE_BYTES if is_idle else _BESIDE_BYTES):
+            return False
+        if self._queue.has_unfinished(job.run) or not self._busy.acquire(blocking=False):
             return False
         try:
-            active = self._runs.get(job.run)
-            if active is None or active.draft is not None or active.run.memory_bytes > _AT_ONCE_BYTES:
+            active, memory_bytes = self._runs.get(job.run), _AT_ONCE_BYTES if is_idle else _MEMORY_BESIDE_BYTES
+            if active is None or active.draft is not None or active.run.memory_bytes > memory_bytes:
                 return False
             if self._runs.hold_if_busy(job):
                 return True
@@ -218,16 +232,37 @@ class Averager:
         finally:
             self._busy.release()
 
-    def _take(self, item: Job | PublishDone | PublishDue) -> None:
-        if isinstance(item, PublishDue):
+    def _join(self, job: Join) -> None:
+        """Carry out a JOIN on the thread for that."""
+        with self._busy:
+            with self._contained(job.run, job):
+                join(self._runs, job)
+            self._runs.joining.discard(job.run)
+            self._queue.put(JoinDone(job.run, self._runs.is_next(job)))
+            active = self._runs.get(job.run)
+        if active is not None:
+            active.run.plan_files()
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """Let another thread work meanwhile."""
+        self._busy.release()
+        try:
+            yield
+        finally:
+            self._busy.acquire()
+
+    def _take(self, item: Job | PublishDone | JoinDone | PublishDue) -> None:
+        if isinstance(item, PublishDone | JoinDone):
+            if isinstance(item, PublishDone):
+                with self._contained(item.run):
+                    self._on_published(item)
             self._settle(item.run)
-            return
-        if isinstance(item, PublishDone):
-            with self._contained(item.run):
-                self._on_published(item)
+            if not (isinstance(item, JoinDone) and item.is_held):
+                for job in self._runs.released(item.run):
+                    self._carry_out(job)
+        elif isinstance(item, PublishDue):
             self._settle(item.run)
-            for job in self._runs.released(item.run):
-                self._carry_out(job)
         elif not self._runs.hold_if_busy(item):
             self._carry_out(item)
         self._settle(item.run)
@@ -269,7 +304,8 @@ class Averager:
     def _dispatch(self, job: Job) -> None:
         if isinstance(job, Join):
             self._write_draft(job.run)
-            join(self._runs, job)
+            self._runs.joining.add(job.run)
+            self._joiner.submit(self._join, job)
             return
         if isinstance(job, DeleteRun):
             self._write_draft(job.run)

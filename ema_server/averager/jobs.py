@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -285,6 +285,14 @@ class PublishDone:
 
 
 @dataclass(frozen=True, slots=True)
+class JoinDone:
+    """A JOIN of the run was carried out, or waits among the run's held jobs (`is_held`) until the run is idle."""
+
+    run: str
+    is_held: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PublishDue:
     """A generation of the run is due: a snapshot was applied on another thread, which must not wait for the disk."""
 
@@ -296,7 +304,14 @@ class Stop:
     """Publish every run and end."""
 
 
-Item: TypeAlias = Job | PublishDone | PublishDue | Stop
+Item: TypeAlias = Job | PublishDone | JoinDone | PublishDue | Stop
+
+
+_STOPPING = ""  # no run has this name
+
+
+def _owner(item: Item) -> str:
+    return _STOPPING if isinstance(item, Stop) else item.run
 
 
 class JobQueue:
@@ -304,7 +319,7 @@ class JobQueue:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._unfinished = 0
+        self._unfinished: Counter[str] = Counter()
         self._items: deque[Item] = deque()
         self._added: SimpleQueue[None] = SimpleQueue()  # one for each item: it waits with less work than a Condition
 
@@ -312,7 +327,7 @@ class JobQueue:
         """Add an item; never blocks for longer than the lock is held."""
         with self._lock:
             self._items.append(item)
-            self._unfinished += 1
+            self._unfinished[_owner(item)] += 1
         self._added.put(None)
 
     def take(self, timeout_s: float) -> Item | None:
@@ -324,15 +339,22 @@ class JobQueue:
         with self._lock:
             return self._items.popleft()
 
-    def finished(self) -> None:
-        """The item that `take` returned last is dealt with."""
+    def finished(self, item: Item) -> None:
+        """An item that was taken is dealt with."""
         with self._lock:
-            self._unfinished -= 1
+            self._unfinished[_owner(item)] -= 1
+            if not self._unfinished[_owner(item)]:
+                del self._unfinished[_owner(item)]
 
     @property
     def is_idle(self) -> bool:
         """Whether every item that was put is dealt with."""
         return not self._unfinished
+
+    def has_unfinished(self, run: str) -> bool:
+        """Whether an item of the run that was put is not dealt with, or the averager is to end."""
+        with self._lock:
+            return run in self._unfinished or _STOPPING in self._unfinished
 
     def snapshot_is_next(self, run: str) -> bool:
         """Whether the next job for `run`, requests to publish apart, is a snapshot."""

@@ -62,8 +62,9 @@ def _known(runs: ActiveRuns, name: str) -> Known | None:
     active = runs.get(name)
     if active is not None and active.run.last_step is not None:
         return _known_by(active.run.record(active.run.last_step), active.run.manifest, steps)
-    for _, record, manifest in runs.readable(name):
-        return _known_by(record.run, manifest, steps)
+    with runs.resources.unlocked():
+        for _, record, manifest in runs.readable(name):
+            return _known_by(record.run, manifest, steps)
     return None
 
 
@@ -79,7 +80,9 @@ def _start(runs: ActiveRuns, job: Join, set_aside: str | None = None) -> None:
     if empty is not None:
         runs.forget(empty)  # it never had a snapshot: its memory goes first
     del empty
-    _admit(runs.create(new_run(job.join, runs.resources.now(), runs.resources.device)), job, "new", set_aside)
+    with runs.resources.unlocked():
+        run = new_run(job.join, runs.resources.now(), runs.resources.device)
+    _admit(runs.create(run), job, "new", set_aside)
 
 
 def _continue(runs: ActiveRuns, job: Join) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -38,8 +39,9 @@ class _Worker:
 class WorkerPool:
     """A kernel for each of `workers` threads, which takes `block_elements` elements at a time.
 
-    One thread at a time may use it. That thread makes the passes over at most `INLINE_BYTES` of a snapshot itself, with
-    as many of torch's threads as it has set.
+    One thread at a time may use it, and another one inside the context `waiting`, which is entered while the caller
+    waits for the pool's threads. Where averages are in host memory, the caller makes a pass over at most `INLINE_BYTES`
+    of a snapshot itself, and any pass while the threads are busy, with as many of torch's threads as it has set.
     """
 
     def __init__(
@@ -48,14 +50,19 @@ class WorkerPool:
         block_elements: int = BLOCK_ELEMENTS,
         device: Device = HOST,
         arithmetic: Arithmetic = BY_TORCH,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._block_elements = block_elements
         self._arithmetic = arithmetic
         self._can_address = device.torch_device.type == "cpu"
-        self._workers = tuple(
-            _Worker(Kernel(block_elements, device.torch_device, arithmetic), device.feed(block_elements))
-            for _ in range(workers)
-        )
+
+        def worker() -> _Worker:
+            return _Worker(Kernel(block_elements, device.torch_device, arithmetic), device.feed(block_elements))
+
+        self._workers = tuple(worker() for _ in range(workers))
+        self._callers = worker() if self._can_address else None
+        self._waiting = waiting
+        self._is_busy = False
         self._pool = ThreadPoolExecutor(workers, "averaging", initializer=torch.set_num_threads, initargs=(1,))
 
     def update(
@@ -68,6 +75,11 @@ class WorkerPool:
                 worker.kernel.update(worker.feed.blocks(snapshot, blocks), targets, sink)
 
         self._share(cut(segments, self._block_elements), update, len(snapshot))
+
+    @property
+    def has_callers_worker(self) -> bool:
+        """Whether the caller makes some passes itself."""
+        return self._callers is not None
 
     @property
     def can_move(self) -> bool:
@@ -118,12 +130,15 @@ class WorkerPool:
         self._pool.shutdown()
 
     def _share(self, items: Iterable[_Item], work: Callable[[_Worker, Iterator[_Item]], None], nbytes: int) -> None:
-        if nbytes <= INLINE_BYTES:
-            work(self._workers[0], iter(items))
+        if self._callers is not None and (self._is_busy or nbytes <= INLINE_BYTES):
+            work(self._callers, iter(items))
             return
         shared = _Shared(iter(items))
+        self._is_busy = True
         passes = [self._pool.submit(work, worker, shared) for worker in self._workers]
-        wait(passes)  # all of them, even if one fails: the caller may use the memory for something else afterwards
+        with self._waiting():
+            wait(passes)  # all of them, even if one fails: the caller may use the memory for something else afterwards
+        self._is_busy = False
         for done in passes:
             done.result()
 

@@ -6,6 +6,7 @@ It turns the steps of snapshots into targets for the kernel; it sees no snapshot
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ema_proto.averages.rules import AverageSpec, Bema, Window
 from ema_proto.averages.step_units import StepUnits
@@ -33,6 +34,30 @@ class Holding:
     is_snapshot: bool
 
 
+class AverageFiles:
+    """The files of an average and of its snapshots. Laid out at the first use: many tensors take long."""
+
+    def __init__(self, manifest: Manifest, rule: AverageSpec) -> None:
+        self._manifest = manifest
+        self._rule = rule
+
+    @cached_property
+    def of_mean(self) -> tuple[TensorFile, ...]:
+        return files_of(self._manifest, form_of(self._rule))
+
+    @cached_property
+    def of_snapshots(self) -> tuple[TensorFile, ...]:
+        """Of a window, one for each of its slots; of a `bema`, of the initial weights and of the moving average."""
+        manifest, rule = self._manifest, self._rule
+        if isinstance(rule, Bema):
+            moving = accumulator_file(manifest, form_of(rule), "moving.safetensors")
+            return snapshot_file(manifest, "initial.safetensors"), moving
+        if not isinstance(rule, Window):
+            return ()
+        snapshot = snapshot_file(manifest, "")
+        return tuple(replace(snapshot, name=f"{index:03d}.safetensors") for index in range(rule.k))
+
+
 @dataclass(slots=True)
 class Average:
     """One average in memory. Build with `new_average`.
@@ -48,8 +73,7 @@ class Average:
     rule: AverageSpec
     averaged: frozenset[str]
     memory: Memory
-    files: tuple[TensorFile, ...]
-    snapshot_files: tuple[TensorFile, ...]
+    files: AverageFiles
     slots: tuple[Memory, ...]
     ledger: Ledger
     entries: Entries = ()
@@ -78,10 +102,10 @@ class Average:
     def holdings(self) -> tuple[Holding, ...]:
         """Its memory, in the order of `advance`'s targets. Without files if a generation would not store it."""
         is_kept = self.has_content and not self.is_removed
-        mean = Holding(self.memory, self.form, self.files if is_kept else (), False)
+        mean = Holding(self.memory, self.form, self.files.of_mean if is_kept else (), False)
         if isinstance(self.rule, Bema):
             initial, moving = self.slots
-            files = self.snapshot_files if is_kept else ()
+            files = self.files.of_snapshots if is_kept else ()
             return (
                 Holding(initial, Form.WIRE, files[:1], is_snapshot=True),
                 mean,
@@ -89,7 +113,7 @@ class Average:
             )
         order = {entry.slot: index for index, entry in enumerate(self.entries)} if is_kept else {}
         snapshots = (
-            Holding(slot, Form.WIRE, (self.snapshot_files[order[index]],) if index in order else (), is_snapshot=True)
+            Holding(slot, Form.WIRE, self.files.of_snapshots[order[index] :][:1] if index in order else (), True)
             for index, slot in enumerate(self.slots)
         )
         return (*snapshots, mean)
@@ -259,21 +283,12 @@ def new_average(
     else:
         memory = device.allocate(held_nbytes(manifest, form_of(rule)))
         slots = tuple(map(device.allocate, _slot_sizes(manifest, rule)))
-    averaged, files = averaged_names(manifest, rule), files_of(manifest, form_of(rule))
-    return Average(rule, averaged, memory, files, _slot_files(manifest, rule), slots, ledger, spare=spare)
+    return Average(
+        rule, averaged_names(manifest, rule), memory, AverageFiles(manifest, rule), slots, ledger, spare=spare
+    )
 
 
 def _slot_sizes(manifest: Manifest, rule: AverageSpec) -> tuple[int, ...]:
     if isinstance(rule, Bema):
         return manifest.nbytes, held_nbytes(manifest, form_of(rule))
     return (manifest.nbytes,) * rule.k if isinstance(rule, Window) else ()
-
-
-def _slot_files(manifest: Manifest, rule: AverageSpec) -> tuple[TensorFile, ...]:
-    if isinstance(rule, Bema):
-        moving = accumulator_file(manifest, form_of(rule), "moving.safetensors")
-        return snapshot_file(manifest, "initial.safetensors"), moving
-    if not isinstance(rule, Window):
-        return ()
-    snapshot = snapshot_file(manifest, "")
-    return tuple(replace(snapshot, name=f"{index:03d}.safetensors") for index in range(rule.k))

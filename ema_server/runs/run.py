@@ -236,6 +236,11 @@ class Run:
                 average.has_moved()
         return True
 
+    def plan_files(self) -> None:
+        """Lay out the files of its averages now, which otherwise takes time at the first publication. Any thread."""
+        for average in self.averages:
+            _ = average.files.of_mean, average.files.of_snapshots
+
     def drop_spares(self) -> bool:
         """Free memory that only makes passes faster; returns whether there was any. None is taken from now on."""
         had = any(average.spare is not None for average in self.averages)

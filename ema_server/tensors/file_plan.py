@@ -8,7 +8,7 @@ write.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 from ema_proto.dtypes import FLOATS, ITEM_BYTES
@@ -89,7 +89,7 @@ def _file(name: str, held: Iterable[Place], stored: dict[str, str]) -> TensorFil
         elif at.nbytes:
             copies.append(Copy(first[original], at.offset, at.nbytes))
     spans.sort(key=lambda span: span.begin)
-    nbytes = len(header) + sum(at.nbytes for at in placed)
+    nbytes = placed[-1].offset + placed[-1].nbytes if placed else len(header)
     return TensorFile(name, header, nbytes, tuple(_merged(spans)), tuple(copies))
 
 
@@ -107,7 +107,7 @@ def _merged(spans: Iterable[Span]) -> Iterator[Span]:
         if span.begin == span.end:
             continue
         if last is not None and _follows(span, last):
-            last = replace(last, end=span.end)
+            last = Span(last.begin, span.end, last.file_offset, last.narrows)
             continue
         if last is not None:
             yield last

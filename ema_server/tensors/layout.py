@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import groupby
 
 from ema_proto.dtypes import FLOATS, ITEM_BYTES
 from ema_proto.wire.manifest import Manifest, TensorSpec
@@ -78,31 +79,33 @@ def held_dtype(form: Form, dtype: str) -> str:
 
 def places(manifest: Manifest, form: Form) -> tuple[Place, ...]:
     """Where the tensors lie in an average of this form, in memory order, without gaps."""
+    dtypes = {dtype: held_dtype(form, dtype) for dtype in ITEM_BYTES}
+    by_size: dict[int, list[TensorSpec]] = {size: [] for size in sorted(set(ITEM_BYTES.values()), reverse=True)}
+    for tensor in manifest.by_offset:
+        by_size[ITEM_BYTES[dtypes[tensor.dtype]]].append(tensor)
     position, found = 0, list[Place]()
-    held = ((tensor, held_dtype(form, tensor.dtype)) for tensor in manifest.by_offset)
-    for tensor, dtype in sorted(held, key=lambda pair: -ITEM_BYTES[pair[1]]):
-        found.append(Place(tensor, dtype, position))
-        position += found[-1].nbytes
+    for size, tensors in by_size.items():
+        for tensor in tensors:
+            found.append(Place(tensor, dtypes[tensor.dtype], position))
+            position += tensor.elements * size
     return tuple(found)
 
 
 def held_nbytes(manifest: Manifest, form: Form) -> int:
-    return sum(place.nbytes for place in places(manifest, form))
+    sizes = {dtype: ITEM_BYTES[held_dtype(form, dtype)] for dtype in ITEM_BYTES}
+    return sum(tensor.elements * sizes[tensor.dtype] for tensor in manifest.tensors)
 
 
 def segments(manifest: Manifest, mask: Callable[[TensorSpec], int]) -> tuple[Segment, ...]:
     """The snapshot as few long segments, in memory order; empty tensors are in none. `mask` is `Segment.averaged`."""
-    offsets = {form: {place.tensor.name: place.offset for place in places(manifest, form)} for form in Form}
+    offsets = [{place.tensor.name: place.offset for place in places(manifest, form)} for form in Form]
+    filled = ((tensor, tensor.elements) for tensor in manifest.by_offset)
+    marked = ((tensor.dtype, mask(tensor), tensor.name, count) for tensor, count in filled if count)
     merged: list[Segment] = []
-    for tensor in manifest.by_offset:
-        if not tensor.elements:
-            continue
-        new = Segment(tensor.dtype, mask(tensor), tensor.elements, *(offsets[form][tensor.name] for form in Form))
-        last = merged[-1] if merged else None
-        if last is not None and (last.dtype, last.averaged) == (new.dtype, new.averaged):
-            merged[-1] = replace(last, count=last.count + new.count)
-        else:
-            merged.append(new)
+    for (dtype, averaged), group in groupby(marked, key=lambda tensor: tensor[:2]):
+        alike = list(group)
+        first, count = alike[0][2], sum(tensor[3] for tensor in alike)
+        merged.append(Segment(dtype, averaged, count, *(of_form[first] for of_form in offsets)))
     return tuple(merged)
 
 

@@ -57,16 +57,17 @@ def describe(
 
     The headers of a run's versions are the same, so `metadata` is constant there.
     """
-    position, described, placed = 0, dict[str, object]({_METADATA_KEY: dict(metadata)}), list[Stored]()
+    position, described = 0, dict[str, object]({_METADATA_KEY: dict(metadata)})
+    placed: list[tuple[str, str, tuple[int, ...], int]] = []
     for name, dtype, shape in tensors:
-        stored = Stored(name, dtype, shape, position)
-        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + stored.nbytes]}
-        placed.append(stored)
-        position += stored.nbytes
+        end = position + math.prod(shape) * ITEM_BYTES[dtype]
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        placed.append((name, dtype, shape, position))
+        position = end
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _HEADER_ALIGN)
     header = _LENGTH.pack(len(text)) + text
-    return header, tuple(replace(at, offset=len(header) + at.offset) for at in placed)
+    return header, tuple(Stored(name, dtype, shape, len(header) + at) for name, dtype, shape, at in placed)
 
 
 def read_header(path: Path) -> tuple[Stored, ...]:

@@ -159,5 +159,6 @@ def test_internal_error_while_a_run_is_freed_harms_no_other_run(
             broken.setattr("ema_server.averager.active_runs.ActiveRuns.forget", _raise)
             core.leave("r")
             assert isinstance(core.apply("other", 2, _weights(2)), Applied)
+            assert durable(core.publish("other")).step == 2, "which comes after the end of the session"
         assert _errors(core) == 1
         assert joined(core.join("r", _MANIFEST, first_step=2)).last_step == 1
