@@ -63,7 +63,10 @@ class WorkerPool:
         self._callers = worker() if self._can_address else None
         self._waiting = waiting
         self._is_busy = False
-        self._pool = ThreadPoolExecutor(workers, "averaging", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = _threads(workers, "averaging")
+        # One thread queues a pass on a device of its own. It takes several to read a snapshot as fast as memory is.
+        self._readers = self._pool if self._can_address else _threads(HOST.workers, "checking")
+        self._readers_count = workers if self._can_address else HOST.workers
 
     def update(
         self, segments: Sequence[Segment], snapshot: torch.Tensor, targets: Sequence[Target], sink: BlockSink | None
@@ -123,24 +126,38 @@ class WorkerPool:
             for offset in offsets:
                 found.update(check.check(offset, snapshot[offset : offset + _CHECKED_BYTES]))
 
-        self._share(range(0, len(snapshot), _CHECKED_BYTES), look, len(snapshot))
+        threads = self._readers, self._workers[:1] * self._readers_count  # what each is given is not used
+        self._share(range(0, len(snapshot), _CHECKED_BYTES), look, len(snapshot), threads)
         return tuple(sorted(found))
 
     def close(self) -> None:
         self._pool.shutdown()
+        self._readers.shutdown()
 
-    def _share(self, items: Iterable[_Item], work: Callable[[_Worker, Iterator[_Item]], None], nbytes: int) -> None:
+    def _share(
+        self,
+        items: Iterable[_Item],
+        work: Callable[[_Worker, Iterator[_Item]], None],
+        nbytes: int,
+        threads: tuple[ThreadPoolExecutor, Sequence[_Worker]] | None = None,
+    ) -> None:
         if self._callers is not None and (self._is_busy or nbytes <= INLINE_BYTES):
             work(self._callers, iter(items))
             return
         shared = _Shared(iter(items))
         self._is_busy = True
-        passes = [self._pool.submit(work, worker, shared) for worker in self._workers]
+        pool, workers = threads or (self._pool, self._workers)
+        passes = [pool.submit(work, worker, shared) for worker in workers]
         with self._waiting():
             wait(passes)  # all of them, even if one fails: the caller may use the memory for something else afterwards
         self._is_busy = False
         for done in passes:
             done.result()
+
+
+def _threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads that each compute with one thread of torch's."""
+    return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
 
 
 class _Shared(Generic[_Item], Iterator[_Item]):

@@ -7,6 +7,7 @@ unusable device is reported at the start.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from ema_server.compute.device import HOST, Device
 from ema_server.compute.kernel import Target
 from ema_server.compute.pool import WorkerPool
 from ema_server.compute.upload import Copiers, Upload
+from ema_server.tensors.finite import FiniteCheck
 from ema_server.tensors.layout import Form, held_nbytes
 from support.backends import InlineBackend, LateBackend, LateCopiers
 from support.cuda_runtime import GPU, CudaRuntime
@@ -193,7 +195,7 @@ def test_device_memory_of_a_pool_is_independent_of_the_model(workers: int) -> No
         taken.append(before - backend.room_bytes - data.numel())
         assert torch.equal(data, encode(manifest, tensors))
 
-    assert taken == [workers * 2 * 2 * 64 * 8] * 2
+    assert taken == [(workers + 1) * 2 * 2 * 64 * 8] * 2, "one more is the caller's, as on the host"
 
 
 def test_failed_pass_leaves_the_stages_usable_and_the_snapshot_unread() -> None:
@@ -240,6 +242,30 @@ def test_memory_is_shown_and_filled_in_order_and_errors_propagate(device: Device
 
     assert begun == list(range(8, 1000, 32))
     assert bytes(shown) == bytes(8) + content[8:997] + bytes(3)
+
+
+def test_snapshot_for_a_device_is_checked_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(InlineBackend):
+        device = torch.device("meta")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    manifest = manifest_of({"w": torch.zeros(6_000_000)})
+    snapshot = torch.zeros(manifest.nbytes, dtype=torch.uint8)
+    snapshot.view(torch.float32)[5_999_999] = math.nan
+    together, check, used = threading.Barrier(3), FiniteCheck(manifest), set[int]()
+
+    class Meeting(FiniteCheck):
+        def check(self, offset: int, data: Tensor) -> tuple[str, ...]:
+            if threading.get_ident() not in used:
+                used.add(threading.get_ident())
+                together.wait(timeout=30)
+            return check.check(offset, data)
+
+    pool = WorkerPool(1, 64, Accelerator("test:0", Elsewhere(), block_elements=64))
+    assert pool.not_finite(Meeting(manifest), snapshot) == ("w",)
+    pool.close()
+
+    assert len(used) == 3
 
 
 def test_filled_memory_can_be_computed_with() -> None:
