@@ -259,6 +259,39 @@ def test_diffusers_loads_a_model(server: ServerProcess, home: Path) -> None:
     assert found["digests"] == loaded(server, "unet", "ema", "step-2")
 
 
+def test_lm_eval_scores_a_version_and_notes_its_id(
+    server: ServerProcess, language_model: str, home: Path, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm_eval is not installed")
+    tasks, data = tmp_path / "tasks", tmp_path / "data.jsonl"
+    tasks.mkdir()
+    rows = [{"q": f"w{i} w{i + 1}", "choices": [f"w{i}", f"w{i + 2}"], "label": i % 2} for i in range(1, 9)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tasks / "mine.yaml").write_text(json.dumps(task))
+    command = ["-m", "lm_eval", "--model", "hf", "--tasks", "mine", "--include_path", str(tasks), "--device", "cpu"]
+    command += ["--model_args", f"pretrained={language_model}/ema,revision=step-2,max_length=16"]
+
+    with started(server.http, home, *command, "--output_path", str(tmp_path / "out")) as process:
+        assert process.wait() == 0, "\n".join(process.errors)
+
+    [path] = (tmp_path / "out").rglob("results*.json")
+    found = json.loads(path.read_text())
+    assert 0 <= found["results"]["mine"]["acc,none"] <= 1
+    assert found["config"]["model_sha"] == version_id(server, language_model, "ema", "step-2")
+
+
 def test_timm_creates_a_model(server: ServerProcess, home: Path) -> None:
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("timm requires torchvision")

@@ -17,5 +17,6 @@ def write_small_llama(folder: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(19)} | {"[UNK]": 19}, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="w0").save_pretrained(folder)
+    special = {"unk_token": "[UNK]", "pad_token": "w0", "eos_token": "w1"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
     return folder
