@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ema_reader import NotFound, Reader, ReaderError, Unreachable, VerificationFailed
+from ema_reader import NotFound, Reader, ReaderError, Unreachable, VerificationFailed, download
 from ema_reader.partial import Progress
 from ema_reader.values import Version
 from support.served import WAIT_S, Served
@@ -234,7 +234,10 @@ def test_download_survives_a_server_restart(served: Served, tmp_path: Path) -> N
     assert names(tmp_path / "out") == ["model.safetensors", "version.json"]
 
 
-def test_unreachable_server_is_reported_and_the_partial_file_kept(served: Served, tmp_path: Path) -> None:
+def test_unreachable_server_is_reported_and_the_partial_file_kept(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_PAUSE_S", 0.01)
     served.publish("digits", 100, size=20_000)
     with served.listening() as url, Reader(url) as reader:
         version = reader.version("digits", "ema-0.9")

@@ -101,7 +101,7 @@ def test_slow_evaluation_gives_every_average_the_same_number_of_results(
 
     served.publish("digits", 100, names)
     threads = [in_thread(worker(reader, slow, worker=f"w{number}")) for number in range(workers)]
-    for step in range(200, 2000, 100):
+    for step in range(200, 1200, 100):
         time.sleep(0.1)
         served.publish("digits", step, names)
         for old in served.catalog.generations("digits")[2:]:
