@@ -61,13 +61,15 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.names) - set(BENCHMARKS):
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
-    if args.write and (args.names or args.quick or args.json):
-        parser.error("--write replaces all tables: run it without names, --quick and --json")
+    chosen = [(mark, names) for mark, names in regions() if not args.names or set(args.names) == set(names)]
+    if args.write and (args.quick or args.json or not chosen):
+        gpu = " ".join(GPU_BENCHMARKS)
+        parser.error(f"--write replaces all tables, or where a GPU is those of `{gpu}`: without --quick and --json")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and trainers are stopped too
     if not args.write:
         printed(report(args.names or list(BENCHMARKS), quick=args.quick, json_file=args.json))
         return
-    for mark, names in regions():
+    for mark, names in chosen:
         write(printed(report(names, quick=False)), mark)
 
 

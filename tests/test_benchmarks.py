@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,28 @@ def test_tables_of_a_gpu_are_replaced_only_where_one_is(has_gpu: bool, monkeypat
     assert regions.pop("measured on a GPU", []) == (list(command.GPU_BENCHMARKS) if has_gpu else [])
     assert {*regions.pop("measured"), *command.GPU_BENCHMARKS} == set(command.BENCHMARKS)
     assert regions == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "written"),
+    [([], ["measured", "measured on a GPU"]), (["device", "gpu_step"], ["measured on a GPU"]), (["device"], None)],
+)
+def test_write_takes_all_names_or_those_of_a_gpu(
+    names: list[str], written: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(command, "report", lambda names, quick: iter(()))
+    monkeypatch.setattr(command, "write", lambda text, mark: marks.append(mark))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--write", *names])
+
+    if written is None:
+        with pytest.raises(SystemExit):
+            command.main()
+    else:
+        command.main()
+    assert marks == (written or [])
 
 
 def test_readme_has_the_marks_for_the_tables() -> None:
