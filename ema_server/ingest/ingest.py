@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -70,6 +71,7 @@ class Ingest:
         self._receiver = self._new_receiver(None)
         self._staging: dict[int, Staging] = {}  # by ticket
         self._buffer = allocate(config.chunk_bytes)
+        self._joins = ThreadPoolExecutor(1, "joins")
         self._inbox: deque[Callable[[], None]] = deque()
         self._greeted = 0  # how much of the receiver's count is in the telemetry
         self._stopping = False
@@ -128,6 +130,7 @@ class Ingest:
         finally:
             self._link.close()
             self._local.close()
+            self._joins.shutdown(cancel_futures=True)
 
     def _turn(self) -> None:
         self._telemetry.beat("ingest")
@@ -139,11 +142,18 @@ class Ingest:
         while self._inbox:
             self._inbox.popleft()()
             self._forward()
+        while (unread := self._receiver.take_join()) is not None:
+            self._joins.submit(self._read_join, unread)
         self._receiver.tick(now)
         self._forward()
         if now >= self._look_at:
             self._local.receive(now)
             self._look_at = now + _TICK_S
+
+    def _read_join(self, unread: machine.UnreadJoin) -> None:
+        """Read a large JOIN on another thread, while this one receives from other trainers."""
+        message = unread.read()
+        self._post(lambda: self._receiver.join_read(unread, message))
 
     def _take_message(self, now: float) -> bool:
         message = self._link.next_header()

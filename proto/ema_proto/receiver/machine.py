@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from ema_proto.errors import LocalProtocolError, RejectCode, RemoteProtocolError, Scope
 from ema_proto.limits import CHUNK_BYTES_DEFAULT, CONTROL_BODY_BYTES_MAX, SESSION_LOST_S, SLOTS
 from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connection, Connections
-from ema_proto.receiver.ownership import Ownership
+from ema_proto.receiver.ownership import Ownership, check_join
 from ema_proto.receiver.requests import Requests
 from ema_proto.receiver.streaming import Session, Streaming
 from ema_proto.wire import messages as m
@@ -23,6 +24,19 @@ from ema_proto.wire.codec import Header, decode, decode_file, decode_header
 from ema_proto.wire.files import FileSpec
 
 _WAITING_BYTES_MAX = 64 << 20  # of JOINs that wait; further ones are read at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnreadJoin:
+    """A large JOIN. To read it takes seconds: any thread may do it."""
+
+    connection: Connection
+    header: Header
+    body: bytes
+
+    def read(self) -> m.ControlMessage | RemoteProtocolError:
+        """The message, or why it is refused."""
+        return _decoded(self.header, self.body)
 
 
 class Receiver:
@@ -57,7 +71,8 @@ class Receiver:
         self._requests = Requests(self._connections, self._runs, self._streaming, self.events)
         self._now = 0.0
         self._pending: tuple[Connection, Header] | None = None
-        self._joins: deque[tuple[Connection, Header, bytes]] = deque()  # large ones that are not read yet
+        self._joins: deque[UnreadJoin] = deque()  # those that `tick` reads
+        self._taken: list[UnreadJoin] = []  # those that the caller reads
 
     @property
     def greeted(self) -> int:
@@ -123,15 +138,32 @@ class Receiver:
     def control(self, body: bytes) -> None:
         """A `Control` body (of any length: it is checked here)."""
         connection, header = self._take_pending()
-        waiting = sum(len(each) for _, _, each in self._joins)
+        waiting = sum(len(each.body) for each in (*self._joins, *self._taken))
         if header.type == m.Join.type and CONTROL_BODY_BYTES_MAX < len(body) <= _WAITING_BYTES_MAX - waiting:
-            self._joins.append((connection, header, body))
+            self._joins.append(UnreadJoin(connection, header, body))
         else:
-            self._read(connection, header, body)
+            self._read(connection, header, _decoded(header, body))
 
-    def _read(self, connection: Connection, header: Header, body: bytes) -> None:
+    def take_join(self) -> UnreadJoin | None:
+        """The oldest large JOIN, which the caller reads and passes to `join_read`; None without one."""
+        if not self._joins:
+            return None
+        unread = self._joins.popleft()
+        self._taken.append(unread)
+        return unread
+
+    def join_read(self, unread: UnreadJoin, message: m.ControlMessage | RemoteProtocolError) -> None:
+        """A JOIN that was taken is read. It is dropped if its connection has ended, or has said BYE."""
+        if unread in self._taken:
+            self._taken.remove(unread)
+            if self._connections.is_current(unread.connection):
+                self._read(unread.connection, unread.header, message)
+
+    def _read(self, connection: Connection, header: Header, message: m.ControlMessage | RemoteProtocolError) -> None:
         try:
-            self._take(connection, header, decode(header, body))
+            if isinstance(message, RemoteProtocolError):
+                raise message
+            self._take(connection, header, message)
         except RemoteProtocolError as error:
             if error.code.scope is Scope.CONNECTION:
                 self._connections.refuse(connection, error.code, error.text)
@@ -263,9 +295,9 @@ class Receiver:
         """Read one large JOIN: when hundreds of ranks join at once, other runs are served in between."""
         if not self._joins:
             return
-        connection, header, body = self._joins.popleft()
-        if self._connections.is_current(connection):
-            self._read(connection, header, body)
+        unread = self._joins.popleft()
+        if self._connections.is_current(unread.connection):
+            self._read(unread.connection, unread.header, unread.read())
 
     def _take(self, connection: Connection, header: Header, message: m.ControlMessage) -> None:
         match message:
@@ -281,7 +313,8 @@ class Receiver:
                 if gang is not None:
                     self._streaming.admit_returned(gang)
             case m.Bye():
-                self._joins = deque(join for join in self._joins if join[0] is not connection)
+                self._joins = deque(join for join in self._joins if join.connection is not connection)
+                self._taken = [join for join in self._taken if join.connection is not connection]
                 self._streaming.leave(connection, self._now, lost=False)
             case m.Begin() | m.Commit() | m.Skip() | m.Publish() | m.Rewind() | m.Finish():
                 found = self._streaming.of(connection)
@@ -334,3 +367,14 @@ class Receiver:
             raise LocalProtocolError("a body came without its header")
         pending, self._pending = self._pending, None
         return pending
+
+
+def _decoded(header: Header, body: bytes) -> m.ControlMessage | RemoteProtocolError:
+    """The message, or why it is refused."""
+    try:
+        message = decode(header, body)
+        if isinstance(message, m.Join):
+            check_join(message)
+    except RemoteProtocolError as error:
+        return error
+    return message

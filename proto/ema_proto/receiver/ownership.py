@@ -56,11 +56,10 @@ class Ownership:
             The gang, if the session has returned to one that streams or has finished: `Receiver` answers it.
 
         Raises:
-            RemoteProtocolError: the JOIN is impossible, or the run is another gang's.
+            RemoteProtocolError: the connection has joined a run, or the run is another gang's.
         """
         if connection.run is not None:
             raise RemoteProtocolError(RejectCode.BAD_MESSAGE, f"this connection has joined run {connection.run!r}")
-        check_join(join)
         claim, key = Claim(connection.session, connection.peer, join), key_of(join, connection.session)
         returned_to = self._gang_of(claim, key)
         if returned_to is not None:

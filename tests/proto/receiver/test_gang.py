@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from ema_proto.averages.rules import Raw
+from ema_proto.averages.rules import Ema, Raw
 from ema_proto.errors import RejectCode
 from ema_proto.limits import (
     CHUNK_BYTES_DEFAULT,
@@ -419,6 +419,55 @@ def test_large_join_of_a_connection_that_has_ended_is_not_read(ends: str) -> Non
     receiver.tick(SESSION_LOST_S + 2)
 
     assert not receiver.has_work
+    assert not receiver.events
+
+
+def test_large_join_that_another_thread_reads_is_taken_afterwards() -> None:
+    receiver = new_receiver()
+    waiting_join(receiver)
+    unread = receiver.take_join()
+    assert unread is not None
+    assert receiver.take_join() is None
+    receiver.tick(0.1)
+    assert not receiver.has_work
+    assert not receiver.events
+    message = unread.read()
+    assert not receiver.events, "to read it changes nothing"
+    receiver.join_read(unread, message)
+
+    assert accept(receiver).run == "run"
+
+
+def test_large_join_that_another_thread_finds_wrong_is_refused() -> None:
+    receiver = new_receiver()
+    peer = Peer(receiver)
+    peer.say(m.Hello())
+    tensors = [TensorSpec(f"layer.{index}", "F32", (4,), Role.PARAM, 0) for index in range(1000)]
+    rule = Ema(0.9, include=("bias.*",), name="a")
+    peer.say(replace(JOIN, manifest=layout(tensors), averages=(rule,)))
+    unread = receiver.take_join()
+    assert unread is not None
+    receiver.join_read(unread, unread.read())
+
+    (refused,) = peer.heard()
+    assert isinstance(refused, m.Reject)
+    assert refused.code is RejectCode.BAD_AVERAGE
+    assert "'bias.*'" in refused.text
+
+
+@pytest.mark.parametrize("ends", ["by BYE", "by a refusal", "because it is forgotten"])
+def test_large_join_of_a_connection_that_ended_while_it_was_read_is_dropped(ends: str) -> None:
+    receiver = new_receiver()
+    peer = waiting_join(receiver)
+    unread = receiver.take_join()
+    assert unread is not None
+    if ends == "by BYE":
+        peer.say(m.Bye())
+    elif ends == "by a refusal":
+        peer.send(b"no header", b"")
+    receiver.tick(SESSION_LOST_S + 1 if ends == "because it is forgotten" else 0.1)
+    receiver.join_read(unread, unread.read())
+
     assert not receiver.events
 
 
