@@ -70,6 +70,7 @@ def _no_outside_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("EMA_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("EMA_NICE", "0")  # beside other work of a small machine, a nice server starts too late
     monkeypatch.setenv("EMA_KERNEL", "torch")  # the compiled one adds a second to each server start
 
 

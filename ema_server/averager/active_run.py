@@ -196,6 +196,9 @@ class ActiveRun:
 
     def publish(self, request: PublishRequest) -> None:
         """Answer `request` once the run's current state is durable."""
+        if not self.run.files_are_planned:
+            with self.resources.unlocked():
+                self.run.plan_files()
         if self.run.last_step is None:
             request.reply(Durable(None, (), new=False))
         elif self.pending is not None and self.pending.covers(request, self.run.mark):

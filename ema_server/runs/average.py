@@ -41,6 +41,11 @@ class AverageFiles:
         self._manifest = manifest
         self._rule = rule
 
+    @property
+    def are_planned(self) -> bool:
+        """Whether they have been laid out."""
+        return "of_mean" in self.__dict__ and "of_snapshots" in self.__dict__
+
     @cached_property
     def of_mean(self) -> tuple[TensorFile, ...]:
         return files_of(self._manifest, form_of(self._rule))

@@ -237,9 +237,15 @@ class Run:
         return True
 
     def plan_files(self) -> None:
-        """Lay out the files of its averages now, which otherwise takes time at the first publication. Any thread."""
+        """Compute what a generation needs and takes seconds for very many tensors. Any thread may do it."""
+        _ = self.manifest.digest
         for average in self.averages:
             _ = average.files.of_mean, average.files.of_snapshots
+
+    @property
+    def files_are_planned(self) -> bool:
+        """Whether `plan_files` has nothing to do."""
+        return all(average.files.are_planned for average in self.averages)
 
     def drop_spares(self) -> bool:
         """Free memory that only makes passes faster; returns whether there was any. None is taken from now on."""
