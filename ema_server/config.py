@@ -109,6 +109,14 @@ class ServerConfig:
             form=(r"|\*|(\*\.)?[\w.-]+(,(\*\.)?[\w.-]+)*", "names such as ema.example.org,*.example.org, or *"),
         ),
     )
+    hub_upstream: str | None = field(
+        default=None,
+        metadata=_setting(
+            "Send clients of the Hugging Face Hub on to this Hub, with their token, for what is not a run here.",
+            "URL",
+            form=(r"https?://[^\s/?#@]+(/[^\s?#]*)?", "a URL such as https://huggingface.co"),
+        ),
+    )
     insecure: bool = field(default=False, metadata=_setting("Allow other machines to connect without a token."))
     publish_every_seconds: float = field(
         default=300.0, metadata=_setting("Publish each changed run at least this often; 0: no timer.", "SECONDS")

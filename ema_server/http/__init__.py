@@ -9,6 +9,7 @@ Modules, from the outside of a request to its inside:
 - `routes`: one module per resource
 - `browsers`: middleware against web pages of other sites
 - `middleware`: a bearer token, a limit on bodies, a count of responses
+- `upstream`: sends clients of the Hugging Face Hub on to another Hub
 - `services`: what the routes work with
 - `hub`: an average as a repository of the Hugging Face Hub
 - `download`: the response that sends one file of a version

@@ -31,6 +31,7 @@ from ema_server.http.routes import (
 )
 from ema_server.http.schemas import ProblemOut
 from ema_server.http.services import Services
+from ema_server.http.upstream import HubUpstream
 
 API_VERSION = "1"
 _ROUTES = (
@@ -100,8 +101,10 @@ def create_app(services: Services) -> FastAPI:
     """
     api = create_api()
     api.state.services = services
-    api.add_middleware(BodyLimit)
     config = services.config
+    if config.hub_upstream is not None:
+        api.add_middleware(HubUpstream, url=config.hub_upstream, is_run=services.is_run)
+    api.add_middleware(BodyLimit)
     if config.token is not None:
         api.add_middleware(BearerAuth, token=config.token)
     api.add_middleware(SameSite)

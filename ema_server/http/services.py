@@ -70,6 +70,11 @@ class Services:
     evaluator: Evaluator | None
     uploads: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(UPLOADS_MAX))
 
+    def is_run(self, name: str) -> bool:
+        """Whether a run has this name, had it until it was deleted, or has files on the disk."""
+        statuses = self.statuses
+        return statuses.get(name) is not None or statuses.deleted_at(name) is not None or self.has_folder(name)
+
     def needed_bytes(self) -> int:
         """Free space that must stay on the disk: a generation of every run in memory, which stopping writes."""
         return FREE_BYTES_MIN + sum(status.memory_bytes for status in self.statuses.all())

@@ -19,6 +19,7 @@ from support.processes import SUPPORT, Process, ServerProcess
 from support.recording_proxy import Recorded, recording
 from support.small_llama import write_small_llama
 from support.small_unet import small_unet
+from support.stand_in_hub import Repository, hub
 from trainer_client import EmaClient
 
 pytest.importorskip("huggingface_hub")
@@ -203,6 +204,19 @@ def test_command_line_downloads_with_the_token(tmp_path: Path, home: Path) -> No
     assert (tmp_path / "with" / "model.safetensors").stat().st_size > 0
     assert not (tmp_path / "without" / "model.safetensors").exists()
     assert "HF_TOKEN" in output
+
+
+def test_other_repositories_come_from_the_hub_upstream(tmp_path: Path, home: Path) -> None:
+    with hub() as upstream, ServerProcess(tmp_path / "data", "--hub-upstream", upstream.url) as server:
+        publish(server, "plain", torch.nn.Linear(4, 4), config={"own": 1})
+        files = {"config.json": b'{"other": 1}'}
+        upstream.repositories["org/model"] = Repository(private=False, files=files, commits=[("1" * 40, "first")])
+
+        found = result(server.http, home, "two_hubs", upstream.url, "plain/ema", "org/model")
+
+    assert json.loads(Path(found["plain/ema"]).read_text()) == {"own": 1}
+    assert json.loads(Path(found["org/model"]).read_text()) == {"other": 1}
+    assert Path(found["org/model"]).parent.name == "1" * 40
 
 
 @pytest.fixture(scope="module")

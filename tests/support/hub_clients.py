@@ -75,6 +75,15 @@ def download(repo: str, name: str, revision: str) -> str:
     return str(hf_hub_download(repo, name, revision=revision))
 
 
+def two_hubs(upstream: str, own: str, other: str) -> dict[str, str]:
+    """A file of a repository of this server, and one that the server sends on, `upstream` being counted as the Hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import _http
+
+    _http._HUB_ORIGINS |= {_http._url_origin(upstream)}
+    return {name: hf_hub_download(name, "config.json") for name in (own, other)}
+
+
 def snapshot(repo: str, revision: str, *patterns: str) -> str:
     """The folder of a version, or of those of its files that match the patterns."""
     from huggingface_hub import snapshot_download
@@ -125,7 +134,8 @@ def timm(repo: str, revision: str) -> dict[str, Any]:
 
 
 CLIENTS: Mapping[str, Callable[..., Any]] = {
-    client.__name__: client for client in (api, download, snapshot, engine, transformers, peft, diffusers, timm)
+    client.__name__: client
+    for client in (api, download, two_hubs, snapshot, engine, transformers, peft, diffusers, timm)
 }
 
 if __name__ == "__main__":
