@@ -27,6 +27,7 @@ from benchmarks import (
     memory,
     sharded,
     shared,
+    small_tensors,
     step_time,
     synthesis,
 )
@@ -38,6 +39,7 @@ BENCHMARKS: dict[str, Callable[..., Section]] = {
     "ingest": ingest.measure,
     "shared": shared.measure,
     "sharded": sharded.measure,
+    "small_tensors": small_tensors.measure,
     "kernel": kernel.measure,
     "device": device.measure,
     "error": error.measure,
