@@ -281,7 +281,7 @@ class Stream:
             try:
                 began = time.perf_counter()
                 self._plan = self._plan.renewed(model)
-                transfer = self._stagers.stage(self._plan.tensors(), slot)
+                transfer = self._stagers.stage(self._plan.live(), slot, self._plan.check)
                 if transfer is not None and not overlap:
                     transfer.wait()
             except BaseException:

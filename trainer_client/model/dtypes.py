@@ -28,6 +28,8 @@ WIRE_DTYPES: Final[dict[torch.dtype, str]] = {
     torch.bool: "BOOL",
 }
 
+TORCH_DTYPES: Final[dict[str, torch.dtype]] = {name: dtype for dtype, name in WIRE_DTYPES.items()}
+
 
 def wire_dtype(name: str, tensor: Tensor) -> str:
     """The dtype under which `tensor` is sent.

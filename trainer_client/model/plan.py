@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -22,10 +24,10 @@ from ema_proto.wire.manifest import Manifest, Role, TensorSpec, layout
 from ema_proto.wire.parts import part_of
 from trainer_client.errors import GatheredError, PlanError
 from trainer_client.model.adapters import Adapter
-from trainer_client.model.dtypes import WIRE_DTYPES, wire_dtype
+from trainer_client.model.dtypes import TORCH_DTYPES, WIRE_DTYPES, wire_dtype
 from trainer_client.model.selection import WHOLE, Selection
 from trainer_client.model.shards import box_of, holds_part, is_sharded
-from trainer_client.model.sources import Identity, Node, Source, check_state_dict, identity, walk
+from trainer_client.model.sources import Identity, Node, Source, Table, check_state_dict, identity, tables, walk
 
 log = logging.getLogger("ema")
 
@@ -35,7 +37,7 @@ _WHAT_TO_DO: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The streamed tensors of one model, tied ones once; build with `Plan.of`.
 
@@ -140,17 +142,39 @@ class Plan:
         return fresh.part([places[spec.name] for spec in self.manifest.tensors])
 
     def tensors(self) -> list[Tensor]:
-        """The live tensors now, in the manifest's order.
+        """The live tensors now, in the manifest's order, checked.
 
         Raises:
             PlanError: one of them is gone, or has another dtype or shape than in the manifest.
-        GatheredError: FSDP has gathered a sharded one for a forward pass.
+            GatheredError: FSDP has gathered a sharded one for a forward pass.
         """
-        return list(self._checked_tensors())
+        tensors = self.live()
+        self.check(tensors)
+        return tensors
 
-    def _checked_tensors(self) -> Iterator[Tensor]:
-        for source, spec in zip(self._sources, self.manifest.tensors, strict=True):
-            tensor = _required(source)
+    def live(self) -> list[Tensor]:
+        """The live tensors now, in the manifest's order: to be checked before their memory is read.
+
+        Raises:
+            PlanError: one of them is gone.
+        """
+        try:
+            return [tensor for table in self._tables for tensor in table.read()]
+        except KeyError:
+            return [_required(source) for source in self._sources]  # which names the one that is gone
+
+    def check(self, tensors: Sequence[Tensor], indices: Sequence[int] | None = None) -> None:
+        """Check what `live` returned, or some of it by its indices, for what `tensors` raises."""
+        dtypes, shapes = self._kinds
+        if indices is not None:
+            tensors = [tensors[index] for index in indices]
+            dtypes, shapes = [dtypes[index] for index in indices], [shapes[index] for index in indices]
+        # Compared as lists, because this runs for each tensor of each snapshot.
+        same = [tensor.dtype for tensor in tensors] == dtypes and [tensor.shape for tensor in tensors] == shapes
+        if same and not self._has_boxes:
+            return
+        for index, tensor in zip(range(len(tensors)) if indices is None else indices, tensors, strict=True):
+            source, spec = self._sources[index], self.manifest.tensors[index]
             if spec.box is not None and not is_sharded(tensor):
                 raise GatheredError(source.name)
             if tensor.shape != spec.shape or WIRE_DTYPES.get(tensor.dtype) != spec.dtype:
@@ -158,7 +182,19 @@ class Plan:
                     f"the model has changed: tensor {source.name!r} is {tensor.dtype} {list(tensor.shape)}, "
                     f"it was {spec.dtype} {list(spec.shape)}; {_WHAT_TO_DO}"
                 )
-            yield tensor
+
+    @cached_property
+    def _tables(self) -> tuple[Table, ...]:
+        return tables(self._sources)
+
+    @cached_property
+    def _kinds(self) -> tuple[list[torch.dtype], list[tuple[int, ...]]]:
+        specs = self.manifest.tensors
+        return [TORCH_DTYPES[spec.dtype] for spec in specs], [spec.shape for spec in specs]
+
+    @cached_property
+    def _has_boxes(self) -> bool:
+        return any(spec.box is not None for spec in self.manifest.tensors)
 
     def _ties_hold(self) -> bool:
         for first, alias in self._ties:
@@ -189,7 +225,7 @@ def _tied(sources: tuple[Source, ...], tied: Mapping[str, str] | None) -> list[l
 
 def _address(tensor: Tensor) -> int:
     """A number that two tensors share if they are one, and maybe also if they are not."""
-    return id(tensor) if is_sharded(tensor) else tensor.data_ptr()
+    return id(tensor) if is_sharded(tensor) else tensor.untyped_storage().data_ptr()
 
 
 def _spec(group: list[Source], dtype: str) -> TensorSpec:

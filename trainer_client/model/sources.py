@@ -5,9 +5,10 @@ A plan keeps these places and not the tensors, because training code replaces bu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from itertools import groupby
+from typing import Final, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,34 @@ class Source:
         if self.attribute not in table:  # not .get(): the tables of scripted modules have none
             return None
         return table[self.attribute]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Some parameters of a module, or some buffers."""
+
+    owner: nn.Module
+    is_buffer: bool
+    attributes: tuple[str, ...]
+
+    def read(self) -> list[Tensor]:
+        """The tensors now.
+
+        Raises:
+            KeyError: one of them is gone.
+        """
+        table = self.owner._buffers if self.is_buffer else self.owner._parameters
+        found = [table[attribute] for attribute in self.attributes]
+        if type(None) in set(map(type, found)):
+            raise KeyError
+        return cast("list[Tensor]", found)
+
+
+def tables(sources: Iterable[Source]) -> tuple[Table, ...]:
+    """The same tensors in the same order, in as few tables as possible."""
+    grouped = groupby(sources, lambda source: (id(source.owner), source.is_buffer))
+    runs = (list(group) for _, group in grouped)
+    return tuple(Table(run[0].owner, run[0].is_buffer, tuple(each.attribute for each in run)) for run in runs)
 
 
 @dataclass(frozen=True, slots=True)

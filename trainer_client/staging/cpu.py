@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Final, Self
+from typing import Final, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ema_proto.dtypes import ITEM_BYTES
 from ema_proto.wire.manifest import Manifest, TensorSpec
-from trainer_client.model.dtypes import WIRE_DTYPES
+from trainer_client.model.dtypes import TORCH_DTYPES
 from trainer_client.model.shards import locals_of
 from trainer_client.staging.slots import Slot
 
@@ -22,7 +22,9 @@ from trainer_client.staging.slots import Slot
 LARGE_BYTES: Final = 32 << 10
 _STACKED_ELEMENTS: Final = 32767  # up to this number torch stacks with one thread, and in one loop
 _STACKED_MIN: Final = 4  # tensors; for fewer the call costs more than it saves
-_TORCH_DTYPES: Final = {name: dtype for dtype, name in WIRE_DTYPES.items()}
+
+Check: TypeAlias = Callable[[Sequence[Tensor], Sequence[int]], None]
+
 _PLAIN: Final = frozenset({Tensor, nn.Parameter})  # subclasses may have no memory, or other memory than their values
 
 
@@ -45,8 +47,19 @@ class CpuStager:
         self._layout = _Layout.of(manifest)
         self._targets: dict[int, _Targets] = {}
 
-    def stage(self, tensors: Sequence[Tensor], slot: Slot) -> None:
-        """Copy `tensors` (the manifest's order, dtypes and shapes) into `slot`."""
+    def are_on_cpu(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all tensors are on the CPU, judged by the first one of each run."""
+        return all(tensors[index].is_cpu for index in self._layout.checked)
+
+    def stage(self, tensors: Sequence[Tensor], slot: Slot, check: Check = lambda tensors, indices: None) -> None:
+        """Copy `tensors` (in the manifest's order) into `slot`.
+
+        Args:
+            tensors: what is copied.
+            slot: where to.
+            check: raises if those with these indices have not the manifest's dtypes and shapes.
+        """
+        check(tensors, self._layout.checked)
         targets = self._targets_in(slot)
         # In this mode torch does least for each tensor. The slot's own tensor was made outside it.
         with torch.inference_mode():
@@ -54,9 +67,8 @@ class CpuStager:
             others = self._copy_large(sources, slot)
             for (start, stop), target in zip(self._layout.runs, targets.runs, strict=True):
                 run = list(sources[start:stop])
-                if all(map(_is_on_cpu, run)):
-                    torch.stack(run, out=target)
-                else:
+                if not _stack(run, target):
+                    check(tensors, range(start, stop))
                     others += range(start, stop)
             places = targets.single + [targets.of(index) for index in others]
             if places:
@@ -88,25 +100,30 @@ class _Layout:
         large: index, offset in the slot and size in bytes.
         runs: first index, and the one after the last.
         single: all others.
+        checked: all but the rest of each run, which `stack` compares with its first.
     """
 
     large: tuple[tuple[int, int, int], ...]
     runs: tuple[tuple[int, int], ...]
     single: tuple[int, ...]
+    checked: tuple[int, ...]
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
-        large, runs, single = [], list[tuple[int, int]](), list[int]()
+        large, runs, single, empty = [], list[tuple[int, int]](), list[int](), list[int]()
         for start, stop in _alike(manifest.tensors):
             first = manifest.tensors[start]
-            if first.nbytes >= LARGE_BYTES:
+            if not first.nbytes:
+                empty += range(start, stop)
+            elif first.nbytes >= LARGE_BYTES:
                 large += [(index, manifest.tensors[index].offset, first.nbytes) for index in range(start, stop)]
             elif stop - start >= _STACKED_MIN:
                 length = _STACKED_ELEMENTS // first.elements
                 runs += [(begin, min(begin + length, stop)) for begin in range(start, stop, length)]
             else:
                 single += range(start, stop)
-        return cls(tuple(large), tuple(runs), tuple(single))
+        checked = (*(index for index, _, _ in large), *single, *empty, *(start for start, _ in runs))
+        return cls(tuple(large), tuple(runs), tuple(single), checked)
 
 
 class _Targets:
@@ -138,11 +155,11 @@ def slot_views(memory: Tensor, wanted: Iterable[tuple[TensorSpec, int]]) -> list
 def _view(memory: Tensor, dtype: str, shape: tuple[int, ...], start: int) -> Tensor:
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     with torch.inference_mode(False):  # views made in inference mode could not be written outside it
-        return memory[start : start + nbytes].view(_TORCH_DTYPES[dtype]).view(shape)
+        return memory[start : start + nbytes].view(TORCH_DTYPES[dtype]).view(shape)
 
 
 def _alike(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int]]:
-    """Ranges of tensors of one dtype and shape that are neighbours in the slot, as long as possible; no empty ones."""
+    """Ranges of tensors of one dtype and shape that are neighbours in the slot, as long as possible."""
     start = 0
     for stop in range(1, len(specs) + 1):
         first = specs[start]
@@ -151,8 +168,7 @@ def _alike(specs: Sequence[TensorSpec]) -> Iterator[tuple[int, int]]:
             same = (first.dtype, first.held_shape) == (following.dtype, following.held_shape)
             if same and following.offset == last.end:
                 continue
-        if first.nbytes:
-            yield start, stop
+        yield start, stop
         start = stop
 
 
@@ -170,6 +186,17 @@ def _address(tensor: Tensor, nbytes: int) -> int | None:
     return address
 
 
+def _stack(run: list[Tensor], target: Tensor) -> bool:
+    """Stack tensors into `target`; False if one has another shape, dtype or device."""
+    if run[0].shape != target.shape[1:] or set(map(_dtype_of, run)) != {target.dtype}:
+        return False  # torch would resize the target, or convert the tensors
+    try:
+        torch.stack(run, out=target)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _libc_memcpy() -> Callable[[int, int, int], object]:
     # By ctypes it runs without Python's lock.
     function = ctypes.CDLL(None).memcpy
@@ -180,4 +207,4 @@ def _libc_memcpy() -> Callable[[int, int, int], object]:
 
 
 _memcpy: Final = _libc_memcpy()
-_is_on_cpu: Final = attrgetter("is_cpu")
+_dtype_of: Final[Callable[[Tensor], torch.dtype]] = attrgetter("dtype")

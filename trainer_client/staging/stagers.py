@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from ema_proto.wire.manifest import Manifest
-from trainer_client.staging.cpu import CpuStager
+from trainer_client.staging.cpu import Check, CpuStager
 from trainer_client.staging.device import Device, DeviceOf
 from trainer_client.staging.overlapped import OverlappedStager
 from trainer_client.staging.slots import Pins, Slot
 from trainer_client.staging.transfer import AsyncCopy
 
 log = logging.getLogger("ema")
+
+_CPU: Final = frozenset({torch.device("cpu")})
 
 
 class Stagers:
@@ -44,19 +47,27 @@ class Stagers:
 
     def prepare(self, tensors: Sequence[Tensor]) -> bool:
         """Prepare for tensors on these devices; whether their copies can overlap training."""
-        locations = frozenset(tensor.device for tensor in tensors)
-        if locations != self._locations:
-            self._move_to(locations)
+        if self._locations != _CPU or not self._cpu.are_on_cpu(tensors):
+            locations = frozenset(tensor.device for tensor in tensors)
+            if locations != self._locations:
+                self._move_to(locations)
         return self._overlapped is not None
 
-    def stage(self, tensors: Sequence[Tensor], slot: Slot) -> AsyncCopy | None:
-        """Copy `tensors` into `slot`, or start to: None if it is filled when this returns."""
+    def stage(self, tensors: Sequence[Tensor], slot: Slot, check: Check) -> AsyncCopy | None:
+        """Copy `tensors` into `slot`, or start to: None if it is filled when this returns.
+
+        Args:
+            tensors: what is copied.
+            slot: where to.
+            check: raises if those with these indices have not the manifest's dtypes and shapes.
+        """
         if self.prepare(tensors) and self._overlapped is not None:
+            check(tensors, range(len(tensors)))
             try:
                 return self._overlapped.stage(tensors, slot)
             except torch.cuda.OutOfMemoryError as error:
                 self._give_up(error)
-        self._cpu.stage(tensors, slot)
+        self._cpu.stage(tensors, slot, check)
         return None
 
     @property

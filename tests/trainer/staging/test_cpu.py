@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from support.snapshots import decode
+from trainer_client import PlanError
 from trainer_client.model.plan import Plan
 from trainer_client.staging.cpu import LARGE_BYTES, CpuStager, slot_views
 from trainer_client.staging.slots import Slot, make_slots
@@ -150,7 +151,8 @@ def _every_way() -> nn.ParameterDict:
 
 def _assert_staged(model: nn.Module, plan: Plan, stager: CpuStager, slot: Slot) -> None:
     slot.tensor.fill_(255)
-    stager.stage(plan.renewed(model).tensors(), slot)
+    plan = plan.renewed(model)
+    stager.stage(plan.live(), slot, plan.check)
     staged = decode(plan.manifest, slot.view)
     for name, tensor in model.state_dict().items():
         assert torch.equal(staged[name], tensor), name
@@ -239,6 +241,41 @@ def test_weights_tied_after_the_first_snapshot_are_read_where_they_are(name: str
     model._parameters["other"] = model._parameters[name]
 
     _assert_staged(model, plan, stager, slot)
+
+
+def _change_data(model: nn.Module, names: Sequence[str], change: Callable[[Tensor], Tensor]) -> None:
+    for name in names:
+        parameter = model.get_parameter(name)
+        parameter.data = change(parameter.data)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["large"], ["alone"], ["in a run"], ["run 0"], [*(f"run {index}" for index in range(5)), "in a run"]],
+    ids=["large", "alone", "last of a run", "first of a run", "a whole run"],
+)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.flatten()[:-1].clone(),
+        lambda data: data.unsqueeze(0),
+        lambda data: data.flatten().repeat(2),
+        lambda data: data.to(torch.bfloat16),
+        lambda data: data.view(torch.int32),
+    ],
+    ids=["fewer", "another shape", "more", "another dtype", "another dtype of that size"],
+)
+def test_tensor_that_changed_in_place_is_refused_by_name(
+    names: list[str], change: Callable[[Tensor], Tensor], recwarn: pytest.WarningsRecorder
+) -> None:
+    model = _every_way().requires_grad_(False)
+    plan, stager, slot = _filled(model)
+
+    _change_data(model, names, change)
+
+    with pytest.raises(PlanError, match=f"tensor '{names[0]}' is torch"):
+        stager.stage(plan.renewed(model).live(), slot, plan.check)
+    assert not recwarn.list
 
 
 def test_memory_that_was_freed_is_an_error_and_not_read() -> None:

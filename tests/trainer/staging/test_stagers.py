@@ -33,7 +33,7 @@ def test_cpu_model_is_copied_on_return() -> None:
     model = nn.Linear(3, 3)
     stagers, plan, slots = _stagers(model, None)
 
-    assert stagers.stage(plan.tensors(), slots[0]) is None
+    assert stagers.stage(plan.live(), slots[0], plan.check) is None
     assert torch.equal(slots[0].tensor.view(torch.float32)[:9].view(3, 3), model.weight)
     stagers.hold_back_writes()
     assert not stagers.is_capturing()
