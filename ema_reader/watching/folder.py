@@ -10,6 +10,7 @@ The link and `.watch.json` are replaced by a rename: a process that is killed le
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from contextlib import ExitStack
@@ -19,6 +20,8 @@ from typing import Any, Self
 from ema_reader.errors import ReaderError, UsageError
 from ema_reader.partial import exclusive
 from ema_reader.values import Version
+
+log = logging.getLogger(__name__)
 
 LINK = "current"
 _STATE = ".watch.json"
@@ -98,10 +101,10 @@ class WatchedFolder:
             raise ReaderError(f"cannot link {self.link} to {folder.name}: {error.strerror or error}") from error
 
     def record(self, version: Version) -> None:
-        """Every target has taken the version. Older versions than those to keep are deleted.
+        """Every target has taken the version. Older versions than those to keep are deleted, if the disk allows it.
 
         Raises:
-            ReaderError: the disk refuses.
+            ReaderError: the disk refuses to record it.
         """
         state = {"owner": self._owner, "version": version.id, "folder": self.folder_of(version).name}
         temporary = self.path / f"{_STATE}.new"
@@ -120,4 +123,12 @@ class WatchedFolder:
         kept = set(whole[: self._keep - 1])
         for path in others:
             if path not in kept:
-                shutil.rmtree(path)
+                _delete(path)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a version. An engine may still read it, which some file systems refuse: the next time tries again."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s could not be deleted: %s", error.filename or folder, error.strerror or error)

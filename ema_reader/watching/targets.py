@@ -50,7 +50,7 @@ class SGLang:
         self._engine = _Engine(self.name, url, token)
 
     def take(self, version: Version, folder: Path, link: Path) -> None:
-        body = {"model_path": str(folder), "weight_version": version.id, "flush_cache": True}
+        body = {"model_path": str(folder), "weight_version": version.id}
         answer = self._engine.post("/update_weights_from_disk", body)
         if isinstance(answer, dict) and answer.get("success") is False:
             raise DeliveryFailed(f"{self.name} has not loaded the weights: {answer.get('message')}")

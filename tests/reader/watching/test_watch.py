@@ -131,6 +131,22 @@ def test_older_versions_and_incomplete_ones_are_deleted(
     assert (into / "mine").exists()
 
 
+def test_old_version_that_cannot_be_deleted_is_only_logged(
+    served: Served, reader: Reader, into: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(16, "Device or resource busy", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    for step in (100, 200):
+        served.publish("digits", step)
+        finish(served, step)
+        assert len(watching(reader, into, keep=1)) == 1
+
+    assert "step-100" in caplog.text
+    assert "resource busy" in caplog.text
+
+
 def test_delivered_version_is_not_delivered_again(served: Served, reader: Reader, into: Path) -> None:
     served.publish("digits", 100)
     finish(served, 100)
@@ -154,7 +170,7 @@ def test_sglang_is_given_the_folder_and_the_version_as_label(
     [(path, body, authorization)] = sglang.requests
     assert path == "/update_weights_from_disk"
     folder = into / f"step-100-{version.id[:12]}"
-    assert body == {"model_path": str(folder), "weight_version": version.id, "flush_cache": True}
+    assert body == {"model_path": str(folder), "weight_version": version.id}
     assert authorization == "Bearer key"
 
 
