@@ -31,6 +31,7 @@ from ema_server.config import ServerConfig
 from ema_server.ingest.companion_files import FileWriter, entry_of_spec
 from ema_server.ingest.link import RouterLink
 from ema_server.ingest.local_socket import LocalSocket, SharedSlots
+from ema_server.ingest.peers import Peers
 from ema_server.ingest.staging import Staging
 from ema_server.runs.lanes import LaneStore
 from ema_server.runs.ranks import LastDropped, RanksStore, ranks_text
@@ -67,6 +68,7 @@ class Ingest:
         self._link = RouterLink()
         self._local = LocalSocket(() if config.shm_uids is None else tuple(map(int, config.shm_uids.split(","))))
         self._look_at = 0.0  # when to look at the local socket again
+        self._peers = Peers(self._link.happenings)
         self._files = FileWriter(companions, lambda part, problem: self._post(lambda: self._take_file(part, problem)))
         self._receiver = self._new_receiver(None)
         self._staging: dict[int, Staging] = {}  # by ticket
@@ -84,6 +86,7 @@ class Ingest:
             OSError: the address is in use, or not one of this machine.
         """
         endpoint = self._link.bind(self._config.zmq)
+        self._peers.start()
         self._receiver = self._new_receiver(self._local.listen(self._config.shm_folder))
         self._thread.start()
         return endpoint
@@ -168,6 +171,7 @@ class Ingest:
                 self._receiver.control(self._link.read(length))
             case e.Discard():
                 self._link.drop()
+        self._peers.heard(self._link.source, is_greeted=self._receiver.is_greeted(message[0]))
         self._forward()
         return True
 

@@ -6,16 +6,22 @@ import contextlib
 import socket
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from ema_proto.limits import CREDIT_WINDOW_CHUNKS, FRAME_BYTES_MAX
 from ema_server.addresses import bind_all, bracketed, numeric_hosts
+from ema_server.ingest.peers import Happening
 
 _RECEIVE_QUEUE = CREDIT_WINDOW_CHUNKS + 4  # only a safeguard: the credit limits the sender
 _KEEPALIVE_IDLE_S = 30  # detects half-open connections of hosts that disappeared
 
 
 class RouterLink:
-    """A listening socket; `wake` ends a wait from any thread."""
+    """A listening socket; `wake` ends a wait from any thread.
+
+    Attributes:
+        source: the file descriptor of the connection that the last header came from.
+    """
 
     def __init__(self) -> None:
         self._context = zmq.Context()
@@ -25,6 +31,8 @@ class RouterLink:
         self._wake_writer.setblocking(False)
         self._poller = zmq.Poller()
         self._poller.register(self._router, zmq.POLLIN)
+        self._monitor: zmq.Socket[bytes]  # of the thread that calls `happenings`
+        self.source = -1
         self._poller.register(self._wake_reader, zmq.POLLIN)
 
     def bind(self, endpoint: str) -> str:
@@ -39,16 +47,21 @@ class RouterLink:
         self._router.setsockopt(zmq.MAXMSGSIZE, FRAME_BYTES_MAX)
         self._router.setsockopt(zmq.TCP_KEEPALIVE, 1)
         self._router.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEPALIVE_IDLE_S)
-        scheme, _, rest = endpoint.partition("://")
+        self._monitor = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         try:
-            if scheme != "tcp":
-                return self._bind(endpoint)
-            host, _, port = rest.rpartition(":")
-            endpoints = bind_all(_numeric_hosts(host), int(port), self._bind_tcp, self._router.unbind)
+            return self._bind_all(endpoint)
         except OSError as error:
+            self._router.disable_monitor()
+            self._monitor.close(linger=0)
             why = str(error.strerror).partition(" (addr=")[0]
             raise OSError(error.errno, f"cannot listen at {endpoint}: {why}; choose another --zmq") from None
-        return endpoints[0]
+
+    def _bind_all(self, endpoint: str) -> str:
+        scheme, _, rest = endpoint.partition("://")
+        if scheme != "tcp":
+            return self._bind(endpoint)
+        host, _, port = rest.rpartition(":")
+        return bind_all(_numeric_hosts(host), int(port), self._bind_tcp, self._router.unbind)[0]
 
     def _bind_tcp(self, host: str, port: int) -> tuple[str, int]:
         self._router.setsockopt(zmq.IPV6, ":" in host)
@@ -62,7 +75,24 @@ class RouterLink:
             raise OSError(error.errno, error.strerror) from None
         return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
 
+    def happenings(self, timeout_s: float) -> list[Happening] | None:
+        """Wait for connections that are accepted or closed. One other thread calls this, once `bind` has returned.
+
+        Returns:
+            None once the link is closed.
+        """
+        found: list[Happening] = []
+        while self._monitor.poll(0 if found else round(timeout_s * 1000)):
+            event = recv_monitor_message(self._monitor)
+            if event["event"] == zmq.EVENT_MONITOR_STOPPED:
+                self._monitor.close(linger=0)
+                return None
+            found.append(("accepted" if event["event"] == zmq.EVENT_ACCEPTED else "closed", int(event["value"])))
+        return found
+
     def close(self) -> None:
+        """Close the sockets; blocks until `happenings` has returned None."""
+        self._router.disable_monitor()
         self._router.close(linger=0)
         self._context.term()
         self._wake_reader.close()
@@ -89,6 +119,7 @@ class RouterLink:
         if not self._has_more():
             return peer, b""
         frame = self._router.recv(copy=False)
+        self.source = int(frame.get(zmq.SRCFD))
         # A header has 64 bytes; anything larger is invalid and not worth copying.
         return peer, frame.bytes if len(frame) <= 1024 else b""
 

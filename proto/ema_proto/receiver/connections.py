@@ -76,6 +76,11 @@ class Connections:
         connection = self._by_peer.get(peer)
         return connection is None or connection.seen_at < before
 
+    def is_greeted(self, peer: bytes) -> bool:
+        """Whether the HELLO of this connection was accepted."""
+        connection = self._by_peer.get(peer)
+        return connection is not None and connection.welcomed
+
     def check_current(self, connection: Connection, header: Header) -> None:
         """Refuse a frame of another server start, or of a session that was not greeted on this connection.
 

@@ -84,6 +84,10 @@ class Receiver:
         """Whether `tick` has work left: large JOINs, or the manifests of many ranks, which are merged in pieces."""
         return bool(self._joins) or self._runs.is_merging
 
+    def is_greeted(self, peer: bytes) -> bool:
+        """Whether the HELLO of this connection was accepted."""
+        return self._connections.is_greeted(peer)
+
     def header(self, peer: bytes, frame: bytes, now: float) -> e.Target:
         """Take the header frame of a message from `peer`; returns where its body belongs."""
         self._now = now
