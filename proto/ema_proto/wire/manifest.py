@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -214,7 +215,9 @@ def _tensor_from_json(item: object) -> TensorSpec:
         raise _invalid(f"tensor {label} has aliases {shown(aliases)}, not a list of names")
     if "range" in item:
         raise _invalid(f"tensor {label} has a flat range, which this server does not support")
-    return TensorSpec(name, dtype, tuple(shape), Role(role), offset, tuple(aliases), _box_from_json(label, item))
+    box = _box_from_json(label, item)
+    name = sys.intern(name)  # hundreds of ranks name the same tensors
+    return TensorSpec(name, dtype, tuple(shape), Role(role), offset, tuple(aliases), box)
 
 
 def _box_from_json(label: str, item: Mapping[str, Any]) -> Box | None:
