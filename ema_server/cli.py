@@ -15,7 +15,6 @@ from typing import Annotated, Any
 import typer
 
 from ema_server.config import ServerConfig, Setting, option_of, setting_types, variable_of
-from ema_server.priority import lower_priority
 
 # Receiving releases the interpreter lock dozens of times for each snapshot, and each time waits this long for a thread
 # that reads the JOIN or lays out the files of 100,000 tensors. Python's default is 0.005.
@@ -40,7 +39,6 @@ def serve(**settings: Any) -> None:
         typer.echo(f"ema serve: {error}", err=True)
         raise typer.Exit(EXIT_USAGE) from None
     _log_to_stderr(logging.getLevelNamesMapping()[config.log_level.upper()])
-    lower_priority(config.nice)
     sys.setswitchinterval(_SWITCH_S)
     raise typer.Exit(_run(config))
 

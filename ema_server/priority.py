@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 AUTO = "auto"
 NICE_OF_FEW_CPUS = 10  # a ninth of the share of a process that is not nice
 CPUS_TO_SPARE = 4  # with as many the server finds a core of its own
 
+_TASKS = Path("/proc/self/task")  # Linux keeps a niceness for each thread
 _CGROUP = Path("/sys/fs/cgroup")  # version 2, as a container sees its own quota
 
 logger = logging.getLogger("ema")
 
 
 def lower_priority(setting: str, cgroup: Path = _CGROUP) -> int:
-    """Take the niceness that `setting` asks for: `auto`, or 0 to 19. It is never reduced.
+    """Give all threads of this process the niceness that `setting` asks for: `auto`, or 0 to 19. It is never reduced.
 
-    Call it before threads are started: on Linux each inherits the niceness of the thread that starts it.
+    Threads that are started later have that of the thread that starts them.
 
     Returns:
         The niceness from now on; what it was if the system does not permit another.
@@ -33,13 +35,23 @@ def lower_priority(setting: str, cgroup: Path = _CGROUP) -> int:
     if wanted <= before:
         return before
     try:
-        os.setpriority(os.PRIO_PROCESS, 0, wanted)
+        for thread in _threads():
+            with suppress(ProcessLookupError):  # it has ended
+                os.setpriority(os.PRIO_PROCESS, thread, wanted)
     except OSError as error:
         logger.warning("the scheduling priority stays at nice %d: %s", before, error.strerror)
         return before
     if setting == AUTO:
         logger.info("scheduling priority: nice %d, since there are only %g CPUs (--nice 0 changes that)", wanted, cpus)
     return wanted
+
+
+def _threads() -> list[int]:
+    """The ids of this process's threads; 0, which is all of them, where the system does not list them."""
+    try:
+        return [int(entry.name) for entry in _TASKS.iterdir()]
+    except OSError:
+        return [0]
 
 
 def usable_cpus(cgroup: Path = _CGROUP) -> float:

@@ -33,6 +33,7 @@ from ema_server.http.app import create_app
 from ema_server.http.listener import HttpServer, loop_factory
 from ema_server.http.services import Services
 from ema_server.ingest.ingest import Ingest
+from ema_server.priority import lower_priority
 from ema_server.publishing.publisher import EraseRun, Publisher
 from ema_server.publishing.ring import Ring
 from ema_server.runs.lanes import LaneStore
@@ -224,6 +225,7 @@ async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> boo
             services.evaluator.start(http.own_url)
             stack.push_async_callback(services.evaluator.stop)
         announced.append(Ready(endpoint, http_url, str(config.data.absolute()), services.device.name, os.getpid()))
+        lower_priority(config.nice)  # not before: a start beside a training would take long
         announce(announced[0])
         dead = await wait_until_over(signalled, _threads(server, http))
         if dead:

@@ -68,15 +68,21 @@ def test_system_that_does_not_permit_it_is_only_logged(
 
 
 @pytest.mark.process
-def test_threads_that_are_started_later_have_the_same_niceness() -> None:
-    """In a process of its own, for real: `os.nice` of this one could not be undone."""
+def test_all_threads_have_the_same_niceness_whenever_they_were_started() -> None:
+    """In a process of its own, for real: this one's could not be undone."""
     code = (
         "import os, threading\n"
         "from ema_server.priority import lower_priority\n"
-        "before = os.getpriority(os.PRIO_PROCESS, 0)\n"
-        "found = [lower_priority('19')]\n"
-        "thread = threading.Thread(target=lambda: found.append(os.getpriority(os.PRIO_PROCESS, 0)))\n"
-        "thread.start(); thread.join()\n"
-        "assert found == [19, 19], (before, found)\n"
+        "lowered, found = threading.Event(), []\n"
+        "def look():\n"
+        "    lowered.wait(30)\n"
+        "    found.append(os.getpriority(os.PRIO_PROCESS, 0))\n"
+        "earlier = threading.Thread(target=look)\n"
+        "earlier.start()\n"
+        "found.append(lower_priority('19'))\n"
+        "lowered.set()\n"
+        "later = threading.Thread(target=look)\n"
+        "later.start(); earlier.join(); later.join()\n"
+        "assert found == [19, 19, 19], found\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
