@@ -192,7 +192,7 @@ class ServerConfig:
         default=None,
         metadata=_setting(
             "Ids of other users whose trainers may do so; the server's own user and root may.",
-            "UID,UID,...",
+            "UIDS",
             form=(r"[0-9]{1,10}(,[0-9]{1,10})*", "user ids, for example 1000,1001"),
         ),
     )

@@ -17,7 +17,7 @@ from ema_reader.targets import parse_target
 def push(
     target: Target,
     destination: Annotated[
-        str, typer.Argument(metavar="DESTINATION", help="hf://OWNER/NAME, s3://BUCKET/FOLDER, file:///FOLDER, ...")
+        str, typer.Argument(metavar="DESTINATION", help="hf://OWNER/NAME, s3://BUCKET/FOLDER or file:///FOLDER.")
     ],
     public: Annotated[bool, typer.Option("--public", help="A repository of the Hub that is made is public.")] = False,
     url: Url = DEFAULT_URL,

@@ -17,6 +17,7 @@ from ema_reader import File, Reader
 from support.hub_clients import digests
 from support.processes import SUPPORT, Process, ServerProcess
 from support.recording_proxy import Recorded, recording
+from support.reverse_proxy import nginx
 from support.small_llama import write_small_llama
 from support.small_unet import small_unet
 from support.stand_in_hub import Repository, hub
@@ -204,6 +205,17 @@ def test_command_line_downloads_with_the_token(tmp_path: Path, home: Path) -> No
     assert (tmp_path / "with" / "model.safetensors").stat().st_size > 0
     assert not (tmp_path / "without" / "model.safetensors").exists()
     assert "HF_TOKEN" in output
+
+
+def test_clients_reach_the_server_below_the_prefix_of_a_proxy(
+    server: ServerProcess, home: Path, tmp_path: Path
+) -> None:
+    with nginx(server.http, tmp_path / "proxy") as address:
+        path = Path(result(address, home, "download", "plain/ema", "config.json", "main"))
+        folder = Path(result(address, home, "snapshot", "plain/ema", "step-2"))
+
+    assert json.loads(path.read_text()) == {"own": 1}
+    assert folder.name == version_id(server, "plain", "ema", "step-2")
 
 
 def test_other_repositories_come_from_the_hub_upstream(tmp_path: Path, home: Path) -> None:

@@ -32,7 +32,7 @@ http {{
     client_max_body_size 1k;
     server {{
         listen {listen};
-        location {prefix}/ {{ proxy_pass {upstream}/; }}
+        location {prefix}/ {{ proxy_pass {upstream}/; proxy_set_header X-Forwarded-Prefix {prefix}; }}
     }}
 }}
 """
