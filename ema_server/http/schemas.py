@@ -151,7 +151,7 @@ class RunOut(Out):
     `publish_every_seconds` and `publish_every_steps`: how often it is published while it changes, whichever comes
     first; null if the time or the steps do not count, or the run is not in memory. `ranks` is null unless several ranks
     have streamed it since the server's start. `lane` says how its trainer sends snapshots: `shm` through memory that it
-    shares with the server, `zmq` through the server's socket; null without a trainer.
+    shares with the server (all ranks do), `zmq` through the server's socket; null without a trainer.
     """
 
     run: str

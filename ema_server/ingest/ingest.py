@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -68,6 +68,7 @@ class Ingest:
         self._link = RouterLink()
         self._local = LocalSocket(() if config.shm_uids is None else tuple(map(int, config.shm_uids.split(","))))
         self._look_at = 0.0  # when to look at the local socket again
+        self._copies = ThreadPoolExecutor(1, "parts", partial(torch.set_num_threads, 1))  # one: they keep their order
         self._peers = Peers(self._link.happenings)
         self._files = FileWriter(companions, lambda part, problem: self._post(lambda: self._take_file(part, problem)))
         self._receiver = self._new_receiver(None)
@@ -103,6 +104,7 @@ class Ingest:
         elif self._thread.ident is None:  # never started: the thread closes the link when it ends
             self._link.close()
         self._files.stop()
+        self._copies.shutdown(cancel_futures=True)
 
     def published(self, run: str, step: int) -> None:
         """Tell the run's trainer that a generation is durable. Any thread may call it."""
@@ -207,6 +209,8 @@ class Ingest:
             case e.FileReceived():
                 self._files.put(event)
                 self._telemetry.ingest_bytes.inc(event.file.nbytes if event.offset == 0 else 0)
+            case e.PartReady():
+                self._copies.submit(self._copy, event, self._staging[event.ticket])
             case e.SnapshotReady():
                 self._submit_apply(event)
             case e.StepDropped(run, _, step, rank, kind, why):
@@ -236,14 +240,16 @@ class Ingest:
     def _take_join(self, event: e.JoinRequested) -> None:
         self._telemetry.joins.inc()
         self._local.receive(time.monotonic())  # the trainer passes its slots before it asks to join
-        shared = self._local.slots_of(event.sessions[0]) if len(event.parts) == 1 else None
-        if shared is not None and shared.nbytes < event.join.manifest.nbytes:
-            shared = None
+        shared = {}
+        for rank, (part, session) in enumerate(zip(event.parts, event.sessions, strict=True)):
+            slots = self._local.slots_of(session)
+            if slots is not None and slots.nbytes >= part.nbytes > 0:
+                shared[rank] = slots
         reply = self._reply(partial(self._take_joined, shared=shared), event)
         self._averager.submit(jobs.Join(event.run, event.join, reply))
 
     def _take_joined(
-        self, event: e.JoinRequested, outcome: jobs.Joined | jobs.Refused, *, shared: SharedSlots | None
+        self, event: e.JoinRequested, outcome: jobs.Joined | jobs.Refused, *, shared: Mapping[int, SharedSlots]
     ) -> None:
         if isinstance(outcome, jobs.Refused):
             logger.warning("run %s: refused: %s", event.run, outcome.text)
@@ -266,12 +272,12 @@ class Ingest:
             slots=SLOTS,
             set_aside=outcome.set_aside,
             missing_files=outcome.missing_files,
-            shared={} if shared is None else {0: len(shared.tensors)},
+            shared={rank: len(slots.tensors) for rank, slots in shared.items()},
         )
         if accepted:
             self._drop_staging(event.run)
             self._staging[event.ticket] = staging
-            lane = ZMQ if shared is None else SHM
+            lane = SHM if all(rank in shared for rank, part in enumerate(event.parts) if part.nbytes) else ZMQ
             self._lanes.joined(event.run, lane)
             self._ranks.joined(event.run, len(event.parts), is_new=outcome.continuation == "new")
             place = "to" if outcome.continuation == "rewound" else "at"
@@ -290,6 +296,17 @@ class Ingest:
             logger.info("run %s: its companion files are stored (%d)", part.run, len(files))
             self._averager.submit(jobs.UseFiles(part.run, tuple(map(entry_of_spec, files))))
 
+    def _copy(self, part: e.PartReady, staging: Staging) -> None:
+        """Copy the part of a rank, on a thread of its own: other runs go on meanwhile."""
+        try:
+            staging.copy(part.rank, part.slot, part.source)
+        except Exception as error:
+            logger.exception("run %s: internal error while step %d was copied", part.run, part.begin.step)
+            text = f"internal error: {error!r}"
+            self._post(lambda: self._receiver.failed(part.run, part.ticket, text))
+        else:
+            self._post(lambda: self._receiver.copied(part))
+
     def _drop_staging(self, run: str) -> None:
         """Earlier sessions of the run are over, since only one streams."""
         for ticket in [ticket for ticket, staging in self._staging.items() if staging.run == run]:
@@ -298,11 +315,14 @@ class Ingest:
     def _submit_apply(self, event: e.SnapshotReady) -> None:
         self._telemetry.snapshots.inc()
         staging, reply = self._staging[event.ticket], self._reply(self._take_applied, event)
-        if event.source is None:
-            data, not_finite = staging.slots[event.slot].tensor, staging.slots[event.slot].not_finite
-        else:
-            data, not_finite = staging.shared[event.source], None
+        not_finite = None  # what was not received in chunks, the averager checks
+        if event.source is not None:
+            data = staging.shared[0].tensors[event.source][: staging.snapshot_nbytes]
             self._telemetry.ingest_bytes.inc(len(data))
+        else:
+            data = staging.slots[event.slot].tensor
+            if not staging.shared:
+                not_finite = staging.slots[event.slot].not_finite
         self._averager.submit(jobs.Apply(event.run, event.step, event.mode, data, not_finite, reply))
 
     def _take_applied(

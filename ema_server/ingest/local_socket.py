@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from ema_proto.errors import RemoteProtocolError
-from ema_proto.limits import SHARED_SLOTS_MAX, TEXT_CHARS_MAX
+from ema_proto.limits import RANKS_WAIT_S, SHARED_SLOTS_MAX, TEXT_CHARS_MAX
 from ema_proto.wire.slot_offer import SLOT_OFFER_BYTES, SlotOffer
 
 logger = logging.getLogger("ema")
@@ -31,7 +31,7 @@ logger = logging.getLogger("ema")
 AUTO, OFF = "auto", "off"
 
 _PACKET_S = 5.0  # from a connection to its packet, which the trainer sends at once
-_JOIN_S = 60.0  # from the packet to the JOIN, which the trainer sends at once too
+_JOIN_S = 2 * RANKS_WAIT_S  # from the packet to the JOIN of all ranks
 _WAITING_MAX = 64  # connections without a packet
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 

@@ -2,13 +2,15 @@
 
 The chunks of a trainer that is not sharded have the layout of the slot, and are received straight into it. The part of
 a rank has its own layout: a chunk that lies in one stretch of the slot is received there, others in a buffer from which
-they are copied to their places while they are in cache. Snapshots in shared memory are read where they are.
+they are copied to their places while they are in cache. A snapshot in shared memory is read where it is, and parts of
+ranks are copied from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -74,7 +76,7 @@ class Staging:
         exempt: tensors that need no finite check.
         slots: their number.
         buffer: at least as long as a chunk; it may be shared by all trainers, since one chunk is received at a time.
-        shared: the trainer's own slots, in which its snapshots lie; None if they come in chunks.
+        shared: the slots of the ranks whose parts lie in their own memory; the other parts come in chunks.
 
     Raises:
         MemoryError: the system has not enough memory for the slots.
@@ -88,11 +90,13 @@ class Staging:
         exempt: frozenset[str],
         slots: int,
         buffer: HostMemory,
-        shared: SharedSlots | None = None,
+        shared: Mapping[int, SharedSlots] = MappingProxyType({}),
     ) -> None:
         self.run = run
-        self.shared = () if shared is None else tuple(tensor[: manifest.nbytes] for tensor in shared.tensors)
-        self.slots = tuple(Slot(manifest.nbytes) for _ in range(slots)) if shared is None else ()
+        self.shared = shared
+        self.snapshot_nbytes = manifest.nbytes
+        is_read_in_place = len(parts) == 1 and 0 in shared
+        self.slots = () if is_read_in_place else tuple(Slot(manifest.nbytes) for _ in range(slots))
         self._checks: dict[int, FiniteCheck] = {}  # by rank; made when needed, since ranks may be many
         self._exempt = exempt
         self._parts = parts
@@ -109,7 +113,7 @@ class Staging:
     @property
     def shared_nbytes(self) -> int:
         """Memory of the trainer that is read in place."""
-        return sum(map(len, self.shared))
+        return sum(slots.nbytes * len(slots.tensors) for slots in self.shared.values())
 
     def place(self, target: e.Payload) -> Place:
         """Where to receive this chunk."""
@@ -127,6 +131,13 @@ class Staging:
         not_finite = self._check_of(target.rank).check(target.offset, place.data)
         self.slots[target.slot].note(target.rank, target.attempt, not_finite)
         for there, here in place.copies:
+            there.copy_(here)
+
+    def copy(self, rank: int, slot: int, source: int) -> None:
+        """Copy the part of a rank from its shared slot `source` to its places in `slot`. Any thread may call it."""
+        part = self._parts[rank]
+        data = self.shared[rank].tensors[source][: part.nbytes]
+        for there, here in self._copies(self.slots[slot], part, 0, data):
             there.copy_(here)
 
     def exempt(self, names: Iterable[str]) -> None:

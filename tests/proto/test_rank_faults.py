@@ -22,6 +22,7 @@ _FAULTS = st.builds(
     reorder=st.sampled_from([0.0, 0.05]),
     truncate=st.sampled_from([0.0, 0.02]),
     stale=st.sampled_from([0.0, 0.2]),
+    unshared=st.sampled_from([0.0, 0.3]),
 )
 
 
@@ -56,12 +57,13 @@ def _check(world: World) -> None:
     ranks=st.integers(2, 4),
     restarts=st.integers(0, 2),
     skips=st.sampled_from([0.0, 0.05]),
+    shm=st.booleans(),
 )
 def test_parts_of_different_steps_are_never_mixed(
-    seed: int, faults: Faults, ranks: int, restarts: int, skips: float
+    seed: int, faults: Faults, ranks: int, restarts: int, skips: float, shm: bool
 ) -> None:
     rng = random.Random(seed)
-    world = World(rng=rng)
+    world = World(rng=rng, shm=shm)
     for rank in range(ranks):
         world.rank(rank, ranks)
     restart_at = {rng.randrange(100) for _ in range(restarts)}
@@ -92,10 +94,10 @@ def test_parts_of_different_steps_are_never_mixed(
 
 
 @settings(max_examples=examples(25), suppress_health_check=[HealthCheck.too_slow])
-@given(seed=st.integers(0, 2**32), faults=_FAULTS, ranks=st.integers(2, 3))
-def test_parts_of_two_starts_of_a_job_are_never_mixed(seed: int, faults: Faults, ranks: int) -> None:
+@given(seed=st.integers(0, 2**32), faults=_FAULTS, ranks=st.integers(2, 3), shm=st.booleans())
+def test_parts_of_two_starts_of_a_job_are_never_mixed(seed: int, faults: Faults, ranks: int, shm: bool) -> None:
     rng = random.Random(seed)
-    world = World(rng=rng)
+    world = World(rng=rng, shm=shm)
     for rank in range(ranks):
         world.rank(rank, ranks)
     for turn in range(90):

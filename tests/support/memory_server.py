@@ -51,8 +51,8 @@ class Server:
             shm=self.shm,
         )
         self.passed: dict[bytes, Sequence[bytes]] = {}  # by session: the slots of trainers, as they are now
-        self.shared: dict[int, Sequence[bytes]] = {}  # the same by ticket
-        self.unread: deque[e.SnapshotReady] = deque()
+        self.shared: dict[int, dict[int, Sequence[bytes]]] = {}  # the same by ticket and rank
+        self.unread: deque[e.SnapshotReady | e.PartReady] = deque()
         self.parts: dict[int, bytes] = {}
         self.slots: dict[int, list[list[bytearray]]] = {}  # by ticket, slot and rank
 
@@ -97,9 +97,9 @@ class Server:
                 case e.SnapshotReady() if self.quarantine is not None:
                     self.receiver.quarantined(event.run, event.ticket, event.slot, self.quarantine)
                     self.quarantine = None
-                case e.SnapshotReady():
+                case e.SnapshotReady() | e.PartReady():
                     self.unread.append(event)
-                    if event.source is None or not self.reads_late:
+                    if not self.reads_late:
                         self.read()
                 case e.PublishRequested():
                     self.publish()
@@ -119,13 +119,18 @@ class Server:
                     pass
 
     def read(self) -> None:
-        """Apply the snapshots that are committed."""
+        """Copy the parts, and apply the snapshots, that are committed."""
         while self.unread:
             event = self.unread.popleft()
+            if isinstance(event, e.PartReady):
+                part = self.slots[event.ticket][event.slot][event.rank]
+                part[:] = self.shared[event.ticket][event.rank][event.source][: len(part)]
+                self.receiver.copied(event)
+                continue
             if event.source is None:
                 content = b"".join(self.slots[event.ticket][event.slot])
             else:
-                content = self.shared[event.ticket][event.source]
+                content = self.shared[event.ticket][0][event.source]
             if self.last_step is None or event.step > self.last_step:
                 self.applied.append((event.step, content))
                 self.history.append(self.applied[-1])
@@ -167,9 +172,8 @@ class Server:
 
     def _join(self, event: e.JoinRequested) -> None:
         self.unread.clear()  # of earlier sessions
-        passed = self.passed.pop(event.sessions[0], None)
-        if passed is not None:
-            self.shared[event.ticket] = passed
+        passed = {rank: self.passed.pop(session, ()) for rank, session in enumerate(event.sessions)}
+        shared = self.shared[event.ticket] = {rank: slots for rank, slots in passed.items() if slots}
         last = self.last_step
         if not event.join.reconnect and last is not None and event.join.first_step <= last:
             self._go_back(event.join.first_step - 1)
@@ -187,5 +191,5 @@ class Server:
             missing_files=tuple(
                 dict.fromkeys(file.sha256 for file in event.join.files or () if file.sha256 not in self.files)
             ),
-            shared={} if passed is None else {0: len(passed)},
+            shared={rank: len(slots) for rank, slots in shared.items() if event.parts[rank].nbytes},
         )

@@ -57,7 +57,8 @@ class World:
         """Add one rank of a sharded trainer."""
         name = f"{gang}{incarnation}r{rank}"
         manifest = shard_manifest(rank, world)
-        trainer = Trainer(name, manifest, incarnation=incarnation, rank=rank, world=world, gang=gang)
+        share = None if self.server.shm is None else self._share
+        trainer = Trainer(name, manifest, incarnation=incarnation, rank=rank, world=world, gang=gang, share=share)
         self.trainers.append(trainer)
         return trainer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -161,6 +162,25 @@ def test_lane_follows_what_a_restarted_server_offers(tmp_path: Path, caplog: pyt
 
     assert lanes == ["shm", "zmq", "shm"]
     assert "through the socket from now on, not through shared memory: the server does not offer it" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "columns"])
+def test_ranks_share_their_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The files are those of a run whose snapshots are not sharded."""
+    monkeypatch.setenv("EMA_LANE", "shm")
+    data = tmp_path / "data"
+    with ServerProcess(data) as server:
+        given = {"endpoint": server.zmq, "run": "sharded", "kind": kind, "world": 2, "steps": 4}
+        with Process(str(SUPPORT / "sharded_training.py"), json.dumps(given)) as process:
+            assert process.wait(100.0) == 0, "\n".join(list(process.errors)[-30:])
+        assert [line for line in server.errors if "run sharded: new, lane shm" in line]
+        assert files_of(data, "sharded") == files_of(data, "sharded-twin")
+
+
+def files_of(data: Path, run: str) -> dict[str, bytes]:
+    """The weights of the newest generation of a run, by average."""
+    generation = max((data / "runs" / run / "generations").iterdir())
+    return {path.name: (path / "model.safetensors").read_bytes() for path in (generation / "averages").iterdir()}
 
 
 @pytest.mark.parametrize("killed", ["trainer", "server", "both"])

@@ -30,7 +30,7 @@ from trainer_client.errors import ConnectError, JoinError, RewindError
 from trainer_client.settings import Lane
 from trainer_client.staging import shared_memory
 from trainer_client.staging.device import DeviceOf, device_of
-from trainer_client.staging.slots import Pins, Slot, make_slots
+from trainer_client.staging.slots import Pins, Slot, make_slots, present, reserve_slots
 from trainer_client.staging.transfer import AsyncCopy
 
 log = logging.getLogger("ema")
@@ -137,7 +137,8 @@ class Worker:
     def join(self, join: m.Join, timeout_s: float, files: tuple[bytes, ...] = ()) -> m.Joined:
         """Join the run and make the slots; return the server's answer.
 
-        One of several ranks learns from the answer how long its snapshots are; otherwise the slots are made first.
+        One of several ranks learns from the answer how long its snapshots are: they are no longer than what it holds,
+        and shared slots of that length are passed before. Otherwise the slots are made first.
 
         Args:
             join: the request.
@@ -153,6 +154,8 @@ class Worker:
         can_share = self._can_share(join)
         if join.world == 1:
             self._make_slots(join, join.manifest.nbytes, files, shared=can_share)
+        elif can_share:
+            self._reserve_slots(join, files)
         self._driver.do(lambda _: self._sender.join(join))
         with shared.changed:
             shared.wait(lambda: shared.joined or shared.refused or shared.is_down_for(timeout_s), _RESTORE_S)
@@ -165,7 +168,7 @@ class Worker:
             self._report_no_sharing(join, problem)
         if joined.send is not None:
             nbytes = part_of(join.manifest, from_ranges(joined.send, len(join.manifest.tensors))).nbytes
-            self._make_slots(join, nbytes, files, shared=can_share)
+            self._make_slots(join, nbytes, files, shared=bool(self.slots))
         if join.files and m.FILES not in capabilities:
             text = "ema: the server at %s takes no companion files: the versions of run %s are without them; upgrade it"
             log.warning(text, self._endpoint, join.run)
@@ -316,8 +319,6 @@ class Worker:
             path = self._shared.shm
         if not self._may_share:
             problem: str | None = "this system has no memory of that kind: it needs Linux"
-        elif join.world > 1:
-            problem = "the ranks of a sharded model send their shards through the socket"
         elif join.checksum:
             problem = "checksums are asked for, and there are none"
         elif path is None:
@@ -334,25 +335,36 @@ class Worker:
             raise JoinError(f"run {join.run!r} cannot be streamed through shared memory (lane='shm'): {problem}")
         log.info("ema: snapshots go through the socket, not through shared memory: %s", problem)
 
-    def _make_slots(self, join: m.Join, nbytes: int, files: tuple[bytes, ...], *, shared: bool) -> None:
-        if not nbytes:
-            return
-        try:
-            self.slots = self._make_shared_slots(join, nbytes) if shared else make_slots(nbytes, SLOTS)
-        except (OSError, MemoryError) as error:
-            text = f"cannot allocate {SLOTS} slots of {nbytes} bytes: {error}"
-            raise JoinError(text, RejectCode.OUT_OF_MEMORY) from None
-        self._driver.lend(self.slots, files)
-        with self._shared.changed:
-            self._shared.free = list(self.slots)
+    def _reserve_slots(self, join: m.Join, files: tuple[bytes, ...]) -> None:
+        """Have slots passed to the server that are long enough for all that this rank holds."""
+        if join.manifest.nbytes:
+            try:
+                self.slots = reserve_slots(join.manifest.nbytes, SLOTS)
+            except OSError as error:
+                self._report_no_memory(join, error)
+            self._driver.lend(self.slots, files)
 
-    def _make_shared_slots(self, join: m.Join, nbytes: int) -> tuple[Slot, ...]:
-        """Slots that the server can map; private ones where the system refuses (a sandbox may)."""
-        try:
-            return make_slots(nbytes, SLOTS, shared=True)
-        except OSError as error:
-            self._report_no_sharing(join, f"the system gives no memory for it: {error.strerror}")
-            return make_slots(nbytes, SLOTS)
+    def _make_slots(self, join: m.Join, nbytes: int, files: tuple[bytes, ...], *, shared: bool) -> None:
+        """Make the slots, of the reserved ones if there are; private ones where the system has none to share."""
+        slots: tuple[Slot, ...] = ()
+        if nbytes and shared and not self.slots:
+            try:
+                slots = make_slots(nbytes, SLOTS, shared=True)
+            except OSError as error:
+                self._report_no_memory(join, error)
+        if nbytes and not slots:
+            try:
+                slots = present(self.slots, nbytes) if self.slots else make_slots(nbytes, SLOTS)
+            except (OSError, MemoryError) as error:
+                text = f"cannot allocate {SLOTS} slots of {nbytes} bytes: {error}"
+                raise JoinError(text, RejectCode.OUT_OF_MEMORY) from None
+        self.slots = slots
+        self._driver.lend(slots, files)
+        with self._shared.changed:
+            self._shared.free = list(slots)
+
+    def _report_no_memory(self, join: m.Join, error: OSError) -> None:
+        self._report_no_sharing(join, f"the system gives no memory for it: {error.strerror}")
 
     def _disconnect(self, timeout_s: float) -> bool:
         """Say goodbye, end the driver and let go of the slots; False while the driver may still read them."""

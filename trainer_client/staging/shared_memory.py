@@ -38,7 +38,7 @@ def is_available() -> bool:
 
 
 def map_shared(nbytes: int) -> SharedMemory:
-    """Make and map `nbytes` of zeroed memory, all of its pages present.
+    """Make and map `nbytes` of zeroed memory; its pages take no memory before `make_present`, or before they are used.
 
     Raises:
         OSError: the system has not enough of it.
@@ -62,11 +62,19 @@ def map_shared(nbytes: int) -> SharedMemory:
     _mapped[address] = release, descriptor
     _libc().madvise(address, nbytes, mmap.MADV_DONTFORK)
     _libc().madvise(address, nbytes, mmap.MADV_HUGEPAGE)  # refused where shared memory has none: slower, not wrong
+    return SharedMemory(buffer, descriptor)
+
+
+def make_present(address: int, nbytes: int) -> None:
+    """Give memory its pages now: at their first use that would cost as much as copying.
+
+    Raises:
+        OSError: the system has not enough.
+    """
     if _libc().madvise(address, nbytes, _POPULATE_WRITE) != 0:
         if ctypes.get_errno() != errno.EINVAL:
             raise _error()
         ctypes.memset(address, 0, nbytes)  # an older kernel
-    return SharedMemory(buffer, descriptor)
 
 
 def _unmap(address: int, nbytes: int, descriptor: int) -> None:

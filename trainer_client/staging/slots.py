@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer_client.staging.device import Device
-from trainer_client.staging.shared_memory import map_shared
+from trainer_client.staging.shared_memory import make_present, map_shared
 
 log = logging.getLogger("ema")
 
@@ -39,14 +39,21 @@ class Slot:
     `descriptor` is that of the file behind shared memory, by which the server maps it too; None if it is private.
     """
 
-    __slots__ = ("descriptor", "index", "tensor", "view")
+    __slots__ = ("_memory", "descriptor", "index", "tensor", "view")
 
-    def __init__(self, index: int, memory: mmap.mmap | ctypes.Array[ctypes.c_char], descriptor: int | None) -> None:
+    def __init__(
+        self, index: int, memory: mmap.mmap | ctypes.Array[ctypes.c_char], nbytes: int, descriptor: int | None = None
+    ) -> None:
+        self._memory = memory
         self.index = index
-        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
         # A memoryview holds the mapping's export: it cannot be unmapped while a frame of it is being sent.
-        self.view = memoryview(memory).cast("B")
+        self.view = memoryview(memory).cast("B")[:nbytes]
         self.descriptor = descriptor
+
+    def first(self, nbytes: int) -> Slot:
+        """The first `nbytes` of this slot."""
+        return Slot(self.index, self._memory, nbytes, self.descriptor)
 
 
 def make_slots(nbytes: int, count: int, *, shared: bool = False) -> tuple[Slot, ...]:
@@ -58,9 +65,29 @@ def make_slots(nbytes: int, count: int, *, shared: bool = False) -> tuple[Slot, 
         OSError, MemoryError: the system has not enough memory.
     """
     if shared:
-        memories = [map_shared(nbytes) for _ in range(count)]
-        return tuple(Slot(index, each.buffer, each.descriptor) for index, each in enumerate(memories))
+        return present(reserve_slots(nbytes, count), nbytes)
     return tuple(_private_slot(index, nbytes) for index in range(count))
+
+
+def reserve_slots(nbytes: int, count: int) -> tuple[Slot, ...]:
+    """Shared slots of at most `nbytes` bytes each, which take no memory before they are `present`.
+
+    Raises:
+        OSError: the system has none.
+    """
+    memories = [map_shared(nbytes) for _ in range(count)]
+    return tuple(Slot(index, each.buffer, nbytes, each.descriptor) for index, each in enumerate(memories))
+
+
+def present(slots: Sequence[Slot], nbytes: int) -> tuple[Slot, ...]:
+    """The first `nbytes` of reserved slots, with their pages.
+
+    Raises:
+        OSError: the system has not enough memory.
+    """
+    for slot in slots:
+        make_present(slot.tensor.data_ptr(), nbytes)
+    return tuple(slot.first(nbytes) for slot in slots)
 
 
 def _private_slot(index: int, nbytes: int) -> Slot:
@@ -68,7 +95,7 @@ def _private_slot(index: int, nbytes: int) -> Slot:
     for name in _ADVICE:
         _advise(memory, name)
     _private.add(memory)
-    slot = Slot(index, memory, None)
+    slot = Slot(index, memory, nbytes)
     slot.tensor.zero_()
     return slot
 

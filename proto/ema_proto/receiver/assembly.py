@@ -29,6 +29,7 @@ class _Pending:
     key: _Key
     since: float
     whole: set[int] = field(default_factory=set)
+    copying: dict[int, m.Begin] = field(default_factory=dict)  # of the whole parts, those that are not in the slot yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +118,21 @@ class Assembly:
         if self._begun.get(rank) == _LAST:
             del self._begun[rank]
 
-    def whole(self, rank: int, slot: int) -> bool:
-        """The part of a rank is whole; True if it was the last one."""
+    def whole(self, rank: int, slot: int, copying: m.Begin | None = None) -> bool:
+        """The part of a rank is whole; True if it was the last one. `copying`: it is still to be copied to the slot."""
         pending = next(each for each in self._pending if each.slot == slot)
         pending.whole.add(rank)
-        return len(pending.whole) == self._world
+        if copying is not None:
+            pending.copying[rank] = copying
+        return self._is_complete(pending)
+
+    def copied(self, rank: int, slot: int, begin: m.Begin) -> bool:
+        """The part of a rank is in the slot; True if it was the last one. False also if the step was dropped since."""
+        pending = next((each for each in self._pending if each.slot == slot), None)
+        if pending is None or pending.copying.get(rank) is not begin:
+            return False
+        del pending.copying[rank]
+        return self._is_complete(pending)
 
     def lose(self, rank: int, reason: DropReason, why: str) -> None:
         """A rank will not complete what it has begun."""
@@ -132,8 +143,9 @@ class Assembly:
     def joined(self, rank: int, first_step: int) -> None:
         """A rank has connected, and sends steps from `first_step` on: all that is unanswered, whole parts included."""
         for pending in self._pending:
-            if len(pending.whole) < self._world:
+            if not self._is_complete(pending):
                 pending.whole.discard(rank)
+                pending.copying.pop(rank, None)
         passed = first_step - 1, True
         self._pass(rank, passed, "passed", f"rank {rank} passed it")
         self._begun[rank] = passed
@@ -159,7 +171,7 @@ class Assembly:
     def finish(self, rank: int) -> None:
         """This rank has finished the run: its slots are gone, and no other step can be whole."""
         why = f"rank {rank} has finished the run"
-        for pending in [each for each in self._pending if len(each.whole) < self._world]:
+        for pending in [each for each in self._pending if not self._is_complete(each)]:
             self._drop(pending, rank, "passed", why)
         self._begun.clear()
         self._remember(_LAST, why)
@@ -183,7 +195,10 @@ class Assembly:
     @property
     def is_applying(self) -> bool:
         """Whether a whole snapshot waits for the averager's answer."""
-        return any(len(each.whole) == self._world for each in self._pending)
+        return any(self._is_complete(each) for each in self._pending)
+
+    def _is_complete(self, pending: _Pending) -> bool:
+        return len(pending.whole) == self._world and not pending.copying
 
     def _missing(self, rank: int, key: _Key) -> _Pending | None:
         """The step, if a slot is taken for it and this rank's part is not whole."""

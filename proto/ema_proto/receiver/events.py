@@ -77,10 +77,26 @@ class FileReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class PartReady:
+    """The part of one of several ranks lies in its shared slot `source`: copy it to its places in `slot`.
+
+    Then call `copied` with the event. Copies into one slot are to be made in the order of these events, also of steps
+    that are dropped meanwhile.
+    """
+
+    run: str
+    ticket: int
+    rank: int
+    slot: int
+    source: int
+    begin: m.Begin
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotReady:
     """A whole snapshot lies in the slot: apply it, then `applied` or `quarantined`.
 
-    `source` is the trainer's own slot that holds it, if that is shared.
+    `source` is the trainer's own slot in which it lies instead, if that is shared.
     """
 
     run: str
@@ -154,6 +170,7 @@ class SessionEnded:
 ReceiverEvent: TypeAlias = (
     JoinRequested
     | FileReceived
+    | PartReady
     | SnapshotReady
     | StepDropped
     | RanksMissing

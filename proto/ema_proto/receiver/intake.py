@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 from zlib import crc32
 
 from ema_proto.errors import RejectCode, RemoteProtocolError
@@ -27,12 +28,21 @@ class _Filling:
     refused: bool = False
 
 
+class Filled(NamedTuple):
+    """A part that is complete: where, and whether it was the last one of its snapshot."""
+
+    slot: int
+    begin: m.Begin
+    is_last: bool
+
+
 class Intake:
     """One rank's end of an assembly: parts of `nbytes` bytes each.
 
     With `checksum`, chunks carry a CRC-32 that must match. `window` is the number of chunks that may be on their way.
     `files` are companion files that come first: before they are whole, no credit is given for snapshots. With
-    `shared_slots`, snapshots come in so many slots of the rank's, which the server has mapped, and not in chunks.
+    `shared_slots`, snapshots come in so many slots of the rank's, which the server has mapped, and not in chunks; if
+    they are parts (`is_part`), they are copied from there.
     """
 
     def __init__(
@@ -46,6 +56,7 @@ class Intake:
         window: int = CREDIT_WINDOW_CHUNKS,
         files: tuple[FileSpec, ...] = (),
         shared_slots: int = 0,
+        is_part: bool = False,
     ) -> None:
         self.replies: deque[m.Committed | m.Credit | m.Reject] = deque()
         self.files = FileIntake(files, chunk_bytes=chunk_bytes, checksum=checksum)
@@ -56,6 +67,7 @@ class Intake:
         self._checksum = checksum
         self._window = window
         self._shared_slots = shared_slots
+        self._is_copied = shared_slots > 0 and is_part
         self._filling: _Filling | None = None
         self._held: dict[int, m.Begin] = {}
         self._rewinds: set[int] = set()  # requests that are not answered
@@ -131,8 +143,11 @@ class Intake:
         self.files.stored()
         self._grant()
 
-    def commit(self, commit: m.Commit) -> tuple[int, m.Begin] | None:
-        """The rank has sent everything; returns slot and BEGIN of the snapshot if all parts of it are whole now."""
+    def commit(self, commit: m.Commit) -> Filled | None:
+        """The rank has sent everything; returns its part if that is complete.
+
+        One of several ranks' that is in a shared slot is still to be copied, and not the last one before that.
+        """
         filling = self._filling
         if filling is None or self._is_other(filling, commit.step, commit.attempt):
             self._answer_unexpected(commit)
@@ -142,7 +157,9 @@ class Intake:
             problem = self._incomplete(commit, filling.coverage)
             if problem is None:
                 self._held[filling.slot] = filling.begin
-                return (filling.slot, filling.begin) if self._assembly.whole(self._rank, filling.slot) else None
+                copying = filling.begin if self._is_copied else None
+                is_last = self._assembly.whole(self._rank, filling.slot, copying)
+                return Filled(filling.slot, filling.begin, is_last)
             self._reject(commit, RejectCode.INCOMPLETE, problem)
         self._grant()
         return None

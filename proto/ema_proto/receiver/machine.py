@@ -240,6 +240,12 @@ class Receiver:
         if gang is not None:
             self._runs.fail(gang, RejectCode.UNAVAILABLE, text)
 
+    def copied(self, part: e.PartReady) -> None:
+        """The part is in its places."""
+        gang = self._runs.by_ticket(part.run, part.ticket)
+        if gang is not None:
+            self._streaming.copied(gang, part)
+
     def applied(self, run: str, ticket: int, slot: int) -> None:
         """The snapshot in `slot` is in the averages; the slot is free."""
         gang = self._runs.by_ticket(run, ticket)
@@ -340,11 +346,9 @@ class Receiver:
             case m.Begin():
                 intake.begin(message, self._now)
             case m.Commit():
-                whole = intake.commit(message)
-                if whole is not None:
-                    slot, begin = whole
-                    ready = e.SnapshotReady(gang.run, gang.ticket, slot, begin.step, begin.mode, begin.slot)
-                    self.events.append(ready)
+                filled = intake.commit(message)
+                if filled is not None:
+                    self._streaming.filled(gang, claim, filled)
             case m.Skip():
                 intake.skip(message)
             case m.Publish():

@@ -16,7 +16,7 @@ from ema_proto.limits import (
 from ema_proto.receiver import events as e
 from ema_proto.receiver.connections import Connection, Connections
 from ema_proto.receiver.gang import Claim, ClaimState, Gang
-from ema_proto.receiver.intake import Intake
+from ema_proto.receiver.intake import Filled, Intake
 from ema_proto.receiver.ownership import Ownership
 from ema_proto.wire import messages as m
 from ema_proto.wire.files import by_digest
@@ -76,6 +76,21 @@ class Streaming:
                 text = f"rank {claim.rank} returned with other tensors: start the job again"
                 self._connections.send(claim.peer, m.Reject(RejectCode.MANIFEST_CHANGED, text))
                 self._runs.leave(gang, claim, lost=False)
+
+    def filled(self, gang: Gang, claim: Claim, filled: Filled) -> None:
+        """The part of a rank is complete: report the snapshot if all are, or that this one is to be copied."""
+        slot, begin, is_last = filled
+        if is_last:
+            source = begin.slot if gang.world == 1 else None
+            self._events.append(e.SnapshotReady(gang.run, gang.ticket, slot, begin.step, begin.mode, source))
+        elif begin.slot is not None:
+            self._events.append(e.PartReady(gang.run, gang.ticket, claim.rank, slot, begin.slot, begin))
+
+    def copied(self, gang: Gang, part: e.PartReady) -> None:
+        """The part of a rank is in the slot: report the snapshot if all are."""
+        if gang.assembly is not None and gang.assembly.copied(part.rank, part.slot, part.begin):
+            step, mode = part.begin.step, part.begin.mode
+            self._events.append(e.SnapshotReady(gang.run, gang.ticket, part.slot, step, mode))
 
     def applied(self, gang: Gang, slot: int) -> None:
         """The snapshot in `slot` is in the averages; the slot is free."""
@@ -151,6 +166,7 @@ class Streaming:
             window=window,
             files=tuple(files[place] for place in by_digest(files, gang.missing_files)) if files else (),
             shared_slots=gang.shared.get(claim.rank, 0),
+            is_part=gang.world > 1,
         )
         joined = m.Joined(
             assembly.last_step,
