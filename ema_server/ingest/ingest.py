@@ -273,6 +273,7 @@ class Ingest:
             set_aside=outcome.set_aside,
             missing_files=outcome.missing_files,
             shared={rank: len(slots.tensors) for rank, slots in shared.items()},
+            reads_in_place=staging.reads_in_place,
         )
         if accepted:
             self._drop_staging(event.run)

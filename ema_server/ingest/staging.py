@@ -95,8 +95,8 @@ class Staging:
         self.run = run
         self.shared = shared
         self.snapshot_nbytes = manifest.nbytes
-        is_read_in_place = len(parts) == 1 and 0 in shared
-        self.slots = () if is_read_in_place else tuple(Slot(manifest.nbytes) for _ in range(slots))
+        self.reads_in_place = len(parts) == 1 and 0 in shared and _places(parts[0].tensors) == _places(manifest.tensors)
+        self.slots = () if self.reads_in_place else tuple(Slot(manifest.nbytes) for _ in range(slots))
         self._checks: dict[int, FiniteCheck] = {}  # by rank; made when needed, since ranks may be many
         self._exempt = exempt
         self._parts = parts
@@ -182,6 +182,11 @@ class Staging:
         known = self._tensors[tensor.name]
         dtype = _INTEGERS[ITEM_BYTES[known.dtype]]
         return slot.tensor[known.offset : known.end].view(dtype).view(known.shape)
+
+
+def _places(tensors: Iterable[TensorSpec]) -> set[tuple[str, int]]:
+    """Where tensors are in a snapshot. A trainer's may be in another order than those of its run."""
+    return {(tensor.name, tensor.offset) for tensor in tensors}
 
 
 def _pairs(

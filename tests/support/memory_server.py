@@ -192,4 +192,5 @@ class Server:
                 dict.fromkeys(file.sha256 for file in event.join.files or () if file.sha256 not in self.files)
             ),
             shared={rank: len(slots) for rank, slots in shared.items() if event.parts[rank].nbytes},
+            reads_in_place=len(event.parts) == 1,
         )

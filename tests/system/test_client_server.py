@@ -93,6 +93,27 @@ def test_first_snapshots_are_measured_and_reported_once(
 
 
 @pytest.mark.usefixtures("lane")
+def test_tensors_in_another_order_than_those_of_the_run_are_put_in_their_places(
+    server: ServerProcess, run: str
+) -> None:
+    layers = {"first": nn.Linear(5, 3), "second": nn.Linear(3, 7)}
+    with _client(server, run, averages=["raw"]) as client:
+        client.update(nn.ModuleDict(layers))
+        assert client.checkpoint(1)
+    for layer in layers.values():
+        nn.init.uniform_(layer.weight)
+    turned = nn.ModuleDict({name: layers[name] for name in ("second", "first")})
+    with _client(server, run, averages=["raw"], step=1, resume="must") as client:
+        client.update(turned)
+
+    step, weights = _raw(server, run)
+    assert step == 2
+    assert weights.keys() == turned.state_dict().keys()
+    for name, tensor in turned.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+
+
+@pytest.mark.usefixtures("lane")
 def test_weights_written_after_update_do_not_reach_the_server(server: ServerProcess, run: str) -> None:
     model = nn.Linear(512, 512)
     with _client(server, run) as client:

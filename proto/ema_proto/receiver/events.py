@@ -78,7 +78,7 @@ class FileReceived:
 
 @dataclass(frozen=True, slots=True)
 class PartReady:
-    """The part of one of several ranks lies in its shared slot `source`: copy it to its places in `slot`.
+    """The part of a rank lies in its shared slot `source`: copy it to its places in `slot`.
 
     Then call `copied` with the event. Copies into one slot are to be made in the order of these events, also of steps
     that are dropped meanwhile.

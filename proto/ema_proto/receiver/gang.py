@@ -78,6 +78,7 @@ class Gang:
     published_step: int | None = None
     missing_files: tuple[str, ...] = ()  # sha256 of the companion files that rank 0 still has to send
     shared: Mapping[int, int] = field(default_factory=dict)  # slots of each rank that streams through shared memory
+    reads_in_place: bool = False  # whether snapshots are read there, and not copied
     rewinds: dict[int, deque[m.Rewind]] = field(default_factory=dict)
     rewind_until: float = math.inf
     rewinding: dict[int, dict[int, m.Rewind]] = field(default_factory=dict)

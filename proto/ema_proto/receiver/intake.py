@@ -41,8 +41,8 @@ class Intake:
 
     With `checksum`, chunks carry a CRC-32 that must match. `window` is the number of chunks that may be on their way.
     `files` are companion files that come first: before they are whole, no credit is given for snapshots. With
-    `shared_slots`, snapshots come in so many slots of the rank's, which the server has mapped, and not in chunks; if
-    they are parts (`is_part`), they are copied from there.
+    `shared_slots`, snapshots come in so many slots of the rank's, which the server has mapped, and not in chunks: it
+    reads them there, or copies them (`is_copied`).
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Intake:
         window: int = CREDIT_WINDOW_CHUNKS,
         files: tuple[FileSpec, ...] = (),
         shared_slots: int = 0,
-        is_part: bool = False,
+        is_copied: bool = False,
     ) -> None:
         self.replies: deque[m.Committed | m.Credit | m.Reject] = deque()
         self.files = FileIntake(files, chunk_bytes=chunk_bytes, checksum=checksum)
@@ -67,7 +67,7 @@ class Intake:
         self._checksum = checksum
         self._window = window
         self._shared_slots = shared_slots
-        self._is_copied = shared_slots > 0 and is_part
+        self._is_copied = shared_slots > 0 and is_copied
         self._filling: _Filling | None = None
         self._held: dict[int, m.Begin] = {}
         self._rewinds: set[int] = set()  # requests that are not answered
@@ -146,7 +146,7 @@ class Intake:
     def commit(self, commit: m.Commit) -> Filled | None:
         """The rank has sent everything; returns its part if that is complete.
 
-        One of several ranks' that is in a shared slot is still to be copied, and not the last one before that.
+        One that is still to be copied from a shared slot is not the last one before that.
         """
         filling = self._filling
         if filling is None or self._is_other(filling, commit.step, commit.attempt):

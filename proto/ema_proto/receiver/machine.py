@@ -197,17 +197,19 @@ class Receiver:
         set_aside: str | None = None,
         missing_files: tuple[str, ...] = (),
         shared: Mapping[int, int] = MappingProxyType({}),
+        reads_in_place: bool = False,
     ) -> bool:
         """The run is ready and has `slots` slots; False when the session that asked has ended.
 
         `missing_files` are the sha256 of the JOIN's companion files that are to be sent before snapshots. `shared` is
-        the number of slots of each rank whose slots the caller has mapped, and reads its snapshots from.
+        the number of slots of each rank whose slots the caller has mapped: it copies parts from there, or reads whole
+        snapshots in place.
         """
         gang = self._runs.by_ticket(run, ticket)
         if gang is None or gang.assembly is not None:
             return False
         gang.start(slots, last_step, recent, published_step)
-        gang.missing_files, gang.shared = missing_files, shared
+        gang.missing_files, gang.shared, gang.reads_in_place = missing_files, shared, reads_in_place
         self._streaming.start(gang, continuation, set_aside)
         return True
 

@@ -81,7 +81,7 @@ class Streaming:
         """The part of a rank is complete: report the snapshot if all are, or that this one is to be copied."""
         slot, begin, is_last = filled
         if is_last:
-            source = begin.slot if gang.world == 1 else None
+            source = begin.slot if gang.reads_in_place else None
             self._events.append(e.SnapshotReady(gang.run, gang.ticket, slot, begin.step, begin.mode, source))
         elif begin.slot is not None:
             self._events.append(e.PartReady(gang.run, gang.ticket, claim.rank, slot, begin.slot, begin))
@@ -166,7 +166,7 @@ class Streaming:
             window=window,
             files=tuple(files[place] for place in by_digest(files, gang.missing_files)) if files else (),
             shared_slots=gang.shared.get(claim.rank, 0),
-            is_part=gang.world > 1,
+            is_copied=not gang.reads_in_place,
         )
         joined = m.Joined(
             assembly.last_step,

@@ -83,7 +83,7 @@ def test_slots_whose_session_does_not_join_are_given_up(server: LocalSocket, fol
     trainer.offer(path_of(folder), make_slots(8, 1, shared=True))
     trainer.close()
     server.receive(0.0)
-    server.receive(100.0)
+    server.receive(1000.0)
 
     assert server.slots_of(SESSION) is None
 
