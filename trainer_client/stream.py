@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import time
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ class _Missed:
     reason: Skip
 
     def is_unchanged(self) -> bool:
-        """Whether no tensor was written since; writes through `.data` are not seen."""
+        """Whether no tensor was written since; for what is not seen see `Stream._shows_writes`."""
         return all(version_of(tensor) == version for tensor, version in self.versions)
 
 
@@ -95,6 +96,12 @@ class Stream:
         roles = [spec.role for spec in plan.manifest.tensors]
         trained = [each for each, role in zip(tensors, roles, strict=True) if role is Role.PARAM]
         self._watch = Watch(trained, steps)
+        # Whether the last step raised the version of a parameter, if steps are given by hand. Those of fused optimizers
+        # do not, nor those of `foreach` ones on sharded parameters, nor writes through `.data`: the weights may then
+        # change without a sign. With `attach`, each step is counted.
+        self._shows_writes = True
+        self._first_trained = weakref.ref(trained[0]) if trained else lambda: None
+        self._last_version = self._version()
         worker.watch(self._watch.look)
         self._counted = False  # a step whose snapshot is still to be taken
         self._missed: _Missed | None = None
@@ -194,6 +201,8 @@ class Stream:
             PlanError: the model's tensors are no longer those that the run was joined with.
         """
         self.count(step)
+        version = self._version()
+        self._shows_writes, self._last_version = version != self._last_version, version
         self.take(model, overlap=overlap)
 
     def count(self, step: int) -> None:
@@ -220,6 +229,10 @@ class Stream:
         if not sent and self._has_peers:
             self._worker.skip(self.steps, self.stopped or f"{self._last_skip}, see its log")
 
+    def _version(self) -> int | None:
+        tensor = self._first_trained()
+        return None if tensor is None else version_of(tensor)
+
     def stop(self, reason: str) -> None:
         """Send nothing more, and count each snapshot that is due, beginning with the one that failed."""
         self.stopped = reason
@@ -244,7 +257,7 @@ class Stream:
         missed, self._missed = self._missed, None
         if self._has_peers:
             return  # the other ranks have dropped that step
-        if missed is None or not missed.is_unchanged():
+        if missed is None or missed.step != self.steps or not self._shows_writes or not missed.is_unchanged():
             return
         self._counters.skipped[missed.reason] -= 1  # if it is skipped again it is counted again
         try:

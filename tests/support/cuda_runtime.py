@@ -23,6 +23,9 @@ class CudaRuntime:
         self.contexts: set[int] = set()
         self.calls: list[tuple[object, ...]] = []
 
+    def current_device(self) -> int:
+        return self.current
+
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
         """Like torch's: restoring the device opens no context."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Protocol, TypeAlias
 
@@ -97,7 +97,7 @@ class Cuda:
     def issue_to(self, stream: Any) -> Iterator[None]:
         # torch.cuda.stream ends by setting the device that was current; without the outer block that device would get a
         # context.
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with self._current(), torch.cuda.stream(stream):
             yield
 
     def copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -121,8 +121,14 @@ class Cuda:
             event.synchronize()
 
     def is_capturing(self) -> bool:
-        with torch.cuda.device(self._device):
+        with self._current():
             return torch.cuda.is_current_stream_capturing()
+
+    def _current(self) -> AbstractContextManager[object]:
+        """Make the device current for a while. It mostly is, and looking costs a tenth of setting it."""
+        if torch.cuda.current_device() == self._device.index:
+            return nullcontext()
+        return torch.cuda.device(self._device)
 
     def pin(self, memory: Tensor) -> str | None:
         # Not torch's pinned allocator, which rounds up to a power of two and keeps the memory.
