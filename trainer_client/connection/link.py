@@ -32,6 +32,10 @@ _ROTATE_S = 0.5  # between attempts at the addresses of a host, once each was tr
 _FAREWELL_MS = 200  # how long a BYE may take to leave the process
 _KEEPALIVE_IDLE_S = 30  # finds half-open connections of hosts that vanished
 
+# Plain integers, because operations on pyzmq's enumerations take longer than the calls themselves.
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_EVENTS, _POLLIN, _POLLOUT = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.POLLOUT)
+
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
 
 
@@ -134,7 +138,8 @@ class Link:
         if self._socket is None:
             return False
         try:
-            self._socket.send_multipart((header, body), flags=zmq.NOBLOCK)
+            self._socket.send(header, _MORE)
+            self._socket.send(body, _NOBLOCK)
         except zmq.Again:
             return False
         return True
@@ -175,13 +180,13 @@ class Link:
     def receive(self) -> list[list[bytes]]:
         """The messages that have come. `wait` reports later ones only after this has returned none."""
         messages: list[list[bytes]] = []
-        while self._socket is not None and self._is_ready(zmq.POLLIN):
-            messages.append(self._socket.recv_multipart(flags=zmq.NOBLOCK))
+        while self._socket is not None and self._is_ready(_POLLIN):
+            messages.append(self._socket.recv_multipart(_NOBLOCK))
         return messages
 
     def can_write(self) -> bool:
         """Whether the socket takes a message now."""
-        return self._is_ready(zmq.POLLOUT)
+        return self._is_ready(_POLLOUT)
 
     def wake(self) -> None:
         """End a `wait`, now or the next one. Any thread may call it."""
@@ -197,7 +202,7 @@ class Link:
 
     def _is_ready(self, event: int) -> bool:
         # An exception for each empty queue would cost more than this question.
-        return self._socket is not None and bool(int(self._socket.getsockopt(zmq.EVENTS)) & event)
+        return self._socket is not None and bool(int(self._socket.getsockopt(_EVENTS)) & event)
 
     def is_broken(self) -> bool:
         """Whether the connection broke since the last call; one that was refused is tried at the next address."""

@@ -195,9 +195,13 @@ def _nodes(module: nn.Module, prefix: str) -> Iterator[tuple[str, Node]]:
 
 
 def _parameters(module: nn.Module) -> list[str]:
+    if not module._parameters:
+        return []
     return [name for name, tensor in module._parameters.items() if tensor is not None]
 
 
 def _buffers(module: nn.Module) -> list[str]:
+    if not module._buffers:
+        return []
     hidden = module._non_persistent_buffers_set
     return [name for name, tensor in module._buffers.items() if tensor is not None and name not in hidden]

@@ -49,22 +49,34 @@ class Header:
 
 
 def encode_header(header: Header) -> bytes:
-    flags, crc32 = (0, 0) if header.crc32 is None else (_FLAG_CRC32, header.crc32)
-    return _LAYOUT.pack(
-        MAGIC,
-        header.major,
-        header.minor,
+    return _packed(
         header.type,
-        flags,
         header.session,
         header.epoch,
+        header.length,
         header.step,
         header.attempt,
-        header.length,
         header.offset,
-        crc32,
-        0,
+        header.crc32,
+        header.major,
+        header.minor,
     )
+
+
+def _packed(
+    type: int,
+    session: bytes,
+    epoch: int,
+    length: int,
+    step: int = 0,
+    attempt: int = 0,
+    offset: int = 0,
+    crc32: int | None = None,
+    major: int = VERSION_MAJOR,
+    minor: int = VERSION_MINOR,
+) -> bytes:
+    flags, crc = (0, 0) if crc32 is None else (_FLAG_CRC32, crc32)
+    return _LAYOUT.pack(MAGIC, major, minor, type, flags, session, epoch, step, attempt, length, offset, crc, 0)
 
 
 def decode_header(frame: bytes) -> Header:
@@ -115,7 +127,7 @@ def encode(message: m.Message, *, session: bytes, epoch: int) -> tuple[bytes, by
         text = f"{type(message).__name__.upper()} has a body of {len(body)} bytes, over {body_bytes_max(message.type)}"
         raise LocalProtocolError(text)
     fields = {"epoch": epoch, "length": len(body)} | message.header()
-    return encode_header(Header(type=message.type, session=session, **fields)), body
+    return _packed(message.type, session, **fields), body
 
 
 def with_crc32(header: bytes, crc32: int) -> bytes:
