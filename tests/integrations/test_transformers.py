@@ -495,7 +495,8 @@ def test_every_rank_streams_its_shards_with_fsdp_2_and_a_killed_training_resumes
     server: ServerProcess, reader: Reader, run: str, tmp_path: Path
 ) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", _SCRIPT, server.zmq, run)
-    given = ('save_strategy="steps"', "save_steps=3", 'ddp_backend="gloo"', "sharded=true")
+    given = ['save_strategy="steps"', "save_steps=3", 'ddp_backend="gloo"', "sharded=true"]
+    given += ['eval_strategy="steps"', "eval_steps=2", "eval_on_start=true"]  # evaluations leave parameters gathered
     for is_killed in (True, False):
         more = ["kill_at=5"] if is_killed else []
         with Process(*launch, str(tmp_path), "8", *given, *more) as ranks:
