@@ -116,6 +116,7 @@ def test_calls_of_the_api_describe_the_average(server: ServerProcess, home: Path
 
     files = {"README.md", "config.json", "model.safetensors", "version.json"}
     assert (found["sha"], found["branches"]) == (newest, {"main": newest})
+    assert sorted(found["listed"]) == ["plain/ema", "plain/raw"]
     assert found["tags"] == {"step-3": newest, "step-2": older}
     assert set(found["files"]) == set(found["siblings"]) == set(found["tree"]) == files
     assert found["siblings"]["config.json"] == wanted.size

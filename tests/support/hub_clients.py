@@ -38,6 +38,7 @@ def api(repo: str) -> dict[str, Any]:
     card = info.card_data
     metadata = hub.get_safetensors_metadata(repo)
     return {
+        "listed": [model.id for model in hub.list_models(author=repo.partition("/")[0])],
         "sha": info.sha,
         "scores": {} if card is None else {one.metric_type: one.metric_value for one in card.eval_results or ()},
         "siblings": {one.rfilename: one.size for one in info.siblings or ()},

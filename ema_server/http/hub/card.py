@@ -24,7 +24,7 @@ from ema_server.storage.records import (
 )
 
 README = "README.md"
-_TAGS = ("ema-sidecar", "weight-averaging")
+TAGS = ("ema-sidecar", "weight-averaging")
 _CARDS_MAX = 256
 _LOADING = {
     "transformers": ("from transformers import AutoModel", 'AutoModel.from_pretrained("{repo}", revision="{id}")'),
@@ -59,7 +59,7 @@ def read_card(version: Version) -> Card:
     has_config = version.file(CONFIG_FILE) is not None
     config = read_json((version.folder / CONFIG_FILE).read_bytes()) if has_config else {}
     library = _library(version, config)
-    tags = _TAGS if library is None else (library, *_TAGS)
+    tags = TAGS if library is None else (library, *TAGS)
     return Card(library, tags, _text(version, written, library, tags, config).encode())
 
 

@@ -60,8 +60,8 @@ class HubSiblingOut(HubOut):
     lfs: HubBlobLfsOut | None = None
 
 
-class HubModelOut(HubOut):
-    """An average at one version. `sha` is the version's id; `cardData` has its scores under `model-index`."""
+class HubListedOut(HubOut):
+    """An average at one version. `sha` is the version's id."""
 
     id: str
     model_id: str
@@ -74,6 +74,11 @@ class HubModelOut(HubOut):
     downloads: int = 0
     likes: int = 0
     tags: tuple[str, ...]
+
+
+class HubModelOut(HubListedOut):
+    """An average at one version with its files; `cardData` has its scores under `model-index`."""
+
     library_name: str | None = Field(default=None, alias="library_name")
     card_data: dict[str, Any]
     used_storage: int

@@ -10,19 +10,19 @@ import asyncio
 import hashlib
 import logging
 import re
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import anyio.to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from ema_server.evaluation.metric_store import MetricStoreError
 from ema_server.http.conditional import immutable_headers, is_unmodified, parse_ranges, satisfiable
 from ema_server.http.download import Download
 from ema_server.http.hub import commit
-from ema_server.http.hub.card import README, Card, model_index, read_card
-from ema_server.http.hub.schemas import HubEntryOut, HubModelOut, HubRefsOut
+from ema_server.http.hub.card import README, TAGS, Card, model_index, read_card
+from ema_server.http.hub.schemas import HubEntryOut, HubListedOut, HubModelOut, HubRefsOut
 from ema_server.http.problems import Code, Problem
 from ema_server.http.resolve import average_versions, find_file, find_version, is_alias, reading, refuse_resume
 from ema_server.http.schemas import ProblemOut
@@ -58,6 +58,26 @@ _PATHS_BODY = {
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["hub"])
+
+
+@router.get("/api/models", operation_id="hub_list_models")
+async def list_models(
+    services: ServicesDep,
+    author: str | None = None,
+    search: str = "",
+    limit: Annotated[int | None, Query(ge=1)] = None,
+) -> tuple[HubListedOut, ...]:
+    """The averages that have a version, the newest one first: of the run `author`, and with `search` in their name."""
+    newest = [
+        versions[0]
+        for status in services.statuses.all()
+        if author in (None, status.run)
+        for average in (*(each.name for each in status.averages), *services.catalog.derived_averages(status.run))
+        if search.lower() in f"{status.run}/{average}".lower()
+        if (versions := services.catalog.versions(status.run, average))
+    ]
+    newest.sort(key=lambda version: version.created, reverse=True)
+    return tuple(HubListedOut(**_described(services, version), tags=TAGS) for version in newest[:limit])
 
 
 @router.get(_API, operation_id="hub_model_info", response_model_exclude_none=True)
@@ -212,6 +232,19 @@ async def _entries(services: Services, version: Version, *, expand: bool) -> tup
     return commit.expanded(listed, version) if expand else listed
 
 
+def _described(services: Services, version: Version) -> dict[str, Any]:
+    """What a model in a list and a single one have in common."""
+    repository = f"{version.run}/{version.average}"
+    return {
+        "id": repository,
+        "model_id": repository,
+        "author": version.run,
+        "sha": version.id,
+        "last_modified": version.created,
+        "private": services.config.token is not None,
+    }
+
+
 async def _model(services: Services, version: Version, blobs: bool) -> HubModelOut:
     card = await _card(services, version)
     data: dict[str, Any] = {"tags": card.tags}
@@ -221,12 +254,7 @@ async def _model(services: Services, version: Version, blobs: bool) -> HubModelO
     if index:
         data["model-index"] = index
     return HubModelOut(
-        id=f"{version.run}/{version.average}",
-        model_id=f"{version.run}/{version.average}",
-        author=version.run,
-        sha=version.id,
-        last_modified=version.created,
-        private=services.config.token is not None,
+        **_described(services, version),
         tags=card.tags,
         library_name=card.library,
         card_data=data,

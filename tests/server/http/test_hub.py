@@ -51,6 +51,31 @@ def git_oid(content: bytes) -> str:
     return made.stdout.decode().strip()
 
 
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ({}, {"digits/raw", "digits/ema-0.9", "vision/raw"}),
+        ({"author": "digits"}, {"digits/raw", "digits/ema-0.9"}),
+        ({"search": "RAW"}, {"digits/raw", "vision/raw"}),
+        ({"search": "raw", "author": "vision"}, {"vision/raw"}),
+        ({"author": "none"}, set()),
+    ],
+)
+def test_models_are_the_averages_with_a_version(
+    client: TestClient, served: Served, query: dict[str, str], names: set[str]
+) -> None:
+    newest = served.publish("digits", 100, ["raw", "ema-0.9"])
+    served.publish("vision", 5, ["raw"])
+    served.show("empty", None, ["raw"])
+
+    listed = client.get("/api/models", params=query).json()
+
+    assert {each["id"] for each in listed} == names
+    ids = {f"{version.run}/{version.average}": version.id for version in newest.versions}
+    assert {each["id"]: each["sha"] for each in listed if each["author"] == "digits"}.items() <= ids.items()
+    assert len(client.get("/api/models", params={**query, "limit": 1}).json()) == min(1, len(names))
+
+
 def test_model_info_has_the_newest_version_and_its_files(client: TestClient, version: Version) -> None:
     info = client.get(API).json()
 
