@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ema_server.derived.recalibration import BUFFERS_BYTES_MAX
 from ema_server.http.problems import Code, Problem, problem_response
 
+IS_ADMITTED = "is_admitted"  # in the state of a request to a server with a token: whether it carries the token
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 BODY_BYTES_MAX = 1 << 20  # a thousand metrics with long names are under 300 KiB
 BODY_S = 30.0
@@ -30,7 +31,12 @@ class BearerAuth:
         self._token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._admits(Headers(scope=scope)):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        admitted = self._admits(Headers(scope=scope))
+        if admitted or scope["path"] in OPEN_PATHS:
+            scope.setdefault("state", {})[IS_ADMITTED] = admitted
             await self._app(scope, receive, send)
             return
         detail = (

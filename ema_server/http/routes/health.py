@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import anyio.to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from ema_server.compute.device import Device
+from ema_server.http.middleware import IS_ADMITTED
 from ema_server.http.problems import Code, Problem
 from ema_server.http.schemas import CheckOut, HealthOut, ProblemOut, ReadyOut
 from ema_server.http.services import Services, ServicesDep
@@ -18,6 +19,7 @@ from ema_server.storage.disk import megabytes, probe_write, shortage
 
 THREADS = ("ingest", "averager")
 BEAT_AGE_S_MAX = 5.0
+_HIDDEN = "details are for requests with the token"
 
 router = APIRouter(tags=["health"])
 
@@ -29,9 +31,14 @@ async def health() -> HealthOut:
 
 
 @router.get("/readyz", operation_id="get_ready", responses={503: {"model": ProblemOut}})
-async def ready(services: ServicesDep) -> ReadyOut:
-    """Whether the server is ready, check by check. Needs no token; 503 if a check fails."""
+async def ready(request: Request, services: ServicesDep) -> ReadyOut:
+    """Whether the server is ready, check by check; 503 if a check fails.
+
+    Needs no token. If the server has one, only requests that carry it are answered with details.
+    """
     checks = await _check_all(services)
+    if not getattr(request.state, IS_ADMITTED, True):
+        checks = {name: CheckOut(ok=check.ok, detail=_HIDDEN) for name, check in checks.items()}
     failed = [f"{name}: {check.detail}" for name, check in checks.items() if not check.ok]
     if failed:
         extra = {"ready": False, "checks": {name: check.model_dump() for name, check in checks.items()}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -214,3 +215,21 @@ def test_metrics_have_no_created_series(client: TestClient) -> None:
 
     assert "_created" not in response.text
     assert response.headers["content-type"].startswith("text/plain")
+
+
+def test_details_of_readiness_need_the_token(tmp_path: Path) -> None:
+    served = Served(tmp_path / "data", token="s3cret")
+    with TestClient(create_app(served.services)) as client:
+        hidden = client.get("/readyz")
+        shown = client.get("/readyz", headers={"Authorization": "Bearer s3cret"})
+    served.close()
+
+    assert hidden.status_code == shown.status_code == 503
+    assert {name: check["ok"] for name, check in hidden.json()["checks"].items()} == {
+        name: check["ok"] for name, check in shown.json()["checks"].items()
+    }
+    assert {check["detail"] for check in hidden.json()["checks"].values()} == {
+        "details are for requests with the token"
+    }
+    assert "memory" in shown.text
+    assert "memory" not in hidden.text
