@@ -75,6 +75,11 @@ def _known_by(run: RunRecord, manifest: Manifest, steps: tuple[int, ...]) -> Kno
 
 
 def _start(runs: ActiveRuns, job: Join, set_aside: str | None = None) -> None:
+    like = runs.resources.data_dir.like(job.run)
+    if like is not None:
+        text = f"run {job.run!r} differs from run {like!r} only in case, and some file systems confuse the two"
+        job.reply(Refused(RejectCode.BAD_RUN, f"{text}: take another name"))
+        return
     runs.resources.data_dir.create_run(job.run)
     empty = runs.get(job.run)
     if empty is not None:

@@ -62,6 +62,11 @@ class DataDir:
         names = (path.name for path in self._runs.iterdir() if path.is_dir())
         return tuple(sorted(name for name in names if not _DELETED.fullmatch(name) and _is_run(name)))
 
+    def like(self, run: str) -> str | None:
+        """Another run whose name differs only in case."""
+        lower = run.lower()
+        return next((name for name in self.runs() if name.lower() == lower and name != run), None)
+
     def has_folder(self, run: str) -> bool:
         """Whether there is a folder of this run, with or without a generation that can be read."""
         return is_name("run", run) and self.run_folder(run).is_dir()

@@ -388,3 +388,17 @@ def test_run_whose_folder_cannot_be_made_is_refused(tmp_path: Path) -> None:
         assert isinstance(answer, Refused)
         assert answer.code is RejectCode.UNAVAILABLE
         assert "disk" in answer.text
+
+
+def test_name_of_another_run_in_other_case_is_refused(tmp_path: Path) -> None:
+    with running_core(tmp_path) as core:
+        _join(core)
+        refused = core.join("R", _MANIFEST, _AVERAGES)
+
+        assert isinstance(refused, Refused)
+        assert refused.code is RejectCode.BAD_RUN
+        assert refused.text == (
+            "run 'R' differs from run 'r' only in case, and some file systems confuse the two: take another name"
+        )
+        joined(core.join("R2", _MANIFEST, _AVERAGES))
+        _apply(core, 1)
