@@ -16,6 +16,9 @@ from trainer_client import EmaClient
 pytest.importorskip("huggingface_hub")
 pytest.importorskip("fsspec")
 
+pytestmark = pytest.mark.timeout(300)
+_PUSH_S = 80.0
+
 
 @pytest.fixture
 def outside() -> Iterator[Hub]:
@@ -50,7 +53,7 @@ def test_versions_become_commits_with_tags_and_cards(outside: Hub, tmp_path: Pat
             first = reader.version("r", "raw")
             reader.report(first, {"accuracy": 0.75})
             with push(server, outside, tmp_path / "hf", "r/raw") as process:
-                assert process.wait() == 0, list(process.errors)
+                assert process.wait(_PUSH_S) == 0, list(process.errors)
                 assert process.lines[-1] == f"{outside.url}/owner/model"
             found = outside.repositories["owner/model"]
             pushed = dict(found.files)
@@ -62,7 +65,7 @@ def test_versions_become_commits_with_tags_and_cards(outside: Hub, tmp_path: Pat
         found.files["LICENSE"] = b"of the owner"
         for _ in range(2):  # again: the tag exists
             with push(server, outside, tmp_path / "hf", "r/raw") as process:
-                assert process.wait() == 0, list(process.errors)
+                assert process.wait(_PUSH_S) == 0, list(process.errors)
         weights = reader.download(second, tmp_path / "second") / "model.safetensors"
 
         assert set(pushed) == files_of_run
@@ -82,6 +85,6 @@ def test_public_repository_is_made_when_asked(outside: Hub, tmp_path: Path) -> N
         with EmaClient(server.zmq, run="r", averages=["raw"], when_behind="wait") as client:
             client.update(torch.nn.Linear(4, 4), 1)
         with push(server, outside, tmp_path / "hf", "r/raw", "--public") as process:
-            assert process.wait() == 0, list(process.errors)
+            assert process.wait(_PUSH_S) == 0, list(process.errors)
 
     assert not outside.repositories["owner/model"].private

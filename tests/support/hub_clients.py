@@ -102,13 +102,16 @@ def engine(repo: str, revision: str) -> dict[str, Any]:
     return {"listed": sorted(listed), "digests": digests(load_file(folder / "model.safetensors"))}
 
 
-def transformers(repo: str, revision: str) -> dict[str, Any]:
-    """A causal language model and its tokenizer."""
+def transformers(repo: str, *revisions: str) -> list[dict[str, Any]]:
+    """A causal language model and its tokenizer, at each of the revisions."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(repo, revision=revision)
-    tokens = AutoTokenizer.from_pretrained(repo, revision=revision)("w3 w5")["input_ids"]
-    return {"digests": digests(model.state_dict()), "tokens": tokens}
+    found = []
+    for revision in revisions:
+        model = AutoModelForCausalLM.from_pretrained(repo, revision=revision)
+        tokens = AutoTokenizer.from_pretrained(repo, revision=revision)("w3 w5")["input_ids"]
+        found.append({"digests": digests(model.state_dict()), "tokens": tokens})
+    return found
 
 
 def peft(base: str, repo: str, revision: str) -> dict[str, Any]:
