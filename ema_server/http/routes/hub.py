@@ -133,7 +133,7 @@ async def paths_info(
     version = _find(services, run, average, rev)
     try:
         paths, expand = commit.paths_in(await request.body(), request.headers.get("content-type", ""))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter by deep nesting
         raise Problem(Code.INVALID, f"the body is neither a form nor JSON with paths: {error}") from None
     return tuple(entry for entry in await _entries(services, version, expand=expand) if entry.path in paths)
 

@@ -208,7 +208,7 @@ def test_paths_info_leaves_out_what_does_not_exist(
     assert commits == {version.id if expand else None}
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'{"paths": 1}', b"\xff"])
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"paths": 1}', b"\xff", b"[" * 100_000])
 def test_paths_info_without_paths_is_a_422(client: TestClient, version: Version, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     response = client.post(f"{API}/paths-info/main", content=body, headers=headers)
