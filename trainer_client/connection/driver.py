@@ -295,14 +295,15 @@ class Driver:
 
     def _take_lane(self, lane: str) -> None:
         """Note how snapshots are sent from now on, and why not through shared memory if they could be."""
-        shared = self._shared
+        shared, problem = self._shared, None
         if lane != SHM and self._slots and self._slots[0].descriptor is not None:
-            shared.lane_problem = "the server does not offer it" if shared.shm is None else self._local.read_problem()
+            problem = "the server does not offer it" if shared.shm is None else self._local.read_problem()
             if shared.lane == SHM:
                 text = "ema: snapshots go through the socket from now on, not through shared memory: %s"
-                logger.warning(text, shared.lane_problem)
+                logger.warning(text, problem)
         elif shared.joined is not None and lane != shared.lane:
             logger.info("ema: snapshots go through shared memory again")
+        shared.lane_problem = problem
         shared.lane = lane
         self._local.close()
 

@@ -164,11 +164,12 @@ class Worker:
             if shared.joined is None:
                 raise JoinError(f"run {join.run!r}: the server at {self._endpoint} has not answered")
             joined, capabilities, problem = shared.joined, shared.capabilities, shared.lane_problem
-        if problem is not None:
-            self._report_no_sharing(join, problem)
+        nbytes = join.manifest.nbytes
         if joined.send is not None:
             nbytes = part_of(join.manifest, from_ranges(joined.send, len(join.manifest.tensors))).nbytes
             self._make_slots(join, nbytes, files, shared=bool(self.slots))
+        if problem is not None and nbytes:
+            self._report_no_sharing(join, problem)
         if join.files and m.FILES not in capabilities:
             text = "ema: the server at %s takes no companion files: the versions of run %s are without them; upgrade it"
             log.warning(text, self._endpoint, join.run)
