@@ -82,13 +82,18 @@ class RouterLink:
             None once the link is closed.
         """
         found: list[Happening] = []
-        while self._monitor.poll(0 if found else round(timeout_s * 1000)):
-            event = recv_monitor_message(self._monitor)
-            if event["event"] == zmq.EVENT_MONITOR_STOPPED:
-                self._monitor.close(linger=0)
-                return None
-            found.append(("accepted" if event["event"] == zmq.EVENT_ACCEPTED else "closed", int(event["value"])))
-        return found
+        try:
+            while self._monitor.poll(0 if found else round(timeout_s * 1000)):
+                event = recv_monitor_message(self._monitor)
+                if event["event"] == zmq.EVENT_MONITOR_STOPPED:
+                    break
+                found.append(("accepted" if event["event"] == zmq.EVENT_ACCEPTED else "closed", int(event["value"])))
+            else:
+                return found
+        except zmq.ContextTerminated:  # `close` was faster than its event, and waits for this socket
+            pass
+        self._monitor.close(linger=0)
+        return None
 
     def close(self) -> None:
         """Close the sockets; blocks until `happenings` has returned None."""
