@@ -88,14 +88,15 @@ class LocalSocket:
         if self._listener is not None:
             self._listener.close()
         if self._path is not None:
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder may be gone, or another one
+                self._path.unlink()
         self._listener = self._path = None
 
     def receive(self, now: float) -> None:
         """Take what has arrived. Slots whose session does not join are given up after some time."""
         if self._listener is None:
             return
-        with suppress(BlockingIOError):
+        with suppress(OSError):  # no more connections wait, or no more descriptors are free
             while True:
                 connection, _ = self._listener.accept()
                 self._admit(connection, now)

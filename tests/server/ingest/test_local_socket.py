@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import socket
 import sys
 import tempfile
@@ -63,6 +64,23 @@ def test_server_reads_the_slots_of_a_trainer_in_place(server: LocalSocket, folde
         slot.tensor.random_(0, 256)
         assert torch.equal(tensor, slot.tensor)
     assert server.slots_of(SESSION) is None, "they are given once"
+    trainer.close()
+
+
+def test_server_goes_on_when_no_descriptor_is_free(server: LocalSocket, folder: Path) -> None:
+    slots, trainer = make_slots(8, 1, shared=True), TrainersSocket(SESSION)
+    trainer.offer(path_of(folder), slots)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        server.receive(0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert server.slots_of(SESSION) is None
+
+    server.receive(0.0)
+
+    assert server.slots_of(SESSION) is not None
     trainer.close()
 
 
