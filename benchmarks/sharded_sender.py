@@ -12,8 +12,6 @@ from typing import Literal
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
 
 from benchmarks.models import Transformer
 from trainer_client import EmaClient
@@ -81,6 +79,9 @@ def _sharded(model: nn.Module, sender: Sender) -> nn.Module:
     if sender.world == 1:
         return model
     dimension = 1 if sender.boxes == "columns" else 0
+    from torch.distributed.fsdp import fully_shard  # torch 2.6 or newer, as the next
+    from torch.distributed.tensor import Shard
+
     fully_shard(
         model,
         mesh=init_device_mesh("cpu", (sender.world,)),

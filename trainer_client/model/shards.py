@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ema_proto.wire.boxes import Box, lies_within, whole
+from ema_proto.wire.boxes import Box, lies_within
 from trainer_client.errors import PlanError
 from trainer_client.model.wrappers import Stages
 
@@ -68,18 +68,23 @@ def box_of(name: str, tensor: Tensor) -> Box | None:
     if any(type(each).__name__ == "Partial" for each in placements):
         raise PlanError(f"tensor {name!r} holds partial sums ({placements}): a parameter has a value of its own")
     local = local_of(tensor)
+    if local.shape == tensor.shape:
+        return None
     box = _box_of_fsdp_after_others(tensor) or _box_of_torch(tensor)
     if box is None or box.sizes != tuple(local.shape) or not lies_within(box, tensor.shape):
         what = "nothing" if box is None else f"{box} of {list(tensor.shape)}"
         raise PlanError(
-            f"tensor {name!r} is sharded as {placements} and has a local shape of {list(local.shape)}, for which torch "
-            f"reports {what}: choose sizes that the mesh divides, or leave the tensor out with exclude="
+            f"tensor {name!r} is sharded as {placements} and has a local shape of {list(local.shape)}, for which "
+            f"torch {torch.__version__} reports {what}: choose sizes that the mesh divides, use a newer torch, or "
+            "leave the tensor out with exclude="
         )
-    return None if box == whole(tensor.shape) else box
+    return box
 
 
 def _box_of_torch(tensor: Tensor) -> Box | None:
-    chunks = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+    if not hasattr(tensor, "__create_chunk_list__"):  # torch 2.4
+        return None
+    chunks = tensor.__create_chunk_list__()
     return Box(tuple(chunks[0].offsets), tuple(chunks[0].sizes)) if len(chunks) == 1 else None
 
 

@@ -25,6 +25,8 @@ tensors = pytest.importorskip("torch.distributed.tensor", reason="torch 2.4 has 
 @pytest.fixture
 def mesh(tmp_path: Path) -> Iterator[Any]:
     """A mesh of this process alone."""
+    if not hasattr(tensors, "distribute_module"):
+        pytest.skip("torch 2.4 has DTensor under a private name")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -135,6 +137,13 @@ def test_box_of_an_unknown_order_of_shards_is_that_of_torch(placements: tuple[ob
     mesh = _Mesh((2, 2), (1, 1))
     chunk = _Chunk((2, 1), (1, 1))
     assert _box((4, 2), torch.zeros(1, 1), chunk, placements=placements, device_mesh=mesh) == Box((2, 1), (1, 1))
+
+
+def test_shard_that_an_old_torch_does_not_describe_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(DTensor, "__create_chunk_list__")
+    assert _box((2, 2), torch.zeros(2, 2)) is None
+    with pytest.raises(PlanError, match=r"tensor 'w' is sharded .* for which torch .* reports nothing"):
+        _box((5, 2), torch.zeros(2, 2))
 
 
 def test_partial_sums_are_refused_by_name() -> None:

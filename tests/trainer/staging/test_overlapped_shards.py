@@ -24,6 +24,8 @@ STEPS = 6
 @pytest.fixture
 def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
     """A mesh of this process alone."""
+    if not hasattr(dtensors, "distribute_tensor"):
+        pytest.skip("torch 2.4 has DTensor under a private name")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
