@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,10 +54,21 @@ HOSTS = [
 @contextmanager
 def link_at(endpoint: str) -> Iterator[tuple[RouterLink, str]]:
     link = RouterLink()
+    watch = threading.Thread(target=_watch, args=(link,))
     try:
-        yield link, link.bind(endpoint)
+        bound = link.bind(endpoint)
+        watch.start()
+        yield link, bound
     finally:
         link.close()
+        if watch.ident is not None:
+            watch.join(WAIT_S)
+
+
+def _watch(link: RouterLink) -> None:
+    """Read what happens to connections, as the server does in a thread, until the link is closed."""
+    while link.happenings(WAIT_S) is not None:
+        pass
 
 
 def reaches(link: RouterLink, endpoint: str) -> bool:
