@@ -7,6 +7,7 @@ end, the database and the data folder are closed.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -225,6 +226,7 @@ async def _serve(config: ServerConfig, announce: Callable[[Ready], None]) -> boo
             services.evaluator.start(http.own_url)
             stack.push_async_callback(services.evaluator.stop)
         announced.append(Ready(endpoint, http_url, str(config.data.absolute()), services.device.name, os.getpid()))
+        gc.freeze()  # a collection holds all threads while it looks at each object, of which the imports made most
         lower_priority(config.nice)  # not before: a start beside a training would take long
         announce(announced[0])
         dead = await wait_until_over(signalled, _threads(server, http))

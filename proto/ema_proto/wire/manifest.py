@@ -26,6 +26,7 @@ from ema_proto.wire.boxes import Box, lies_within
 _DTYPE_ORDER = {dtype: index for index, dtype in enumerate(ITEM_BYTES)}
 _LAYOUT_KEYS = {dtype: (-nbytes, _DTYPE_ORDER[dtype]) for dtype, nbytes in ITEM_BYTES.items()}
 _BYTES_MAX = (1 << 63) - 1
+_ENCODED_AT_ONCE = 1000  # tensors: the encoder holds the interpreter's lock
 
 
 class Role(StrEnum):
@@ -106,8 +107,14 @@ class Manifest:
 
         Roles are left out: freezing a parameter does not change the layout, and a run keeps the roles it started with.
         """
-        lines = [[t.name, t.dtype, list(t.shape), t.offset, list(t.aliases)] for t in self.tensors]
-        return hashlib.sha256(json.dumps(lines, separators=(",", ":")).encode()).hexdigest()
+        digest = hashlib.sha256(b"[")
+        for begin in range(0, len(self.tensors), _ENCODED_AT_ONCE):
+            some = self.tensors[begin : begin + _ENCODED_AT_ONCE]
+            lines = [[t.name, t.dtype, list(t.shape), t.offset, list(t.aliases)] for t in some]
+            digest.update(b"," if begin else b"")
+            digest.update(json.dumps(lines, separators=(",", ":"))[1:-1].encode())
+        digest.update(b"]")
+        return digest.hexdigest()
 
     def to_json(self) -> list[dict[str, Any]]:
         """The manifest as JSON values, one object per tensor."""

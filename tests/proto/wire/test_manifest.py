@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -192,3 +194,15 @@ def test_digest_covers_everything_but_roles() -> None:
 )
 def test_first_difference_is_described(other: Manifest, text: str) -> None:
     assert layout([spec("a"), spec("b")]).first_difference(other) == text
+
+
+@pytest.mark.parametrize("number", [2, 999, 1000, 1001, 2503])
+def test_digest_is_that_of_one_list_of_all_tensors(number: int) -> None:
+    tensors = (
+        TensorSpec(f"t.{index}", "F32", (index % 5, 3), Role.PARAM, 0, (f"tied.{index}",) if index % 7 == 0 else ())
+        for index in range(number)
+    )
+    manifest = layout(tensors)
+    lines = [[t.name, t.dtype, list(t.shape), t.offset, list(t.aliases)] for t in manifest.tensors]
+
+    assert manifest.digest == hashlib.sha256(json.dumps(lines, separators=(",", ":")).encode()).hexdigest()
