@@ -116,6 +116,8 @@ def test_damaged_version_is_not_copied(served: Served, reader: Reader, tmp_path:
 
 @pytest.mark.parametrize("url", ["nosuch://bucket/x", "hf://name", "hf://a/b/c", "hf://a/b@main"])
 def test_unknown_destination_is_wrong_usage(url: str) -> None:
+    if url.startswith("hf:"):
+        pytest.importorskip("huggingface_hub")
     with pytest.raises(UsageError):
         open_store(url, public=False, own_endpoint=OWN)
 
