@@ -20,7 +20,7 @@ class RouterLink:
     """A listening socket; `wake` ends a wait from any thread.
 
     Attributes:
-        source: the file descriptor of the connection that the last header came from.
+        source: the file descriptor of the connection that the last header came from, -1 if it is not known.
     """
 
     def __init__(self) -> None:
@@ -121,10 +121,12 @@ class RouterLink:
             peer = self._router.recv(flags=zmq.NOBLOCK)
         except zmq.Again:
             return None
+        self.source = -1
         if not self._has_more():
             return peer, b""
         frame = self._router.recv(copy=False)
-        self.source = int(frame.get(zmq.SRCFD))
+        with contextlib.suppress(zmq.ZMQError):  # libzmq does not know it of peers that speak an old ZMTP
+            self.source = int(frame.get(zmq.SRCFD))
         # A header has 64 bytes; anything larger is invalid and not worth copying.
         return peer, frame.bytes if len(frame) <= 1024 else b""
 
