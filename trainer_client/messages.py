@@ -53,7 +53,7 @@ def log_checkpoint(step: int, answer: Answered, due: int) -> bool:
     return False
 
 
-def log_finished(run: str, answer: Answered, last_due: int, stopped: str | None) -> bool:
+def log_finished(run: str, answer: Answered, last_due: int, stopped: str | None, published: int | None) -> bool:
     """Log what a finished run lacks; whether it is finished.
 
     Args:
@@ -61,9 +61,15 @@ def log_finished(run: str, answer: Answered, last_due: int, stopped: str | None)
         answer: the server's.
         last_due: the newest step that `every` sends.
         stopped: why nothing was sent any longer, or None.
+        published: the step of the newest generation, as far as is known.
     """
     if answer.error is not None:
-        log.warning("ema: run %s is not finished on the server, which keeps what it has applied: %s", run, answer.error)
+        kept = (
+            "no generation of it is known"
+            if published is None
+            else f"its newest known generation is of step {published}"
+        )
+        log.warning("ema: run %s is not finished on the server, and %s: %s", run, kept, answer.error)
         return False
     if answer.step is None:
         log.warning("ema: run %s ends without a snapshot: no step was sent", run)

@@ -243,7 +243,9 @@ class Session:
             answer = self.worker.finish(seconds_left(deadline))
             if stream.rank > 0:
                 answer = dataclasses.replace(answer, warning=None)  # rank 0 logs what concerns the run
-            finished = log_finished(self._settings.run, answer, stream.last_due, stream.stopped)
+            finished = log_finished(
+                self._settings.run, answer, stream.last_due, stream.stopped, self.worker.stats().last_published_step
+            )
             self.attachment.when_stepped_later(partial(_warn_stepped_later, self._settings.run))
         self._end(CLOSE_TIMEOUT_S, State.FINISHED if finished else State.CLOSED)
         return finished

@@ -141,7 +141,10 @@ def install(app: FastAPI) -> None:
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return problem_response(Problem(Code.INVALID, _describe(error)), request.scope)
+        detail = _describe(error)
+        if any(item["loc"][0] == "body" for item in error.errors()) and not _is_json(request):
+            detail += "; send the body as JSON, with the header Content-Type: application/json"
+        return problem_response(Problem(Code.INVALID, detail), request.scope)
 
     async def on_failure(request: Request, error: Exception) -> JSONResponse:
         return problem_response(Problem(Code.INTERNAL, f"{type(error).__name__}: see the server's log"), request.scope)
@@ -186,6 +189,10 @@ def _allowed(scope: Scope) -> str:
         for method in _METHODS
         if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
     )
+
+
+def _is_json(request: Request) -> bool:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower().endswith("json")
 
 
 def _describe(error: RequestValidationError) -> str:

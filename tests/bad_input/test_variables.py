@@ -22,9 +22,9 @@ _ALL = _COMMANDS | _TRAINER
 
 def test_documentation_lists_every_variable() -> None:
     reference = script("docs_reference")
-    tables = reference.server_settings() + reference.trainer_settings() + reference.reader_settings()
+    settings = reference.server_settings() + reference.trainer_settings() + reference.reader_settings()
 
-    assert set(re.findall(r"`(EMA_[A-Z_]+)`", tables)) == _ALL
+    assert set(re.findall(r"`(EMA_[A-Z_]+)`", settings + reference.commands())) == _ALL
 
 
 @pytest.mark.parametrize("name", sorted(_ALL))

@@ -85,7 +85,8 @@ def test_server_that_shares_no_memory_is_streamed_to_through_its_socket(
             assert client.flush()
             assert client.stats()["lane"] == "zmq"
         assert [line for line in caplog.messages if "shared memory" in line] == [
-            "ema: snapshots go through the socket, not through shared memory: the server does not offer it"
+            "ema: snapshots go through the socket, not through shared memory: the server does not offer it (its "
+            "--shm-folder is off, or its log says why)"
         ]
         with (
             streaming(server, lane="shm") as client,

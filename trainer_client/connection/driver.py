@@ -297,7 +297,11 @@ class Driver:
         """Note how snapshots are sent from now on, and why not through shared memory if they could be."""
         shared, problem = self._shared, None
         if lane != SHM and self._slots and self._slots[0].descriptor is not None:
-            problem = "the server does not offer it" if shared.shm is None else self._local.read_problem()
+            problem = (
+                "the server does not offer it (its --shm-folder is off, or its log says why)"
+                if shared.shm is None
+                else self._local.read_problem()
+            )
             if shared.lane == SHM:
                 text = "ema: snapshots go through the socket from now on, not through shared memory: %s"
                 logger.warning(text, problem)

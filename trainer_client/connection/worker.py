@@ -321,9 +321,9 @@ class Worker:
         if not self._may_share:
             problem: str | None = "this system has no memory of that kind: it needs Linux"
         elif join.checksum:
-            problem = "checksums are asked for, and there are none"
+            problem = "checksums are asked for, and shared memory has none"
         elif path is None:
-            problem = "the server does not offer it"
+            problem = "the server does not offer it (its --shm-folder is off, or its log says why)"
         else:
             problem = why_unreachable(path)
         if problem is not None:
