@@ -17,6 +17,8 @@ from ema_server.http import connection, middleware
 from support.served import WAIT_S, Served
 from support.waiting import eventually
 
+pytestmark = pytest.mark.process  # of sockets and waits, which take most of their time
+
 Open = Callable[[], socket.socket]
 GET = b"GET /v1/runs HTTP/1.1\r\nHost: localhost\r\n"
 
