@@ -86,7 +86,7 @@ def measure(*, quick: bool) -> Section:
         step_s = statistics.median(seconds[_RIVAL]) / snapshots / 2
         behind = _in_turn(trainings, Order("skip", steps, step_s), 1 if quick else 3)
     return Section(
-        "sharded: the shards of several ranks",
+        "sharded: the shards of several ranks, over tcp",
         "one sender, not sharded",
         (*_throughput(size, nbytes * snapshots, seconds), *_behind(behind, steps)),
         _NOTE,

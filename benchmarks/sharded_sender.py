@@ -59,7 +59,10 @@ def main(sender: Sender, pipe: Connection) -> None:
     logging.getLogger("ema").setLevel(logging.ERROR)  # skipped and dropped steps are counted
     distributed.init_process_group("gloo", init_method=sender.store.as_uri(), rank=sender.rank, world_size=sender.world)
     model = _sharded(Transformer(sender.width), sender)
-    clients = {way: EmaClient(sender.endpoint, f"{sender.run}-{way}", ["ema:0.9999"], when_behind=way) for way in WAYS}
+    clients = {
+        way: EmaClient(sender.endpoint, f"{sender.run}-{way}", ["ema:0.9999"], when_behind=way, lane="zmq")
+        for way in WAYS
+    }
     taken = dict.fromkeys(clients, 0)
     for client in clients.values():  # joins
         client.set(model)
