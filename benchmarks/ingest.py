@@ -12,15 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import zmq
-from torch import nn
 
 from benchmarks.models import QUICK_WIDTHS, WIDTHS, Transformer, parameter_bytes
 from benchmarks.raw_receiver import WINDOW_FRAMES
 from benchmarks.result import Row, Section, Spread, interleaved
-from benchmarks.served import START_S, serving
+from benchmarks.served import START_S, serving, streaming
 from ema_cli.demo.child import Child
 from ema_proto.limits import CHUNK_BYTES_DEFAULT
-from trainer_client import EmaClient
 
 _WAIT_MS = 60_000
 
@@ -30,7 +28,11 @@ def measure(*, quick: bool) -> Section:
     size, width = list((QUICK_WIDTHS if quick else WIDTHS).items())[-1]
     model = Transformer(width)
     nbytes, snapshots, rounds = parameter_bytes(model), 2 if quick else 10, 1 if quick else 7
-    with serving(4 * nbytes) as server, _streaming(server.zmq, model) as ours, _raw(nbytes, server.folder) as rival:
+    with (
+        serving(4 * nbytes) as server,
+        streaming(server.zmq, "ingest", "zmq", model) as ours,
+        _raw(nbytes, server.folder) as rival,
+    ):
         seconds = interleaved(rounds, ours=lambda: ours(snapshots), rival=lambda: rival(snapshots))
     rates = {arm: [nbytes * snapshots / second / 1e9 for second in taken] for arm, taken in seconds.items()}
     row = Row(
@@ -41,25 +43,6 @@ def measure(*, quick: bool) -> Section:
         "≥ 0.5, later 0.8",
     )
     return Section("ingest: tcp, averaging included", "pyzmq `recv_into`", (row,))
-
-
-@contextmanager
-def _streaming(endpoint: str, model: nn.Module) -> Iterator[Callable[[int], float]]:
-    """A function that streams a number of snapshots, and returns the seconds until the last one was applied."""
-    client = EmaClient(endpoint, run="ingest", averages=["ema:0.9999"], when_behind="wait", lane="zmq")
-
-    def stream(snapshots: int) -> float:
-        started = time.perf_counter()
-        for _ in range(snapshots):
-            client.update(model)
-        if not client.flush():
-            raise TimeoutError("the server did not apply what was sent within a minute")
-        return time.perf_counter() - started
-
-    try:
-        yield stream
-    finally:
-        client.close()
 
 
 @contextmanager

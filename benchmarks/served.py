@@ -1,14 +1,19 @@
-"""A server started as users start it, in a temporary folder and on given cores; and the memory of its process."""
+"""A server started as users start it, in a temporary folder and on given cores; its memory, and a trainer of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from torch import nn
 
 from benchmarks.machine import all_cores, folder_in_memory, pinned
 from ema_cli.demo.child import Child
+from trainer_client import EmaClient
 
 START_S = 120.0
 
@@ -52,3 +57,24 @@ def pss_bytes(pid: int) -> int:
         if line.startswith("Pss:"):
             return int(line.split()[1]) << 10
     raise OSError(f"/proc/{pid}/smaps_rollup has no line 'Pss:': memory needs Linux 4.14 or newer")
+
+
+@contextmanager
+def streaming(
+    endpoint: str, run: str, lane: Literal["shm", "zmq"], model: nn.Module, averages: Sequence[str] = ("ema:0.9999",)
+) -> Iterator[Callable[[int], float]]:
+    """A function that streams a number of snapshots, and returns the seconds until the last one was applied."""
+    client = EmaClient(endpoint, run, list(averages), when_behind="wait", lane=lane)
+
+    def stream(snapshots: int) -> float:
+        started = time.perf_counter()
+        for _ in range(snapshots):
+            client.update(model)
+        if not client.flush():
+            raise TimeoutError("the server did not apply what was sent within a minute")
+        return time.perf_counter() - started
+
+    try:
+        yield stream
+    finally:
+        client.close()

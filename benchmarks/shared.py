@@ -8,9 +8,7 @@ as `when_behind="wait"` allows.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -18,8 +16,7 @@ from torch import nn
 from benchmarks.models import QUICK_WIDTHS, WIDTHS, Transformer, parameter_bytes
 from benchmarks.result import Row, Section, Spread, interleaved
 from benchmarks.rival import ModelEma
-from benchmarks.served import serving
-from trainer_client import EmaClient
+from benchmarks.served import serving, streaming
 
 _ONE = ("ema:0.9999",)
 _THREE = ("ema:0.9999", "ema:0.999", "ema:0.99")
@@ -61,8 +58,9 @@ def _rates(
             ema.update(model)
 
     with (
-        _streaming(endpoint, run, "shm", model, averages) as shm,
-        _streaming(endpoint, run, "zmq", model, averages) as zmq,
+        torch.no_grad(),
+        streaming(endpoint, f"{run}-shm", "shm", model, averages) as shm,
+        streaming(endpoint, f"{run}-zmq", "zmq", model, averages) as zmq,
     ):
         seconds = interleaved(
             rounds,
@@ -78,25 +76,3 @@ def _timed(update: Callable[[], None], times: int) -> float:
     for _ in range(times):
         update()
     return time.perf_counter() - started
-
-
-@contextmanager
-def _streaming(
-    endpoint: str, run: str, lane: Literal["shm", "zmq"], model: nn.Module, averages: Sequence[str]
-) -> Iterator[Callable[[int], float]]:
-    """A function that streams a number of snapshots, and returns the seconds until the last one was applied."""
-    client = EmaClient(endpoint, f"{run}-{lane}", list(averages), when_behind="wait", lane=lane)
-
-    def stream(snapshots: int) -> float:
-        started = time.perf_counter()
-        for _ in range(snapshots):
-            client.update(model)
-        if not client.flush():
-            raise TimeoutError("the server did not apply what was sent within a minute")
-        return time.perf_counter() - started
-
-    try:
-        with torch.no_grad():
-            yield stream
-    finally:
-        client.close()

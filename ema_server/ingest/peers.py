@@ -73,11 +73,6 @@ class Peers:
     def start(self) -> None:
         self._thread.start()
 
-    def join(self, timeout_s: float) -> None:
-        """Wait until the watch has ended."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-
     def heard(self, fd: int, *, is_greeted: bool) -> None:
         """A whole message of this connection was read, whose HELLO was accepted or not.
 
